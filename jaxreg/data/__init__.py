@@ -1,0 +1,1 @@
+"""What the network sees: preprocessing and pairs, on the host."""

@@ -1,0 +1,1 @@
+"""How wrong a transform is: pure, differentiable."""

@@ -1,0 +1,40 @@
+"""What every registration model offers, and the result it gives."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from jaxreg.space.grid import Shape
+from jaxreg.space.transform import Transform
+from jaxreg.typing import Image, Key, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a model says about one ordered pair.
+
+    Attributes:
+      transform: unit coordinates of the fixed network grid to those of the moving one.
+      aux: auxiliary losses and diagnostics by name.
+    """
+
+    transform: Transform
+    aux: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Registration(Protocol):
+    """A model: a frozen configuration, with variables passed in and out."""
+
+    def init(self, key: Key, shape: Shape) -> Variables:
+        """Returns fresh variables for a network grid of `shape`."""
+        ...
+
+    def apply(
+        self, variables: Variables, moving: Image, fixed: Image, *, train: bool = False
+    ) -> tuple[Prediction, Variables]:
+        """Returns the prediction for moving onto fixed, and the variables after it.
+
+        In training mode the running statistics in the returned variables have moved
+        once; otherwise the variables come back as they were.
+        """
+        ...

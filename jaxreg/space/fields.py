@@ -1,0 +1,126 @@
+"""Displacement fields on the unit cube: evaluate, warp, compose, invert, measure.
+
+A field u (N D H W 3, unit) stands for the map ``x -> x + u(x)``.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.space import sampling
+from jaxreg.typing import Field, Image, Points
+
+
+def evaluate(field: Field, points: Points, *, outside: sampling.Outside = "edge"):
+    """Returns ``points + field(points)``, N ... 3 in unit coordinates."""
+    return points + sampling.sample(field, points, outside=outside)
+
+
+def warp(
+    image: Image,
+    points: Points,
+    *,
+    order: int = 1,
+    outside: sampling.Outside = "edge",
+    fill: float = 0.0,
+) -> Image:
+    """Returns ``image[points]``: pulls the moving image onto the points' grid.
+
+    Args:
+      image: N D H W C, the moving image.
+      points: N D' H' W' 3, where each fixed voxel lies in the moving image, unit.
+      order: 1 linear, 0 nearest.
+      outside: see `sampling.Outside`.
+      fill: the value beyond half a voxel, for "half_voxel" only.
+    """
+    return sampling.sample(image, points, order=order, outside=outside, fill=fill)
+
+
+def compose(outer: Field, inner: Field) -> Field:
+    """Returns the field of ``x -> outer(inner(x))``.
+
+    Args:
+      outer: unit, applied second, at any resolution.
+      inner: unit, applied first; sets the output grid.
+
+    Raises:
+      ValueError: the batch sizes differ and neither is 1.
+
+    References:
+      Tian et al., GradICON, CVPR 2023, equation 4.
+    """
+    if outer.shape[0] != inner.shape[0] and 1 not in (outer.shape[0], inner.shape[0]):
+        raise ValueError(
+            f"outer has batch size {outer.shape[0]}, inner {inner.shape[0]}"
+        )
+    points = sampling.identity(inner.shape[1:4], inner.dtype) + inner
+    return inner + sampling.sample(outer, points)
+
+
+def invert(
+    forward: Callable[[jax.Array], jax.Array],
+    shape: tuple[int, int, int],
+    *,
+    initial: Field | None = None,
+    iterations: int = 30,
+) -> tuple[Field, jax.Array]:
+    """Returns the inverse of a map by fixed point iteration, and how far off it is.
+
+    Solves ``forward(y) = x`` on a grid by ``y <- y - (forward(y) - x)``, which
+    converges where the displacement's Lipschitz constant is below 1.
+
+    Args:
+      forward: unit points N D H W 3 to unit points.
+      shape: the grid of the inverse field.
+      initial: a first guess of the inverse field; zero if absent.
+      iterations: fixed point steps.
+
+    Returns:
+      (field, residual): the inverse as a displacement field, and ``|forward(y) - x|``
+      per voxel, N D H W, in unit coordinates.
+
+    References:
+      Chen et al., A simple fixed-point approach to invert a deformation field, 2008.
+    """
+    grid = sampling.identity(shape)
+    start = jnp.zeros_like(grid) if initial is None else initial
+
+    def gap(field):
+        return forward(grid + field) - grid
+
+    # The best iterate per voxel survives where the iteration does not converge.
+    def step(_, carry):
+        field, best, best_residual = carry
+        change = gap(field)
+        residual = jnp.linalg.norm(change, axis=-1)
+        better = residual < best_residual
+        best = jnp.where(better[..., None], field, best)
+        return field - change, best, jnp.minimum(residual, best_residual)
+
+    worst = jnp.full(start.shape[:-1], jnp.inf, start.dtype)
+    _, best, residual = jax.lax.fori_loop(
+        0, iterations + 1, step, (start, start, worst)
+    )
+    return best, residual
+
+
+def jacobian_determinant(points: Points, *, spacing=None) -> jax.Array:
+    """Returns the determinant per cell of a map given on a grid, N D-1 H-1 W-1.
+
+    Backward differences along the three axes at ``[1:, 1:, 1:]``, as the original
+    counts folded voxels. With ``spacing`` None the map is taken in units of the unit
+    cube's own grid: the identity has determinant 1.
+
+    Args:
+      points: N D H W 3, unit coordinates of the mapped voxels.
+      spacing: distance of neighbouring voxels per axis; ``1 / (n - 1)`` if None.
+    """
+    n, d, h, w, _ = points.shape
+    if spacing is None:
+        spacing = (1.0 / max(d - 1, 1), 1.0 / max(h - 1, 1), 1.0 / max(w - 1, 1))
+    here = points[:, 1:, 1:, 1:]
+    a = (here - points[:, :-1, 1:, 1:]) / spacing[0]
+    b = (here - points[:, 1:, :-1, 1:]) / spacing[1]
+    c = (here - points[:, 1:, 1:, :-1]) / spacing[2]
+    return jnp.sum(jnp.cross(a, b) * c, axis=-1)

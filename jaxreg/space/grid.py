@@ -1,0 +1,102 @@
+"""Where a voxel is: the one statement of axis order and of the three frames.
+
+* voxel: continuous array index (d, h, w) of ``array[d, h, w]``; integers are centres.
+  ``array[d, h, w] == nifti[w, h, d]``, so (d, h, w) is ITK's (k, j, i).
+* unit: ``voxel / (n - 1)`` per axis, 0 at the first centre and 1 at the last. On an axis
+  of one voxel the scale is 1: unit and voxel coordinates are the same number.
+* mm: RAS+ world coordinates (x, y, z), NIfTI's frame. LPS exists only in `jaxreg.io`.
+
+Geometry is small and exact: NumPy, float64, on the host.
+"""
+
+import dataclasses
+
+import numpy as np
+
+Shape = tuple[int, int, int]
+
+
+def unit_scale(shape: Shape) -> np.ndarray:
+    """Returns voxels per unit, shape (3,): n - 1, and 1 on an axis of one voxel."""
+    return np.maximum(np.asarray(shape, np.float64) - 1.0, 1.0)
+
+
+def unit_to_voxel(shape: Shape) -> np.ndarray:
+    """Returns the 4x4 matrix from unit to voxel coordinates of an array of `shape`."""
+    return np.diag([*unit_scale(shape), 1.0])
+
+
+def resize_to_source(source: Shape, target: Shape) -> np.ndarray:
+    """Returns the 4x4 matrix from target voxel to source voxel of a half-pixel resize.
+
+    Centres and extents of both grids coincide: ``i = (q + 0.5) * N / n - 0.5``.
+    """
+    ratio = np.asarray(source, np.float64) / np.asarray(target, np.float64)
+    matrix = np.diag([*ratio, 1.0])
+    matrix[:3, 3] = 0.5 * ratio - 0.5
+    return matrix
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """A regular lattice of voxels in world space.
+
+    Attributes:
+      shape: voxels per array axis, (D, H, W).
+      affine_mm: 4x4 float64, array index (d, h, w, 1) to RAS+ mm (x, y, z, 1).
+    """
+
+    shape: Shape
+    affine_mm: np.ndarray
+
+    @property
+    def voxel_to_mm(self) -> np.ndarray:
+        """The 4x4 matrix from voxel (d, h, w) to RAS+ mm (x, y, z)."""
+        return self.affine_mm
+
+    @property
+    def unit_to_mm(self) -> np.ndarray:
+        """The 4x4 matrix from unit coordinates to RAS+ mm."""
+        return self.affine_mm @ unit_to_voxel(self.shape)
+
+    @property
+    def spacing_mm(self) -> np.ndarray:
+        """Distance between neighbouring voxel centres along each array axis, (3,)."""
+        return np.linalg.norm(self.affine_mm[:3, :3], axis=0)
+
+    def resized(self, shape: Shape) -> "Grid":
+        """Returns the grid of a half-pixel resize to `shape`: the same extent in mm."""
+        return Grid(shape, self.affine_mm @ resize_to_source(self.shape, shape))
+
+    def matches(self, other: "Grid", *, tolerance_mm: float = 1e-2) -> bool:
+        """Whether both grids have one shape and corners closer than `tolerance_mm`."""
+        if self.shape != other.shape:
+            return False
+        last = np.asarray(self.shape) - 1
+        corners = np.array(
+            [[*(last * bits), 1.0] for bits in np.ndindex(2, 2, 2)], np.float64
+        )
+        gap = corners @ (self.affine_mm - other.affine_mm).T
+        return bool(np.abs(gap).max() <= tolerance_mm)
+
+
+@dataclasses.dataclass(frozen=True)
+class Volume:
+    """One scan or label map in world space.
+
+    Attributes:
+      array: (D, H, W), a NumPy array in the stored unit of intensity.
+      grid: its place in world space; ``grid.shape == array.shape``.
+      source: what to call the volume in a message, usually its path.
+    """
+
+    array: np.ndarray
+    grid: Grid
+    source: str = "volume"
+
+    def __post_init__(self):
+        """Checks that array and grid agree."""
+        if tuple(self.array.shape) != tuple(self.grid.shape):
+            raise ValueError(
+                f"array has shape {self.array.shape}, its grid {self.grid.shape}"
+            )

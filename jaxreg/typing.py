@@ -1,0 +1,70 @@
+"""Names of the arrays that travel between the rooms.
+
+Axes: N batch, D H W the array axes 0, 1, 2 of a volume (NIfTI's k, j, i), C channel,
+P points. Component i of a coordinate or displacement moves along array axis i.
+Coordinates are *unit*: 0 is the centre of an axis' first voxel, 1 of its last.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+
+Image = Float[Array, "N D H W C"]
+"""Intensities, [0, 1] after preprocessing."""
+Labels = Shaped[Array, "N D H W C"]
+"""Integer label maps or masks."""
+Field = Float[Array, "N D H W 3"]
+"""Displacement in unit coordinates."""
+Points = Float[Array, "N *P 3"]
+"""Unit coordinates; N is 1 where one set of points serves the whole batch."""
+Key = PRNGKeyArray
+"""A key from jax.random.key."""
+Variables = Mapping[str, Any]
+"""Flax variables: {"params": tree} and, for batch norm, {"batch_stats": tree}."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "moving",
+        "fixed",
+        "moving_mask",
+        "fixed_mask",
+        "moving_onehot",
+        "fixed_onehot",
+        "valid",
+        "moving_target",
+        "fixed_target",
+    ],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What a model and its objective see of two scans on the network grid.
+
+    Attributes:
+      moving: preprocessed image, N D H W C, [0, 1].
+      fixed: the same for the fixed scan.
+      moving_mask: where similarity counts (non-zero), N D H W 1.
+      fixed_mask: the same for the fixed scan.
+      moving_onehot: one channel per class of the Dice term, N D H W K, float.
+      fixed_onehot: the same for the fixed scan.
+      valid: classes that both members of a pair contain, N K, bool.
+      moving_target: image for the similarity instead of `moving` (loss
+        randomisation), N D H W C.
+      fixed_target: the same for the fixed scan.
+    """
+
+    moving: Image
+    fixed: Image
+    moving_mask: Labels | None = None
+    fixed_mask: Labels | None = None
+    moving_onehot: Image | None = None
+    fixed_onehot: Image | None = None
+    valid: Bool[Array, "N K"] | None = None
+    moving_target: Image | None = None
+    fixed_target: Image | None = None
