@@ -1,0 +1,108 @@
+"""uniGradICON and multiGradICON: one network, two sets of weights.
+
+The released network has four U-Nets: at a quarter, half and full resolution, and once
+more at full resolution: ``Phi(x) = u1(u2(u3(u4(x))))``.
+
+References:
+  Tian et al., uniGradICON: A foundation model for medical image registration, MICCAI
+  2024; Demir et al., multiGradICON, WBIR 2024.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxreg.models import multires
+from jaxreg.models.base import Prediction
+from jaxreg.nn import conv
+from jaxreg.nn.unet import TallUNet2, UNetConfig
+from jaxreg.space.grid import Shape
+from jaxreg.space.transform import Transform
+from jaxreg.typing import Image, Key, Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class GradIconConfig:
+    """Structure and sizes; read from the tensors when weights are loaded.
+
+    Attributes:
+      channels_down: of each U-Net, see `UNetConfig`.
+      channels_up: of each U-Net, finest first.
+      halvings: how often a U-Net at double resolution follows; 2 starts at a quarter.
+      refinements: U-Nets after that at full resolution; 0 in training stage 1.
+      form: convolution form, see `jaxreg.nn.conv`.
+    """
+
+    channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
+    channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
+    halvings: int = 2
+    refinements: int = 1
+    form: conv.Form = "auto"
+
+    @property
+    def unet(self) -> UNetConfig:
+        """The sizes of each U-Net."""
+        return UNetConfig(self.channels_down, self.channels_up, self.form)
+
+
+class GradIconNetwork(nn.Module):
+    """The composed U-Nets; submodules step_1, step_2, ... in order of execution."""
+
+    config: GradIconConfig = GradIconConfig()
+
+    @nn.compact
+    def __call__(
+        self, moving: Image, fixed: Image, *, train: bool = False
+    ) -> Transform:
+        """Maps a pair, each N D H W C, to the transform of fixed to moving points."""
+        config = self.config
+
+        def step(index):
+            unet = TallUNet2(config.unet, name=f"step_{index}")
+            return multires.field_step(lambda a, b: unet(a, b, train=train))
+
+        network = step(1)
+        for index in range(config.halvings):
+            network = multires.two_step(multires.downsample(network), step(2 + index))
+        for index in range(config.refinements):
+            network = multires.two_step(network, step(2 + config.halvings + index))
+        return network(moving, fixed)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradIcon:
+    """The GradICON family as a `jaxreg.models.base.Registration`."""
+
+    config: GradIconConfig = GradIconConfig()
+
+    def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
+        """Returns fresh variables; they do not depend on the grid's shape.
+
+        The last layer of each U-Net is zero: a fresh network is the identity.
+        """
+        channels = self.config.channels_down[0] // 2
+        image = jnp.zeros((1, *shape, channels))
+        return jax.jit(GradIconNetwork(self.config).init)(key, image, image)
+
+    def apply(
+        self, variables: Variables, moving: Image, fixed: Image, *, train: bool = False
+    ) -> tuple[Prediction, Variables]:
+        """Returns the prediction for moving onto fixed, and the variables after it.
+
+        Args:
+          variables: {"params", "batch_stats"}.
+          moving: N D H W C, [0, 1].
+          fixed: N D H W C, [0, 1].
+          train: use batch statistics, and move the running ones once.
+        """
+        if min(moving.shape[1:4]) < 2:
+            raise ValueError(f"every axis needs 2 voxels or more, got {moving.shape}")
+        network = GradIconNetwork(self.config)
+        if not train:
+            return Prediction(network.apply(variables, moving, fixed)), variables
+        transform, updates = network.apply(
+            variables, moving, fixed, train=True, mutable=["batch_stats"]
+        )
+        return Prediction(transform), {**variables, **updates}

@@ -1,0 +1,312 @@
+"""3D convolutions, pooling and upsampling, with the form that is fast per platform.
+
+Arrays are N D H W C, kernels kD kH kW I O. Everything reduces to one primitive, a
+stride-1 convolution without padding (`_valid`); strides move into channels by
+space-to-depth, transposed strides by depth-to-space. The primitive has two forms:
+
+* "native": XLA's own convolution. Fast on GPU and TPU.
+* "slab": per slab of planes, one matrix product over gathered taps, inside a
+  `lax.map`. On XLA's CPU backend 2 to 100 times faster than the native form, whose
+  small-channel kernels and gradients fall back to naive loops; the loop boundary also
+  keeps the gathered taps (27 copies of the input) out of memory.
+
+"auto" picks by platform when the program is compiled. Both forms have the same custom
+derivative: the input gradient is again a convolution, the kernel gradient a matrix
+product, and neither scatters.
+
+An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
+concatenation along channels, which is never built.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxreg.typing import Image
+
+Form = Literal["auto", "native", "slab"]
+Parts = tuple[jax.Array, ...]
+
+_ROWS = 2048  # rows of a slab's matrix product: enough to amortise reading the kernel
+
+
+# --- the primitive: stride 1, no padding ---------------------------------------------
+
+
+def _native(xs: Parts, ws: Parts) -> jax.Array:
+    return sum(
+        lax.conv_general_dilated(
+            x, w, (1, 1, 1), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+        for x, w in zip(xs, ws, strict=True)
+    )  # pyright: ignore[reportReturnType]
+
+
+def _planes(xs: Parts, taps: int) -> tuple[int, int, int]:
+    """Returns (planes per slab, slabs, output planes) for a kernel of `taps`."""
+    depth = xs[0].shape[1] - taps + 1
+    area = xs[0].shape[0] * xs[0].shape[2] * xs[0].shape[3]
+    planes = min(depth, max(1, -(-_ROWS // area)))
+    return planes, -(-depth // planes), depth
+
+
+def _pad_end(x: jax.Array, planes: int) -> jax.Array:
+    """Appends zero planes so that the last slab is whole."""
+    if planes == 0:
+        return x
+    return jnp.pad(x, ((0, 0), (0, planes), (0, 0), (0, 0), (0, 0)))
+
+
+def _columns(slab: jax.Array, kernel_shape, *, along_w: bool = True) -> list[jax.Array]:
+    """Returns the taps of a slab, each N planes H' W' I (W whole if not along_w)."""
+    kd, kh, kw = kernel_shape
+    d, h, w = (n - k + 1 for n, k in zip(slab.shape[1:4], (kd, kh, kw), strict=True))
+    return [
+        slab[:, a : a + d, b : b + h, c : c + w]
+        if along_w
+        else slab[:, a : a + d, b : b + h]
+        for a in range(kd)
+        for b in range(kh)
+        for c in (range(kw) if along_w else (0,))
+    ]
+
+
+def _stack_slabs(y: jax.Array, depth: int) -> jax.Array:
+    """Slabs N T ... stacked along a leading axis to N D ..., cut to `depth`."""
+    y = jnp.moveaxis(y, 0, 1)  # N slabs planes ...
+    return y.reshape((y.shape[0], -1) + y.shape[3:])[:, :depth]
+
+
+def _slab(xs: Parts, ws: Parts) -> jax.Array:
+    """The primitive as one matrix product per slab of planes."""
+    kd, kh, kw = ws[0].shape[:3]
+    out = ws[0].shape[-1]
+    planes, slabs, depth = _planes(xs, kd)
+    xs = tuple(_pad_end(x, planes * slabs - depth) for x in xs)
+    width = xs[0].shape[3] - kw + 1
+    # Few output channels: gather fewer taps, and add the rest after the product.
+    after = sum(x.shape[-1] for x in xs) > out
+    if after:
+        # rows (kd kh I), columns (kw O)
+        ws = tuple(jnp.moveaxis(w, 2, 3).reshape(-1, kw * out) for w in ws)
+    matrix = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in ws])
+
+    def one(first):
+        taps = []
+        for x in xs:
+            slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
+            taps += _columns(slab, (kd, kh, kw), along_w=not after)
+        y = jnp.concatenate(taps, -1) @ matrix
+        if not after:
+            return y
+        return sum(
+            y[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
+        )
+
+    return _stack_slabs(lax.map(one, jnp.arange(slabs) * planes), depth)
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
+    """Returns the gradient of `_valid` with respect to one kernel, slab by slab."""
+    kd, kh, kw, i, o = kernel_shape
+    planes, slabs, depth = _planes((x,), kd)
+    extra = planes * slabs - depth
+    if o < i:
+        # Gather the taps of the thinner array: dw[t] = sum_q x[q] dy[q - t].
+        margin = ((0, 0), (kd - 1,) * 2, (kh - 1,) * 2, (kw - 1,) * 2, (0, 0))
+        swapped = _kernel_gradient(jnp.pad(dy, margin), x, (kd, kh, kw, o, i))
+        return jnp.swapaxes(jnp.flip(swapped, (0, 1, 2)), 3, 4)
+    x, dy = _pad_end(x, extra), _pad_end(dy, extra)
+
+    def add(total, first):
+        slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
+        columns = jnp.concatenate(_columns(slab, (kd, kh, kw)), -1)
+        rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
+        product = columns.reshape(-1, kd * kh * kw * i).T @ rows.reshape(-1, o)
+        return total + product, None
+
+    zero = jnp.zeros((kd * kh * kw * i, o), dy.dtype)
+    total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
+    return total.reshape(kernel_shape)
+
+
+def _by_platform(form: Form, slab, native, *args):
+    if form == "slab":
+        return slab(*args)
+    if form == "native":
+        return native(*args)
+    return lax.platform_dependent(*args, cpu=slab, default=native)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _valid(xs: Parts, ws: Parts, form: Form) -> jax.Array:
+    """Returns sum_i conv(xs[i], ws[i]) with stride 1 and no padding."""
+    return _by_platform(form, _slab, _native, xs, ws)
+
+
+def _valid_forward(xs, ws, form):
+    return _valid(xs, ws, form), (xs, ws)
+
+
+def _valid_backward(form, saved, dy):
+    xs, ws = saved
+    kd, kh, kw = ws[0].shape[:3]
+    margin = ((0, 0), (kd - 1,) * 2, (kh - 1,) * 2, (kw - 1,) * 2, (0, 0))
+    # N D H W I of all parts in one product; the parts share dy's taps.
+    turned = jnp.concatenate(
+        [jnp.swapaxes(jnp.flip(w, (0, 1, 2)), 3, 4) for w in ws], axis=-1
+    )
+
+    def slab(xs, ws, dy):
+        dx = _slab((jnp.pad(dy, margin),), (turned,))
+        dws = tuple(
+            _kernel_gradient(x, dy, w.shape) for x, w in zip(xs, ws, strict=True)
+        )
+        edges = [0]
+        for x in xs:
+            edges.append(edges[-1] + x.shape[-1])
+        dxs = tuple(dx[..., a:b] for a, b in zip(edges[:-1], edges[1:], strict=True))
+        return dxs, dws
+
+    def native(xs, ws, dy):
+        return jax.vjp(_native, xs, ws)[1](dy)
+
+    return _by_platform(form, slab, native, xs, ws, dy)
+
+
+_valid.defvjp(_valid_forward, _valid_backward)
+
+
+# --- layers -------------------------------------------------------------------------
+
+
+def _parts(x: jax.Array | Parts, kernel: jax.Array) -> tuple[Parts, Parts]:
+    """Splits the kernel's input channels as the input is split."""
+    xs = x if isinstance(x, tuple) else (x,)
+    ws, first = [], 0
+    for part in xs:
+        ws.append(kernel[..., first : first + part.shape[-1], :])
+        first += part.shape[-1]
+    if first != kernel.shape[-2]:
+        raise ValueError(
+            f"the input has {first} channels, the kernel expects {kernel.shape[-2]}"
+        )
+    return xs, tuple(ws)
+
+
+def _pad(x: jax.Array, *widths: tuple[int, int], mode: str = "constant") -> jax.Array:
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=mode)
+
+
+def space_to_depth(x: Image) -> Image:
+    """N 2D 2H 2W C to N D H W 8C, channels ordered (2, 2, 2, C)."""
+    n, d, h, w, c = x.shape
+    x = x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, d // 2, h // 2, w // 2, 8 * c)
+
+
+def depth_to_space(x: Image) -> Image:
+    """N D H W 8C to N 2D 2H 2W C: the inverse of `space_to_depth`."""
+    n, d, h, w, c = x.shape
+    x = x.reshape(n, d, h, w, 2, 2, 2, c // 8)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
+
+
+def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
+    """3x3x3 convolution, stride 1, zero padding 1: N D H W O.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 3 3 3 I O, correlation as in ``torch.nn.Conv3d``.
+      bias: O.
+      form: see the module's docstring.
+    """
+    xs, ws = _parts(x, kernel)
+    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
+    return _valid(xs, ws, form) + bias
+
+
+def conv3_stride2(
+    x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
+) -> Image:
+    """3x3x3 convolution, stride 2, zero padding 1: N ceil(D/2) ceil(H/2) ceil(W/2) O.
+
+    By space-to-depth and a 2x2x2 convolution: the input gradient of a strided
+    convolution is as fast as its forward pass this way.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 3 3 3 I O.
+      bias: O.
+      form: see the module's docstring.
+    """
+    xs, ws = _parts(x, kernel)
+    # One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1) in all.
+    widths = [(1, 1 + n % 2) for n in xs[0].shape[1:4]]
+    xs = tuple(space_to_depth(_pad(part, *widths)) for part in xs)
+
+    def fold(w):  # the fourth tap of each axis is zero
+        i, o = w.shape[-2:]
+        w = jnp.pad(w, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
+        return w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
+
+    return _valid(xs, tuple(fold(w) for w in ws), form) + bias
+
+
+def conv4_transpose2(
+    x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
+) -> Image:
+    """4x4x4 transposed convolution, stride 2, padding 1: N 2D 2H 2W O.
+
+    ``out[2 x + k - 1] += in[x] kernel[k]``, as ``torch.nn.ConvTranspose3d``: a 2x2x2
+    convolution to 8 O channels and depth-to-space (Shi et al., CVPR 2016).
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 4 4 4 I O in PyTorch's tap order, not flipped.
+      bias: O.
+      form: see the module's docstring.
+    """
+    xs, ws = _parts(x, kernel)
+    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
+
+    def fold(w):  # out[2 j - 1 + r] = sum_a in[j - 1 + a] kernel[2 + r - 2 a]
+        i, o = w.shape[-2:]
+        w = jnp.flip(w.reshape(2, 2, 2, 2, 2, 2, i, o), (0, 2, 4))
+        return w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)
+
+    y = depth_to_space(_valid(xs, tuple(fold(w) for w in ws), form))
+    return y[:, 1:-1, 1:-1, 1:-1] + bias
+
+
+def average_pool2(x: Image) -> Image:
+    """2x2x2 average pooling, stride 2, ceiling mode: N ceil(D/2) ceil(H/2) ceil(W/2) C.
+
+    A window that runs past the end averages the voxels that exist, which is the same
+    as repeating the last one.
+    """
+    x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
+    n, d, h, w, c = x.shape
+    return x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c).mean((2, 4, 6))
+
+
+def upsample2(x: Image) -> Image:
+    """Trilinear doubling with half-pixel centres and clamped ends: N 2D 2H 2W C.
+
+    ``out[2 i] = 0.25 in[i - 1] + 0.75 in[i]``, ``out[2 i + 1] = 0.75 in[i] +
+    0.25 in[i + 1]`` along each axis.
+    """
+    for axis in (1, 2, 3):
+        n = x.shape[axis]
+        before = lax.slice_in_dim(x, 0, n - 1, axis=axis)
+        after = lax.slice_in_dim(x, 1, n, axis=axis)
+        first = lax.slice_in_dim(x, 0, 1, axis=axis)
+        last = lax.slice_in_dim(x, n - 1, n, axis=axis)
+        low = jnp.concatenate([first, before], axis)
+        high = jnp.concatenate([after, last], axis)
+        x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
+        x = x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
+    return x

@@ -1,0 +1,169 @@
+"""tallUNet2: the U-Net of the GradICON family.
+
+References:
+  Tian et al., GradICON, CVPR 2023; Tian et al., uniGradICON, MICCAI 2024. The layers,
+  constants and quirks follow icon_registration 1.1.9, whose weights load unchanged.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxreg.nn import conv
+from jaxreg.typing import Field, Image
+
+_NORM_EPSILON = 1e-5
+_NORM_MOMENTUM = 0.9  # of the old value; PyTorch counts it the other way: 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of one U-Net.
+
+    Attributes:
+      channels_down: channels before each strided convolution and after the last; the
+        first is that of the two images together.
+      channels_up: channels after each upsampling, finest first.
+      form: convolution form, see `jaxreg.nn.conv`.
+    """
+
+    channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
+    channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
+    form: conv.Form = "auto"
+
+
+def _leaky(x):
+    return jnp.where(x > 0, x, 0.01 * x)
+
+
+def _fit(x: Image, channels: int) -> Image:
+    """Keeps the first channels, or puts the missing ones, all zero, in front."""
+    missing = channels - x.shape[-1]
+    if missing > 0:
+        return jnp.pad(x, ((0, 0),) * 4 + ((missing, 0),))
+    return x[..., :channels]
+
+
+def _uniform(fan_in: int):
+    """PyTorch's default for convolution weights and biases: +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Convolution(nn.Module):
+    """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
+
+    Attributes:
+      function: the layer, ``(x, kernel, bias, form=)``.
+      shape: of the kernel, kD kH kW I O.
+      zero: whether both start at zero, otherwise as PyTorch starts them.
+      form: see `jaxreg.nn.conv`.
+    """
+
+    function: object
+    shape: tuple[int, ...]
+    zero: bool = False
+    form: conv.Form = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        """Applies the layer to N D H W I, or to parts of it along channels."""
+        kd, kh, kw, i, o = self.shape
+        # PyTorch takes a transposed convolution's fan from the output channels.
+        fan = kd * kh * kw * (o if self.function is conv.conv4_transpose2 else i)
+        init = nn.initializers.zeros if self.zero else _uniform(fan)
+        kernel = self.param("kernel", init, self.shape)
+        bias = self.param("bias", init, (o,))
+        return self.function(x, kernel, bias, form=self.form)  # pyright: ignore
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation as PyTorch's: the running variance is the unbiased one.
+
+    Statistics are over N D H W of the array the module sees: the global batch under
+    jit over a mesh, one device's batch under pmap.
+    """
+
+    @nn.compact
+    def __call__(self, x: Image, *, train: bool) -> Image:
+        """Normalises N D H W C; in training moves the running statistics once."""
+        c = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (c,))
+        bias = self.param("bias", nn.initializers.zeros, (c,))
+        mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
+        var = self.variable("batch_stats", "var", jnp.ones, (c,))
+        count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
+        if train:
+            axes = (0, 1, 2, 3)
+            now_mean = x.mean(axes)
+            now_var = jnp.square(x - now_mean).mean(axes)
+            if not self.is_initializing():
+                voxels = math.prod(x.shape[:4])
+                unbiased = now_var * (voxels / max(voxels - 1, 1))
+                keep = _NORM_MOMENTUM
+                mean.value = keep * mean.value + (1 - keep) * now_mean
+                var.value = keep * var.value + (1 - keep) * unbiased
+                count.value = count.value + 1
+        else:
+            now_mean, now_var = mean.value, var.value
+        factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
+        return x * factor + (bias - now_mean * factor)
+
+
+class TallUNet2(nn.Module):
+    """Two images to a displacement field, unit coordinates of their own grid."""
+
+    config: UNetConfig = UNetConfig()
+
+    @nn.compact
+    def __call__(self, moving: Image, fixed: Image, *, train: bool = False) -> Field:
+        """Maps moving and fixed, each N D H W C, to N D H W 3; any size of at least 2.
+
+        In training mode batch norm uses and updates batch statistics.
+        """
+        down, up, form = (
+            self.config.channels_down,
+            self.config.channels_up,
+            self.config.form,
+        )
+        levels = len(up)
+        x = jnp.concatenate([moving, fixed], axis=-1)
+        if x.shape[-1] != down[0]:
+            raise ValueError(
+                f"moving and fixed have {x.shape[-1]} channels together, "
+                f"the U-Net expects {down[0]}"
+            )
+        skips = []
+        for level in range(levels):
+            skips.append(x)
+            name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
+            layer = Convolution(conv.conv3_stride2, shape, form=form, name=name)
+            y = layer(_leaky(x))
+            x = y + _fit(conv.average_pool2(x), down[level + 1])
+        parts = (x,)
+        for level in reversed(range(levels)):
+            channels = sum(part.shape[-1] for part in parts)
+            name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
+            layer = Convolution(conv.conv4_transpose2, shape, form=form, name=name)
+            y = layer(tuple(_leaky(part) for part in parts))
+            # The residual keeps the first channels: the decoder's, as up shrinks.
+            whole = parts[0]
+            if whole.shape[-1] < min(up[level], channels):
+                whole = jnp.concatenate(parts, axis=-1)
+            x = y + conv.upsample2(_fit(whole, up[level]))
+            x = BatchNorm(name=f"norm_{level}")(x, train=train)
+            skip = skips[level]
+            d, h, w = skip.shape[1:4]
+            parts = (x[:, :d, :h, :w], skip)
+        channels = sum(part.shape[-1] for part in parts)
+        last = Convolution(
+            conv.conv3, (3, 3, 3, channels, 3), zero=True, form=form, name="last"
+        )
+        return last(parts) / 10.0
