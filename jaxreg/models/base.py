@@ -30,11 +30,25 @@ class Registration(Protocol):
         ...
 
     def apply(
-        self, variables: Variables, moving: Image, fixed: Image, *, train: bool = False
+        self,
+        variables: Variables,
+        moving: Image,
+        fixed: Image,
+        *,
+        train: bool = False,
+        groups: int = 1,
     ) -> tuple[Prediction, Variables]:
         """Returns the prediction for moving onto fixed, and the variables after it.
 
-        In training mode the running statistics in the returned variables have moved
-        once; otherwise the variables come back as they were.
+        In training mode the running statistics in the returned variables have moved;
+        otherwise the variables come back as they were.
+
+        Args:
+          variables: as from `init`.
+          moving: N D H W C.
+          fixed: N D H W C.
+          train: training mode.
+          groups: the batch holds this many calls end to end; what a call shares (batch
+            statistics) is kept apart, so the result equals separate calls in order.
         """
         ...

@@ -54,14 +54,16 @@ class GradIconNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, moving: Image, fixed: Image, *, train: bool = False
+        self, moving: Image, fixed: Image, *, train: bool = False, groups: int = 1
     ) -> Transform:
         """Maps a pair, each N D H W C, to the transform of fixed to moving points."""
         config = self.config
 
         def step(index):
             unet = TallUNet2(config.unet, name=f"step_{index}")
-            return multires.field_step(lambda a, b: unet(a, b, train=train))
+            return multires.field_step(
+                lambda a, b: unet(a, b, train=train, groups=groups)
+            )
 
         network = step(1)
         for index in range(config.halvings):
@@ -87,7 +89,13 @@ class GradIcon:
         return jax.jit(GradIconNetwork(self.config).init)(key, image, image)
 
     def apply(
-        self, variables: Variables, moving: Image, fixed: Image, *, train: bool = False
+        self,
+        variables: Variables,
+        moving: Image,
+        fixed: Image,
+        *,
+        train: bool = False,
+        groups: int = 1,
     ) -> tuple[Prediction, Variables]:
         """Returns the prediction for moving onto fixed, and the variables after it.
 
@@ -95,7 +103,11 @@ class GradIcon:
           variables: {"params", "batch_stats"}.
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
-          train: use batch statistics, and move the running ones once.
+          train: use batch statistics, and move the running ones once per group.
+          groups: see `jaxreg.models.base.Registration.apply`.
+
+        Raises:
+          ValueError: an axis of one voxel, or the wrong number of channels.
         """
         if min(moving.shape[1:4]) < 2:
             raise ValueError(f"every axis needs 2 voxels or more, got {moving.shape}")
@@ -103,6 +115,11 @@ class GradIcon:
         if not train:
             return Prediction(network.apply(variables, moving, fixed)), variables
         transform, updates = network.apply(
-            variables, moving, fixed, train=True, mutable=["batch_stats"]
+            variables,
+            moving,
+            fixed,
+            train=True,
+            groups=groups,
+            mutable=["batch_stats"],
         )
         return Prediction(transform), {**variables, **updates}

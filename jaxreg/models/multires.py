@@ -8,7 +8,7 @@ off these coordinates; released weights were trained with that offset.
 from collections.abc import Callable
 
 from jaxreg.nn import conv
-from jaxreg.space import fields, sampling
+from jaxreg.space import fields
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.typing import Field, Image
 
@@ -45,8 +45,8 @@ def two_step(first: Network, second: Network) -> Network:
 
     def run(moving, fixed):
         outer = first(moving, fixed)
-        points = outer.map_points(sampling.identity(moving.shape[1:4], moving.dtype))
-        inner = second(fields.warp(moving, points), fixed)
+        warped = fields.warp(moving, outer.on_grid(moving.shape[1:4]))
+        inner = second(warped, fixed)
         return inner.then(outer)
 
     return run

@@ -89,32 +89,41 @@ class BatchNorm(nn.Module):
 
     Statistics are over N D H W of the array the module sees: the global batch under
     jit over a mesh, one device's batch under pmap.
+
+    Attributes:
+      groups: the batch is this many calls of the network, end to end. Each is
+        normalised by its own statistics, and the running ones move once per group, in
+        order: the same numbers as separate calls.
     """
+
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Image:
-        """Normalises N D H W C; in training moves the running statistics once."""
+        """Normalises N D H W C; in training moves the running statistics."""
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
         var = self.variable("batch_stats", "var", jnp.ones, (c,))
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
-        if train:
-            axes = (0, 1, 2, 3)
-            now_mean = x.mean(axes)
-            now_var = jnp.square(x - now_mean).mean(axes)
-            if not self.is_initializing():
-                voxels = math.prod(x.shape[:4])
-                unbiased = now_var * (voxels / max(voxels - 1, 1))
-                keep = _NORM_MOMENTUM
-                mean.value = keep * mean.value + (1 - keep) * now_mean
-                var.value = keep * var.value + (1 - keep) * unbiased
-                count.value = count.value + 1
-        else:
-            now_mean, now_var = mean.value, var.value
+        if not train:
+            factor = scale * jax.lax.rsqrt(var.value + _NORM_EPSILON)
+            return x * factor + (bias - mean.value * factor)
+        grouped = x.reshape(self.groups, -1, *x.shape[1:])
+        axes = (1, 2, 3, 4)
+        now_mean = grouped.mean(axes, keepdims=True)
+        now_var = jnp.square(grouped - now_mean).mean(axes, keepdims=True)
+        if not self.is_initializing():
+            voxels = math.prod(grouped.shape[1:5])
+            unbiased = now_var * (voxels / max(voxels - 1, 1))
+            keep = _NORM_MOMENTUM
+            for group in range(self.groups):
+                mean.value = keep * mean.value + (1 - keep) * now_mean[group].ravel()
+                var.value = keep * var.value + (1 - keep) * unbiased[group].ravel()
+            count.value = count.value + self.groups
         factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
-        return x * factor + (bias - now_mean * factor)
+        return (grouped * factor + (bias - now_mean * factor)).reshape(x.shape)
 
 
 class TallUNet2(nn.Module):
@@ -123,10 +132,12 @@ class TallUNet2(nn.Module):
     config: UNetConfig = UNetConfig()
 
     @nn.compact
-    def __call__(self, moving: Image, fixed: Image, *, train: bool = False) -> Field:
+    def __call__(
+        self, moving: Image, fixed: Image, *, train: bool = False, groups: int = 1
+    ) -> Field:
         """Maps moving and fixed, each N D H W C, to N D H W 3; any size of at least 2.
 
-        In training mode batch norm uses and updates batch statistics.
+        In training mode batch norm uses and updates batch statistics, see `BatchNorm`.
         """
         down, up, form = (
             self.config.channels_down,
@@ -158,7 +169,7 @@ class TallUNet2(nn.Module):
             if whole.shape[-1] < min(up[level], channels):
                 whole = jnp.concatenate(parts, axis=-1)
             x = y + conv.upsample2(_fit(whole, up[level]))
-            x = BatchNorm(name=f"norm_{level}")(x, train=train)
+            x = BatchNorm(groups, name=f"norm_{level}")(x, train=train)
             skip = skips[level]
             d, h, w = skip.shape[1:4]
             parts = (x[:, :d, :h, :w], skip)

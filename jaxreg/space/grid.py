@@ -2,8 +2,8 @@
 
 * voxel: continuous array index (d, h, w) of ``array[d, h, w]``; integers are centres.
   ``array[d, h, w] == nifti[w, h, d]``, so (d, h, w) is ITK's (k, j, i).
-* unit: ``voxel / (n - 1)`` per axis, 0 at the first centre and 1 at the last. On an axis
-  of one voxel the scale is 1: unit and voxel coordinates are the same number.
+* unit: ``voxel / (n - 1)`` per axis, 0 at the first centre and 1 at the last. On an
+  axis of one voxel the scale is 1: unit and voxel coordinates are the same number.
 * mm: RAS+ world coordinates (x, y, z), NIfTI's frame. LPS exists only in `jaxreg.io`.
 
 Geometry is small and exact: NumPy, float64, on the host.

@@ -5,6 +5,8 @@ voxels. The resizers keep the *extent* instead: voxel edges coincide. Both come 
 original programs, whose weights learned the difference.
 """
 
+import functools
+import math
 from typing import Literal
 
 import jax
@@ -34,11 +36,6 @@ def identity(shape: grid_lib.Shape, dtype=jnp.float32) -> jax.Array:
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), axis=-1)[None]
 
 
-def _clamp(index: jax.Array, last: jax.Array) -> jax.Array:
-    # Not jnp.clip: its gradient at a tie is 0.5, PyTorch's border sampling has 0.
-    return jnp.where(index <= 0, 0.0, jnp.where(index >= last, last, index))
-
-
 def sample(
     values: Image,
     points: Points,
@@ -47,7 +44,7 @@ def sample(
     outside: Outside = "edge",
     fill: float = 0.0,
 ) -> jax.Array:
-    """Returns the values at unit coordinates, N ... C.
+    """Returns the values at unit coordinates, N ... C, by `map_coordinates`.
 
     Args:
       values: N D H W C, or 1 D H W C to be read at every batch element's points.
@@ -57,38 +54,216 @@ def sample(
       fill: the value beyond half a voxel, for "half_voxel" only.
 
     The gradient with respect to `points` is zero where a clamped coordinate lies at or
-    beyond the corner voxel's centre, as in PyTorch's border sampling.
+    beyond the corner voxel's centre, as in PyTorch's border sampling. Nearest sampling
+    has no gradient.
     """
-    shape = values.shape[1:4]
-    scale = jnp.asarray(grid_lib.unit_scale(shape), points.dtype)
-    index = points * scale
-    last = jnp.asarray(np.asarray(shape) - 1, points.dtype)
-    if outside == "zeros":
-        mode = "constant"
-    else:
-        inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
-        index, mode = _clamp(index, last), "nearest"
-
-    def one_channel(volume, at):
-        return ndimage.map_coordinates(
-            volume, [at[..., i] for i in range(3)], order=order, mode=mode
-        )
-
-    def one_sample(volume, at):
-        return jax.vmap(one_channel, in_axes=(-1, None), out_axes=-1)(volume, at)
-
+    values = jnp.asarray(values)
+    scale = grid_lib.unit_scale(values.shape[1:4])
+    index = points * jnp.asarray(scale, points.dtype)
+    flat = index.reshape(index.shape[0], -1, 3)
     batch = max(values.shape[0], index.shape[0])
-    if batch == 1:
-        result = one_sample(values[0], index[0])[None]
+    if order == 0:
+        result = _read(values, flat, order=0, zeros=outside == "zeros")
     else:
-        axes = tuple(0 if a.shape[0] == batch else None for a in (values, index))
-        single = tuple(
-            a if x == 0 else a[0] for a, x in zip((values, index), axes, strict=True)
-        )
-        result = jax.vmap(one_sample, in_axes=axes)(*single)
+        result = _linear(values, flat, outside == "zeros")
+    result = result.reshape(batch, *index.shape[1:-1], values.shape[-1])
     if outside == "half_voxel":
+        last = jnp.asarray(np.asarray(values.shape[1:4]) - 1, index.dtype)
+        inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
         result = jnp.where(inside, result, jnp.asarray(fill, result.dtype))
     return result
+
+
+# --- linear sampling of N D H W C at voxel indices N P 3, with its derivative --------
+#
+# XLA's CPU backend fuses a sampler into everything that reads it and computes it again
+# for every reader; composed samplers multiply. A loop over chunks of points is a
+# boundary that fusion does not cross. Automatic differentiation would scatter each of
+# the eight taps of each channel on its own; here the points' gradient only gathers.
+
+_CHUNK = 2**15
+
+
+def _over_batch(function, *arrays, loop: bool):
+    """Applies `function` per batch element; an array of batch 1 serves them all."""
+    batch = max(a.shape[0] for a in arrays)
+    if batch == 1:
+        return function(*(a[0] for a in arrays))[None]
+    own = [a.shape[0] == batch for a in arrays]
+    shared = [a if o else a[0] for a, o in zip(arrays, own, strict=True)]
+    if not loop:
+        return jax.vmap(function, in_axes=[0 if o else None for o in own])(*shared)
+
+    def one(n):
+        return function(*(a[n] if o else a for a, o in zip(shared, own, strict=True)))
+
+    return jax.lax.map(one, jnp.arange(batch))
+
+
+def _in_chunks(*arrays):
+    """P K arrays to chunks, zero padded: chunks chunk K."""
+    count = arrays[0].shape[0]
+    chunks = -(-count // _CHUNK)
+    return tuple(
+        jnp.pad(a, ((0, chunks * _CHUNK - count), (0, 0))).reshape(chunks, _CHUNK, -1)
+        for a in arrays
+    )
+
+
+def _per_point(function, values, *per_point):
+    """Applies ``function(values, *per_point)``, in chunks of points on CPU."""
+
+    def chunked(values, *arrays):
+        count = arrays[0].shape[0]
+        if count <= _CHUNK:
+            return function(values, *arrays)
+        out = jax.lax.map(lambda c: function(values, *c), _in_chunks(*arrays))
+        return out.reshape(-1, out.shape[-1])[:count]
+
+    return jax.lax.platform_dependent(
+        values,
+        *per_point,
+        cpu=lambda *a: _over_batch(chunked, *a, loop=True),
+        default=lambda *a: _over_batch(function, *a, loop=False),
+    )
+
+
+def _clamp(index: jax.Array, shape) -> jax.Array:
+    """Clamps P 3 voxel indices to an array of shape D H W C."""
+    last = jnp.asarray(np.asarray(shape[:3]) - 1, index.dtype)
+    return jnp.clip(index, 0.0, last)
+
+
+def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool):
+    """N D H W C at N P 3 voxel indices: N P C."""
+    mode = "constant" if zeros else "nearest"
+
+    def read(values, at):
+        at = at if zeros else _clamp(at, values.shape)
+        coordinates = [at[:, axis] for axis in range(3)]
+        return jax.vmap(
+            lambda v: ndimage.map_coordinates(v, coordinates, order=order, mode=mode),
+            in_axes=-1,
+            out_axes=-1,
+        )(values)
+
+    return _per_point(read, values, index)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(values: jax.Array, index: jax.Array, zeros: bool):  # noqa: FBT001
+    return _read(values, index, order=1, zeros=zeros)
+
+
+def _linear_forward(values, index, zeros):
+    return _linear(values, index, zeros), (values, index)
+
+
+def _corners(index: jax.Array, shape, *, zeros: bool):
+    """The eight corners around P 3 indices.
+
+    Returns:
+      (flat, weights, inside): for each corner its flat voxel index, P, and whether it
+      lies in the array, P; and the weights per axis of the low and the high corner,
+      two of P 3.
+    """
+    last = np.asarray(shape[:3]) - 1
+    at = index if zeros else _clamp(index, shape)
+    low = jnp.floor(at)
+    if not zeros:
+        low = jnp.minimum(low, jnp.asarray(np.maximum(last - 1, 0), at.dtype))
+    high = at - low
+    low = low.astype(jnp.int32)
+    flat, inside = [], []
+    for offset in np.ndindex(2, 2, 2):
+        corner = low + np.asarray(offset, np.int32)
+        bounded = jnp.clip(corner, 0, last)
+        inside.append(jnp.all(bounded == corner, axis=-1))
+        d, h, w = bounded[:, 0], bounded[:, 1], bounded[:, 2]
+        flat.append((d * shape[1] + h) * shape[2] + w)
+    return flat, (1.0 - high, high), inside
+
+
+def _product(weights, offset, skip=None):
+    factors = [weights[o][:, axis] for axis, o in enumerate(offset) if axis != skip]
+    return functools.reduce(jnp.multiply, factors)
+
+
+def _index_gradient(values, index, dy, *, zeros: bool):
+    """The gradient with respect to the indices: N P 3, by gathering."""
+
+    def gradient(values, at, dy):
+        taps = values.reshape(-1, values.shape[-1])
+        flat, weights, inside = _corners(at, values.shape, zeros=zeros)
+        slopes = [jnp.zeros_like(at[:, 0])] * 3
+        offsets = np.ndindex(2, 2, 2)
+        for offset, corner, valid in zip(offsets, flat, inside, strict=True):
+            tap = taps.at[corner].get(mode="promise_in_bounds")
+            along = jnp.where(valid, jnp.sum(tap * dy, axis=-1), 0.0)
+            for axis in range(3):
+                signed = along if offset[axis] else -along
+                slopes[axis] += signed * _product(weights, offset, skip=axis)
+        slope = jnp.stack(slopes, axis=-1)
+        if zeros:
+            return slope
+        # PyTorch's border rule; clip alone would pass half the gradient at a tie.
+        last = jnp.asarray(np.asarray(values.shape[:3]) - 1, at.dtype)
+        return jnp.where((at > 0) & (at < last), slope, 0.0)
+
+    return _per_point(gradient, values, index, dy)
+
+
+def _values_gradient(values, index, dy, *, zeros: bool):
+    """The gradient with respect to the values: N D H W C, by scattering."""
+    shape = values.shape[1:]
+
+    def add(total, chunk):
+        at, dy = chunk
+        flat, weights, inside = _corners(at, shape, zeros=zeros)
+        offsets = np.ndindex(2, 2, 2)
+        for offset, corner, valid in zip(offsets, flat, inside, strict=True):
+            weight = jnp.where(valid, _product(weights, offset), 0.0)
+            total = total.at[corner].add(weight[:, None] * dy, mode="promise_in_bounds")
+        return total, None
+
+    def empty():
+        return jnp.zeros((math.prod(shape[:3]), shape[3]), values.dtype)
+
+    def chunked(index, dy):
+        return jax.lax.scan(add, empty(), _in_chunks(index, dy))[0]
+
+    def whole(index, dy):
+        return add(empty(), (index, dy))[0]
+
+    total = jax.lax.platform_dependent(
+        index,
+        dy,
+        cpu=lambda *a: _over_batch(chunked, *a, loop=True),
+        default=lambda *a: _over_batch(whole, *a, loop=False),
+    )
+    return _like(total.reshape(-1, *shape), values)
+
+
+def _like(gradient, array):
+    """Sums a gradient over the batch that shared one element."""
+    if gradient.shape[0] != array.shape[0]:
+        return gradient.sum(0, keepdims=True)
+    return gradient
+
+
+def _linear_backward(zeros, saved, dy):
+    # Two loops, so that the one whose gradient nobody asks for is removed.
+    values, index = saved
+    return (
+        _values_gradient(values, index, dy, zeros=zeros),
+        _like(_index_gradient(values, index, dy, zeros=zeros), index),
+    )
+
+
+_linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --- resizing ------------------------------------------------------------------------
 
 
 def _linear_matrix(n: int, position: np.ndarray) -> np.ndarray:

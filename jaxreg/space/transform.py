@@ -77,6 +77,35 @@ class Transform:
             points = step(points)
         return points
 
+    def on_grid(self, shape: grid_lib.Shape) -> jax.Array:
+        """Maps the voxels of a grid: `map_points` of its identity, N D H W 3, unit.
+
+        A field at regular points is added or resized, never sampled.
+        """
+        points = sampling.identity(shape)
+        steps = self.steps
+        if steps and isinstance(steps[0], Displacement) and steps[0].outside == "edge":
+            field = jnp.asarray(steps[0].field)
+            if field.shape[1:4] != tuple(shape):
+                field = sampling.resize_aligned(field, shape)
+            points, steps = points + field, steps[1:]
+        return Transform(steps).map_points(points)
+
+    def split(self, parts: int) -> tuple["Transform", ...]:
+        """Returns the transforms of equal parts of the batch; affines are shared."""
+
+        def part(step, index):
+            if isinstance(step, Affine):
+                return step
+            return dataclasses.replace(
+                step, field=jnp.split(jnp.asarray(step.field), parts)[index]
+            )
+
+        return tuple(
+            Transform(tuple(part(step, index) for step in self.steps))
+            for index in range(parts)
+        )
+
     def then(self, other: "Transform") -> "Transform":
         """Returns the transform that applies `other` to this one's result."""
         return Transform(self.steps + other.steps)
@@ -110,8 +139,7 @@ def in_world(unit: Transform, fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Tr
 
 def flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     """Returns the same map as one displacement field on a grid of `shape`, unit."""
-    grid = sampling.identity(shape)
-    return Transform((Displacement(unit.map_points(grid) - grid),))
+    return Transform((Displacement(unit.on_grid(shape) - sampling.identity(shape)),))
 
 
 def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -209,6 +237,9 @@ def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
     return ((mapped - voxels) @ fixed.voxel_to_mm[:3, :3].T).astype(np.float32)
 
 
+_JACOBIAN_SLAB = 2**20  # voxels; a whole scan in float64 would take gigabytes
+
+
 def jacobian_map(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
     """Returns ``det dT/dx`` in mm at the fixed voxels, D H W, float32.
 
@@ -216,15 +247,28 @@ def jacobian_map(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
     image direction and spacing are taken into account (the original ignores the
     direction and halves the border's differences).
     """
-    displacement = displacement_mm(transform, fixed).astype(np.float64)
-    gradient = np.stack(
-        [
+    displacement = displacement_mm(transform, fixed)
+    d, h, w = fixed.shape
+    depth = max(1, _JACOBIAN_SLAB // (h * w))
+    out = []
+    for first in range(0, d, depth):  # with a slice more on either side
+        below, above = min(first, 1), min(first + depth + 1, d)
+        slab = displacement[first - below : above].astype(np.float64)
+        determinant = _jacobian_of_slab(slab, fixed.voxel_to_mm[:3, :3])
+        out.append(determinant[below : below + depth].astype(np.float32))
+    return np.concatenate(out)
+
+
+def _jacobian_of_slab(displacement: np.ndarray, voxel_to_mm: np.ndarray) -> np.ndarray:
+    """det dT/dx as the volume of the voxel's mapped axes over that of its own."""
+    mapped = [
+        voxel_to_mm[:, axis]
+        + (
             np.gradient(displacement, axis=axis)
             if displacement.shape[axis] > 1
             else np.zeros_like(displacement)
-            for axis in range(3)
-        ],
-        axis=-1,
-    )  # component, array axis
-    jacobian = gradient @ np.linalg.inv(fixed.voxel_to_mm[:3, :3])
-    return np.linalg.det(np.eye(3) + jacobian).astype(np.float32)
+        )
+        for axis in range(3)
+    ]
+    volume = np.sum(np.cross(mapped[0], mapped[1]) * mapped[2], axis=-1)
+    return volume / np.linalg.det(voxel_to_mm)

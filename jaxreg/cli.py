@@ -1,0 +1,1025 @@
+"""The command line: ``jaxreg <verb>``.
+
+Long options have hyphens; the underscore spelling of the PyTorch tool works as well, so
+that a script changes one word (``unigradicon-register`` to ``jaxreg register``). What
+can be checked without registering is checked first, and a mistake of the user is one
+sentence on stderr with exit status 2. Heavy imports live inside the verbs: ``--help``
+is quick.
+"""
+
+import contextlib
+import csv
+import dataclasses
+import enum
+import pathlib
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from jaxreg import __version__
+from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.space.grid import Volume
+
+# typer carries its own copy of click since 0.26; the base of all usage errors is found
+# through the one exception that it exports in every version.
+_ClickException: Any = next(
+    c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException"
+)
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Universal medical image registration in JAX.",
+)
+
+
+class Modality(enum.StrEnum):
+    """What kind of scan it is, for the intensity scale."""
+
+    CT = "ct"
+    MRI = "mri"
+
+
+class Target(enum.StrEnum):
+    """What instance optimisation changes."""
+
+    NETWORK = "network"
+    DISPLACEMENT = "displacement"
+
+
+class Similarity(enum.StrEnum):
+    """Names of losses.similarity.SIMILARITIES."""
+
+    LNCC = "lncc"
+    LNCC2 = "lncc2"
+    MIND = "mind"
+    NMI = "nmi"
+    NCC = "ncc"
+    MSE = "mse"
+
+
+class Precision(enum.StrEnum):
+    """Arithmetic of the network."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Frame(enum.StrEnum):
+    """Sign convention of points in mm."""
+
+    LPS = "lps"
+    RAS = "ras"
+
+
+def _option(name: str, text: str, panel: str | None = None, **settings) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, **settings)
+
+
+def _choice(name: str, text: str, panel: str) -> Any:
+    return _option(name, text, panel, case_sensitive=False)
+
+
+# One line of help per option, its unit and default in it. [brackets] would be markup.
+_SCANS, _OUT, _MODEL = "Scans", "Outputs", "Model"
+_OPTIMISE, _REGIONS, _INPUT = (
+    "Instance optimisation",
+    "Masks and segmentations",
+    "Intensities",
+)
+Path = pathlib.Path
+Fixed = Annotated[Path, _option("--fixed", "Scan that stays.", _SCANS)]
+Moving = Annotated[Path, _option("--moving", "Scan to be warped onto it.", _SCANS)]
+FixedModality = Annotated[
+    Modality, _choice("--fixed-modality", "Kind of the fixed scan.", _SCANS)
+]
+MovingModality = Annotated[
+    Modality, _choice("--moving-modality", "Kind of the moving scan.", _SCANS)
+]
+TransformOut = Annotated[
+    Path | None,
+    _option(
+        "--transform-out",
+        "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt (ITK composite, LPS "
+        "mm) or .nii.gz .nii (displacement field on the fixed grid, LPS mm).",
+        _OUT,
+    ),
+]
+WarpedOut = Annotated[
+    Path | None,
+    _option(
+        "--warped-moving-out",
+        "Moving scan on the fixed grid in its own pixel type: .nii.gz .nii .nrrd .mha.",
+        _OUT,
+    ),
+]
+InverseOut = Annotated[
+    Path | None,
+    _option(
+        "--inverse-out",
+        "Numerical inverse, moving to fixed points; formats as --transform-out.",
+        _OUT,
+    ),
+]
+Report = Annotated[
+    Path | None,
+    _option("--report", "Page with pictures and numbers, self-contained: .html.", _OUT),
+]
+Fill = Annotated[
+    float | None,
+    _option(
+        "--fill",
+        "Value outside the moving scan. Default: 0; for CT -1000 HU (air), or the "
+        "scan's minimum if that is higher.",
+        _OUT,
+    ),
+]
+WarpFill = Annotated[float, _option("--fill", "Value outside the moving scan.", _OUT)]
+Model = Annotated[
+    str | None,
+    _option(
+        "--model",
+        "unigradicon, multigradicon, a path to weights (checkpoint folder or .trch), "
+        "or none. Default: unigradicon; none with --io-target displacement.",
+        _MODEL,
+    ),
+]
+NetworkWeights = Annotated[
+    Path | None,
+    _option(
+        "--network-weights",
+        "Your own weights for the model: checkpoint folder or .trch.",
+        _MODEL,
+    ),
+]
+ShapeText = Annotated[
+    str,
+    _option(
+        "--shape",
+        "Network grid in voxels, stored volume's slowest axis first. The published "
+        "weights were trained at 175,175,175.",
+        _MODEL,
+        metavar="D,H,W",
+    ),
+]
+PrecisionName = Annotated[
+    Precision, _choice("--precision", "Arithmetic of the network.", _MODEL)
+]
+Iterations = Annotated[
+    str,
+    _option(
+        "--io-iterations",
+        "Steps (for a displacement per level of resolution), or None for a single "
+        "prediction.",
+        _OPTIMISE,
+        metavar="N",
+    ),
+]
+IoTarget = Annotated[
+    Target,
+    _choice(
+        "--io-target",
+        "What is optimised: a copy of the network's weights, or an affine and a "
+        "displacement field without any network.",
+        _OPTIMISE,
+    ),
+]
+IoSim = Annotated[Similarity, _choice("--io-sim", "Similarity.", _OPTIMISE)]
+IoLr = Annotated[
+    float | None,
+    _option(
+        "--io-lr",
+        "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
+        "(displacement).",
+        _OPTIMISE,
+    ),
+]
+Seed = Annotated[
+    int, _option("--seed", "Seed of the optimisation's noise.", _OPTIMISE, min=0)
+]
+FixedMask = Annotated[
+    Path | None, _option("--fixed-mask", "Region of the fixed scan.", _REGIONS)
+]
+MovingMask = Annotated[
+    Path | None, _option("--moving-mask", "Region of the moving scan.", _REGIONS)
+]
+InputMasking = Annotated[
+    bool,
+    _option("--input-masking", "Set intensities outside the masks to 0.", _REGIONS),
+]
+LossMasking = Annotated[
+    bool,
+    _option(
+        "--loss-function-masking",
+        "Count similarity inside the masks only; needs both masks.",
+        _REGIONS,
+    ),
+]
+FixedSegmentation = Annotated[
+    Path | None,
+    _option("--fixed-segmentation", "Label map of the fixed scan.", _REGIONS),
+]
+MovingSegmentation = Annotated[
+    Path | None,
+    _option("--moving-segmentation", "Label map of the moving scan.", _REGIONS),
+]
+DiceWeight = Annotated[
+    float,
+    _option(
+        "--dice-loss-weight",
+        "Weight of the Dice term; needs both segmentations.",
+        _REGIONS,
+    ),
+]
+Conservation = Annotated[
+    bool,
+    _option(
+        "--intensity-conservation-loss",
+        "Multiply warped intensity by the Jacobian determinant; both scans CT.",
+        _INPUT,
+    ),
+]
+CtWindow = Annotated[
+    tuple[float, float] | None,
+    _option(
+        "--ct-window",
+        "Hounsfield units that become 0 and 1. Default: -1000 1000.",
+        _INPUT,
+        metavar="MIN MAX",
+    ),
+]
+QuantileRange = Annotated[
+    tuple[float, float] | None,
+    _option(
+        "--quantile-range",
+        "Quantiles of an MRI that become 0 and 1. Default: the minimum and 0.99.",
+        _INPUT,
+        metavar="LO HI",
+    ),
+]
+
+
+@app.command("register")
+def register_verb(  # noqa: PLR0913
+    context: typer.Context,
+    *,
+    fixed: Fixed,
+    moving: Moving,
+    fixed_modality: FixedModality,
+    moving_modality: MovingModality,
+    transform_out: TransformOut = None,
+    warped_moving_out: WarpedOut = None,
+    inverse_out: InverseOut = None,
+    report: Report = None,
+    fill: Fill = None,
+    model: Model = None,
+    network_weights: NetworkWeights = None,
+    shape: ShapeText = "175,175,175",
+    precision: PrecisionName = Precision.FLOAT32,
+    io_iterations: Iterations = "50",
+    io_target: IoTarget = Target.NETWORK,
+    io_sim: IoSim = Similarity.LNCC,
+    io_lr: IoLr = None,
+    seed: Seed = 0,
+    fixed_mask: FixedMask = None,
+    moving_mask: MovingMask = None,
+    input_masking: InputMasking = False,
+    loss_function_masking: LossMasking = False,
+    fixed_segmentation: FixedSegmentation = None,
+    moving_segmentation: MovingSegmentation = None,
+    dice_loss_weight: DiceWeight = 0.0,
+    intensity_conservation_loss: Conservation = False,
+    ct_window: CtWindow = None,
+    quantile_range: QuantileRange = None,
+) -> None:
+    """Register one scan onto another: a transform, a warped scan, a report.
+
+    Options that would have no effect are refused if you surely meant them (masks
+    without a masking option, a Dice weight without optimisation), and answered with a
+    warning otherwise. Both segmentations without masks and without --dice-loss-weight
+    are taken as masks, as the PyTorch tool does; this is deprecated.
+    """
+    from jaxreg import register as register_lib
+
+    options = register_lib.Options(
+        fixed_modality=fixed_modality.value,
+        moving_modality=moving_modality.value,
+        ct_window=ct_window,
+        quantile_range=quantile_range,
+        input_masking=input_masking,
+        loss_function_masking=loss_function_masking,
+        io_iterations=_parse_iterations(io_iterations),
+        io_target=io_target.value,
+        io_sim=io_sim.value,
+        io_lr=io_lr,
+        dice_loss_weight=dice_loss_weight,
+        intensity_conservation_loss=intensity_conservation_loss,
+        shape=parse_shape(shape),
+        precision=precision.value,
+        seed=seed,
+        inverse=inverse_out is not None,
+    )
+    regions = {
+        "fixed_mask": fixed_mask,
+        "moving_mask": moving_mask,
+        "fixed_segmentation": fixed_segmentation,
+        "moving_segmentation": moving_segmentation,
+    }
+    outputs = {
+        "--transform-out": transform_out,
+        "--warped-moving-out": warped_moving_out,
+        "--inverse-out": inverse_out,
+        "--report": report,
+    }
+    _check_outputs(outputs, [fixed, moving, *regions.values()])
+    regions, options = _segmentations_as_masks(regions, options)
+    register_lib.check_options(options)
+    register_lib.check_regions(options, regions)
+    weights = _choose_weights(model, network_weights, options.io_target)
+    _warn_about_idle_options(options, regions, fill, outputs)
+    _register(
+        {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
+        shlex.join(["jaxreg", *context.obj]),
+    )  # fmt: skip
+
+
+def _register(scans, outputs, options, weights, fill, command: str) -> None:
+    """Reads, registers and writes, once everything else has been checked."""
+    from jaxreg import register as register_lib
+    from jaxreg import report, zoo
+    from jaxreg.io import files, transforms, volumes
+    from jaxreg.space import transform as transform_lib
+
+    for name, path in scans.items():
+        if path is not None:
+            files.check_readable(path, f"--{name.replace('_', '-')}")
+    fixed = volumes.read_volume(scans["fixed"])
+    moving = volumes.read_volume(scans["moving"])
+    regions = register_lib.Regions(
+        **{
+            name: volumes.read_volume(
+                path, kind="mask" if name.endswith("mask") else "labels"
+            )
+            for name, path in scans.items()
+            if path is not None and name not in ("fixed", "moving")
+        }
+    )
+    register_lib.check_volumes(moving, fixed, regions)
+    value = _fill_value(fill, options.moving_modality, moving)
+    stored = moving
+    if outputs["--warped-moving-out"]:
+        stored = volumes.read_volume(scans["moving"], kind="stored")
+        value = _storable(value, stored)
+    model = None
+    if weights is not None:
+        with _Bar("fetch weights") as bar:
+            model = zoo.load(weights, progress=bar.bytes)
+    with _Bar("optimise") as bar:
+        result = register_lib.register(
+            moving, fixed, model, options, regions=regions, progress=bar.step
+        )
+
+    numbers = register_lib.summary(result)
+    if outputs["--transform-out"]:
+        transforms.write_transform(
+            outputs["--transform-out"], result.transform, fixed.grid
+        )
+    if outputs["--inverse-out"] and result.inverse is not None:
+        transforms.write_transform(
+            outputs["--inverse-out"], result.inverse, moving.grid
+        )
+    if outputs["--warped-moving-out"]:
+        warped = transform_lib.warp_volume(
+            stored, result.transform, fixed.grid, fill=value
+        )
+        volumes.write_volume(outputs["--warped-moving-out"], warped)
+    if outputs["--report"]:
+        report.write_report(
+            outputs["--report"], moving, fixed, result,
+            numbers=numbers, fill=value, command=command,
+        )  # fmt: skip
+    _print_numbers(numbers)
+    _print_written(outputs.values())
+
+
+@app.command("warp")
+def warp_verb(
+    *,
+    fixed: Annotated[
+        Path | None, _option("--fixed", "Scan whose grid is the result's.", _SCANS)
+    ] = None,
+    moving: Annotated[
+        Path | None, _option("--moving", "Scan or label map to be warped.", _SCANS)
+    ] = None,
+    transform: Annotated[
+        Path | None,
+        _option(
+            "--transform",
+            "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .nii.gz .nii. "
+            "Default: the identity.",
+            _SCANS,
+        ),
+    ] = None,
+    warped_moving_out: WarpedOut = None,
+    linear: Annotated[
+        bool, _option("--linear", "Interpolate linearly: for scans.", _OUT)
+    ] = False,
+    nearest_neighbor: Annotated[
+        bool,
+        _option("--nearest-neighbor", "Take the nearest voxel: for label maps.", _OUT),
+    ] = False,
+    fill: WarpFill = 0.0,
+    points: Annotated[
+        Path | None,
+        _option(
+            "--points",
+            "CSV of points in the fixed scan, mm: columns x, y, z (by name or the "
+            "first three). Other columns are kept.",
+            _SCANS,
+        ),
+    ] = None,
+    points_out: Annotated[
+        Path | None,
+        _option("--points-out", "CSV of the same points in the moving scan, mm.", _OUT),
+    ] = None,
+    points_frame: Annotated[
+        Frame,
+        _choice(
+            "--points-frame",
+            "Sign convention of the points: lps as in ITK and ANTs, ras as in NIfTI.",
+            _SCANS,
+        ),
+    ] = Frame.LPS,
+) -> None:
+    """Apply a transform to a scan, a label map or points.
+
+    Images are pulled from moving onto the fixed grid; points go the other way, from
+    the fixed scan to the moving one. Use --inverse-out of register for moving points.
+    """
+    outputs = {"--warped-moving-out": warped_moving_out, "--points-out": points_out}
+    _check_outputs(outputs, [fixed, moving, transform, points])
+    if (points is None) != (points_out is None):
+        missing = "--points-out" if points_out is None else "--points"
+        raise UserError(f"--points and --points-out go together; pass {missing}")
+    if warped_moving_out is not None:
+        _check_warp_options(fixed, moving, linear=linear, nearest=nearest_neighbor)
+    elif moving is not None:
+        raise UserError("--moving needs --warped-moving-out, where to write the result")
+
+    from jaxreg.io import files, transforms, volumes
+    from jaxreg.space import transform as transform_lib
+
+    for name, path in (("--fixed", fixed), ("--moving", moving), ("--points", points)):
+        if path is not None:
+            files.check_readable(path, name)
+    mapping = transform_lib.Transform(())
+    if transform is not None:
+        mapping = transforms.read_transform(transform)
+    if points is not None and points_out is not None:
+        map_points(points, points_out, mapping, frame=points_frame)
+    if warped_moving_out is not None and fixed is not None and moving is not None:
+        grid = volumes.read_grid(fixed)
+        stored = volumes.read_volume(moving, kind="stored")
+        warped = transform_lib.warp_volume(
+            stored,
+            mapping,
+            grid,
+            order=0 if nearest_neighbor else 1,
+            fill=_storable(fill, stored),
+        )
+        volumes.write_volume(warped_moving_out, warped)
+    _print_written(outputs.values())
+
+
+def _check_warp_options(fixed, moving, *, linear: bool, nearest: bool) -> None:
+    for name, path in (("--fixed", fixed), ("--moving", moving)):
+        if path is None:
+            raise UserError(f"--warped-moving-out needs {name}")
+    if linear == nearest:
+        given = "both were given" if linear else "neither was given"
+        raise UserError(
+            "pass --linear for a scan or --nearest-neighbor for a label map; " + given
+        )
+
+
+@app.command("jacobian")
+def jacobian_verb(
+    *,
+    fixed: Annotated[
+        Path, _option("--fixed", "Scan on whose grid the transform is measured.")
+    ],
+    transform: Annotated[
+        Path,
+        _option("--transform", "Transform: .h5 .hdf5 .tfm .txt .nii.gz .nii."),
+    ],
+    jacob: Annotated[
+        Path | None,
+        _option("--jacob", "Determinant map to write: .nii.gz .nii .nrrd .mha."),
+    ] = None,
+    log_jacob: Annotated[
+        Path | None,
+        _option(
+            "--log-jacob",
+            "Map of its natural logarithm; determinants below 1e-6, folded voxels "
+            "among them, count as 1e-6.",
+        ),
+    ] = None,
+) -> None:
+    """Measure local volume change: determinant map, its range, folded voxels.
+
+    The determinant is that of the map in mm: 1 keeps volume, 2 means that a voxel of
+    the fixed scan covers twice its volume in the moving scan, 0 or less is a fold.
+    """
+    outputs = {"--jacob": jacob, "--log-jacob": log_jacob}
+    _check_outputs(outputs, [fixed, transform], needed=False)
+
+    import numpy as np
+
+    from jaxreg.io import transforms, volumes
+    from jaxreg.space import transform as transform_lib
+    from jaxreg.space.grid import Volume
+
+    grid = volumes.read_grid(fixed)
+    mapping = transforms.read_transform(transform)
+    determinant = transform_lib.jacobian_map(mapping, grid)
+    if jacob is not None:
+        volumes.write_volume(jacob, Volume(determinant, grid))
+    if log_jacob is not None:
+        logarithm = np.log(np.maximum(determinant, 1e-6))
+        volumes.write_volume(log_jacob, Volume(logarithm.astype(np.float32), grid))
+    folded = int((determinant <= 0).sum())
+    _print_numbers(
+        {
+            "minimum": f"{determinant.min():.4f}",
+            "mean": f"{determinant.mean(dtype=np.float64):.4f}",
+            "maximum": f"{determinant.max():.4f}",
+            "folded voxels": f"{100 * folded / determinant.size:.4f} % ({folded})",
+        }
+    )
+    _print_written(outputs.values())
+
+
+@app.command("convert")
+def convert_verb(
+    *,
+    source: Annotated[Path, _option("--from", "Checkpoint folder or .trch file.")],
+    target: Annotated[
+        Path, _option("--to", "The other of the two; replaced if it exists.")
+    ],
+    model: Annotated[
+        str, _option("--model", "Kind of network, or a name of jaxreg models.")
+    ] = "gradicon",
+) -> None:
+    """Convert weights between a checkpoint folder and a PyTorch file.
+
+    The paths say which is which; the tensors decide the sizes.
+    """
+    from jaxreg import zoo
+
+    zoo.convert(source, target, model=model)
+    _print_written([target])
+
+
+@app.command("models")
+def models_verb() -> None:
+    """List the published models: size, tasks, licence, where the weights are."""
+    from jaxreg import zoo
+
+    console = Console(soft_wrap=True, highlight=False)
+    for row in zoo.describe():
+        console.print(f"{row.name}  {row.title}", markup=False, style="bold")
+        for name, value in (
+            ("parameters", f"{row.parameters:,}"),
+            ("grid", " x ".join(map(str, row.grid))),
+            ("tasks", row.tasks),
+            ("licence", row.licence),
+            ("paper", row.paper),
+            ("weights", row.location),
+        ):
+            console.print(f"  {name:<11}{value}", markup=False)
+
+
+@app.command("demo")
+def demo_verb(
+    context: typer.Context,
+    *,
+    out: Annotated[Path, _option("--out", "Folder for the results; made if absent.")],
+    shape: ShapeText = "64,80,64",
+    model: Annotated[
+        str,
+        _option("--model", "As in register; none optimises a displacement field."),
+    ] = "none",
+    io_iterations: Iterations = "50",
+    seed: Seed = 0,
+) -> None:
+    """Register two real heads that other packages ship, with a report.
+
+    Moving: the mean T1 head of pydeface. Fixed: the MNI152 T1 template of nilearn. No
+    download, no weights; a few minutes on two cores.
+    """
+    iterations = _parse_iterations(io_iterations)
+    grid = parse_shape(shape)
+
+    from jaxreg import demo
+
+    with _Bar("optimise") as bar:
+        numbers, written = demo.run(
+            out,
+            shape=grid,
+            model=None if model.lower() == "none" else model,
+            iterations=iterations,
+            seed=seed,
+            command=shlex.join(["jaxreg", *context.obj]),
+            progress=bar.step,
+        )
+    _print_numbers(numbers)
+    _print_written(written)
+
+
+def parse_shape(text: str) -> tuple[int, int, int]:
+    """Returns (D, H, W) of "D,H,W".
+
+    Raises:
+      UserError: these are not three positive numbers.
+    """
+    try:
+        d, h, w = (int(part) for part in text.lower().replace("x", ",").split(","))
+    except ValueError:
+        raise UserError(
+            f"--shape is {text}, expected three whole numbers such as 175,175,175"
+        ) from None
+    if min(d, h, w) < 1:
+        raise UserError(
+            f"--shape is {text}, expected positive numbers such as 175,175,175"
+        )
+    return d, h, w
+
+
+def _parse_iterations(text: str) -> int | None:
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"--io-iterations is {text}, expected a positive number, or None to "
+            "register without instance optimisation"
+        ) from None
+
+
+def _check_outputs(
+    outputs: Mapping[str, pathlib.Path | None],
+    inputs: Sequence[pathlib.Path | None],
+    *,
+    needed: bool = True,
+) -> None:
+    """Checks names and folders of all results before anything is read."""
+    from jaxreg.io import files, transforms, volumes
+
+    given = {name: path for name, path in outputs.items() if path is not None}
+    if needed and not given:
+        raise UserError(f"nothing to write; pass {' or '.join(outputs)}")
+    seen = {path.absolute(): "an input" for path in inputs if path is not None}
+    for name, path in given.items():
+        if name in ("--transform-out", "--inverse-out"):
+            transforms.check_transform_path(path, name)
+        elif name in ("--report", "--points-out"):
+            suffixes = (".html", ".htm") if name == "--report" else (".csv",)
+            if path.suffix.lower() not in suffixes:
+                raise UserError(
+                    f"{name} {path} has the extension {path.suffix or '(none)'}, "
+                    f"expected {suffixes[0]}; rename it"
+                )
+            files.check_writable(path, name)
+        else:
+            volumes.check_volume_path(path, name)
+        if path.absolute() in seen:
+            raise UserError(
+                f"{name} {path} is also {seen[path.absolute()]}; name another file"
+            )
+        seen[path.absolute()] = name
+
+
+def _segmentations_as_masks(regions: dict, options):
+    """Applies the PyTorch tool's older meaning of segmentations, with a warning."""
+    no_masks = regions["fixed_mask"] is None and regions["moving_mask"] is None
+    both = regions["fixed_segmentation"] and regions["moving_segmentation"]
+    wanted = options.loss_function_masking or not options.input_masking
+    if not (no_masks and both and options.dice_loss_weight == 0 and wanted):
+        return regions, options
+    warn(
+        "the segmentations are used as masks, because there are no masks and "
+        "--dice-loss-weight is 0; this is deprecated, pass them as --fixed-mask and "
+        "--moving-mask"
+    )
+    if not options.loss_function_masking:
+        options = dataclasses.replace(options, input_masking=True)
+    regions = {
+        "fixed_mask": regions["fixed_segmentation"],
+        "moving_mask": regions["moving_segmentation"],
+        "fixed_segmentation": None,
+        "moving_segmentation": None,
+    }
+    return regions, options
+
+
+def _choose_weights(
+    model: str | None, network_weights: pathlib.Path | None, target: str
+) -> str | pathlib.Path | None:
+    """Returns what `zoo.load` is to load; None for displacement optimisation."""
+    named = [
+        f"{option} {value}"
+        for option, value in (
+            ("--network-weights", network_weights),
+            ("--model", model),
+        )
+        if value is not None and str(value).lower() != "none"
+    ]
+    if target == "displacement":
+        if named:
+            raise UserError(
+                f"{named[0]} has no effect with --io-target displacement, which uses "
+                "no network; leave one of them out"
+            )
+        return None
+    if model is not None and model.lower() == "none":
+        raise UserError(
+            "--model none leaves nothing to optimise or predict with; add --io-target "
+            "displacement to register without weights"
+        )
+    from jaxreg import zoo
+
+    if network_weights is None:
+        return model or "unigradicon"
+    if model is not None and model not in zoo.ZOO:
+        raise UserError(
+            f"--model {model} and --network-weights {network_weights} both name "
+            "weights; pass one of them"
+        )
+    # A name of the zoo wins over a folder called so, unless it is spelt as a path.
+    return network_weights.absolute()
+
+
+def _warn_about_idle_options(options, regions, fill, outputs) -> None:
+    if options.io_iterations is None:
+        if options.io_lr is not None:
+            warn("--io-lr has no effect with --io-iterations None")
+        if options.loss_function_masking:
+            warn(
+                "--loss-function-masking affects only the printed similarity with "
+                "--io-iterations None"
+            )
+    if regions["fixed_segmentation"] and options.dice_loss_weight == 0:
+        warn("the segmentations have no effect without --dice-loss-weight")
+    if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):
+        warn("--fill has no effect without --warped-moving-out or --report")
+
+
+def _fill_value(fill: float | None, modality: str, moving: "Volume") -> float:
+    if fill is not None:
+        return fill
+    return max(-1000.0, float(moving.array.min())) if modality == "ct" else 0.0
+
+
+def _storable(fill: float, volume: "Volume") -> float:
+    """Returns the fill value, if the volume's pixel type can hold it."""
+    import numpy as np
+
+    dtype = volume.array.dtype
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        if fill != round(fill) or not limits.min <= fill <= limits.max:
+            raise UserError(
+                f"--fill is {fill:g}, but {volume.source} holds {dtype} numbers; pass "
+                f"a whole number from {limits.min} to {limits.max}"
+            )
+    return fill
+
+
+def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Frame):
+    """Maps the points of a CSV file and writes them with its other columns.
+
+    Args:
+      source: CSV with columns x, y, z in mm, by name in a header or the first three.
+      target: the same table with the mapped points.
+      mapping: `space.transform.Transform`, fixed to moving mm, RAS+.
+      frame: of both files.
+
+    Raises:
+      UserError: the table has no three columns of numbers.
+    """
+    import numpy as np
+
+    from jaxreg.io import files
+
+    try:
+        with open(files.check_readable(source, "--points"), newline="") as file:
+            rows = [
+                row for row in csv.reader(file) if any(cell.strip() for cell in row)
+            ]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--points {source} is no CSV text ({error})") from error
+    header = rows[0] if rows and not _is_number(rows[0][0]) else None
+    columns, body = [0, 1, 2], rows
+    if header is not None:
+        names = [name.strip().lower() for name in header]
+        body = rows[1:]
+        if not {"x", "y", "z"} <= set(names):
+            raise UserError(
+                f"--points {source} has the columns {', '.join(names)}, expected x, y "
+                "and z"
+            )
+        columns = [names.index(name) for name in "xyz"]
+    try:
+        places = np.array([[float(row[c]) for c in columns] for row in body])
+    except (ValueError, IndexError):
+        raise UserError(
+            f"--points {source} has a row without three numbers x, y, z; correct it"
+        ) from None
+    if not len(places) or not np.isfinite(places).all():
+        raise UserError(f"--points {source} holds no points, or some not finite")
+    signs = np.array([-1.0, -1.0, 1.0]) if frame is Frame.LPS else np.ones(3)
+    mapped = np.asarray(mapping.map_points((places * signs)[None]))[0] * signs
+    with files.atomic_path(target) as unfinished:
+        with open(unfinished, "w", newline="") as file:
+            writer = csv.writer(file)
+            if header is not None:
+                writer.writerow(header)
+            for row, place in zip(body, mapped, strict=True):
+                for column, value in zip(columns, place, strict=True):
+                    row[column] = f"{value:.6f}"
+                writer.writerow(row)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+class _Bar:
+    """Progress on stderr: a moving bar on a terminal, a few lines elsewhere."""
+
+    def __init__(self, title: str):
+        self._title = title
+        self._console = Console(stderr=True, highlight=False)
+        self._progress: Any = None
+        self._task: Any = None
+        self._next = 0.0
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def step(self, step: int, total: int, parts: Mapping[str, float]) -> None:
+        """Shows one optimisation step and its loss."""
+        text = f"loss {float(parts['loss']):.4f}" if "loss" in parts else ""
+        self._show(step, total, text)
+
+    def bytes(self, received: int, total: int | None) -> None:
+        """Shows how much of a download has arrived."""
+        if total:
+            self._show(received, total, f"{received / 2**20:.0f} MiB")
+
+    def _show(self, done: int, total: int, text: str) -> None:
+        if not self._console.is_terminal:
+            # A log wants to know that it lives, not every step.
+            if done >= self._next * total:
+                self._next = done / total + 0.2
+                print(f"{self._title}: {done} of {total}, {text}", file=sys.stderr)
+            return
+        if self._progress is None:
+            from rich import progress
+
+            self._progress = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.TextColumn("{task.fields[text]}"),
+                progress.TimeRemainingColumn(),
+                console=self._console,
+                transient=True,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(self._title, total=total, text=text)
+        self._progress.update(self._task, completed=done, total=total, text=text)
+
+
+def _print_numbers(numbers: Mapping[str, str]) -> None:
+    width = max(len(name) for name in numbers)
+    for name, value in numbers.items():
+        print(f"{name:<{width}}  {value}")
+
+
+def _print_written(paths) -> None:
+    for path in paths:
+        if path is not None:
+            print(f"wrote {path}")
+
+
+def warn(text: str) -> None:
+    """Prints one line about something that the user may not have meant."""
+    print(f"jaxreg: warning: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Shows UserWarnings of jaxreg as one line, without file and source line."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def one_line(message, category, *rest, **more):
+            if issubclass(category, UserWarning):
+                warn(" ".join(str(message).split()))
+            else:
+                show(message, category, *rest, **more)
+
+        warnings.showwarning = one_line
+        yield
+
+
+def _hyphens(argv: Sequence[str]) -> list[str]:
+    """Returns the arguments with the PyTorch tool's underscores as hyphens."""
+    normal = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            name = name.replace("_", "-")
+        normal.append(name + equals + value)
+    return normal
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Universal medical image registration in JAX."""
+    if version:
+        print(f"jaxreg {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit status.
+
+    Args:
+      argv: arguments after the program's name; the process's own if None.
+
+    Returns:
+      0, or 2 after a mistake of the user, told in one sentence on stderr, or 130 after
+      an interrupt. A defect of jaxreg raises.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _plain_warnings():
+            status = typer.main.get_command(app).main(
+                args=_hyphens(argv), prog_name="jaxreg", standalone_mode=False, obj=argv
+            )
+        return status if isinstance(status, int) else 0
+    except UserError as error:
+        return _complain(str(error))
+    except _ClickException as error:
+        return _complain(error.format_message().replace("Value error, ", ""))
+    except (KeyboardInterrupt, typer.Abort):
+        print("jaxreg: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        return _complain(_OUT_OF_MEMORY)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error):
+            return _complain(_OUT_OF_MEMORY)
+        raise
+
+
+_OUT_OF_MEMORY = (
+    "there is not enough memory; pass a smaller --shape (its voxels decide), or use "
+    "another machine"
+)
+
+
+def _complain(text: str) -> int:
+    print(f"jaxreg: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

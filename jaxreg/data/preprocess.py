@@ -1,0 +1,292 @@
+"""From a scan to what the network sees: intensity rule, mask, network grid.
+
+The rules are those of unigradicon 1.0.6, on which released weights depend: a CT window
+or a k-th value quantile on the scan's own grid, then a half-pixel resize to the network
+grid whatever the spacing and orientation. Host side: NumPy in, NumPy float32 out.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.errors import UserError
+from jaxreg.space import sampling
+from jaxreg.space.grid import Shape, Volume
+from jaxreg.typing import Pair
+
+Modality = Literal["ct", "mri"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """The intensity rule of one scan; travels with a model's weights.
+
+    Attributes:
+      modality: "ct" scales a fixed window, "mri" a range of the scan's own values.
+      ct_window: the Hounsfield values that become 0 and 1.
+      quantile_range: the quantiles that become 0 and 1 in MRI; the minimum and the
+        0.99 quantile if None.
+    """
+
+    modality: Modality = "mri"
+    ct_window: tuple[float, float] = (-1000.0, 1000.0)
+    quantile_range: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        """Checks the values; JSON's lists become tuples."""
+        if self.modality not in ("ct", "mri"):
+            raise UserError(
+                f'modality is "{self.modality}", expected "ct" or "mri"; give one'
+            )
+        low, high = _two_numbers("ct_window", self.ct_window)
+        if not low < high:
+            raise UserError(
+                f"ct_window is {low:g} {high:g}, expected minimum < maximum; swap them"
+            )
+        object.__setattr__(self, "ct_window", (low, high))
+        if self.quantile_range is not None:
+            low, high = _two_numbers("quantile_range", self.quantile_range)
+            if not 0 <= low < high <= 1:
+                raise UserError(
+                    f"quantile_range is {low:g} {high:g}, expected 0 <= low < high <= "
+                    "1; give e.g. 0.01 0.99"
+                )
+            object.__setattr__(self, "quantile_range", (low, high))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON knows them."""
+        return {
+            "modality": self.modality,
+            "ct_window": list(self.ct_window),
+            "quantile_range": self.quantile_range and list(self.quantile_range),
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """Returns the rule that `to_dict` wrote; absent fields take their defaults.
+
+        Raises:
+          UserError: a field is unknown or its value does not fit.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(known))
+        if unknown:
+            raise UserError(
+                f"preprocessing has unknown fields {', '.join(unknown)}, expected "
+                f"{', '.join(known)}; were the weights written by a newer jaxreg?"
+            )
+        return cls(**fields)
+
+
+def _two_numbers(name: str, values: Any) -> tuple[float, float]:
+    try:
+        low, high = (float(value) for value in values)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is {values}, expected two numbers") from None
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise UserError(f"{name} is {low:g} {high:g}, expected finite numbers")
+    return low, high
+
+
+def quantile(array: np.ndarray, q: float) -> float:
+    """Returns the k-th smallest of all n values, ``k = min(max(int(q n), 1), n)``.
+
+    No interpolation, and k is rounded down: the original's rule, not NumPy's.
+
+    Args:
+      array: any shape, not empty.
+      q: 0 to 1.
+    """
+    k = min(max(int(q * array.size), 1), array.size)
+    return np.partition(array, k - 1, axis=None)[k - 1].item()
+
+
+def normalise(
+    array: np.ndarray, rule: Preprocessing, *, source: str = "image"
+) -> np.ndarray:
+    """Scales intensities to [0, 1] on the scan's own grid.
+
+    Args:
+      array: D H W, stored intensities, finite.
+      rule: modality and range.
+      source: what to call the image in a message.
+
+    Returns:
+      D H W, float32.
+
+    Raises:
+      UserError: nothing is left to see: the image is constant, in its range or at all.
+    """
+    array = array.astype(np.float32)
+    if rule.modality == "ct":
+        low, high = rule.ct_window
+        mend = f"ct_window {low:g} {high:g}; give the window that holds its values"
+    else:
+        a, b = rule.quantile_range or (0.0, 0.99)
+        low, high = quantile(array, a), quantile(array, b)
+        mend = f"quantiles {a:g} to {b:g}; widen quantile_range, e.g. to 0 1"
+    low, high = np.float32(low), np.float32(high)
+    if array.min() == array.max():
+        raise UserError(
+            f"{source} is constant ({array.flat[0]:g} everywhere), there is nothing to "
+            "register; check that it is the right file"
+        )
+    if high <= low or array.max() <= low or array.min() >= high:
+        raise UserError(
+            f"{source} is constant within its intensity range, the {mend} (its values "
+            f"run from {array.min():g} to {array.max():g})"
+        )
+    return (np.clip(array, low, high) - low) / (high - low)
+
+
+def check_same_grid(volume: Volume, image: Volume, *, what: str = "mask") -> None:
+    """Checks that a mask or segmentation lies on its image's grid.
+
+    Raises:
+      UserError: another shape or another place; names both files.
+    """
+    if volume.grid.matches(image.grid):
+        return
+    here, there = (" x ".join(map(str, v.grid.shape[::-1])) for v in (volume, image))
+    detail = (
+        f"{here} voxels against {there}"
+        if here != there
+        else "the same number of voxels at another place or spacing in mm"
+    )
+    raise UserError(
+        f"{what} {volume.source} lies on another grid than its image {image.source} "
+        f"({detail}); resample it onto the image first"
+    )
+
+
+def network_image(
+    volume: Volume, shape: Shape, rule: Preprocessing, *, mask: Volume | None = None
+) -> np.ndarray:
+    """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
+
+    Args:
+      volume: the scan.
+      shape: the network grid, e.g. (175, 175, 175).
+      rule: the intensity rule.
+      mask: on the scan's grid; where it is not above 0 the image becomes 0, after the
+        intensities of the whole scan were scaled.
+
+    Raises:
+      UserError: see `normalise` and `check_same_grid`; or the mask leaves nothing.
+    """
+    array = normalise(volume.array, rule, source=volume.source)
+    if mask is not None:
+        check_same_grid(mask, volume)
+        array = np.where(mask.array > 0, array, np.float32(0))
+        if not array.any():
+            raise UserError(
+                f"mask {mask.source} leaves nothing of its image {volume.source} (all "
+                "voxels become 0); check that they belong together"
+            )
+    image = jnp.asarray(array)[None, ..., None]  # N D H W C
+    return np.asarray(sampling.resize_half_pixel(image, shape))
+
+
+def network_mask(volume: Volume, shape: Shape) -> np.ndarray:
+    """Returns a mask on the network grid, 1 D H W 1, float32: 1 where it is above 0.
+
+    Source index ``floor(i n_in / n_out)``, so up to half a voxel off the image: the
+    rule of the original.
+    """
+    inside = (volume.array > 0).astype(np.float32)
+    return _nearest(inside, shape)
+
+
+def network_labels(volume: Volume, shape: Shape) -> np.ndarray:
+    """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
+
+    Raises:
+      UserError: a label is negative or beyond 32 bits.
+    """
+    labels = volume.array
+    low, high = labels.min(), labels.max()
+    if low < 0:
+        raise UserError(
+            f"label map {volume.source} has negative labels (down to {low}), expected "
+            "0 for background and positive labels; renumber it"
+        )
+    if high > np.iinfo(np.int32).max:
+        raise UserError(
+            f"label map {volume.source} has labels up to {high}, expected at most "
+            f"{np.iinfo(np.int32).max}; renumber it"
+        )
+    return _nearest(labels.astype(np.int32), shape)
+
+
+def _nearest(array: np.ndarray, shape: Shape) -> np.ndarray:
+    resized = sampling.resize_nearest_floor(jnp.asarray(array)[None, ..., None], shape)
+    return np.asarray(resized)
+
+
+def network_pair(
+    moving: Volume,
+    fixed: Volume,
+    shape: Shape,
+    *,
+    moving_rule: Preprocessing,
+    fixed_rule: Preprocessing,
+    moving_mask: Volume | None = None,
+    fixed_mask: Volume | None = None,
+    mask_inputs: bool = False,
+    mask_loss: bool = False,
+) -> Pair:
+    """Returns both scans as model and objective see them.
+
+    Segmentations are not part of it: a Dice term adds its one-hots of `network_labels`.
+
+    Args:
+      moving: the scan that is warped.
+      fixed: the scan it is warped onto.
+      shape: the network grid of both.
+      moving_rule: intensity rule of the moving scan.
+      fixed_rule: intensity rule of the fixed scan.
+      moving_mask: on the moving scan's grid.
+      fixed_mask: on the fixed scan's grid.
+      mask_inputs: set each image to 0 outside its mask.
+      mask_loss: put the masks into the pair; needs both.
+
+    Raises:
+      UserError: see `network_image`; or a mask is missing that was asked for.
+    """
+    masks = (moving_mask, fixed_mask)
+    given = sum(mask is not None for mask in masks)
+    if mask_loss and given < 2:
+        raise UserError(
+            f"loss masking needs a mask of both images, got {given}; give "
+            "--fixed-mask and --moving-mask"
+        )
+    if mask_inputs and not given:
+        raise UserError(
+            "input masking needs a mask, got none; give --fixed-mask or --moving-mask"
+        )
+    for mask, image in ((moving_mask, moving), (fixed_mask, fixed)):
+        if mask is not None:
+            check_same_grid(mask, image)
+    images = [
+        network_image(image, shape, rule, mask=mask if mask_inputs else None)
+        for image, rule, mask in (
+            (moving, moving_rule, moving_mask),
+            (fixed, fixed_rule, fixed_mask),
+        )
+    ]
+    on_network = [
+        jnp.asarray(network_mask(mask, shape))
+        if mask is not None and mask_loss
+        else None
+        for mask in masks
+    ]
+    return Pair(
+        moving=jnp.asarray(images[0]),
+        fixed=jnp.asarray(images[1]),
+        moving_mask=on_network[0],
+        fixed_mask=on_network[1],
+    )

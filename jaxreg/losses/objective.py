@@ -1,0 +1,197 @@
+"""The weighted sum that training and instance optimisation minimise.
+
+    loss = w_ic * inverse consistency + S(moving o T, fixed) + S(fixed o T', moving)
+           + w_dice * dice
+
+with T the forward transform (fixed to moving points) and T' the backward one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.errors import UserError
+from jaxreg.losses import overlap, regularity, similarity
+from jaxreg.space import fields, sampling
+from jaxreg.space.transform import Displacement, Transform
+from jaxreg.typing import Image, Labels, Pair, Points
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised, uniGradICON's loss by default; call it on two transforms.
+
+    Hashable if its options are, so it can be a static argument of a jitted function.
+
+    Attributes:
+      similarity: a name in `similarity.SIMILARITIES`.
+      similarity_options: (name, value) pairs passed on to it, such as ("sigma", 5).
+      inverse_consistency_weight: the paper's lambda.
+      dice_weight: 0 leaves the Dice term out.
+      loss_masking: similarity counts only inside the target's mask.
+      intensity_conservation: multiply the warped image by the Jacobian determinant
+        (mass conservation, for CT of the lung).
+      original_conservation_offset: the determinant belongs to voxels ``[1:, 1:, 1:]``;
+        the original multiplies it onto voxels ``[:-1, :-1, :-1]``, one voxel off on
+        each axis. True reproduces that, False puts it where it belongs.
+      stride: see `regularity.gradicon_points`; 2 sparse, 1 dense.
+      noise_scale: see `regularity.gradicon_points`; 2 sparse, 1 dense.
+      outside: how images are warped beyond their grid: "zeros" in unigradicon, "edge"
+        in the generic losses of icon_registration. One-hot labels and target images
+        (`Pair.moving_target`) are always warped with "edge", as the original does, so
+        passing a target image changes the rule.
+    """
+
+    similarity: str = "lncc"
+    similarity_options: tuple[tuple[str, Any], ...] = ()
+    inverse_consistency_weight: float = 1.5
+    dice_weight: float = 0.0
+    loss_masking: bool = False
+    intensity_conservation: bool = False
+    original_conservation_offset: bool = True
+    stride: int = 2
+    noise_scale: float = 2.0
+    outside: Literal["zeros", "edge"] = "zeros"
+
+    def __post_init__(self):
+        """Checks the choices.
+
+        Raises:
+          UserError: an unknown similarity or a negative weight.
+        """
+        if self.similarity not in similarity.SIMILARITIES:
+            raise UserError(
+                f"unknown similarity {self.similarity!r}; choose one of "
+                f"{', '.join(similarity.SIMILARITIES)}"
+            )
+        for name in ("inverse_consistency_weight", "dice_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} is {getattr(self, name)}, it must be >= 0")
+
+    def __call__(
+        self, forward: Transform, backward: Transform, pair: Pair, noise: Points
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss and its parts.
+
+        Args:
+          forward: fixed to moving points, unit.
+          backward: moving to fixed points, unit.
+          pair: the images and what else the chosen terms need.
+          noise: standard normal, 1 D H W 3, see `regularity.gradicon_points`.
+
+        Returns:
+          (loss, parts) with the scalars "loss", "inverse_consistency" and
+          "similarity" (both unweighted), "transform_magnitude" (mean squared
+          displacement of forward, unit), "folds" (voxels where the backward map's
+          Jacobian determinant is negative, per sample) and, with a Dice weight,
+          "dice" (unweighted, both directions).
+
+        Raises:
+          UserError: a mask or label map that the objective needs is missing.
+
+        References:
+          unigradicon 1.0.6, __init__.py: GradientICONSparse.forward.
+        """
+        _check_pair(self, pair)
+        _, *spatial, _ = pair.fixed.shape
+        shape = (spatial[0], spatial[1], spatial[2])
+        grid = sampling.identity(shape)
+        map_forward, map_backward = _mapper(forward), _mapper(backward)
+        to_moving, to_fixed = map_forward(grid), map_backward(grid)
+        points = regularity.gradicon_points(
+            shape, noise, stride=self.stride, noise_scale=self.noise_scale
+        )
+        consistency = regularity.gradicon(map_forward, map_backward, points)
+        alike = _similarity(self, pair, to_moving, to_fixed)
+        loss = self.inverse_consistency_weight * consistency + alike
+        parts = {
+            "inverse_consistency": consistency,
+            "similarity": alike,
+            "transform_magnitude": jnp.mean((grid - to_moving) ** 2),
+            "folds": _folds(to_fixed),
+        }
+        if self.dice_weight > 0:
+            parts["dice"] = _dice(pair, to_moving, to_fixed)
+            loss = loss + self.dice_weight * parts["dice"]
+        return loss, {"loss": loss, **parts}
+
+
+def _both_on_grid(forward: Transform, backward: Transform, shape):
+    """Maps the grid by both transforms, in one batch where they have one structure."""
+
+    def signature(transform):
+        leaves, structure = jax.tree.flatten(transform)
+        return [leaf.shape for leaf in leaves], structure
+
+    fields_only = all(isinstance(s, Displacement) for s in forward.steps)
+    if not fields_only or signature(forward) != signature(backward):
+        return forward.on_grid(shape), backward.on_grid(shape)
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forward, backward)
+    return jnp.split(both.on_grid(shape), 2)
+
+
+def _check_pair(objective: Objective, pair: Pair) -> None:
+    if objective.loss_masking and (pair.moving_mask is None or pair.fixed_mask is None):
+        raise UserError(
+            "loss masking needs a mask of the moving and of the fixed image; pass both "
+            "or switch loss masking off"
+        )
+    if objective.dice_weight > 0 and (
+        pair.moving_onehot is None or pair.fixed_onehot is None
+    ):
+        raise UserError(
+            f"a Dice weight of {objective.dice_weight} needs a segmentation of the "
+            "moving and of the fixed image; pass both or set the weight to 0"
+        )
+
+
+def _mapper(transform: Transform) -> Callable[[jax.Array], jax.Array]:
+    return lambda points: jnp.asarray(transform.map_points(points))
+
+
+def _folds(points: Points) -> jax.Array:
+    # Without a scale: the sign is all that counts, and the original has none.
+    determinant = fields.jacobian_determinant(points, spacing=(1.0, 1.0, 1.0))
+    return jnp.sum(determinant < 0) / points.shape[0]
+
+
+def _similarity(
+    objective: Objective, pair: Pair, to_moving: Points, to_fixed: Points
+) -> jax.Array:
+    """Both directions; each mask is that of the image compared with."""
+    moving, fixed, outside = pair.moving, pair.fixed, objective.outside
+    if pair.moving_target is not None or pair.fixed_target is not None:
+        outside = "edge"
+        moving = moving if pair.moving_target is None else pair.moving_target
+        fixed = fixed if pair.fixed_target is None else pair.fixed_target
+
+    def one_way(image: Image, points: Points, target: Image, mask: Labels | None):
+        warped = fields.warp(image, points, outside=outside)
+        if objective.intensity_conservation:
+            quirk = objective.original_conservation_offset
+            cells = slice(None, -1) if quirk else slice(1, None)
+            inside = (slice(None), cells, cells, cells)
+            determinant = fields.jacobian_determinant(points)[..., None]
+            warped, target = warped[inside] * determinant, target[inside]
+            mask = None if mask is None else mask[inside]
+        return similarity.SIMILARITIES[objective.similarity](
+            warped, target, mask=mask, **dict(objective.similarity_options)
+        )
+
+    masks = (
+        (pair.fixed_mask, pair.moving_mask) if objective.loss_masking else (None, None)
+    )
+    return one_way(moving, to_moving, fixed, masks[0]) + one_way(
+        fixed, to_fixed, moving, masks[1]
+    )
+
+
+def _dice(pair: Pair, to_moving: Points, to_fixed: Points) -> jax.Array:
+    moving, fixed = pair.moving_onehot, pair.fixed_onehot
+    assert moving is not None and fixed is not None  # _check_pair
+    return overlap.dice_loss(
+        fields.warp(moving, to_moving), fixed, pair.valid
+    ) + overlap.dice_loss(fields.warp(fixed, to_fixed), moving, pair.valid)

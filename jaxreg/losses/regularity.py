@@ -1,0 +1,120 @@
+"""How irregular a map or displacement is; smaller is better.
+
+All derivatives are finite differences in unit coordinates: displacement and position
+both run over [0, 1], so the numbers do not depend on the resolution.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.space import sampling
+from jaxreg.space.grid import Shape
+from jaxreg.typing import Field, Points
+
+GRADICON_DELTA = 1e-3
+
+
+def gradicon_points(
+    shape: Shape, noise: Points, *, stride: int = 2, noise_scale: float = 2.0
+) -> Points:
+    """Returns the jittered grid at which inverse consistency is measured, 1 d h w 3.
+
+    The jitter is ``noise_scale * noise / W`` on all three axes, W being the size of the
+    last axis (a quirk of the original, kept). Points may leave the unit cube.
+
+    Args:
+      shape: the grid, (D, H, W).
+      noise: standard normal, 1 D H W 3; one draw serves the whole batch.
+      stride: every stride-th voxel per axis is kept, starting at the first; 2 for the
+        sparse variant of uniGradICON, 1 for the dense one.
+      noise_scale: 2 for the sparse variant, 1 for the dense one.
+
+    Raises:
+      ValueError: the noise is not 1 D H W 3.
+
+    References:
+      unigradicon 1.0.6, __init__.py: GradientICONSparse.forward.
+    """
+    if noise.shape != (1, *shape, 3):
+        raise ValueError(f"noise has shape {noise.shape}, expected {(1, *shape, 3)}")
+    points = sampling.identity(shape, noise.dtype) + noise_scale * noise / shape[-1]
+    return points[:, ::stride, ::stride, ::stride]
+
+
+def gradicon(
+    forward: Callable[[jax.Array], jax.Array],
+    backward: Callable[[jax.Array], jax.Array],
+    points: Points,
+    *,
+    delta: float = GRADICON_DELTA,
+) -> jax.Array:
+    """Returns the squared gradient of the inverse consistency error, a scalar.
+
+    With ``e(x) = x - forward(backward(x))``, the sum over the three axes of the mean
+    over batch, points and components of the squared one-sided difference quotient, that
+    is a third of the mean squared Frobenius norm of e's Jacobian.
+
+    Args:
+      forward: unit points N ... 3 to unit points; float32, since differences are
+        divided by delta.
+      backward: the map in the other direction; only this order is measured.
+      points: 1 d h w 3 (or N d h w 3), see `gradicon_points`.
+      delta: step of the difference quotient, unit.
+
+    References:
+      Tian et al., GradICON, CVPR 2023.
+    """
+    shifts = [jnp.zeros(3, points.dtype), *(delta * jnp.eye(3, dtype=points.dtype))]
+    # The four point sets in one evaluation, end to end along the first point axis.
+    stacked = jnp.concatenate([points + shift for shift in shifts], axis=1)
+    error = stacked - forward(backward(stacked))
+    here, *moved = jnp.split(error, len(shifts), axis=1)
+    return sum(
+        (jnp.mean(((here - there) / delta) ** 2) for there in moved),
+        start=jnp.zeros((), error.dtype),
+    )
+
+
+def diffusion(field: Field) -> jax.Array:
+    """Returns the mean squared first derivative of a displacement field.
+
+    The sum over the three axes of the mean over batch, voxels and components of the
+    squared forward difference in unit coordinates; a third of the mean squared
+    Frobenius norm of the Jacobian, as in `gradicon`. An axis of one voxel adds nothing.
+
+    Args:
+      field: N D H W 3, unit.
+    """
+    total = jnp.zeros((), field.dtype)
+    for axis in (1, 2, 3):
+        per_unit = jnp.diff(field, axis=axis) * max(field.shape[axis] - 1, 1)
+        if per_unit.size:
+            total += jnp.mean(per_unit**2)
+    return total
+
+
+def bending(field: Field) -> jax.Array:
+    """Returns the mean squared second derivative of a displacement field.
+
+    The sum over the nine pairs of axes of the mean over batch, voxels and components of
+    the squared second difference in unit coordinates (mixed ones counted twice), that
+    is a third of the thin-plate energy density. Zero for every affine displacement. A
+    pair whose axes are too short adds nothing.
+
+    Args:
+      field: N D H W 3, unit.
+
+    References:
+      Rueckert et al., Nonrigid registration using free-form deformations, IEEE TMI
+      1999, equation 7.
+    """
+    total = jnp.zeros((), field.dtype)
+    for a, b in itertools.combinations_with_replacement((1, 2, 3), 2):
+        scale = max(field.shape[a] - 1, 1) * max(field.shape[b] - 1, 1)
+        second = jnp.diff(jnp.diff(field, axis=a), axis=b) * scale
+        if second.size:
+            total += (1 if a == b else 2) * jnp.mean(second**2)
+    return total

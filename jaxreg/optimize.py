@@ -1,0 +1,381 @@
+"""Instance optimisation: a pair's own transform, by network weights or directly.
+
+Every optimisation is one jitted loop. Iteration i evaluates the objective and updates;
+the last iteration's update is dropped, so that its maps and numbers are those of the
+final parameters without a second compiled program.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxreg.losses import regularity, similarity
+from jaxreg.losses.objective import Objective
+from jaxreg.models.base import Registration
+from jaxreg.space import sampling
+from jaxreg.space.grid import Shape
+from jaxreg.space.transform import Affine, Displacement, Transform
+from jaxreg.training import step as step_lib
+from jaxreg.typing import Key, Pair, Variables
+
+Progress = Callable[[int, int, dict[str, float]], None]
+"""Called with (step from 1, steps in all, parts of the objective)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimized:
+    """A pair's transforms and how they came about.
+
+    Attributes:
+      forward: fixed to moving points, unit.
+      backward: moving to fixed points, unit.
+      history: parts of the objective per step, by name; the last entry belongs to the
+        result. Empty without optimisation.
+    """
+
+    forward: Transform
+    backward: Transform
+    history: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict(model, variables, pair):
+    forward, backward, _ = step_lib.predict_both(model, variables, pair)
+    return forward, backward
+
+
+def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
+    """Returns the model's transforms as they are, in evaluation mode."""
+    return Optimized(*_predict(model, variables, pair))
+
+
+def _report(progress: Progress, total: int, done: int, step, parts):
+    if int(step) < total - done:
+        numbers = {name: float(value) for name, value in parts.items()}
+        progress(done + int(step) + 1, total, numbers)
+
+
+def _noise(key: Key, step, shape: Shape, given):
+    if given is not None:
+        return given[step]
+    return jax.random.normal(jax.random.fold_in(key, step), (1, *shape, 3))
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "objective", "steps", "progress"),
+    donate_argnames="variables",
+)
+def _network_loop(
+    variables, pair, key, noise, learning_rate, *, model, objective, steps, progress
+):
+    optimizer = optax.adam(learning_rate)
+    step = step_lib.make_step(model, objective, optimizer, train=False)
+    shape = pair.fixed.shape[1:4]
+
+    def iterate(carry, index):
+        variables, state, _ = carry
+        draw = _noise(key, index, shape, noise)
+        variables, state, parts, *maps = step(variables, state, pair, draw)
+        if progress is not None:
+            jax.debug.callback(progress, index, parts, ordered=True)
+        return (variables, state, tuple(maps)), parts
+
+    # The carry starts with maps of the right shape; no iteration reads them.
+    maps = jax.eval_shape(
+        lambda v: step_lib.predict_both(model, v, pair)[:2], variables
+    )
+    maps = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), maps)
+    start = (variables, optimizer.init(variables["params"]), maps)
+    (_, _, maps), history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
+    return maps, history
+
+
+def optimize_network(
+    model: Registration,
+    variables: Variables,
+    pair: Pair,
+    objective: Objective,
+    *,
+    steps: int = 50,
+    learning_rate: float = 2e-5,
+    key: Key,
+    noise: jax.Array | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Returns the transforms after adapting a copy of the weights to one pair.
+
+    Adam over all parameters, batch norm's affine ones included, in evaluation mode:
+    running statistics are used and stay. The given variables are not changed.
+
+    Args:
+      model: the network.
+      variables: its weights; the optimisation works on a copy.
+      pair: the images on the network grid, N D H W C, and what the objective needs.
+      objective: what is minimised.
+      steps: number of updates, at least 1.
+      learning_rate: of Adam (beta 0.9 and 0.999, epsilon 1e-8).
+      key: draws the jitter of each step.
+      noise: the jitter itself instead, steps + 1 of 1 D H W 3.
+      progress: called after each step.
+
+    References:
+      Tian et al., uniGradICON, MICCAI 2024, section 2.3.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    report = (
+        None if progress is None else functools.partial(_report, progress, steps, 0)
+    )
+    maps, history = _network_loop(
+        jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
+        pair,
+        key,
+        noise,
+        learning_rate,
+        model=model,
+        objective=objective,
+        steps=steps,
+        progress=report,
+    )
+    jax.effects_barrier()
+    return Optimized(*maps, {name: np.asarray(v) for name, v in history.items()})
+
+
+# --- the displacement itself ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class DisplacementConfig:
+    """How a displacement is optimised without a network.
+
+    Attributes:
+      factors: resolution levels, coarse to fine, as divisors of the network grid.
+      affine_factor: the level at which the affine part is found.
+      control_spacing: voxels of a level per control point of its field.
+      affine_learning_rate: of Adam, in unit coordinates per step.
+      smoothness: weight of the field's diffusion energy.
+    """
+
+    factors: tuple[int, ...] = (4, 2, 1)
+    affine_factor: int = 4
+    control_spacing: int = 2
+    affine_learning_rate: float = 0.01
+    smoothness: float = 1.0
+
+
+def _coarser(pair: Pair, factor: int) -> Pair:
+    """Returns the pair on a grid of 1/factor the size, each axis at least 8 voxels."""
+    full = pair.fixed.shape[1:4]
+    shape = tuple(min(n, max(8, -(-n // factor))) for n in full)
+    if shape == tuple(full):
+        return pair
+
+    def smooth(image):
+        return sampling.resize_half_pixel(
+            similarity.gaussian_blur(image, max(1, factor // 2)), shape
+        )
+
+    def resize(name, value):
+        if value is None or name == "valid":
+            return value
+        if name.endswith("mask"):
+            return sampling.resize_nearest_floor(value, shape)
+        return smooth(value)
+
+    return Pair(
+        **{
+            f.name: resize(f.name, getattr(pair, f.name))
+            for f in dataclasses.fields(pair)
+        }
+    )
+
+
+def _affine(parameters) -> Affine:
+    """A 4x4 matrix from 3x4 parameters, acting around the centre of the unit cube."""
+    linear = jnp.eye(3) + parameters[:, :3]
+    shift = 0.5 + parameters[:, 3] - linear @ jnp.full(3, 0.5)
+    top = jnp.concatenate([linear, shift[:, None]], axis=1)
+    return Affine(jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]])]))
+
+
+def _affine_parameters(matrix: np.ndarray) -> np.ndarray:
+    linear = matrix[:3, :3]
+    shift = matrix[:3, 3] - 0.5 + linear @ np.full(3, 0.5)
+    return np.concatenate([linear - np.eye(3), shift[:, None]], axis=1)
+
+
+def _inverse(affine: Affine) -> Affine:
+    # 3x3 by cofactors: no linear solver, which would be slow to compile on TPU.
+    linear, shift = affine.matrix[:3, :3], affine.matrix[:3, 3]
+    rows = [jnp.cross(linear[:, (i + 1) % 3], linear[:, (i + 2) % 3]) for i in range(3)]
+    inverse = jnp.stack(rows) / jnp.sum(linear[:, 0] * rows[0])
+    top = jnp.concatenate([inverse, -(inverse @ shift)[:, None]], axis=1)
+    return Affine(jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]])]))
+
+
+def _maps(affine: Affine, control, shape: Shape) -> tuple[Transform, Transform]:
+    """Returns forward = affine after field, backward = field' after inverse affine."""
+    if control is None:
+        return Transform((affine,)), Transform((_inverse(affine),))
+    forward, backward = (sampling.resize_aligned(c, shape) for c in control)
+    return (
+        Transform((Displacement(forward), affine)),
+        Transform((_inverse(affine), Displacement(backward))),
+    )
+
+
+def _direct_loss(parameters, pair, noise, objective, smoothness):
+    """Returns (loss, (parts, maps)) of "affine", 3 4, and "control", two fields."""
+    control = parameters["control"]
+    shape = pair.fixed.shape[1:4]
+    forward, backward = _maps(_affine(parameters["affine"]), control, shape)
+    if control is None:  # affine maps are each other's inverse: no jitter to evaluate
+        objective = dataclasses.replace(objective, inverse_consistency_weight=0.0)
+    loss, parts = objective(forward, backward, pair, noise)
+    if control is not None:
+        smooth = sum(regularity.diffusion(c) for c in control)
+        parts = {**parts, "smoothness": smooth}
+        loss = loss + smoothness * smooth
+    return loss, ({**parts, "loss": loss}, (forward, backward))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("objective", "steps", "smoothness", "progress")
+)
+def _direct_loop(
+    parameters, pair, key, learning_rate, *, objective, steps, smoothness, progress
+):
+    # The step size falls to nothing: the field settles instead of trembling.
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps, 0.05))
+    shape = pair.fixed.shape[1:4]
+    gradient_of = jax.grad(_direct_loss, has_aux=True)
+
+    def iterate(carry, index):
+        parameters, state, _ = carry
+        noise = _noise(key, index, shape, None)
+        gradient, (parts, _) = gradient_of(
+            parameters, pair, noise, objective, smoothness
+        )
+        updates, state = optimizer.update(gradient, state)
+        if progress is not None:
+            jax.debug.callback(progress, index, parts, ordered=True)
+        return (optax.apply_updates(parameters, updates), state, parameters), parts
+
+    start = (parameters, optimizer.init(parameters), parameters)
+    (_, _, result), history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
+    return result, history
+
+
+def _best_start(pair, starts, objective, key):
+    """Returns the parameters of the start with the lowest loss."""
+    noise = _noise(key, 0, pair.fixed.shape[1:4], None)
+
+    @jax.jit
+    def loss_of(affine):
+        parameters = {"affine": affine, "control": None}
+        return _direct_loss(parameters, pair, noise, objective, 0.0)[0]
+
+    candidates = [jnp.asarray(_affine_parameters(m), jnp.float32) for m in starts]
+    losses = [float(loss_of(c)) for c in candidates]
+    return candidates[int(np.nanargmin(losses))]
+
+
+def optimize_displacement(
+    pair: Pair,
+    objective: Objective,
+    *,
+    steps: int = 50,
+    learning_rate: float = 5e-3,
+    key: Key,
+    affine: bool = True,
+    starts: Sequence[np.ndarray] = (),
+    config: DisplacementConfig | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Returns transforms found for one pair without a network.
+
+    First an affine map, then a forward and a backward displacement field on control
+    grids, coarse to fine, all by Adam on the objective plus a diffusion term. The
+    inverse consistency term of the objective ties the two fields together.
+
+    Args:
+      pair: one pair on the network grid, 1 D H W C, and what the objective needs.
+      objective: what is minimised.
+      steps: updates per level; the affine level takes twice as many.
+      learning_rate: of Adam for the fields, unit coordinates per step.
+      key: draws the jitter of each step.
+      affine: whether to find an affine map first.
+      starts: 4x4 unit-to-unit matrices to choose the start from, by the objective;
+        the identity (the two volumes' extents coincide) is always among them.
+      config: levels and weights; `DisplacementConfig()` if absent.
+      progress: called after each step.
+
+    Raises:
+      ValueError: steps below 1, or more than one pair.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    if pair.fixed.shape[0] != 1:
+        raise ValueError(f"one pair at a time, got a batch of {pair.fixed.shape[0]}")
+    config = config or DisplacementConfig()
+    total = (2 * steps if affine else 0) + steps * len(config.factors)
+    loop = functools.partial(_direct_loop, objective=objective)
+
+    def report(done):
+        if progress is None:
+            return None
+        return functools.partial(_report, progress, total, done)
+
+    coarse = _coarser(pair, config.affine_factor)
+    best = _best_start(coarse, (np.eye(4), *starts), objective, key)
+    parameters = {"affine": best, "control": None}
+    histories, done = [], 0
+    if affine:
+        parameters, history = loop(
+            parameters,
+            coarse,
+            key,
+            config.affine_learning_rate,
+            steps=2 * steps,
+            smoothness=0.0,
+            progress=report(done),
+        )
+        histories.append(history)
+        done += 2 * steps
+    for level, factor in enumerate(config.factors):
+        at_level = _coarser(pair, factor)
+        shape = at_level.fixed.shape[1:4]
+        control_shape = tuple(
+            max(4, -(-n // config.control_spacing)) if n > 4 else n for n in shape
+        )
+        control = parameters["control"] or (jnp.zeros((1, *control_shape, 3)),) * 2
+        control = tuple(sampling.resize_aligned(c, control_shape) for c in control)
+        parameters, history = loop(
+            {**parameters, "control": control},
+            at_level,
+            jax.random.fold_in(key, level),
+            learning_rate / 2**level,
+            steps=steps,
+            smoothness=config.smoothness,
+            progress=report(done),
+        )
+        histories.append(history)
+        done += steps
+    jax.effects_barrier()
+    forward, backward = _maps(
+        _affine(parameters["affine"]), parameters["control"], pair.fixed.shape[1:4]
+    )
+    names = histories[-1].keys()
+    history = {
+        name: np.concatenate(
+            [np.asarray(h.get(name, jnp.zeros_like(h["loss"]))) for h in histories]
+        )
+        for name in names
+    }
+    return Optimized(forward, backward, history)

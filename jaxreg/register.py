@@ -1,0 +1,562 @@
+"""Register two scans: volumes and a model in, a transform in millimetres out.
+
+The one place where preprocessing, prediction, instance optimisation, inversion and the
+way back to world space meet. The command line, the notebooks and the evaluation all
+call `register`; nothing here opens a file.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nibabel import orientations
+
+from jaxreg import metrics, optimize
+from jaxreg.data import preprocess
+from jaxreg.errors import UserError
+from jaxreg.losses import overlap, similarity
+from jaxreg.losses.objective import Objective
+from jaxreg.space import fields, sampling
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.typing import Pair
+
+Modality = Literal["ct", "mri"]
+Target = Literal["network", "displacement"]
+_MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to register; the names are the command line's, with underscores.
+
+    Attributes:
+      fixed_modality: "ct" or "mri": how the fixed scan's intensities are scaled.
+      moving_modality: the same for the moving scan.
+      ct_window: lowest and highest Hounsfield unit kept; -1000 to 1000 if None.
+      quantile_range: for MRI, the quantiles that become 0 and 1; if None the minimum
+        and the 0.99 quantile.
+      input_masking: set preprocessed intensities outside the masks to 0.
+      loss_function_masking: count similarity inside the masks only.
+      io_iterations: steps of instance optimisation, for a displacement per level of
+        resolution; None for a single prediction.
+      io_target: optimise the network's weights, or a displacement field directly.
+      io_sim: similarity, a key of `losses.similarity.SIMILARITIES`.
+      io_lr: learning rate of Adam; the target's own default if None.
+      dice_loss_weight: weight of the Dice term; needs both segmentations.
+      intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
+      shape: the network grid, (D, H, W) voxels.
+      precision: of the network's arithmetic; coordinates and losses stay float32.
+      seed: of the noise in the inverse consistency term.
+      inverse: compute the inverse transform as well.
+    """
+
+    fixed_modality: Modality = "mri"
+    moving_modality: Modality = "mri"
+    ct_window: tuple[float, float] | None = None
+    quantile_range: tuple[float, float] | None = None
+    input_masking: bool = False
+    loss_function_masking: bool = False
+    io_iterations: int | None = 50
+    io_target: Target = "network"
+    io_sim: str = "lncc"
+    io_lr: float | None = None
+    dice_loss_weight: float = 0.0
+    intensity_conservation_loss: bool = False
+    shape: Shape = (175, 175, 175)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    inverse: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Regions:
+    """Masks and label maps that belong to the scans, each on its scan's own grid."""
+
+    fixed_mask: Volume | None = None
+    moving_mask: Volume | None = None
+    fixed_segmentation: Volume | None = None
+    moving_segmentation: Volume | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Registration:
+    """What registering two scans gives.
+
+    Attributes:
+      transform: fixed mm to moving mm (RAS+), what a resampler needs.
+      inverse: moving mm to fixed mm, or None if not asked for.
+      inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` over the moving
+        network grid's voxels that come from inside the fixed scan, or None.
+      fixed_grid: the fixed scan's network grid.
+      moving_grid: the moving scan's network grid.
+      history: parts of the objective per step, by name; empty without optimisation.
+      similarity: the loss that `similarity_before` and `similarity_after` are values
+        of; smaller is better.
+      similarity_before: with the scans where their headers place them.
+      similarity_after: with the moving scan warped by the transform.
+      folding_percent: share of network cells whose Jacobian determinant is negative,
+        0 to 100.
+      seconds: wall time by phase.
+      fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
+      warped_before: the moving scan on the fixed network grid by the headers, D H W.
+      warped_after: the same through the transform.
+    """
+
+    transform: transform_lib.Transform
+    inverse: transform_lib.Transform | None
+    inverse_residual_mm: tuple[float, float] | None
+    fixed_grid: Grid
+    moving_grid: Grid
+    history: Mapping[str, np.ndarray]
+    similarity: str
+    similarity_before: float
+    similarity_after: float
+    folding_percent: float
+    seconds: Mapping[str, float]
+    fixed_image: np.ndarray
+    warped_before: np.ndarray
+    warped_after: np.ndarray
+
+
+def check_options(options: Options) -> None:
+    """Checks what can be said before any file is read.
+
+    Raises:
+      UserError: a value out of its range, or values that contradict each other.
+    """
+    _check_modality_options(options)
+    if options.io_sim not in similarity.SIMILARITIES:
+        known = ", ".join(sorted(similarity.SIMILARITIES))
+        raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")
+    if options.io_iterations is not None and options.io_iterations < 1:
+        raise UserError(
+            f"--io-iterations is {options.io_iterations}, expected a positive number, "
+            "or None to register without instance optimisation"
+        )
+    if options.io_lr is not None and not 0 < options.io_lr < math.inf:
+        raise UserError(f"--io-lr is {options.io_lr:g}, expected a positive number")
+    if not 0 <= options.dice_loss_weight < math.inf:
+        raise UserError(
+            f"--dice-loss-weight is {options.dice_loss_weight:g}, expected 0 or more"
+        )
+    if min(options.shape) < 8:
+        raise UserError(
+            f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
+            "of at least 8; the weights were trained at 175,175,175"
+        )
+    if options.io_iterations is None:
+        for name, used in (
+            ("--io-target displacement", options.io_target == "displacement"),
+            ("--dice-loss-weight", options.dice_loss_weight > 0),
+            ("--intensity-conservation-loss", options.intensity_conservation_loss),
+        ):
+            if used:
+                raise UserError(
+                    f"{name} needs instance optimisation, which --io-iterations None "
+                    "switches off; pass a number of iterations"
+                )
+
+
+def _check_modality_options(options: Options) -> None:
+    modalities = (options.fixed_modality, options.moving_modality)
+    for name, modality in zip(("fixed", "moving"), modalities, strict=True):
+        if modality not in ("ct", "mri"):
+            raise UserError(f"--{name}-modality is {modality}, expected ct or mri")
+    if options.ct_window is not None:
+        low, high = options.ct_window
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UserError(
+                f"--ct-window is {low:g} {high:g}, expected two Hounsfield units, the "
+                "smaller first"
+            )
+        if "ct" not in modalities:
+            raise UserError(
+                "--ct-window has no effect, because neither modality is ct; leave it "
+                "out or correct the modality"
+            )
+    if options.quantile_range is not None:
+        low, high = options.quantile_range
+        if not 0 <= low < high <= 1:
+            raise UserError(
+                f"--quantile-range is {low:g} {high:g}, expected two numbers between 0 "
+                "and 1, the smaller first"
+            )
+        if "mri" not in modalities:
+            raise UserError(
+                "--quantile-range has no effect, because neither modality is mri; "
+                "leave it out or correct the modality"
+            )
+    if options.intensity_conservation_loss and set(modalities) != {"ct"}:
+        raise UserError(
+            "--intensity-conservation-loss needs two CT scans, the modalities are "
+            f"{modalities[0]} and {modalities[1]}; leave it out"
+        )
+
+
+def check_regions(options: Options, given: Mapping[str, Any]) -> None:
+    """Checks which masks and label maps go together with the options.
+
+    Args:
+      options: how to register.
+      given: the names of `Regions` to anything, or to None where absent.
+
+    Raises:
+      UserError: something asked for lacks its files, or files would have no effect.
+    """
+    masks = [n for n in ("fixed_mask", "moving_mask") if given[n] is not None]
+    segmentations = [
+        n for n in ("fixed_segmentation", "moving_segmentation") if given[n] is not None
+    ]
+    if len(segmentations) == 1:
+        raise UserError(
+            f"{_option(segmentations[0])} was given alone; pass both segmentations or "
+            "neither"
+        )
+    if options.dice_loss_weight > 0 and not segmentations:
+        raise UserError(
+            f"--dice-loss-weight {options.dice_loss_weight:g} needs "
+            "--fixed-segmentation and --moving-segmentation"
+        )
+    if options.loss_function_masking and len(masks) < 2:
+        raise UserError(
+            "--loss-function-masking needs both --fixed-mask and --moving-mask, "
+            f"{_option(masks[0]) + ' alone' if masks else 'neither'} was given"
+        )
+    if options.input_masking and not masks:
+        raise UserError("--input-masking needs --fixed-mask or --moving-mask, or both")
+    if masks and not (options.input_masking or options.loss_function_masking):
+        raise UserError(
+            f"{_option(masks[0])} has no effect by itself; add --input-masking, "
+            "--loss-function-masking, or both"
+        )
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def register(
+    moving: Volume,
+    fixed: Volume,
+    model: Any | None,
+    options: Options,
+    *,
+    regions: Regions | None = None,
+    progress: Progress | None = None,
+) -> Registration:
+    """Registers one scan onto another.
+
+    Args:
+      moving: the scan to be warped, D H W, stored intensities.
+      fixed: the scan that stays.
+      model: weights from `zoo.load`; None for `io_target` "displacement" alone.
+      options: how to register.
+      regions: masks and label maps of the two scans.
+      progress: called after each step with its number, the total and the objective's
+        parts.
+
+    Returns:
+      The transform from fixed to moving mm, its inverse, and how well it fits.
+
+    Raises:
+      UserError: options, scans, masks or label maps do not go together.
+    """
+    regions = regions or Regions()
+    check_options(options)
+    check_regions(options, vars(regions))
+    check_volumes(moving, fixed, regions)
+    moving = oriented_like(moving, fixed.grid)
+    regions = dataclasses.replace(
+        regions,
+        **{
+            name: oriented_like(volume, fixed.grid)
+            for name in ("moving_mask", "moving_segmentation")
+            if (volume := getattr(regions, name)) is not None
+        },
+    )
+    if model is None and options.io_target == "network":
+        raise UserError(
+            "--io-target network needs a model; name one with --model, or pass "
+            "--io-target displacement to register without weights"
+        )
+    seconds: dict[str, float] = {}
+
+    with _Clock(seconds, "preprocess"):
+        grids = fixed.grid.resized(options.shape), moving.grid.resized(options.shape)
+        pair = make_pair(moving, fixed, options, regions)
+    with _Clock(seconds, "register"):
+        # The network's products only: sampling and losses ask for full precision.
+        with jax.default_matmul_precision(_MATMUL[options.precision]):
+            found = _optimise(pair, model, options, grids, progress)
+        forward = transform_lib.flatten(found.forward, options.shape)
+        backward = transform_lib.flatten(found.backward, options.shape)
+        _check_finite(forward, options)
+    with _Clock(seconds, "score"):
+        headers = _unit_matrix(np.eye(4), *grids)
+        apart = transform_lib.Transform(
+            (transform_lib.Affine(jnp.asarray(headers, "f4")),)
+        )
+        before, warped_before, _ = _score(pair, apart, options)
+        after, warped_after, folding = _score(pair, forward, options)
+    inverse, residual = None, None
+    if options.inverse:
+        with _Clock(seconds, "inverse"):
+            inverse, residual = _inverse(forward, backward, *grids)
+    return Registration(
+        transform=transform_lib.in_world(forward, *grids),
+        inverse=inverse,
+        inverse_residual_mm=residual,
+        fixed_grid=grids[0],
+        moving_grid=grids[1],
+        history={k: np.asarray(v) for k, v in found.history.items()},
+        similarity=options.io_sim,
+        similarity_before=before,
+        similarity_after=after,
+        folding_percent=folding,
+        seconds=seconds,
+        fixed_image=np.asarray(pair.fixed[0, ..., 0]),
+        warped_before=warped_before,
+        warped_after=warped_after,
+    )
+
+
+def summary(result: Registration) -> dict[str, str]:
+    """Returns the numbers of a registration as text, name to value with its unit."""
+    name = result.similarity
+    rows = {
+        f"{name} loss before": f"{result.similarity_before:.4f} (smaller is better)",
+        f"{name} loss after": f"{result.similarity_after:.4f}",
+        "folded voxels": f"{result.folding_percent:.4f} %",
+    }
+    if result.inverse_residual_mm is not None:
+        mean, largest = result.inverse_residual_mm
+        rows["inverse residual"] = f"{mean:.4f} mm mean, {largest:.3f} mm at most"
+    for phase, taken in result.seconds.items():
+        rows[f"seconds to {phase}"] = f"{taken:.1f}"
+    return rows
+
+
+def check_volumes(moving: Volume, fixed: Volume, regions: Regions) -> None:
+    """Checks that masks and label maps lie on their scans' grids, before any work.
+
+    Raises:
+      UserError: one lies elsewhere, or the segmentations share no label.
+    """
+    for scan, mask, segmentation in (
+        (fixed, regions.fixed_mask, regions.fixed_segmentation),
+        (moving, regions.moving_mask, regions.moving_segmentation),
+    ):
+        if mask is not None:
+            preprocess.check_same_grid(mask, scan, what="mask")
+        if segmentation is not None:
+            preprocess.check_same_grid(segmentation, scan, what="segmentation")
+    if regions.fixed_segmentation and regions.moving_segmentation:
+        _shared_labels(
+            regions, regions.moving_segmentation.array, regions.fixed_segmentation.array
+        )
+
+
+def _shared_labels(regions: Regions, moving, fixed) -> tuple[int, ...]:
+    try:
+        return overlap.shared_labels(moving, fixed)
+    except UserError as error:
+        names = [
+            v.source
+            for v in (regions.moving_segmentation, regions.fixed_segmentation)
+            if v is not None
+        ]
+        raise UserError(f"{' and '.join(names)}: {error}") from error
+
+
+def oriented_like(volume: Volume, reference: Grid) -> Volume:
+    """Returns the volume with array axes in the order and direction of a grid's.
+
+    Voxels are only permuted and flipped, none moves in world space. A network sees
+    arrays alone: two scans stored in different orders would look rotated or mirrored
+    to it (the original feeds them as they are stored).
+    """
+    change = orientations.ornt_transform(
+        orientations.io_orientation(volume.grid.affine_mm),
+        orientations.io_orientation(reference.affine_mm),
+    )
+    array = orientations.apply_orientation(volume.array, change)
+    back = orientations.inv_ornt_aff(change, volume.grid.shape)
+    grid = Grid(array.shape, volume.grid.affine_mm @ back)
+    return Volume(np.ascontiguousarray(array), grid, volume.source)
+
+
+def make_pair(
+    moving: Volume, fixed: Volume, options: Options, regions: Regions
+) -> Pair:
+    """Returns both scans on the network grid, with what the objective needs of them.
+
+    Raises:
+      UserError: see `preprocess.network_pair`; or the segmentations share no label.
+    """
+    rules = [
+        preprocess.Preprocessing(
+            modality=modality,
+            ct_window=options.ct_window or (-1000.0, 1000.0),
+            quantile_range=options.quantile_range,
+        )
+        for modality in (options.moving_modality, options.fixed_modality)
+    ]
+    pair = preprocess.network_pair(
+        moving,
+        fixed,
+        options.shape,
+        moving_rule=rules[0],
+        fixed_rule=rules[1],
+        moving_mask=regions.moving_mask,
+        fixed_mask=regions.fixed_mask,
+        mask_inputs=options.input_masking,
+        mask_loss=options.loss_function_masking,
+    )
+    segmentations = (regions.moving_segmentation, regions.fixed_segmentation)
+    if options.dice_loss_weight == 0 or None in segmentations:
+        return pair
+    labels = [
+        preprocess.network_labels(volume, options.shape)
+        for volume in segmentations
+        if volume is not None
+    ]
+    # On the network grid, where a small structure may have vanished.
+    classes = _shared_labels(regions, *labels)
+    onehots = [overlap.one_hot(jnp.asarray(array), classes) for array in labels]
+    return dataclasses.replace(
+        pair,
+        moving_onehot=onehots[0],
+        fixed_onehot=onehots[1],
+        valid=jnp.asarray(overlap.valid_classes(*onehots)),
+    )
+
+
+def _objective(options: Options) -> Objective:
+    return Objective(
+        similarity=options.io_sim,
+        dice_weight=options.dice_loss_weight,
+        loss_masking=options.loss_function_masking,
+        intensity_conservation=options.intensity_conservation_loss,
+        original_conservation_offset=False,
+    )
+
+
+def _optimise(pair: Pair, model, options: Options, grids, progress):
+    """Returns the unit transforms of the chosen way to find them."""
+    if options.io_iterations is None:
+        return optimize.predict(model.model, model.variables, pair)
+    common: dict[str, Any] = {
+        "steps": options.io_iterations,
+        "key": jax.random.key(options.seed),
+        "progress": progress,
+    }
+    if options.io_lr is not None:
+        common["learning_rate"] = options.io_lr
+    if options.io_target == "displacement":
+        return optimize.optimize_displacement(
+            pair, _objective(options), starts=_starts(pair, *grids), **common
+        )
+    return optimize.optimize_network(
+        model.model, model.variables, pair, _objective(options), **common
+    )
+
+
+def _unit_matrix(world: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
+    """Returns a 4x4 world map (RAS+ mm) between the unit cubes of two grids."""
+    return np.linalg.inv(moving.unit_to_mm) @ world @ fixed.unit_to_mm
+
+
+def _centre_mm(image: np.ndarray, grid: Grid) -> np.ndarray:
+    """Returns the centre of an image's brightness, (3,) RAS+ mm."""
+    total = max(float(image.sum(dtype=np.float64)), 1e-12)
+    index = [
+        float(image.sum(axis=tuple(a for a in range(3) if a != axis)) @ np.arange(n))
+        for axis, n in enumerate(image.shape)
+    ]
+    return grid.affine_mm[:3, :3] @ (np.array(index) / total) + grid.affine_mm[:3, 3]
+
+
+def _starts(pair: Pair, fixed: Grid, moving: Grid) -> list[np.ndarray]:
+    """Returns first guesses of the affine map: as the headers say, and by brightness.
+
+    Both keep lengths and angles in mm, which the identity of the unit cubes does not:
+    that one stretches one scan's extent to the other's.
+    """
+    shift = np.eye(4)
+    shift[:3, 3] = _centre_mm(np.asarray(pair.moving[0, ..., 0]), moving) - _centre_mm(
+        np.asarray(pair.fixed[0, ..., 0]), fixed
+    )
+    return [_unit_matrix(world, fixed, moving) for world in (np.eye(4), shift)]
+
+
+def _score(pair: Pair, unit: transform_lib.Transform, options: Options):
+    """Returns the similarity loss, the warped image D H W, and the folded per cent."""
+    points = jnp.asarray(unit.map_points(sampling.identity(options.shape)))
+    warped = fields.warp(pair.moving, points, outside="zeros")
+    measure = similarity.SIMILARITIES[options.io_sim]
+    mask = pair.fixed_mask if options.loss_function_masking else None
+    loss = float(measure(warped, pair.fixed, mask=mask))
+    folded = metrics.folding_fraction(metrics.cell_determinant(np.asarray(points)))
+    return loss, np.asarray(warped[0, ..., 0]), folded
+
+
+class _Clock:
+    """Adds the wall time of a block to a dictionary."""
+
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self._seconds, self._phase = seconds, phase
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self._seconds[self._phase] = time.perf_counter() - self._start
+
+
+def _check_finite(forward: transform_lib.Transform, options: Options) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(forward)):
+        rate = "" if options.io_lr is None else f" {options.io_lr:g}"
+        raise UserError(
+            f"the optimisation diverged to NaN; pass an --io-lr below the present one"
+            f"{rate}, or check the scans and the weights"
+        )
+
+
+@jax.jit
+def _gap(forward, field):
+    grid = sampling.identity(field.shape[1:4])
+    return forward.map_points(grid + field) - grid
+
+
+@jax.jit
+def _solve_inverse(forward, start):
+    return fields.invert(forward.map_points, start.shape[1:4], initial=start)[0]
+
+
+def _inverse(forward, backward, fixed: Grid, moving: Grid):
+    """Returns the inverse in mm and its (mean, maximal) residual in mm.
+
+    The fixed point iteration starts from the backward prediction, which is nearly the
+    inverse already. Voxels whose partner lies outside the fixed scan have no inverse
+    to be measured against.
+    """
+    start = backward.steps[0].field
+    field = _solve_inverse(forward, start)
+    gap_mm = np.asarray(_gap(forward, field)) @ moving.unit_to_mm[:3, :3].T
+    partner = np.asarray(sampling.identity(moving.shape) + field)
+    inside = np.all((partner >= 0) & (partner <= 1), axis=-1)
+    residual = np.linalg.norm(gap_mm, axis=-1)[inside]
+    measured = (
+        (float(residual.mean()), float(residual.max()))
+        if residual.size
+        else (math.nan, math.nan)
+    )
+    unit = transform_lib.Transform((transform_lib.Displacement(field),))
+    return transform_lib.in_world(unit, moving, fixed), measured

@@ -1,0 +1,1 @@
+"""How a model learns: pure step functions, and the loops that call them."""

@@ -1,0 +1,490 @@
+"""Models by name: what there is, where its weights come from, and loading them.
+
+The only place that downloads. A name is fetched once into the cache, converted from
+PyTorch's format to a checkpoint (`io.checkpoints`), and read from there afterwards:
+
+    CACHE/NAME/        the converted checkpoint
+    CACHE/NAME.trch    a file put there by hand, used where nothing can be fetched
+"""
+
+import dataclasses
+import difflib
+import http.client
+import os
+import pathlib
+import tempfile
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import platformdirs
+
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints, files, released
+from jaxreg.io.checkpoints import Bundle
+from jaxreg.models.base import Registration
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.typing import Variables
+
+CACHE_VARIABLE = "JAXREG_CACHE"
+BASE_URL = "https://github.com/uncbiag/uniGradICON/releases/download"
+TORCH_SUFFIXES = (".trch", ".pth", ".pt")
+_OTHER_SUFFIXES = (".safetensors", ".onnx", ".npz", ".h5", ".ckpt", ".bin", ".pkl")
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int | None], None]
+"""Called with the bytes received so far and, where it is known, how many there are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCard:
+    """A published network.
+
+    Attributes:
+      title: its name in print.
+      model: kind of network, a key of `KINDS`.
+      config: fields of the kind's config; the weights must have these sizes.
+      preprocessing: what its input must look like.
+      parameters: number of trained numbers.
+      tasks: anatomies and modalities, one line.
+      licence: terms of the weights.
+      paper: where it is described.
+      asset: the file's place below the release page.
+      sha256: published digest of the file, if there is one.
+    """
+
+    title: str
+    model: str
+    config: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    parameters: int
+    tasks: str
+    licence: str
+    paper: str
+    asset: str
+    sha256: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A network ready for use.
+
+    Attributes:
+      name: what it was asked for by: a name of `ZOO` or a path.
+      model: the network; variables are passed to its `apply`.
+      variables: its weights, NumPy arrays in host memory.
+      bundle: these weights with config, preprocessing, source and licence.
+    """
+
+    name: str
+    model: Registration
+    variables: Variables
+    bundle: Bundle
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelRow:
+    """What `jaxreg models` prints of a network; `location` is a path or a sentence."""
+
+    name: str
+    title: str
+    parameters: int
+    grid: tuple[int, ...]
+    tasks: str
+    licence: str
+    paper: str
+    location: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """How networks of one architecture are built and converted.
+
+    Attributes:
+      build: config fields -> the network.
+      read_config: PyTorch's tensors -> config fields.
+      to_variables: PyTorch's tensors, config fields -> variables.
+      from_variables: the reverse.
+      check_variables: raises UserError where variables do not fit config fields.
+      preprocessing: of weights that do not say their own.
+    """
+
+    build: Callable[[Mapping[str, Any]], Registration]
+    read_config: Callable[..., dict[str, Any]]
+    to_variables: Callable[..., Variables]
+    from_variables: Callable[..., dict[str, Any]]
+    check_variables: Callable[..., None]
+    preprocessing: Mapping[str, Any]
+
+
+def _gradicon(config: Mapping[str, Any]) -> Registration:
+    """Builds a GradICON network from JSON, which has lists where config has tuples."""
+    known = [field.name for field in dataclasses.fields(GradIconConfig)]
+    unknown = [name for name in config if name not in known]
+    if unknown:
+        raise UserError(
+            f"the network's config has the fields {', '.join(unknown)}, which this "
+            f"jaxreg does not know (it knows {', '.join(known)}); install a newer one"
+        )
+    return GradIcon(GradIconConfig(**_frozen(config)))
+
+
+_GRADICON_CONFIG = {
+    "channels_down": (2, 16, 32, 64, 256, 512),
+    "channels_up": (16, 32, 64, 128, 256),
+    "halvings": 2,
+    "refinements": 1,
+}
+_GRADICON_PREPROCESSING = {
+    "shape": [175, 175, 175],
+    "axes": "D H W: NIfTI's i, j, k reversed; the image's direction is not used",
+    "resize": "linear, half-pixel",
+    "resize_labels": "nearest, floor",
+    "ct_window": [-1000.0, 1000.0],
+    "mri_quantiles": [0.0, 0.99],
+}
+# The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
+_UNIGRADICON_LICENCE = "Apache-2.0"
+
+KINDS = {
+    "gradicon": Kind(
+        build=_gradicon,
+        read_config=released.gradicon_config,
+        to_variables=released.to_variables,
+        from_variables=released.from_variables,
+        check_variables=released.check_variables,
+        preprocessing=_GRADICON_PREPROCESSING,
+    ),
+}
+
+# No digest of the two files is published with the release, so none is stated here.
+ZOO = {
+    "unigradicon": ModelCard(
+        title="uniGradICON",
+        model="gradicon",
+        config=_GRADICON_CONFIG,
+        preprocessing=_GRADICON_PREPROCESSING,
+        parameters=70_680_916,
+        tasks="lung CT, knee MR, brain MR, abdomen CT; two scans of one modality",
+        licence=_UNIGRADICON_LICENCE,
+        paper="Tian et al., MICCAI 2024, https://arxiv.org/abs/2403.05780",
+        asset="unigradicon_weights/Step_2_final.trch",
+    ),
+    "multigradicon": ModelCard(
+        title="multiGradICON",
+        model="gradicon",
+        config=_GRADICON_CONFIG,
+        preprocessing=_GRADICON_PREPROCESSING,
+        parameters=70_680_916,
+        tasks="lung, knee, brain, abdomen; CT, CBCT, MR, also across modalities",
+        licence=_UNIGRADICON_LICENCE,
+        paper="Demir et al., WBIR 2024, https://arxiv.org/abs/2408.00221",
+        asset="multigradicon_weights/Step_2_final.trch",
+    ),
+}
+
+
+def cache_dir() -> pathlib.Path:
+    """Returns the folder of fetched weights: $JAXREG_CACHE or the user's own cache."""
+    folder = os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("jaxreg")
+    return pathlib.Path(folder).expanduser()
+
+
+def load(
+    name_or_path: PathLike,
+    *,
+    cache_dir: PathLike | None = None,
+    base_url: str | None = None,
+    timeout_s: float = 30.0,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Loads a network by its name in `ZOO` or by the path of its weights.
+
+    Args:
+      name_or_path: a name; else a checkpoint folder; else a PyTorch file, which is
+        converted on the fly. A name wins over a folder called so: write ./NAME.
+      cache_dir: where fetched weights are kept; `cache_dir()` if None.
+      base_url: the release page, if not GitHub's.
+      timeout_s: seconds without an answer after which a server counts as absent.
+      progress: called while a file is fetched.
+
+    Returns:
+      The network with its weights in host memory.
+
+    Raises:
+      UserError: the name is unknown, the weights cannot be fetched, are damaged or are
+        those of another architecture. Where fetching failed, the sentence says what to
+        download and where to put it.
+    """
+    name = os.fspath(name_or_path)
+    if name in ZOO:
+        folder = _cache(cache_dir)
+        bundle = _from_cache(name, folder)
+        if bundle is None:
+            bundle = _fill_cache(name, folder, base_url, timeout_s, progress)
+    else:
+        bundle = _from_path(name)
+    kind = _kind(bundle.model, name)
+    kind.check_variables(bundle.variables, bundle.config, source=name)
+    return LoadedModel(name, kind.build(bundle.config), bundle.variables, bundle)
+
+
+def convert(source: PathLike, target: PathLike, *, model: str = "gradicon") -> None:
+    """Converts weights between a checkpoint folder and a PyTorch file.
+
+    Args:
+      source: a checkpoint folder, or a PyTorch file (.trch, .pth, .pt).
+      target: the other of the two; replaced if it exists.
+      model: kind of network, or a name of `ZOO`. The tensors decide the sizes.
+
+    Raises:
+      UserError: both are of the same kind, the model is unknown, the weights are
+        damaged or of another architecture, or the target cannot be written. Nothing is
+        left half-written.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    model = ZOO[model].model if model in ZOO else model
+    kind = _kind(model, "--model")
+    from_torch, to_torch = _is_torch(source), target.suffix.lower() in TORCH_SUFFIXES
+    if from_torch == to_torch:
+        what = "PyTorch files" if to_torch else "checkpoint folders"
+        raise UserError(
+            f"{source} and {target} are both {what}; one of them must be a folder and "
+            f"the other a file with the extension {' or '.join(TORCH_SUFFIXES)}"
+        )
+    if target.suffix.lower() in _OTHER_SUFFIXES:
+        raise UserError(
+            f"{target} has the extension {target.suffix}, which jaxreg does not write; "
+            f"give a folder or a file with {' or '.join(TORCH_SUFFIXES)}"
+        )
+    if from_torch:
+        checkpoints.check_checkpoint_path(target)
+        checkpoints.save_bundle(target, _from_torch(source, model))
+        return
+    files.check_writable(target, "the target")
+    released.require_torch(f"write {target}")
+    bundle = checkpoints.load_bundle(source)
+    if bundle.model != model:
+        raise UserError(
+            f"{source} holds a {bundle.model} network, --model says {model}; "
+            f"give --model {bundle.model}"
+        )
+    state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
+    released.write_state_dict(target, state)
+
+
+def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
+    """Returns one row for every network of `ZOO`; nothing is fetched.
+
+    Args:
+      cache_dir: where fetched weights are kept; `cache_dir()` if None.
+    """
+    folder = _cache(cache_dir)
+    rows = []
+    for name, card in ZOO.items():
+        location = f"not downloaded: {_url(card, None)}"
+        for place in (folder / name, _by_hand(folder, name)):
+            if place.exists():
+                location = str(place)
+                break
+        rows.append(
+            ModelRow(
+                name=name,
+                title=card.title,
+                parameters=card.parameters,
+                grid=tuple(card.preprocessing["shape"]),
+                tasks=card.tasks,
+                licence=card.licence,
+                paper=card.paper,
+                location=location,
+            )
+        )
+    return tuple(rows)
+
+
+def _frozen(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns config fields with tuples where JSON has lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def _cache(folder: PathLike | None) -> pathlib.Path:
+    return cache_dir() if folder is None else pathlib.Path(folder).expanduser()
+
+
+def _by_hand(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Returns where a user puts a file that could not be fetched."""
+    return folder / f"{name}.trch"
+
+
+def _url(card: ModelCard, base_url: str | None) -> str:
+    return f"{(base_url or BASE_URL).rstrip('/')}/{card.asset}"
+
+
+def _kind(model: str, source: str) -> Kind:
+    if model not in KINDS:
+        raise UserError(
+            f"{source}: {model!r} is not a kind of network that jaxreg knows"
+            f"{_near(model, KINDS)}; expected one of {', '.join(KINDS)}"
+        )
+    return KINDS[model]
+
+
+def _near(word: str, choices: Mapping[str, Any]) -> str:
+    """Returns ", did you mean ...?" or nothing."""
+    near = difflib.get_close_matches(word.lower(), list(choices), n=2)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _from_cache(name: str, folder: pathlib.Path) -> Bundle | None:
+    """Returns the checkpoint of a name, or None where there is none yet."""
+    place = folder / name
+    if not place.exists():
+        return None
+    try:
+        bundle = checkpoints.load_bundle(place)
+    except UserError as error:
+        raise UserError(f"{error}. Remove {place} to fetch it anew") from error
+    _check_sizes(ZOO[name], bundle.config, f"{place} (remove it to fetch it anew)")
+    return bundle
+
+
+def _fill_cache(
+    name: str,
+    folder: pathlib.Path,
+    base_url: str | None,
+    timeout_s: float,
+    progress: Progress | None,
+) -> Bundle:
+    """Converts the file of a name, fetched unless it was put into the cache by hand."""
+    card = ZOO[name]
+    released.require_torch(f"convert the published weights of {name}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {folder} cannot be made ({error.strerror or error}); "
+            f"set {CACHE_VARIABLE} to a folder that you can write"
+        ) from error
+    by_hand, url = _by_hand(folder, name), _url(card, base_url)
+    if by_hand.exists():
+        files.check_readable(by_hand, "the file of weights")
+        bundle = _published(card, by_hand, str(by_hand), f"{url}, put there by hand")
+        checkpoints.save_bundle(folder / name, bundle, replace=False)
+        return bundle
+    checkpoints.check_checkpoint_path(folder / name)
+    # A folder of its own, so that two processes at once stay out of each other's way.
+    with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as temporary:
+        file = pathlib.Path(temporary) / "fetched.trch"
+        try:
+            _download(url, file, timeout_s, progress)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            reason = getattr(error, "reason", None) or str(error) or repr(error)
+            code = getattr(error, "code", None)
+            reason = f"HTTP {code} {reason}" if code else reason
+            raise UserError(
+                f"the weights of {name} are not in the cache and cannot be fetched "
+                f"({reason}); download {url} and put it at {by_hand}, where "
+                "jaxreg finds and converts it"
+            ) from error
+        bundle = _published(card, file, url, url)
+    checkpoints.save_bundle(folder / name, bundle, replace=False)
+    return bundle
+
+
+def _download(
+    url: str, file: pathlib.Path, timeout_s: float, progress: Progress | None
+) -> None:
+    """Copies an address to a file; raises OSError when bytes are missing."""
+    received = 0
+    with (
+        urllib.request.urlopen(url, timeout=timeout_s) as answer,
+        open(file, "wb") as f,
+    ):
+        length = answer.headers.get("Content-Length")
+        expected = None if length is None else int(length)
+        while chunk := answer.read(1 << 20):
+            received += len(chunk)
+            f.write(chunk)
+            if progress is not None:
+                progress(received, expected)
+    if expected is not None and received != expected:
+        raise OSError(f"got {received} of {expected} bytes")
+
+
+def _published(card: ModelCard, file: pathlib.Path, source: str, origin: str) -> Bundle:
+    """Reads the file of a published network and checks that it is the one."""
+    digest = files.sha256(file)
+    if card.sha256 is not None and digest != card.sha256:
+        raise UserError(
+            f"{source} has the sha256 {digest}, expected {card.sha256}; it was damaged "
+            "on its way or exchanged: download it again"
+        )
+    kind = KINDS[card.model]
+    state = released.read_state_dict(file, source=source)
+    config = kind.read_config(state, source=source)
+    variables = kind.to_variables(state, config, source=source)
+    _check_sizes(card, config, source)
+    note = "" if card.sha256 else " as first seen (no published one to compare with)"
+    return Bundle(
+        variables=variables,
+        model=card.model,
+        config=config,
+        preprocessing=card.preprocessing,
+        source=f"{origin}; sha256 {digest}{note}",
+        licence=card.licence,
+    )
+
+
+def _check_sizes(card: ModelCard, config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError where a network is not of the published sizes."""
+    got = {name: _frozen(config).get(name) for name in card.config}
+    if got != dict(card.config):
+        raise UserError(
+            f"{source} holds a network of the sizes {got}, {card.title} has "
+            f"{dict(card.config)}; give its published weights, or load yours by path"
+        )
+
+
+def _is_torch(path: pathlib.Path) -> bool:
+    """Returns whether weights are a PyTorch file; anything else that exists must be
+    a folder.
+    """
+    if path.is_dir():
+        return False
+    if path.suffix.lower() in TORCH_SUFFIXES:
+        return True
+    what = "is a file of another kind" if path.exists() else "does not exist"
+    raise UserError(
+        f"{path} {what}; give a checkpoint folder or a PyTorch file "
+        f"({', '.join(TORCH_SUFFIXES)})"
+    )
+
+
+def _from_path(name: str) -> Bundle:
+    """Reads weights that are not in the zoo."""
+    path = pathlib.Path(name).expanduser()
+    looks_like_path = path.suffix.lower() in TORCH_SUFFIXES or len(path.parts) > 1
+    if not path.exists() and not looks_like_path:
+        raise UserError(
+            f"there is no model {name!r}{_near(name, ZOO)}; expected one of "
+            f"{', '.join(ZOO)}, a checkpoint folder or a PyTorch file"
+        )
+    if _is_torch(path):
+        return _from_torch(path, "gradicon")
+    return checkpoints.load_bundle(path)
+
+
+def _from_torch(path: pathlib.Path, model: str) -> Bundle:
+    """Reads a user's own PyTorch file."""
+    kind = KINDS[model]
+    state = released.read_state_dict(path)
+    config = kind.read_config(state, source=str(path))
+    return Bundle(
+        variables=kind.to_variables(state, config, source=str(path)),
+        model=model,
+        config=config,
+        preprocessing=kind.preprocessing,
+        source=f"{path.name}; sha256 {files.sha256(path)}",
+        licence="not stated by the file",
+    )

@@ -1,0 +1,287 @@
+"""Preprocessing against the reference arrays and by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxreg.data import preprocess
+from jaxreg.data.preprocess import Preprocessing
+from jaxreg.errors import UserError
+from jaxreg.space import sampling
+from jaxreg.space.grid import Grid, Volume
+
+CT = Preprocessing("ct")
+MRI = Preprocessing("mri")
+
+
+def volume(array, source="scan.nii", *, spacing=2.0):
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    return Volume(array, Grid(array.shape, affine), source)
+
+
+def example(shape=(7, 8, 6), seed=0):
+    return np.random.default_rng(seed).normal(100, 30, shape).astype(np.float32)
+
+
+@pytest.mark.golden
+def test_golden_ct(golden):
+    g = golden("gradicon_preprocess")
+    got = preprocess.normalise(g["ct"], CT)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, g["ct_default"], atol=1e-6)
+    window = Preprocessing("ct", ct_window=(-150, 250))
+    got = preprocess.normalise(g["ct"], window)
+    np.testing.assert_allclose(got, g["ct_window_m150_250"], atol=1e-6)
+
+
+@pytest.mark.golden
+def test_golden_mri(golden):
+    g = golden("gradicon_preprocess")
+    np.testing.assert_allclose(
+        preprocess.normalise(g["mr"], MRI), g["mri_default"], atol=1e-6
+    )
+    quantiles = Preprocessing("mri", quantile_range=(0.01, 0.98))
+    np.testing.assert_allclose(
+        preprocess.normalise(g["mr"], quantiles), g["mri_quantile_01_98"], atol=1e-6
+    )
+
+
+@pytest.mark.golden
+def test_golden_quantiles(golden):
+    g = golden("gradicon_preprocess")
+    got = [preprocess.quantile(g["mr"], q) for q in g["q"]]
+    np.testing.assert_array_equal(got, g["q_values"])
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("image", "rule", "key"), [("mr", MRI, "mri_masked"), ("ct", CT, "ct_masked")]
+)
+def test_golden_masked(golden, image, rule, key):
+    g = golden("gradicon_preprocess")
+    shape = g[image].shape  # the scan's own grid: nothing is resized
+    got = preprocess.network_image(
+        volume(g[image]), shape, rule, mask=volume(g["mask"], "mask.nii")
+    )
+    np.testing.assert_allclose(got[0, ..., 0], g[key], atol=1e-6)
+
+
+@pytest.mark.golden
+def test_golden_resizes(golden):
+    g = golden("gradicon_preprocess")
+    shape = tuple(int(n) for n in g["net_shape"])
+    got = preprocess.network_image(volume(g["mr"]), shape, MRI)
+    assert got.shape == (1, *shape, 1)
+    assert got.dtype == np.float32
+    np.testing.assert_allclose(got, np.moveaxis(g["mri_resized"], 1, -1), atol=1e-6)
+    expected = np.moveaxis(g["mask_resized_nearest"], 1, -1)
+    labels = preprocess.network_labels(volume(g["mask"]), shape)
+    assert labels.dtype == np.int32
+    np.testing.assert_array_equal(labels, expected)
+    mask = preprocess.network_mask(volume(g["mask"]), shape)
+    assert mask.dtype == np.float32
+    np.testing.assert_array_equal(mask, expected > 0)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("warp_border", {"outside": "edge"}),
+        ("warp_zeros", {"outside": "zeros"}),
+        ("warp_nearest_zeros", {"outside": "zeros", "order": 0}),
+    ],
+)
+def test_golden_warps(golden, key, options):
+    g = golden("gradicon_preprocess")
+    image, points, expected = (
+        np.moveaxis(g[name], 1, -1) for name in ("warp_image", "warp_phi", key)
+    )
+    got = np.asarray(sampling.sample(image, points, **options))
+    off = np.abs(got - expected) > 1e-5
+    # A point half-way between two voxels may take either.
+    assert off.sum() <= (1e-3 * off.size if "nearest" in key else 0)
+
+
+@pytest.mark.parametrize(
+    ("q", "expected"),
+    [(0, 10), (0.19, 10), (0.2, 10), (0.4, 20), (0.59, 20), (0.99, 40), (1, 50)],
+)
+def test_quantile_is_the_kth_value(q, expected):
+    # Five values: k is 1, 1, 1, 2, 2, 4, 5.
+    values = np.array([30.0, 50.0, 10.0, 20.0, 40.0])
+    assert preprocess.quantile(values, q) == expected
+
+
+def test_quantile_counts_the_background():
+    assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.98) == 0
+    assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.99) == 5
+
+
+def test_mask_comes_after_scaling_and_counts_above_zero():
+    array = example()
+    inside = np.zeros(array.shape, np.int16)
+    inside[2:5] = 2
+    inside[0] = -1
+    got = preprocess.network_image(
+        volume(array), array.shape, MRI, mask=volume(inside, "mask.nii")
+    )[0, ..., 0]
+    np.testing.assert_allclose(got, preprocess.normalise(array, MRI) * (inside > 0))
+
+
+def test_resize_uses_neither_spacing_nor_direction():
+    array = example()
+    plain = volume(array)
+    turned = Volume(
+        array, Grid(array.shape, np.diag([-0.5, 3.0, 1.0, 1.0])[[1, 0, 2, 3]])
+    )
+    a, b = (preprocess.network_image(v, (5, 5, 5), MRI) for v in (plain, turned))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_masks_sit_half_a_voxel_off_the_images():
+    # Source index floor(i * 4 / 2) is 0, 2; a half-pixel rule would read 1, 3.
+    labels = np.zeros((4, 2, 2), np.uint8)
+    labels[:, 0, 0] = [1, 2, 3, 4]
+    got = preprocess.network_labels(volume(labels), (2, 2, 2))
+    np.testing.assert_array_equal(got[0, :, 0, 0, 0], [1, 3])
+
+
+def test_rule_travels_as_json():
+    for rule in (CT, MRI, Preprocessing("ct", (-150, 250)), quantiles((0.01, 1))):
+        assert Preprocessing.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert Preprocessing.from_dict({}) == MRI
+    assert Preprocessing.from_dict({"ct_window": [1, 2]}).ct_window == (1.0, 2.0)
+    with pytest.raises(UserError, match="unknown fields window, expected modality"):
+        Preprocessing.from_dict({"window": 1})
+
+
+def quantiles(pair):
+    return Preprocessing("mri", quantile_range=pair)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"modality": "CT"}, 'modality is "CT", expected "ct" or "mri"'),
+        ({"ct_window": (5, 1)}, "ct_window is 5 1, expected minimum < maximum"),
+        ({"ct_window": (1, 1)}, "ct_window is 1 1"),
+        ({"ct_window": (1,)}, "ct_window is .* expected two numbers"),
+        ({"ct_window": (0, np.inf)}, "ct_window is 0 inf, expected finite"),
+        ({"quantile_range": (0.9, 0.1)}, "quantile_range is 0.9 0.1, expected 0 <="),
+        ({"quantile_range": (-5, 7)}, "quantile_range is -5 7"),
+        ({"quantile_range": "ab"}, "quantile_range is ab, expected two numbers"),
+    ],
+)
+def test_wrong_rules_get_one_sentence(fields, expected):
+    with pytest.raises(UserError, match=expected):
+        Preprocessing(**fields)
+
+
+@pytest.mark.parametrize(
+    ("array", "rule", "expected"),
+    [
+        (np.full((3, 3, 3), 5.0), MRI, "head.nii is constant .5 everywhere."),
+        (np.full((3, 3, 3), 5.0), CT, "head.nii is constant .5 everywhere."),
+        (np.r_[np.zeros(999), 1.0], MRI, "head.nii is constant within .* quantiles 0"),
+        (np.linspace(2000, 3000, 27), CT, "head.nii is constant within .* ct_window"),
+        (np.linspace(-3000, -1000, 27), CT, "run from -3000 to -1000"),
+    ],
+)
+def test_constant_images_are_refused(array, rule, expected):
+    with pytest.raises(UserError, match=expected):
+        preprocess.normalise(array, rule, source="head.nii")
+
+
+def test_mask_that_leaves_nothing_is_refused():
+    array = example()
+    mask = volume(np.zeros(array.shape, np.uint8), "mask.nii")
+    with pytest.raises(UserError, match="mask mask.nii leaves nothing of .* scan.nii"):
+        preprocess.network_image(volume(array), (5, 5, 5), MRI, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (np.array([-1, 0, 1]), "seg.nii has negative labels .down to -1."),
+        (np.array([0, 1, 2**40]), "seg.nii has labels up to 1099511627776"),
+    ],
+)
+def test_labels_that_do_not_index_are_refused(labels, expected):
+    labels = volume(labels.reshape(3, 1, 1), "seg.nii")
+    with pytest.raises(UserError, match=expected):
+        preprocess.network_labels(labels, (2, 2, 2))
+
+
+def test_other_grids_are_refused_with_both_names():
+    scan = volume(example())
+    mask = np.ones((7, 8, 6), np.uint8)
+    preprocess.check_same_grid(volume(mask, "mask.nii"), scan)
+    with pytest.raises(
+        UserError, match="mask.nii .* image scan.nii .6 x 8 x 8 voxels "
+    ):
+        preprocess.check_same_grid(volume(np.ones((8, 8, 6)), "mask.nii"), scan)
+    with pytest.raises(UserError, match="segmentation seg.nii .* at another place"):
+        preprocess.check_same_grid(
+            volume(mask, "seg.nii", spacing=2.1), scan, what="segmentation"
+        )
+
+
+def test_pair():
+    moving, fixed = volume(example()), volume(example((6, 9, 8), seed=1) * 9, "f.nii")
+    inside = np.zeros((7, 8, 6), np.uint8)
+    inside[2:] = 1
+    masks = {
+        "moving_mask": volume(inside, "m.nii"),
+        "fixed_mask": volume(np.ones((6, 9, 8), np.uint8), "n.nii"),
+    }
+    rules = {"moving_rule": MRI, "fixed_rule": CT}
+    shape = (5, 4, 6)
+
+    def pair(**options):
+        return preprocess.network_pair(moving, fixed, shape, **rules, **options)
+
+    plain = pair()
+    np.testing.assert_array_equal(
+        plain.moving, preprocess.network_image(moving, shape, MRI)
+    )
+    np.testing.assert_array_equal(
+        plain.fixed, preprocess.network_image(fixed, shape, CT)
+    )
+    assert plain.moving_mask is plain.fixed_mask is None
+    unused = pair(**masks)  # masks alone change nothing
+    np.testing.assert_array_equal(unused.moving, plain.moving)
+    assert unused.moving_mask is None
+    loss = pair(**masks, mask_loss=True)
+    np.testing.assert_array_equal(loss.moving, plain.moving)
+    np.testing.assert_array_equal(
+        loss.moving_mask, preprocess.network_mask(masks["moving_mask"], shape)
+    )
+    assert loss.fixed_mask.shape == (1, *shape, 1)
+    inputs = pair(**masks, mask_inputs=True)
+    assert not np.array_equal(inputs.moving, plain.moving)
+    np.testing.assert_array_equal(inputs.fixed, plain.fixed)
+    assert inputs.moving_mask is None
+    one = pair(moving_mask=masks["moving_mask"], mask_inputs=True)
+    np.testing.assert_array_equal(one.moving, inputs.moving)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"mask_loss": True}, "loss masking needs a mask of both images, got 0"),
+        ({"mask_inputs": True}, "input masking needs a mask, got none"),
+        ({"fixed_mask": True, "mask_loss": True}, "both images, got 1"),
+        ({"fixed_mask": False}, "mask mask.nii lies on another grid"),
+    ],
+)
+def test_pair_checks_its_masks(options, expected):
+    scan = volume(example())
+    if "fixed_mask" in options:
+        shape = scan.array.shape if options["fixed_mask"] else (4, 4, 4)
+        options = options | {"fixed_mask": volume(np.ones(shape), "mask.nii")}
+    with pytest.raises(UserError, match=expected):
+        preprocess.network_pair(
+            scan, scan, (5, 5, 5), moving_rule=MRI, fixed_rule=MRI, **options
+        )

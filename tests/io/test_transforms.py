@@ -1,0 +1,701 @@
+"""Transform files against ITK and against what the original wrote."""
+
+import itertools
+import re
+
+import h5py
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxreg.errors import UserError
+from jaxreg.io import transforms, volumes
+from jaxreg.space import sampling
+from jaxreg.space.grid import Grid, Volume
+from jaxreg.space.transform import (
+    Affine,
+    Displacement,
+    Transform,
+    displacement_mm,
+    in_world,
+    jacobian_map,
+    warp_volume,
+)
+
+LPS = np.array([-1.0, -1.0, 1.0])
+ITK_FORMATS = [".h5", ".hdf5", ".tfm", ".txt"]
+
+
+def grid_of(size, origin, spacing, direction):
+    """The grid of an ITK image; everything in x, y, z order and LPS."""
+    affine = np.eye(4)
+    affine[:3, :3] = (direction * spacing)[:, ::-1]
+    affine[:3, 3] = origin
+    affine[:2] *= -1
+    return Grid(tuple(int(n) for n in size[::-1]), affine)
+
+
+def golden_grid(g, role):
+    return grid_of(
+        *(g[f"{role}_{key}"] for key in ("size", "origin", "spacing", "direction"))
+    )
+
+
+def golden_transform(g):
+    shape = g["phi"].shape[2:]
+    field = np.moveaxis(g["phi"] - g["identity"], 1, -1)
+    fixed, moving = (
+        golden_grid(g, role).resized(shape) for role in ("fixed", "moving")
+    )
+    return in_world(Transform((Displacement(field),)), fixed, moving)
+
+
+def rotation(a, b, c):
+    def plane(angle, i, j):
+        matrix = np.eye(3)
+        matrix[[i, i, j, j], [i, j, i, j]] = (
+            np.cos(angle),
+            -np.sin(angle),
+            np.sin(angle),
+            np.cos(angle),
+        )
+        return matrix
+
+    return plane(a, 0, 1) @ plane(b, 1, 2) @ plane(c, 0, 2)
+
+
+FIXED = grid_of((13, 11, 10), (10, -30, 5), (1.25, 1.0, 1.8), rotation(0.2, 3.0, 0.3))
+MOVING = grid_of((12, 15, 9), (14, -28, 6), (0.9, 1.1, 2.2), rotation(0.25, 2.9, 0.2))
+NETWORK = (8, 7, 9)
+
+
+def smooth_image(shape, seed=0):
+    coarse = np.random.default_rng(seed).uniform(0, 1, (1, 4, 4, 4, 1))
+    return np.asarray(sampling.resize_half_pixel(jnp.asarray(coarse, "f4"), shape))[
+        0, ..., 0
+    ]
+
+
+def smooth_field(shape=NETWORK, size=0.06, seed=1):
+    coarse = np.random.default_rng(seed).normal(0, size, (1, 4, 4, 4, 3))
+    return np.asarray(sampling.resize_half_pixel(jnp.asarray(coarse, "f4"), shape))
+
+
+def example(*steps):
+    """A transform between FIXED and MOVING with these unit steps."""
+    steps = steps or (Displacement(smooth_field()),)
+    return in_world(Transform(steps), FIXED.resized(NETWORK), MOVING.resized(NETWORK))
+
+
+def prealign():
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation(0.1, -0.05, 0.08)
+    matrix[:3, 3] = (0.02, -0.03, 0.01)
+    return Affine(matrix)
+
+
+def points_in(grid, count=40, seed=2, margin=0.0):
+    """Random RAS points inside a grid's extent."""
+    unit = np.random.default_rng(seed).uniform(-margin, 1 + margin, (count, 3))
+    return unit @ grid.unit_to_mm[:3, :3].T + grid.unit_to_mm[:3, 3]
+
+
+def itk_image(itk, array, grid):
+    image = itk.image_from_array(np.ascontiguousarray(array))
+    affine = np.diag([*LPS, 1]) @ grid.affine_mm[:, [2, 1, 0, 3]]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection(itk.matrix_from_array(affine[:3, :3] / spacing))
+    return image
+
+
+def itk_read(itk, path):
+    read = itk.transformread(str(path))
+    assert len(read) == 1
+    return read[0]
+
+
+def itk_map(transform, points):
+    return (
+        np.array([transform.TransformPoint((p * LPS).tolist()) for p in points]) * LPS
+    )
+
+
+def itk_warp(itk, moving, transform):
+    """ITK's own linear resampling of a volume onto FIXED."""
+    image = itk_image(itk, moving.array.astype(np.float32), moving.grid)
+    reference = itk_image(itk, np.zeros(FIXED.shape, np.float32), FIXED)
+    return itk.array_from_image(
+        itk.resample_image_filter(
+            image,
+            transform=transform,
+            interpolator=itk.LinearInterpolateImageFunction.New(image),
+            use_reference_image=True,
+            reference_image=reference,
+        )
+    )
+
+
+def itk_displacement(itk, vectors, spacing, origin, direction):
+    """ITK's displacement field transform of vectors z y x 3 (LPS) in double."""
+    image = itk.Image[itk.Vector[itk.D, 3], 3].New()
+    image.SetRegions(list(vectors.shape[2::-1]))
+    image.Allocate()
+    itk.array_view_from_image(image)[:] = vectors
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    transform = itk.DisplacementFieldTransform[itk.D, 3].New()
+    transform.SetDisplacementField(image)
+    return transform
+
+
+def itk_read_displacement(itk, path):
+    image = itk.imread(str(path), itk.Vector[itk.F, 3])
+    return itk_displacement(
+        itk,
+        itk.array_from_image(image),
+        image.GetSpacing(),
+        image.GetOrigin(),
+        image.GetDirection(),
+    )
+
+
+# The fixture of the original.
+
+
+@pytest.mark.golden
+def test_golden_points(golden):
+    g = golden("itk_transform")
+    transform = golden_transform(g)
+    for name in ("points", "points_outside"):
+        # Where the field's box ends it jumps: a point there may fall on either side.
+        got = transform.map_points(g[f"{name}_in"] * LPS) * LPS
+        np.testing.assert_allclose(got, g[f"{name}_out"], atol=1e-4)
+
+
+@pytest.mark.golden
+def test_golden_warps(golden):
+    g = golden("itk_transform")
+    transform, fixed = golden_transform(g), golden_grid(g, "fixed")
+    moving = Volume(g["moving"], golden_grid(g, "moving"))
+    warped = warp_volume(moving, transform, fixed)
+    assert warped.array.dtype == g["warped_linear"].dtype
+    off = np.abs(warped.array - g["warped_linear"])
+    assert (off > 1e-4 * np.ptp(g["moving"])).mean() <= 1e-4
+    labels = Volume(g["moving_labels"], golden_grid(g, "moving"))
+    nearest = warp_volume(labels, transform, fixed, order=0).array
+    assert nearest.dtype == g["warped_labels_nearest"].dtype
+    # A voxel half-way between two labels may take either.
+    assert (nearest != g["warped_labels_nearest"]).mean() <= 1e-3
+
+
+@pytest.mark.golden
+def test_golden_integers_are_rounded_where_the_original_truncates(golden):
+    g = golden("itk_transform")
+    transform, fixed = golden_transform(g), golden_grid(g, "fixed")
+    labels = Volume(g["moving_labels"], golden_grid(g, "moving"))
+    real = Volume(g["moving_labels"].astype(np.float32), labels.grid)
+    exact = warp_volume(real, transform, fixed).array
+    # Float32 puts a 2 at 1.99999: such voxels say nothing about truncation.
+    clear = np.abs(exact - np.rint(exact)) > 1e-4
+    original = g["warped_labels_linear_int16"]
+    np.testing.assert_array_equal(np.trunc(exact)[clear], original[clear])
+    rounded = warp_volume(labels, transform, fixed).array
+    assert rounded.dtype == original.dtype
+    np.testing.assert_array_equal(rounded, np.rint(exact))
+    assert (np.abs(rounded) >= np.abs(original)).all()
+    assert (rounded != original).any()
+
+
+@pytest.mark.golden
+def test_golden_displacement_field(golden):
+    g = golden("itk_transform")
+    got = displacement_mm(golden_transform(g), golden_grid(g, "fixed"))
+    np.testing.assert_allclose(got * LPS, g["displacement_field"], atol=1e-4)
+
+
+@pytest.mark.golden
+def test_golden_jacobian(golden):
+    g = golden("itk_transform")
+    fixed = golden_grid(g, "fixed")
+    got = jacobian_map(golden_transform(g), fixed)
+    inside = (slice(1, -1),) * 3
+    np.testing.assert_allclose(
+        got[inside], g["jacobian_direction_aware_interior"], rtol=1e-4, atol=1e-4
+    )
+    # The original divides by the spacing along each array axis and leaves the
+    # direction out, and halves the difference at the border.
+    field = g["displacement_field"].astype(np.float64)
+    matrix = np.zeros((*field.shape, 3))
+    for axis in range(3):
+        padded = np.pad(
+            field, [(1, 1) if i == axis else (0, 0) for i in range(4)], mode="edge"
+        )
+        n = field.shape[axis]
+        matrix[..., 2 - axis] = (
+            padded.take(range(2, n + 2), axis) - padded.take(range(n), axis)
+        ) / (2 * g["fixed_spacing"][2 - axis])
+    original = np.linalg.det(np.eye(3) + matrix)
+    np.testing.assert_allclose(original, g["jacobian"], rtol=1e-3, atol=1e-3)
+    positive = g["jacobian"] > 0
+    np.testing.assert_allclose(
+        np.log(g["jacobian"][positive]), g["log_jacobian"][positive], rtol=1e-4
+    )
+    # With the direction the same differences give what jaxreg gives.
+    aware = np.linalg.det(np.eye(3) + matrix @ g["fixed_direction"].T)
+    np.testing.assert_allclose(got[inside], aware[inside], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.golden
+def test_golden_file_is_read(golden, golden_path):
+    g = golden("itk_transform")
+    transform = transforms.read_transform(golden_path / "itk_transform.hdf5")
+    for name in ("points", "points_outside"):
+        got = transform.map_points(g[f"{name}_in"] * LPS) * LPS
+        np.testing.assert_allclose(got, g[f"{name}_out"], atol=1e-4)
+    assert [type(step) for step in transform.steps] == [Affine, Displacement, Affine]
+    assert transform.steps[1].outside == "half_voxel"
+
+
+@pytest.mark.golden
+def test_golden_file_equals_ours(golden, golden_path, tmp_path):
+    transforms.write_itk_composite(
+        tmp_path / "ours.h5", golden_transform(golden("itk_transform"))
+    )
+    with (
+        h5py.File(golden_path / "itk_transform.hdf5") as theirs,
+        h5py.File(tmp_path / "ours.h5") as ours,
+    ):
+        assert set(ours) == set(theirs)
+        assert set(ours["TransformGroup"]) == set(theirs["TransformGroup"])
+        for number, group in theirs["TransformGroup"].items():
+            mine = ours["TransformGroup"][number]
+            assert set(mine) == set(group)
+            assert mine["TransformType"][0] == group["TransformType"][0]
+            for key in set(group) - {"TransformType"}:
+                assert mine[key].dtype == group[key].dtype
+                np.testing.assert_allclose(
+                    mine[key][()], group[key][()], rtol=1e-6, atol=1e-6
+                )
+
+
+# ITK itself.
+
+
+@pytest.mark.parametrize("suffix", ITK_FORMATS)
+def test_itk_maps_points_as_we_do(tmp_path, suffix):
+    itk = pytest.importorskip("itk")
+    path = tmp_path / f"t{suffix}"
+    transforms.write_transform(path, example(), FIXED)
+    theirs = itk_read(itk, path)
+    assert theirs.GetNameOfClass() == "CompositeTransform"
+    points = points_in(FIXED, margin=0.3)
+    np.testing.assert_allclose(
+        example().map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".tfm"])
+def test_itk_resamples_as_warp_does(tmp_path, suffix):
+    itk = pytest.importorskip("itk")
+    path = tmp_path / f"t{suffix}"
+    transforms.write_transform(path, example(), FIXED)
+    moving = Volume(smooth_image(MOVING.shape), MOVING)
+    theirs = itk_warp(itk, moving, itk_read(itk, path))
+    ours = warp_volume(moving, example(), FIXED).array
+    assert (theirs > 0).mean() > 0.2  # the two volumes do overlap
+    inside = (theirs > 0) & (ours > 0)
+    assert (inside != (theirs > 0)).mean() < 1e-3
+    limit = 1e-3 * np.ptp(moving.array)
+    np.testing.assert_allclose(ours[inside], theirs[inside], atol=limit)
+
+
+def test_itk_applies_the_nifti_displacement(tmp_path):
+    itk = pytest.importorskip("itk")
+    path = tmp_path / "t.nii.gz"
+    transforms.write_transform(path, example(), FIXED)
+    image = itk.imread(str(path), itk.Vector[itk.F, 3])
+    np.testing.assert_allclose(
+        itk.array_from_image(image), displacement_mm(example(), FIXED) * LPS, atol=1e-5
+    )
+    theirs = itk_read_displacement(itk, path)
+    points = points_in(FIXED)
+    read = transforms.read_transform(path)
+    np.testing.assert_allclose(
+        read.map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+    moving = Volume(smooth_image(MOVING.shape), MOVING)
+    warped = itk_warp(itk, moving, theirs)
+    ours = warp_volume(moving, example(), FIXED).array
+    inside = (warped > 0) & (ours > 0)
+    limit = 1e-3 * np.ptp(moving.array)
+    np.testing.assert_allclose(ours[inside], warped[inside], atol=limit)
+
+
+def test_itk_agrees_on_both_intents_of_a_nifti_field(tmp_path):
+    itk = pytest.importorskip("itk")
+    path = tmp_path / "t.nii.gz"
+    transforms.write_displacement_nifti(path, example(), FIXED)
+    image = nib.load(path)
+    image.header.set_intent("displacement vector")
+    nib.save(image, tmp_path / "ras.nii.gz")
+    read = transforms.read_displacement_nifti(tmp_path / "ras.nii.gz")
+    theirs = itk_read_displacement(itk, tmp_path / "ras.nii.gz")
+    points = points_in(FIXED)
+    np.testing.assert_allclose(
+        read.map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+
+
+def random_parameters(itk_transform, count, rng, scale=0.2):
+    parameters = itk_transform.GetParameters()
+    values = np.array([parameters[i] for i in range(count)])
+    values += scale * rng.normal(size=count)
+    for i, value in enumerate(values):
+        parameters[i] = value
+    itk_transform.SetParameters(parameters)
+
+
+def itk_kinds(itk):
+    affine = itk.AffineTransform[itk.D, 3].New()
+    affine.SetCenter((3, -4, 5))
+    centred = itk.CenteredAffineTransform[itk.D, 3].New()
+    euler = itk.Euler3DTransform[itk.D].New()
+    euler.SetCenter((3, -4, 5))
+    zyx = itk.Euler3DTransform[itk.D].New()
+    zyx.SetComputeZYX(True)
+    return [
+        (affine, 12),
+        (centred, 15),
+        (euler, 6),
+        (zyx, 6),
+        (itk.TranslationTransform[itk.D, 3].New(), 3),
+        (itk.IdentityTransform[itk.D, 3].New(), 0),
+    ]
+
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize("suffix", [".h5", ".txt"])
+def test_reads_itks_affine_kinds(tmp_path, number, suffix):
+    itk = pytest.importorskip("itk")
+    theirs, count = itk_kinds(itk)[number]
+    random_parameters(theirs, count, np.random.default_rng(number))
+    path = tmp_path / f"t{suffix}"
+    itk.transformwrite(theirs, str(path))
+    points = points_in(FIXED)
+    np.testing.assert_allclose(
+        transforms.read_itk(path).map_points(points),
+        itk_map(theirs, points),
+        atol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".tfm"])
+def test_reads_itks_composite_of_many(tmp_path, suffix):
+    itk = pytest.importorskip("itk")
+    rng = np.random.default_rng(0)
+    theirs = itk.CompositeTransform[itk.D, 3].New()
+    for _ in range(12):  # two digits: group names sort as numbers
+        part = itk.AffineTransform[itk.D, 3].New()
+        random_parameters(part, 12, rng, scale=0.1)
+        theirs.AddTransform(part)
+    path = tmp_path / f"t{suffix}"
+    itk.transformwrite(theirs, str(path))
+    points = points_in(FIXED)
+    np.testing.assert_allclose(
+        transforms.read_itk(path).map_points(points), itk_map(theirs, points), atol=1e-7
+    )
+
+
+def test_reads_itks_displacement_field_transform(tmp_path):
+    itk = pytest.importorskip("itk")
+    field = smooth_field((6, 7, 8), size=3.0)[0].astype(np.float64)
+    grid = grid_of((8, 7, 6), (1, 2, 3), (1.5, 2.0, 2.5), rotation(0.4, 0.2, -0.3))
+    affine = np.diag([*LPS, 1]) @ grid.affine_mm[:, [2, 1, 0, 3]]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    theirs = itk_displacement(
+        itk,
+        field,
+        spacing.tolist(),
+        affine[:3, 3].tolist(),
+        itk.matrix_from_array(affine[:3, :3] / spacing),
+    )
+    itk.transformwrite(theirs, str(tmp_path / "t.h5"))
+    read = transforms.read_itk(tmp_path / "t.h5")
+    points = points_in(grid, count=100, margin=0.2)
+    np.testing.assert_allclose(
+        read.map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+
+
+# Round trips and structure.
+
+
+@pytest.mark.parametrize("suffix", ITK_FORMATS)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        (Displacement(smooth_field()),),
+        (prealign(), Displacement(smooth_field())),
+        (Displacement(smooth_field()), prealign()),
+        (Displacement(smooth_field()), Displacement(smooth_field((5, 6, 4), seed=3))),
+        (prealign(),),
+    ],
+    ids=["field", "affine-field", "field-affine", "two-fields", "affine"],
+)
+def test_round_trip(tmp_path, suffix, steps):
+    transform = example(*steps)
+    path = tmp_path / f"t{suffix}"
+    transforms.write_transform(path, transform, FIXED)
+    again = transforms.read_transform(path)
+    points = points_in(FIXED, margin=0.3)
+    np.testing.assert_allclose(
+        again.map_points(points), transform.map_points(points), atol=2e-5
+    )
+    fields = sum(isinstance(step, Displacement) for step in steps)
+    assert len(again.steps) == 2 * fields + 1
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_inverse_roles_give_the_inverse(tmp_path):
+    shift = np.zeros((1, *NETWORK, 3), np.float32) + np.float32([0.02, -0.03, 0.05])
+    there = example(Displacement(shift))
+    back = in_world(
+        Transform((Displacement(-shift),)),
+        MOVING.resized(NETWORK),
+        FIXED.resized(NETWORK),
+    )
+    points = points_in(FIXED, margin=-0.2)
+    np.testing.assert_allclose(
+        back.map_points(there.map_points(points)), points, atol=1e-4
+    )
+
+
+def test_field_of_one_voxel_along_an_axis(tmp_path):
+    field = np.zeros((1, 1, 4, 5, 3), np.float32) + np.float32([0.25, 0.1, -0.1])
+    grid = FIXED.resized((1, 4, 5))
+    transform = in_world(Transform((Displacement(field),)), grid, grid)
+    transforms.write_itk_composite(tmp_path / "t.h5", transform)
+    points = points_in(FIXED, margin=-0.2)
+    expected = points + grid.voxel_to_mm[:3, :3] @ [0.25, 0.1 * 3, -0.1 * 4]
+    for t in (transform, transforms.read_itk(tmp_path / "t.h5")):
+        np.testing.assert_allclose(t.map_points(points), expected, atol=1e-4)
+
+
+def test_nifti_header_says_vector_in_mm(tmp_path):
+    transforms.write_transform(tmp_path / "t.nii.gz", example(), FIXED)
+    image = nib.load(tmp_path / "t.nii.gz")
+    assert image.shape == (*FIXED.shape[::-1], 1, 3)
+    assert image.get_data_dtype() == np.float32
+    assert int(image.header["intent_code"]) == 1007
+    assert int(image.header["qform_code"]) == int(image.header["sform_code"]) == 1
+    np.testing.assert_allclose(
+        np.asarray(image.dataobj)[4, 3, 2, 0] * LPS,
+        displacement_mm(example(), FIXED)[2, 3, 4],
+        rtol=1e-6,
+    )
+
+
+def test_nifti_field_outside_its_grid_is_the_identity(tmp_path):
+    transforms.write_transform(tmp_path / "t.nii", example(), FIXED)
+    read = transforms.read_transform(tmp_path / "t.nii")
+    outside = FIXED.voxel_to_mm @ [-0.6, 3, 3, 1]
+    np.testing.assert_allclose(read.map_points(outside[None, :3])[0], outside[:3])
+    within = FIXED.voxel_to_mm @ [-0.4, 3, 3, 1]
+    assert np.abs(read.map_points(within[None, :3])[0] - within[:3]).max() > 0.1
+
+
+def test_old_misspelling_and_fixed_length_text(tmp_path):
+    transform = example(prealign())
+    path = tmp_path / "t.h5"
+    transforms.write_itk_composite(path, transform)
+    with h5py.File(path, "a") as file:
+        root = file["TransformGroup"]
+        for group in root.values():
+            name = group["TransformType"][0]
+            del group["TransformType"]
+            group["TransformType"] = np.array([name], "S60")
+            for key in ("TransformParameters", "TransformFixedParameters"):
+                if key in group:
+                    group[key.replace("Transform", "Tranform")] = group[key][()]
+                    del group[key]
+        # A composite of one, without the composite.
+        root.move("1", "single")
+        del root["0"]
+        root.move("single", "0")
+    points = points_in(FIXED)
+    np.testing.assert_allclose(
+        transforms.read_itk(path).map_points(points),
+        transform.map_points(points),
+        atol=1e-9,
+    )
+
+
+def test_text_of_slicer(tmp_path):
+    path = tmp_path / "t.tfm"
+    path.write_text(
+        "#Insight Transform File V1.0\n#Transform 0\n"
+        "Transform: AffineTransform_float_3_3\n"
+        "Parameters: 1 0 0 0 1 0 0 0 1 10 20 30\nFixedParameters: 0 0 0\n"
+    )
+    got = transforms.read_itk(path).map_points(np.array([[1.0, 2, 3]]))
+    np.testing.assert_allclose(got, [[1 - 10, 2 - 20, 3 + 30]])
+
+
+def test_text_is_exact(tmp_path):
+    for suffix in (".tfm", ".h5"):
+        transforms.write_itk_composite(tmp_path / f"t{suffix}", example())
+    read = [transforms.read_itk(tmp_path / f"t{s}") for s in (".tfm", ".h5")]
+    for a, b in zip(*(t.steps for t in read), strict=True):
+        for name in ("matrix", "field"):
+            if hasattr(a, name):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def test_what_itk_cannot_say_is_refused(tmp_path):
+    field = smooth_field()
+    with pytest.raises(ValueError, match="use in_world first"):
+        transforms.write_itk_composite(
+            tmp_path / "t.h5", Transform((Displacement(field),))
+        )
+    with pytest.raises(ValueError, match="batch 2"):
+        transforms.write_itk_composite(
+            tmp_path / "t.h5", example(Displacement(np.concatenate([field, field])))
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+# Bad input.
+
+
+def text(*lines):
+    return lambda path: path.write_text(
+        "\n".join(("#Insight Transform File V1.0", *lines))
+    )
+
+
+def hdf5(**groups):
+    def write(path):
+        with h5py.File(path, "w") as file:
+            for number, (name, parameters, fixed) in groups.items():
+                group = file.create_group(f"TransformGroup/{number.strip('_')}")
+                group["TransformType"] = [name]
+                group["TransformParameters"] = np.asarray(parameters, float)
+                group["TransformFixedParameters"] = np.asarray(fixed, float)
+
+    return write
+
+
+def nifti_field(*shape, value=0.0):
+    def write(path):
+        nib.save(nib.Nifti1Image(np.full(shape, value, np.float32), np.eye(4)), path)
+
+    return write
+
+
+FIELD = "DisplacementFieldTransform_double_3_3"
+BOX = [2, 2, 2, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1]
+BAD = {
+    "missing.h5": (lambda path: None, "transform .* does not exist"),
+    "t.mat": (lambda path: path.write_text("x"), "is a .mat file"),
+    "t.xfm": (lambda path: path.write_text("x"), "extension .xfm, expected one of .h5"),
+    "text.h5": (lambda path: path.write_text("hello"), "no readable ITK transform"),
+    "other.h5": (
+        lambda path: h5py.File(path, "w").close(),
+        "no readable ITK transform",
+    ),
+    "hello.txt": (lambda path: path.write_text("hello"), "its first line is not"),
+    "binary.tfm": (lambda path: path.write_bytes(b"#\xff\xfe"), "not a text file"),
+    "nothing.txt": (text(), "holds no transform"),
+    "words.txt": (
+        text("Transform: TranslationTransform_double_3_3", "Parameters: 1 two 3"),
+        "something among its numbers is none",
+    ),
+    "plane.tfm": (
+        text("Transform: AffineTransform_double_2_2", "Parameters: 1 0 0 1 0 0"),
+        "expected a transform of 3D points",
+    ),
+    "bspline.txt": (
+        text("Transform: BSplineTransform_double_3_3", "Parameters: 1"),
+        "holds a BSplineTransform, expected one of AffineTransform",
+    ),
+    "short.txt": (
+        text("Transform: AffineTransform_double_3_3", "Parameters: 1 2 3"),
+        "AffineTransform needs 12 finite parameters, has 3",
+    ),
+    "two.txt": (
+        text(*["Transform: IdentityTransform_double_3_3"] * 2),
+        "lists 2 transforms without a composite",
+    ),
+    "geometry.h5": (hdf5(_0=(FIELD, np.zeros(24), BOX[:17])), "17 fixed parameters"),
+    "size.h5": (hdf5(_0=(FIELD, np.zeros(21), BOX)), "21 parameters for 2 x 2 x 2"),
+    "nan.h5": (hdf5(_0=(FIELD, np.full(24, np.nan), BOX)), "has 24 numbers that are"),
+    "flat.h5": (
+        hdf5(_0=(FIELD, np.zeros(24), [*BOX[:6], 0, *BOX[7:]])),
+        "singular grid",
+    ),
+    "name.h5": (hdf5(x=(FIELD, np.zeros(24), BOX)), "no readable ITK transform"),
+    "series.nii.gz": (nifti_field(4, 5, 6, 3), "has shape 4 x 5 x 6 x 3.*time series"),
+    "image.nii": (nifti_field(4, 5, 6), "has shape 4 x 5 x 6"),
+    "nan.nii": (nifti_field(4, 5, 6, 1, 3, value=np.nan), "has 360 numbers that are"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence(tmp_path, name):
+    write, expected = BAD[name]
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(UserError, match=expected) as caught:
+        transforms.read_transform(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("t.mat", "--transform-out .*t.mat is a .mat file, .*use .h5"),
+        ("t.nrrd", "--transform-out .* has the extension .nrrd, expected one of"),
+        ("t", r"extension \(none\)"),
+        ("none/t.h5", "is in a folder that does not exist"),
+    ],
+)
+def test_output_path_is_checked_before_any_work(tmp_path, name, expected):
+    with pytest.raises(UserError, match=expected):
+        transforms.check_transform_path(tmp_path / name)
+    with pytest.raises(UserError, match=re.escape(name)):
+        transforms.write_transform(tmp_path / name, example(), FIXED)
+    for suffix in transforms.EXTENSIONS:
+        transforms.check_transform_path(tmp_path / f"t{suffix}")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".tfm", ".nii.gz"])
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"t{suffix}"
+    path.write_text("old")
+
+    def fail(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr(transforms, "_write_hdf5", fail)
+    monkeypatch.setattr(transforms, "_write_text", fail)
+    monkeypatch.setattr(transforms.nifti1, "save", fail)
+    with pytest.raises(RuntimeError):
+        transforms.write_transform(path, example(), FIXED)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_volume_written_beside_the_transform_overlays(tmp_path):
+    # Warped and fixed share their voxels, so file and memory agree.
+    moving = Volume(smooth_image(MOVING.shape), MOVING)
+    warped = warp_volume(moving, example(), FIXED)
+    for suffix, dtype in itertools.product((".nii.gz", ".mha"), ("f4", "i2")):
+        path = tmp_path / f"warped{suffix}"
+        volumes.write_volume(path, Volume(warped.array.astype(dtype), warped.grid))
+        assert volumes.read_grid(path).matches(FIXED, tolerance_mm=1e-4)

@@ -1,0 +1,408 @@
+"""Scans on disk against nibabel, SimpleITK and ITK."""
+
+import gzip
+import re
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from jaxreg.errors import UserError
+from jaxreg.io import volumes
+from jaxreg.space.grid import Grid, Volume
+
+FORMATS = [".nii", ".nii.gz", ".nrrd", ".mha"]
+
+
+def rotation(angles):
+    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
+    x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    y = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    return z @ y @ x
+
+
+def oblique(shape, *, angles=(0.3, -0.2, 0.5), spacing=(2.2, 1.6, 0.9), flip=1.0):
+    """An anisotropic oblique grid; `flip` -1 makes it left-handed."""
+    affine = np.eye(4)
+    affine[:3, :3] = rotation(angles) * np.array(spacing) * [flip, 1, 1]
+    affine[:3, 3] = (-31.5, 12.25, 80.0)
+    return Grid(shape, affine)
+
+
+def volume(shape=(5, 6, 7), dtype=np.float32, **options):
+    rng = np.random.default_rng(0)
+    return Volume((rng.uniform(0, 100, shape)).astype(dtype), oblique(shape, **options))
+
+
+def nifti(path, array, affine=None, **options):
+    affine = np.diag([2.0, 3.0, 4.0, 1.0]) if affine is None else affine
+    nib.save(nib.Nifti1Image(array, affine, **options), path)
+    return path
+
+
+def test_array_is_nifti_reversed(tmp_path):
+    array = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
+    read = volumes.read_volume(nifti(tmp_path / "a.nii", array))
+    assert read.array.shape == read.grid.shape == (4, 3, 2)
+    assert read.array[3, 1, 0] == array[0, 1, 3]
+    np.testing.assert_array_equal(read.grid.spacing_mm, [4, 3, 2])
+    np.testing.assert_array_equal(read.grid.affine_mm @ [3, 1, 0, 1], [0, 3, 12, 1])
+    assert read.source == str(tmp_path / "a.nii")
+    assert read.array.flags["C_CONTIGUOUS"]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32])
+def test_round_trip_on_oblique_grid(tmp_path, suffix, flip, dtype):
+    before = volume(dtype=dtype, flip=flip)
+    path = tmp_path / f"a{suffix}"
+    volumes.write_volume(path, before)
+    after = volumes.read_volume(path, kind="stored")
+    assert after.array.dtype == dtype
+    np.testing.assert_array_equal(after.array, before.array)
+    np.testing.assert_allclose(after.grid.affine_mm, before.grid.affine_mm, atol=2e-5)
+    assert volumes.read_grid(path).matches(before.grid, tolerance_mm=1e-4)
+    assert volumes.read_volume(path).array.dtype == np.float32
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    angles=st.tuples(*[st.floats(-3.1, 3.1)] * 3),
+    spacing=st.tuples(*[st.floats(0.2, 6)] * 3),
+    flip=st.sampled_from([1.0, -1.0]),
+    suffix=st.sampled_from(FORMATS),
+)
+def test_any_orientation_survives(tmp_path, angles, spacing, flip, suffix):
+    before = volume((3, 2, 4), angles=angles, spacing=spacing, flip=flip)
+    path = tmp_path / f"a{suffix}"
+    volumes.write_volume(path, before)
+    after = volumes.read_volume(path)
+    np.testing.assert_array_equal(after.array, before.array)
+    assert after.grid.matches(before.grid, tolerance_mm=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.float64, np.uint16])
+def test_wide_types_survive(tmp_path, dtype):
+    before = volume(dtype=dtype)
+    volumes.write_volume(tmp_path / "a.nii.gz", before)
+    after = volumes.read_volume(tmp_path / "a.nii.gz", kind="stored")
+    assert after.array.dtype == dtype
+    np.testing.assert_array_equal(after.array, before.array)
+
+
+def test_bool_and_half_are_stored_as_what_files_know(tmp_path):
+    path = tmp_path / "a.nii"
+    for dtype, stored in ((bool, np.uint8), (np.float16, np.float32)):
+        array = np.arange(24).reshape(2, 3, 4).astype(dtype)
+        volumes.write_volume(path, Volume(array, oblique((2, 3, 4))))
+        read = volumes.read_volume(path, kind="stored").array
+        assert read.dtype == stored
+        np.testing.assert_array_equal(read, array)
+
+
+def test_labels_are_written_without_scaling_and_with_both_forms(tmp_path):
+    path = tmp_path / "labels.nii.gz"
+    volumes.write_volume(path, volume(dtype=np.int16))
+    image = nib.load(path)
+    assert image.get_data_dtype() == np.int16
+    assert (image.dataobj.slope, image.dataobj.inter) == (1.0, 0.0)
+    assert int(image.header["qform_code"]) == int(image.header["sform_code"]) == 1
+    np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-5)
+    assert image.header.get_xyzt_units()[0] == "mm"
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("flip", [1.0, -1.0])
+def test_itk_sees_the_same_place(tmp_path, suffix, flip):
+    before = volume(flip=flip)
+    path = tmp_path / f"a{suffix}"
+    volumes.write_volume(path, before)
+    image = sitk.ReadImage(str(path))
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), before.array)
+    lps = image.TransformIndexToPhysicalPoint((3, 2, 1))  # x, y, z
+    ras = before.grid.affine_mm @ [1, 2, 3, 1]
+    np.testing.assert_allclose(np.array(lps) * [-1, -1, 1], ras[:3], atol=1e-4)
+
+
+@pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
+def test_headers_with_separate_data_are_read_and_not_written(tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    image = sitk.GetImageFromArray(np.arange(24.0, dtype=np.float32).reshape(2, 3, 4))
+    image.SetSpacing((1.0, 2.0, 3.0))
+    sitk.WriteImage(image, str(path))
+    read = volumes.read_volume(path)
+    np.testing.assert_array_equal(read.array, sitk.GetArrayFromImage(image))
+    np.testing.assert_allclose(read.grid.spacing_mm, [3, 2, 1])
+    with pytest.raises(UserError, match=f"extension {suffix}, expected one of .nii"):
+        volumes.write_volume(path, read)
+
+
+def test_scaling_is_applied(tmp_path):
+    image = nib.Nifti1Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    image.header.set_slope_inter(0.5, -1000)
+    nib.save(image, tmp_path / "a.nii")
+    stored = nib.load(tmp_path / "a.nii")
+    expected = np.asarray(stored.dataobj).T
+    for kind in ("image", "stored"):
+        read = volumes.read_volume(tmp_path / "a.nii", kind=kind)
+        assert read.array.dtype == np.float32
+        np.testing.assert_allclose(read.array, expected, rtol=1e-6)
+
+
+def test_big_endian_becomes_native(tmp_path):
+    array = np.arange(24, dtype=">i2").reshape(2, 3, 4)
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(np.int16)
+    nib.save(nib.Nifti1Image(array, np.eye(4), header), tmp_path / "a.nii")
+    read = volumes.read_volume(tmp_path / "a.nii", kind="stored")
+    assert read.array.dtype == np.dtype("=i2")
+    np.testing.assert_array_equal(read.array, array.T)
+
+
+def test_sform_wins_and_a_difference_is_told(tmp_path):
+    image = nib.Nifti1Image(np.arange(24.0).reshape(2, 3, 4), None)
+    image.set_sform(np.diag([2.0, 2, 2, 1]), code=1)
+    image.set_qform(np.diag([1.0, 1, 1, 1]), code=1)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.warns(UserWarning, match="qform and sform differ; the sform is used"):
+        read = volumes.read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(read.grid.spacing_mm, [2, 2, 2])
+    image.set_sform(np.diag([2.0, 2, 2, 1]), code=0)
+    nib.save(image, tmp_path / "q.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read = volumes.read_volume(tmp_path / "q.nii")
+    np.testing.assert_array_equal(read.grid.spacing_mm, [1, 1, 1])
+
+
+def test_no_orientation_is_told(tmp_path):
+    image = nib.Nifti1Image(np.arange(24.0).reshape(2, 3, 4), None)
+    image.header.set_zooms((1, 2, 3))
+    image.set_sform(None, code=0)
+    image.set_qform(None, code=0)
+    nib.save(image, tmp_path / "a.nii")
+    with pytest.warns(UserWarning, match="neither qform nor sform"):
+        read = volumes.read_volume(tmp_path / "a.nii")
+    np.testing.assert_array_equal(read.grid.spacing_mm, [3, 2, 1])
+
+
+def test_trailing_axes_of_one_are_dropped(tmp_path):
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    read = volumes.read_volume(nifti(tmp_path / "a.nii", array[..., None, None]))
+    np.testing.assert_array_equal(read.array, array.T)
+    image = sitk.JoinSeries([sitk.GetImageFromArray(array)])
+    sitk.WriteImage(image, str(tmp_path / "a.nrrd"))
+    read = volumes.read_volume(tmp_path / "a.nrrd")
+    np.testing.assert_array_equal(read.array, array)
+
+
+def test_shear_fits_nifti_only(tmp_path):
+    grid = oblique((2, 3, 4))
+    sheared = grid.affine_mm @ np.array(
+        [[1, 0.2, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    )
+    before = Volume(np.arange(24.0).reshape(2, 3, 4), Grid(grid.shape, sheared))
+    volumes.write_volume(tmp_path / "a.nii", before)
+    assert int(nib.load(tmp_path / "a.nii").header["qform_code"]) == 0
+    assert volumes.read_volume(tmp_path / "a.nii").grid.matches(before.grid)
+    with pytest.raises(UserError, match=r"a.nrrd cannot hold a sheared voxel grid"):
+        volumes.write_volume(tmp_path / "a.nrrd", before)
+
+
+def test_kinds(tmp_path):
+    values = np.zeros((2, 3, 4), np.float32)
+    values[0, 0] = [0.2, 0.5, 0.7, 1.0]
+    fractions = nifti(tmp_path / "fractions.nii", values)
+    mask = volumes.read_volume(fractions, kind="mask")
+    assert mask.array.dtype == np.uint8
+    np.testing.assert_array_equal(mask.array[:, 0, 0], [0, 0, 1, 1])
+    with pytest.raises(UserError, match="fractional values .*nearest neighbour"):
+        volumes.read_volume(fractions, kind="labels")
+    whole = nifti(tmp_path / "whole.nii", np.rint(values) * 3)
+    for kind in ("labels", "mask"):
+        read = volumes.read_volume(whole, kind=kind)
+        assert read.array.dtype == np.int32
+        np.testing.assert_array_equal(np.unique(read.array), [0, 3])
+    stored = nifti(tmp_path / "stored.nii", (np.rint(values) * 3).astype(np.int16))
+    for kind in ("labels", "mask", "stored"):
+        assert volumes.read_volume(stored, kind=kind).array.dtype == np.int16
+    zeros = nifti(tmp_path / "zeros.nii", np.zeros((2, 3, 4), np.uint8))
+    for kind in ("labels", "stored"):
+        assert not volumes.read_volume(zeros, kind=kind).array.any()
+    with pytest.raises(UserError, match="mask .*zeros.nii is empty"):
+        volumes.read_volume(zeros, kind="mask")
+    with pytest.raises(UserError, match="zeros.nii is constant"):
+        volumes.read_volume(zeros)
+    huge = nifti(tmp_path / "huge.nii", np.full((2, 3, 4), 3e9))
+    with pytest.raises(UserError, match="beyond 32-bit"):
+        volumes.read_volume(huge, kind="labels")
+
+
+def _truncated(path):
+    array = np.random.default_rng(0).normal(size=(9, 9, 9))
+    nib.save(nib.Nifti1Image(array, np.eye(4)), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _rgb(path):
+    dtype = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nifti(path, np.zeros((2, 3, 4), dtype))
+
+
+def _vectors(path):
+    image = nib.Nifti1Image(np.zeros((2, 3, 4, 1, 3), np.float32), np.eye(4))
+    image.header.set_intent("vector")
+    nib.save(image, path)
+
+
+def _huge_header(path):
+    header = nib.Nifti1Header()
+    header.set_data_shape((30000, 30000, 30000))
+    path.write_bytes(header.binaryblock + b"\0" * 4)
+
+
+def _singular(path):
+    image = nib.Nifti1Image(np.arange(24.0).reshape(2, 3, 4), None)
+    image.set_sform(np.diag([2.0, 3, 0, 1]), code=1)
+    nib.save(image, path)
+
+
+def _flat_axes(path):
+    affine = np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.arange(24.0).reshape(2, 3, 4), None)
+    image.set_sform(affine, code=1)
+    nib.save(image, path)
+
+
+def _with(value):
+    def write(path):
+        array = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+        array[0, 1, 1:3] = value
+        if path.suffix == ".nii":
+            nifti(path, array)
+        else:
+            sitk.WriteImage(sitk.GetImageFromArray(array), str(path))
+
+    return write
+
+
+def _of_shape(*shape):
+    return lambda path: nifti(
+        path, np.arange(np.prod(shape), dtype=float).reshape(shape)
+    )
+
+
+def _sitk(image):
+    return lambda path: sitk.WriteImage(image, str(path))
+
+
+BAD = {
+    "missing.nii": (lambda path: None, "image .* does not exist"),
+    "folder.nii": (lambda path: path.mkdir(), "is a folder, expected a file"),
+    "empty.nii.gz": (lambda path: path.write_bytes(b""), "is empty"),
+    "a.jpg": (lambda path: path.write_bytes(b"x"), "extension .jpg, expected one of"),
+    "none": (lambda path: path.write_bytes(b"x"), r"extension \(none\), expected"),
+    "text.nii.gz": (lambda path: path.write_text("hello"), "cannot be read"),
+    "text.nii": (lambda path: path.write_text("hello" * 99), "cannot be read"),
+    "zip.nii.gz": (
+        lambda path: path.write_bytes(gzip.compress(b"hello")),
+        "cannot be read",
+    ),
+    "truncated.nii.gz": (_truncated, "cannot be read, it may be truncated"),
+    "truncated.nii": (_truncated, "cannot be read, it may be truncated"),
+    "text.nrrd": (lambda path: path.write_text("hello"), "cannot be read"),
+    "text.mha": (lambda path: path.write_text("hello"), "cannot be read"),
+    "flat.nii": (_of_shape(4, 5), "is a 2D image of 4 x 5"),
+    "slice.nii.gz": (_of_shape(4, 5, 1), "is a 2D image of 4 x 5 x 1"),
+    "flat.mha": (
+        _sitk(sitk.GetImageFromArray(np.eye(4, dtype=np.float32))),
+        "is a 2D image of 4 x 4",
+    ),
+    "series.nii": (_of_shape(2, 3, 4, 5), "is a 4D image of 2 x 3 x 4 x 5"),
+    "series.nrrd": (
+        _sitk(sitk.JoinSeries([sitk.Image(2, 3, 4, sitk.sitkFloat32)] * 2)),
+        "is a 4D image of 2 x 3 x 4 x 2",
+    ),
+    "rgb.nii": (_rgb, "is an RGB or vector image"),
+    "vectors.nii.gz": (_vectors, "is an RGB or vector image"),
+    "vectors.mha": (
+        _sitk(sitk.Image([2, 3, 4], sitk.sitkVectorFloat32, 3)),
+        "is an RGB or vector image",
+    ),
+    "complex.nii": (
+        lambda path: nifti(path, np.ones((2, 3, 4), np.complex64)),
+        "holds complex numbers",
+    ),
+    "nan.nii": (_with(np.nan), "has 2 voxels that are NaN or infinite"),
+    "inf.nrrd": (_with(-np.inf), "has 2 voxels that are NaN or infinite"),
+    "nan.mha": (_with(np.nan), "has 2 voxels that are NaN or infinite"),
+    "overflow.nii": (
+        lambda path: nifti(path, np.linspace(0, 1e300, 24).reshape(2, 3, 4)),
+        "has 23 voxels that are NaN or infinite",
+    ),
+    "huge.nii": (_huge_header, "claims 30000 x 30000 x 30000 voxels"),
+    "singular.nii": (_singular, r"voxel spacing .2.0, 3.0, 0.0. mm"),
+    "plane.nii": (_flat_axes, "singular affine"),
+    "constant.nii": (
+        lambda path: nifti(path, np.full((2, 3, 4), 7.0)),
+        "is constant .7 everywhere.",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*qform")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_one_sentence(tmp_path, name):
+    write, expected = BAD[name]
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(UserError, match=expected) as caught:
+        volumes.read_volume(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert not re.search(r"\.\s*$", message)
+
+
+def test_integers_are_never_not_finite(tmp_path):
+    path = nifti(tmp_path / "a.nii", np.arange(24, dtype=np.int32).reshape(2, 3, 4))
+    assert volumes.read_volume(path).array.dtype == np.float32
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.nii.gz"
+    volumes.write_volume(path, volume())
+    before = path.read_bytes()
+
+    def fail(image, target):
+        target.write_bytes(b"half")
+        raise RuntimeError
+
+    monkeypatch.setattr(volumes.nib, "save", fail)
+    with pytest.raises(RuntimeError):
+        volumes.write_volume(path, volume((2, 2, 2)))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a.png", "--warped-moving-out .*a.png has the extension .png"),
+        ("none/a.nii", "--warped-moving-out .* is in a folder that does not exist"),
+    ],
+)
+def test_check_volume_path(tmp_path, name, expected):
+    with pytest.raises(UserError, match=expected):
+        volumes.check_volume_path(tmp_path / name, "--warped-moving-out")

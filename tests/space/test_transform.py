@@ -1,0 +1,311 @@
+"""Transforms: order, frames, resampling, Jacobian."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxreg.space import sampling, transform
+from jaxreg.space.grid import Grid, Volume, unit_scale
+from jaxreg.space.transform import Affine, Displacement, Transform
+
+
+def rotation(x, y, z):
+    (cx, cy, cz), (sx, sy, sz) = np.cos([x, y, z]), np.sin([x, y, z])
+    return (
+        np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+        @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+        @ np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
+    )
+
+
+def matrix(linear=None, shift=(0, 0, 0)):
+    m = np.eye(4)
+    m[:3, :3] = np.eye(3) if linear is None else linear
+    m[:3, 3] = shift
+    return m
+
+
+def grid(shape, angles=(0.3, -0.2, 0.5), spacing=(1.8, 1.0, 1.25), origin=(10, -30, 5)):
+    return Grid(shape, matrix(rotation(*angles) * np.array(spacing), origin))
+
+
+FIXED = grid((9, 11, 10))
+MOVING = grid((10, 8, 12), (0.25, -0.1, 0.45), (1.6, 1.5, 1.0), (11, -31, 6))
+NETWORK = (6, 7, 5)
+
+
+def smooth(shape, channels, size=1.0, seed=0):
+    coarse = np.random.default_rng(seed).normal(0, size, (1, 4, 4, 4, channels))
+    return np.asarray(sampling.resize_half_pixel(jnp.asarray(coarse, "f4"), shape))
+
+
+def field(size=0.05, seed=1, shape=NETWORK):
+    return smooth(shape, 3, size, seed)
+
+
+def points(count=20, low=0.0, high=1.0, seed=2):
+    return np.random.default_rng(seed).uniform(low, high, (1, count, 3))
+
+
+def mm(where, unit):
+    return unit @ where.unit_to_mm[:3, :3].T + where.unit_to_mm[:3, 3]
+
+
+def world(*steps):
+    return transform.in_world(
+        Transform(steps), FIXED.resized(NETWORK), MOVING.resized(NETWORK)
+    )
+
+
+def test_affine_maps_points_in_float64():
+    m = matrix(rotation(0.1, 0.2, 0.3), (1e3, -1e3, 1e-9))
+    got = Affine(m)(points())
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, points() @ m[:3, :3].T + m[:3, 3], rtol=1e-15)
+
+
+def test_affine_under_jit():
+    m = matrix(rotation(0.1, 0.2, 0.3), (1, 2, 3))
+    got = jax.jit(lambda t, p: t.map_points(p))(
+        Transform((Affine(m),)), jnp.asarray(points(), "f4")
+    )
+    np.testing.assert_allclose(got, Affine(m)(points()), rtol=1e-5)
+
+
+def test_steps_act_in_their_order():
+    scale, shift = Affine(matrix(2 * np.eye(3))), Affine(matrix(shift=(1, 0, 0)))
+    got = Transform((scale, shift)).map_points(np.ones((1, 1, 3)))
+    np.testing.assert_array_equal(got, [[[3, 2, 2]]])
+    got = Transform((shift,)).then(Transform((scale,))).map_points(np.ones((1, 1, 3)))
+    np.testing.assert_array_equal(got, [[[4, 2, 2]]])
+
+
+def test_displacement_keeps_the_affines_around_it_in_float64():
+    zero = Displacement(np.zeros((1, *NETWORK, 3), np.float32), outside="half_voxel")
+    far = np.array([[[1e5 + 1e-6, 0.25, 0.5]]])
+    np.testing.assert_array_equal(Transform((zero,)).map_points(far), far)
+
+
+def test_displacement_outside_rules():
+    shift = np.full((1, *NETWORK, 3), 0.1, np.float32)
+    half = 0.5 / (unit_scale(NETWORK)[0])
+    at = np.array([[[-0.9 * half, 0.5, 0.5], [-1.1 * half, 0.5, 0.5]]])
+    edge = Displacement(shift)(at) - at
+    np.testing.assert_allclose(edge, 0.1, rtol=1e-6)
+    file = Displacement(shift, outside="half_voxel")(at) - at
+    np.testing.assert_allclose(file[0], [[0.1] * 3, [0] * 3], atol=1e-7)
+
+
+def test_in_world_maps_corner_to_corner():
+    got = world().map_points(mm(FIXED, points(low=-0.2, high=1.2)))
+    # Extents coincide, not corner centres: a unit of the network grid is shorter.
+    network = [FIXED.resized(NETWORK), MOVING.resized(NETWORK)]
+    unit = mm(FIXED, points(low=-0.2, high=1.2))
+    unit = (unit - network[0].unit_to_mm[:3, 3]) @ np.linalg.inv(
+        network[0].unit_to_mm[:3, :3]
+    ).T
+    np.testing.assert_allclose(got, mm(network[1], unit), atol=1e-9)
+    for where, corners in ((FIXED, -0.5), (MOVING, -0.5)):
+        corner = where.voxel_to_mm @ [corners, corners, corners, 1]
+        same = where.resized(NETWORK).voxel_to_mm @ [corners, corners, corners, 1]
+        np.testing.assert_allclose(corner, same, atol=1e-9)
+
+
+def test_in_world_reads_the_field_between_the_two_affines():
+    shift = np.broadcast_to(np.float32([0.1, -0.05, 0.2]), (1, *NETWORK, 3))
+    got = world(Displacement(shift)).map_points(mm(FIXED, points()))
+    moved = MOVING.resized(NETWORK).unit_to_mm[:3, :3] @ [0.1, -0.05, 0.2]
+    np.testing.assert_allclose(
+        got, world().map_points(mm(FIXED, points())) + moved, atol=1e-5
+    )
+
+
+def test_in_world_switches_fields_to_the_files_rule():
+    assert [s.outside for s in world(Displacement(field())).steps[1:-1]] == [
+        "half_voxel"
+    ]
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 99))
+def test_affine_there_and_back(seed):
+    rng = np.random.default_rng(seed)
+    m = matrix(
+        rotation(*rng.normal(0, 0.5, 3)) * rng.uniform(0.5, 2, 3), rng.normal(size=3)
+    )
+    there, back = Transform((Affine(m),)), Transform((Affine(np.linalg.inv(m)),))
+    np.testing.assert_allclose(
+        there.then(back).map_points(points()), points(), atol=1e-10
+    )
+
+
+def test_flatten_gives_the_same_map_on_its_grid():
+    steps = (
+        Affine(matrix(rotation(0.05, 0, 0.05), (0.02, 0, 0))),
+        Displacement(field()),
+        Displacement(field(seed=4, shape=(4, 5, 6))),
+    )
+    unit = Transform(steps)
+    flat = transform.flatten(unit, NETWORK)
+    assert len(flat.steps) == 1
+    x = sampling.identity(NETWORK)
+    np.testing.assert_allclose(flat.map_points(x), unit.map_points(x), atol=1e-6)
+
+
+def test_transform_is_a_pytree():
+    t = Transform((Affine(jnp.eye(4)), Displacement(jnp.zeros((1, *NETWORK, 3)))))
+    leaves = jax.tree.leaves(t)
+    assert [leaf.shape for leaf in leaves] == [(4, 4), (1, *NETWORK, 3)]
+    gradient = jax.grad(lambda t: t.map_points(jnp.full((1, 2, 3), 0.3)).sum())(t)
+    assert gradient.steps[1].field.sum() == pytest.approx(6, rel=1e-5)
+
+
+# Resampling.
+
+
+def image(dtype=np.float32, where=MOVING, seed=0):
+    array = smooth(where.shape, 1, 40, seed)[0, ..., 0]
+    return Volume(array.astype(dtype), where, "moving.nii")
+
+
+def test_warp_with_the_identity_on_the_own_grid():
+    still = Transform((Affine(np.eye(4)),))
+    for dtype in (np.float32, np.float64, np.int16, np.uint16):
+        moving = Volume(np.abs(image().array).astype(dtype), MOVING)
+        for order in (0, 1):
+            got = transform.warp_volume(moving, still, MOVING, order=order)
+            assert got.array.dtype == dtype
+            assert got.grid is MOVING
+            np.testing.assert_allclose(got.array, moving.array, rtol=1e-4, atol=1e-3)
+
+
+def test_warp_of_a_linear_ramp_is_exact():
+    # A ramp in world coordinates, read by linear interpolation, is the ramp itself.
+    slope = np.array([0.3, -0.7, 1.1])
+    index = np.stack(np.meshgrid(*map(np.arange, MOVING.shape), indexing="ij"), -1)
+    at = index @ MOVING.voxel_to_mm[:3, :3].T + MOVING.voxel_to_mm[:3, 3]
+    moving = Volume((at @ slope).astype(np.float32), MOVING)
+    turn = Affine(matrix(rotation(0.1, 0.05, -0.1), (0.5, 1, -0.5)))
+    warped = transform.warp_volume(moving, Transform((turn,)), FIXED, fill=np.nan)
+    index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
+    at = turn(index @ FIXED.voxel_to_mm[:3, :3].T + FIXED.voxel_to_mm[:3, 3])
+    voxel = (at - MOVING.voxel_to_mm[:3, 3]) @ np.linalg.inv(
+        MOVING.voxel_to_mm[:3, :3]
+    ).T
+    last = np.array(MOVING.shape) - 1
+    within = ((voxel >= 0) & (voxel <= last)).all(-1)
+    outside = ((voxel < -0.51) | (voxel > last + 0.51)).any(-1)
+    assert within.sum() > 50
+    assert outside.sum() > 50
+    np.testing.assert_allclose(warped.array[within], (at @ slope)[within], atol=1e-3)
+    assert np.isnan(warped.array[outside]).all()
+    assert np.isfinite(warped.array[~outside & within]).all()
+
+
+def test_integers_are_rounded_and_clipped():
+    array = np.zeros((2, 2, 2), np.uint8)
+    array[1] = [[3, 3], [255, 255]]
+    moving = Volume(array, Grid((2, 2, 2), np.eye(4)))
+    half = Transform((Affine(matrix(shift=(0.5, 0, 0))),))
+    got = transform.warp_volume(moving, half, moving.grid).array
+    np.testing.assert_array_equal(got[0], [[2, 2], [128, 128]])  # 1.5, 127.5 to even
+    far = Transform((Affine(matrix(shift=(9, 0, 0))),))
+    got = transform.warp_volume(moving, far, moving.grid, fill=300).array
+    np.testing.assert_array_equal(got, 255)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32])
+def test_large_labels_survive(dtype):
+    high = np.iinfo(dtype).max - 1
+    array = np.array([0, high, high - 1, 7], dtype).reshape(2, 2, 1).repeat(2, -1)
+    moving = Volume(array, Grid((2, 2, 2), np.eye(4)))
+    still = Transform((Affine(np.eye(4)),))
+    got = transform.warp_volume(moving, still, moving.grid, order=0).array
+    np.testing.assert_array_equal(got, array)
+    far = Transform((Affine(matrix(shift=(9, 0, 0))),))
+    got = transform.warp_volume(moving, far, moving.grid, order=0, fill=5).array
+    np.testing.assert_array_equal(got, np.full_like(array, 5))
+
+
+def test_slabs_join_without_a_seam():
+    steps = world(Displacement(field())).steps
+    whole = transform._by_slabs(steps, FIXED.shape, lambda p: p)
+    voxels = FIXED.shape[1] * FIXED.shape[2]
+    for per_slab in (1, 2 * voxels, 4 * voxels + 1):
+        parts = transform._by_slabs(steps, FIXED.shape, lambda p: p, per_slab)
+        np.testing.assert_allclose(parts, whole, atol=1e-5)
+
+
+def test_warp_far_from_the_world_origin():
+    # Float32 in mm would lose 1e-2 of a voxel here.
+    away = matrix(shift=(1e5, -2e5, 3e5))
+    fixed, moving = (Grid(g.shape, away @ g.affine_mm) for g in (FIXED, MOVING))
+    shifted = transform.in_world(
+        Transform((Displacement(field()),)),
+        fixed.resized(NETWORK),
+        moving.resized(NETWORK),
+    )
+    near = transform.warp_volume(image(), world(Displacement(field())), FIXED)
+    far = transform.warp_volume(Volume(image().array, moving), shifted, fixed)
+    np.testing.assert_allclose(far.array, near.array, atol=1e-3)
+    np.testing.assert_allclose(
+        transform.displacement_mm(shifted, fixed),
+        transform.displacement_mm(world(Displacement(field())), FIXED),
+        atol=1e-3,
+    )
+
+
+# Displacement and Jacobian.
+
+
+def test_displacement_is_target_minus_place():
+    t = world(Displacement(field()))
+    got = transform.displacement_mm(t, FIXED)
+    assert got.shape == (*FIXED.shape, 3)
+    assert got.dtype == np.float32
+    index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
+    at = (index @ FIXED.voxel_to_mm[:3, :3].T + FIXED.voxel_to_mm[:3, 3])[None]
+    np.testing.assert_allclose(got, (t.map_points(at) - at)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("flip", [1, -1])
+def test_jacobian_counts_the_direction(flip):
+    # The case in which the original reports 0.891: scaling by 1.1 on a flipped grid.
+    where = Grid((5, 6, 7), np.diag([-2.0, flip * -3.0, 1.0, 1.0])[:, [2, 1, 0, 3]])
+    scaled = Transform((Affine(np.diag([1.1, 1.1, 1.1, 1.0])),))
+    got = transform.jacobian_map(scaled, where)
+    np.testing.assert_allclose(got, 1.331, rtol=1e-4)  # corners too
+    sheared = matrix([[1.1, 0.2, 0], [-0.1, 0.9, 0.3], [0, 0.1, 1.2]], (1, 2, 3))
+    for grid_ in (where, FIXED, MOVING):
+        got = transform.jacobian_map(Transform((Affine(sheared),)), grid_)
+        np.testing.assert_allclose(got, np.linalg.det(sheared[:3, :3]), rtol=1e-3)
+
+
+def test_jacobian_of_a_fold_is_negative():
+    mirror = Transform((Affine(np.diag([1.0, -1.0, 1.0, 1.0])),))
+    np.testing.assert_allclose(transform.jacobian_map(mirror, FIXED), -1, rtol=1e-4)
+
+
+def test_jacobian_on_a_grid_of_one_slice():
+    where = grid((1, 6, 7))
+    shift = Transform((Affine(matrix(shift=(1, 2, 3))),))
+    got = transform.jacobian_map(shift, where)
+    assert got.shape == where.shape
+    np.testing.assert_allclose(got, 1, atol=1e-5)
+
+
+def test_jacobian_slabs_join_without_a_seam(monkeypatch):
+    t = world(Displacement(field()))
+    whole = transform.jacobian_map(t, FIXED)
+    # By another road: the full 3x3 matrices.
+    displacement = transform.displacement_mm(t, FIXED).astype(np.float64)
+    gradient = np.stack([np.gradient(displacement, axis=a) for a in range(3)], -1)
+    matrices = np.eye(3) + gradient @ np.linalg.inv(FIXED.voxel_to_mm[:3, :3])
+    np.testing.assert_allclose(whole, np.linalg.det(matrices), rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(
+        transform, "_JACOBIAN_SLAB", 2 * FIXED.shape[1] * FIXED.shape[2]
+    )
+    np.testing.assert_allclose(transform.jacobian_map(t, FIXED), whole, atol=1e-6)

@@ -1,0 +1,254 @@
+"""From two volumes to a transform in mm, with models whose answer is known."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxreg import register, zoo
+from jaxreg.errors import UserError
+from jaxreg.models.base import Prediction
+from jaxreg.space import sampling
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Volume
+
+SHAPE = (20, 24, 22)
+NETWORK_GRID = (12, 14, 13)
+
+
+def make_grid(spacing=(1.5, 1.0, 1.2), origin=(-10.0, -12.0, -14.0), turn=0.0) -> Grid:
+    c, s = np.cos(turn), np.sin(turn)
+    affine = np.eye(4)
+    affine[:3, :3] = [[c, -s, 0], [s, c, 0], [0, 0, 1]] @ np.eye(3)[:, ::-1]
+    affine[:3, :3] *= np.asarray(spacing)
+    affine[:3, 3] = origin
+    return Grid(SHAPE, affine)
+
+
+def blobs(grid: Grid, shift_mm=(0.0, 0.0, 0.0)) -> Volume:
+    """Bright blobs at fixed places in world space, moved by `shift_mm`."""
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
+    place = index @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
+    array = np.zeros(grid.shape)
+    for centre, width, height in (
+        ((3.0, 2.0, 0.0), 6.0, 1.0), ((7.0, -4.0, 5.0), 3.0, 0.7),
+        ((-2.0, 4.0, -6.0), 3.0, 0.6),
+    ):  # fmt: skip
+        distance = np.sum((place - centre - np.asarray(shift_mm)) ** 2, axis=-1)
+        array += height * np.exp(-distance / (2 * width**2))
+    return Volume((1000 * array).astype(np.float32), grid, "blobs.nii.gz")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifting:
+    """A model that always answers with one shift, in unit coordinates."""
+
+    shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    bend: float = 0.0
+
+    def init(self, key, shape):
+        return {}
+
+    def apply(self, variables, moving, fixed, *, train=False):
+        grid = sampling.identity(fixed.shape[1:4])
+        # Asked for the way back, it sees the scans exchanged and answers the reverse.
+        sign = jnp.where(moving.sum() > fixed.sum(), -1.0, 1.0)
+        field = jnp.zeros_like(grid) + jnp.asarray(self.shift)
+        field += self.bend * jnp.sin(jnp.pi * grid[..., ::-1])
+        displacement = transform_lib.Displacement(sign * field)
+        return Prediction(transform_lib.Transform((displacement,))), variables
+
+
+def loaded(model) -> zoo.LoadedModel:
+    return zoo.LoadedModel("known", model, {}, None)  # type: ignore[arg-type]
+
+
+OPTIONS = register.Options(shape=NETWORK_GRID, io_iterations=None)
+
+
+def test_predicted_shift_in_mm():
+    """A shift by s of the unit cube is s times the network grid's extent in mm."""
+    fixed, moving = blobs(make_grid()), blobs(make_grid(turn=0.3))
+    model = loaded(Shifting((0.1, 0.0, 0.0)))
+
+    result = register.register(moving, fixed, model, OPTIONS)
+
+    first = result.fixed_grid.affine_mm[:3, 3]
+    got = result.transform.map_points(first[None, None])[0, 0]
+    sign = np.sign((got - result.moving_grid.affine_mm[:3, 3]) @ np.eye(3)[2])
+    extent = (NETWORK_GRID[0] - 1) * result.moving_grid.spacing_mm[0]
+    expected = result.moving_grid.affine_mm @ [
+        sign * 0.1 * (NETWORK_GRID[0] - 1),
+        0,
+        0,
+        1,
+    ]
+    np.testing.assert_allclose(got, expected[:3], atol=1e-4)
+    assert extent == pytest.approx(20 * 1.5 * 11 / 12)
+
+
+def test_identity_of_one_scan_is_perfect():
+    scan = blobs(make_grid())
+    result = register.register(scan, scan, loaded(Shifting()), OPTIONS)
+    assert result.similarity_before == pytest.approx(result.similarity_after, abs=1e-4)
+    assert result.folding_percent == 0.0
+    assert result.history == {}
+    assert result.inverse_residual_mm is not None
+    assert result.inverse_residual_mm[1] < 1e-3
+    displacement = transform_lib.displacement_mm(result.transform, scan.grid)
+    np.testing.assert_allclose(displacement, 0.0, atol=1e-3)
+    np.testing.assert_allclose(result.fixed_image, result.warped_after, atol=1e-4)
+    assert set(result.seconds) == {"preprocess", "register", "score", "inverse"}
+
+
+def test_inverse_undoes_the_transform():
+    fixed = blobs(make_grid())
+    moving = blobs(make_grid(spacing=(1.4, 1.1, 1.2)), (1.0, 0.0, 0.0))
+    result = register.register(
+        moving, fixed, loaded(Shifting((0.02, 0.01, 0.0), bend=0.05)), OPTIONS
+    )
+    assert result.inverse is not None
+    assert result.inverse_residual_mm is not None
+    # A shift moves border voxels outside the field, where only its edge is known.
+    assert result.inverse_residual_mm[0] < 0.05
+    points = np.array([[[3.0, 2.0, 0.0], [5.0, -1.0, 2.0], [-1.0, 1.0, 3.0]]])
+    back = result.transform.map_points(result.inverse.map_points(points))
+    np.testing.assert_allclose(back, points, atol=0.05)
+
+
+def test_inverse_only_if_asked():
+    scan = blobs(make_grid())
+    options = dataclasses.replace(OPTIONS, inverse=False)
+    result = register.register(scan, scan, loaded(Shifting()), options)
+    assert result.inverse is None
+    assert result.inverse_residual_mm is None
+    assert "inverse" not in result.seconds
+    assert not any("inverse" in name for name in register.summary(result))
+
+
+def test_summary_names_its_units():
+    scan = blobs(make_grid())
+    rows = register.summary(register.register(scan, scan, loaded(Shifting()), OPTIONS))
+    assert rows["folded voxels"].endswith("%")
+    assert "mm" in rows["inverse residual"]
+    assert any(name.startswith("lncc loss") for name in rows)
+
+
+def reorder(volume: Volume, axes, flips) -> Volume:
+    """The same scan stored with permuted and reversed array axes."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.eye(3)[:, axes]
+    for new, axis in enumerate(axes):
+        if flips[new]:
+            matrix[:3, new] *= -1
+            matrix[axis, 3] = volume.array.shape[axis] - 1
+    array = np.transpose(volume.array, axes)
+    array = array[tuple(slice(None, None, -1 if f else None) for f in flips)]
+    return Volume(array, Grid(array.shape, volume.grid.affine_mm @ matrix), "reordered")
+
+
+ORDERS = [((0, 1, 2), (True, True, False)), ((2, 0, 1), (False, True, False))]
+
+
+@pytest.mark.parametrize(("axes", "flips"), ORDERS)
+def test_oriented_like_restores_the_order_without_moving_voxels(axes, flips):
+    scan = blobs(make_grid(turn=0.2))
+    again = register.oriented_like(reorder(scan, axes, flips), scan.grid)
+    np.testing.assert_array_equal(again.array, scan.array)
+    np.testing.assert_allclose(again.grid.affine_mm, scan.grid.affine_mm, atol=1e-9)
+
+
+@pytest.mark.parametrize(("axes", "flips"), ORDERS)
+def test_order_of_storage_does_not_change_the_result(axes, flips):
+    fixed = blobs(make_grid())
+    moving = blobs(make_grid(spacing=(1.4, 1.1, 1.2)), (1.0, 0.0, 0.0))
+    mask = Volume((moving.array > 100).astype(np.uint8), moving.grid, "mask")
+    model = loaded(Shifting((0.02, 0.01, 0.0)))
+    options = dataclasses.replace(OPTIONS, input_masking=True)
+    first, second = (
+        register.register(
+            change(moving), fixed, model, options,
+            regions=register.Regions(moving_mask=change(mask)),
+        )
+        for change in (lambda v: v, lambda v: reorder(v, axes, flips))
+    )  # fmt: skip
+    points = np.random.default_rng(0).normal(scale=4, size=(1, 10, 3))
+    np.testing.assert_allclose(
+        first.transform.map_points(points), second.transform.map_points(points),
+        atol=1e-4,
+    )  # fmt: skip
+    assert first.similarity_after == pytest.approx(second.similarity_after)
+
+
+def test_starts_keep_lengths_and_meet_the_centres():
+    fixed, moving = blobs(make_grid()), blobs(make_grid(turn=0.2), (4.0, 0.0, -3.0))
+    pair = register.make_pair(moving, fixed, OPTIONS, register.Regions())
+    grids = fixed.grid.resized(NETWORK_GRID), moving.grid.resized(NETWORK_GRID)
+    headers, centred = register._starts(pair, *grids)
+    world = grids[1].unit_to_mm @ headers @ np.linalg.inv(grids[0].unit_to_mm)
+    np.testing.assert_allclose(world, np.eye(4), atol=1e-9)
+    world = grids[1].unit_to_mm @ centred @ np.linalg.inv(grids[0].unit_to_mm)
+    np.testing.assert_allclose(world[:3, :3], np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(world[:3, 3], [4.0, 0.0, -3.0], atol=1.5)
+
+
+def test_dice_classes_are_those_of_both():
+    scan = blobs(make_grid())
+    labels = np.digitize(scan.array, [200, 500, 700])
+    moving = Volume(labels.astype(np.int32), scan.grid, "m")
+    fixed = Volume(np.where(labels == 3, 9, labels).astype(np.int32), scan.grid, "f")
+    options = register.Options(shape=NETWORK_GRID, dice_loss_weight=1.0)
+    regions = register.Regions(fixed_segmentation=fixed, moving_segmentation=moving)
+    pair = register.make_pair(scan, scan, options, regions)
+    assert pair.moving_onehot is not None
+    assert pair.moving_onehot.shape == (1, *NETWORK_GRID, 2)
+    assert pair.valid is not None
+    assert pair.valid.all()
+
+
+def test_model_is_needed_for_the_network():
+    scan = blobs(make_grid())
+    with pytest.raises(UserError, match="displacement"):
+        register.register(scan, scan, None, OPTIONS)
+
+
+def test_mask_elsewhere_is_refused():
+    scan, other = blobs(make_grid()), blobs(make_grid(origin=(0.0, 0.0, 0.0)))
+    options = dataclasses.replace(OPTIONS, input_masking=True)
+    with pytest.raises(UserError, match="grid"):
+        register.register(
+            scan, scan, loaded(Shifting()), options,
+            regions=register.Regions(fixed_mask=other),
+        )  # fmt: skip
+
+
+def test_divergence_is_a_sentence():
+    scan = blobs(make_grid())
+    with pytest.raises(UserError, match="diverged"):
+        register.register(scan, scan, loaded(Shifting((np.nan, 0, 0))), OPTIONS)
+
+
+@pytest.mark.slow
+def test_displacement_finds_a_shift():
+    """Scans that overlap by half in world space are brought together."""
+    fixed = blobs(make_grid())
+    shift = np.array([6.0, -5.0, 7.0])
+    moving = blobs(make_grid(origin=np.array([-10.0, -12, -14]) + shift), shift)
+    options = register.Options(
+        io_target="displacement", io_iterations=40, shape=NETWORK_GRID
+    )
+    seen = []
+
+    result = register.register(
+        moving, fixed, None, options,
+        progress=lambda step, total, parts: seen.append((step, total)),
+    )  # fmt: skip
+
+    points = np.array([[[3.0, 2.0, 0.0], [7.0, -4.0, 5.0], [-2.0, 4.0, -6.0]]])
+    np.testing.assert_allclose(
+        result.transform.map_points(points), points + shift, atol=1.0
+    )
+    assert result.similarity_after < 0.5 * result.similarity_before
+    assert seen
+    assert seen[-1][0] == seen[-1][1]

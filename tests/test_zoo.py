@@ -1,0 +1,485 @@
+"""Weights by name and by path, against a server that misbehaves in every way."""
+
+import concurrent.futures
+import dataclasses
+import http.server
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreg import zoo
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints, files, released
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+
+SMALL = {
+    "channels_down": (2, 3, 5),
+    "channels_up": (4, 3),
+    "halvings": 1,
+    "refinements": 1,
+}
+ASSET = "small_weights/Step_2_final.trch"
+
+
+def random_state(config=SMALL, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        entry.key: np.array(seed, np.int64)
+        if entry.is_count
+        else rng.normal(size=entry.torch_shape).astype(np.float32)
+        for entry in released.gradicon_entries(config)
+    }
+
+
+def write_trch(path, config=SMALL, seed=0):
+    released.write_state_dict(path, random_state(config, seed))
+    return path
+
+
+def assert_is_random_state(variables, seed=0):
+    expected = released.to_variables(random_state(seed=seed), SMALL)
+    leaves, tree = jax.tree.flatten(expected)
+    got, got_tree = jax.tree.flatten(variables)
+    assert got_tree == tree
+    for a, b in zip(got, leaves, strict=True):
+        assert type(a) is np.ndarray
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A small network under a name of its own."""
+    pytest.importorskip("torch")
+    card = dataclasses.replace(zoo.ZOO["unigradicon"], config=SMALL, asset=ASSET)
+    monkeypatch.setitem(zoo.ZOO, "small", card)
+    return card
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers /ASSET with `body` in the way of `behaviour`."""
+
+    daemon_threads = True
+    body = b""
+    behaviour = "good"
+    requests = 0
+    release = threading.Event()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self):
+        self.server.requests += 1
+        body, behaviour = self.server.body, self.server.behaviour
+        if behaviour == "missing" or self.path != f"/{ASSET}":
+            self.send_error(404)
+            return
+        self.send_response(200)
+        if behaviour != "no length":
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if behaviour == "truncated":
+            body = body[: len(body) // 2]
+        elif behaviour == "corrupted":
+            body = bytes(len(body))
+        elif behaviour == "flipped":
+            middle = len(body) // 2
+            body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
+        elif behaviour == "slow":
+            self.wfile.write(body[:100])
+            self.wfile.flush()
+            self.server.release.wait(20)
+            return
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    path = write_trch(tmp_path_factory.mktemp("server") / "weights.trch")
+    server = Server(("127.0.0.1", 0), Handler)
+    server.body = path.read_bytes()
+    server.release = threading.Event()
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}
+    )
+    thread.start()
+    yield server
+    server.release.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def url(server):
+    return f"http://127.0.0.1:{server.server_address[1]}"
+
+
+# ---- by name ----
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("behaviour", ["good", "no length"])
+def test_name_is_fetched_once_and_converted(small, server, tmp_path, behaviour):
+    server.behaviour = behaviour
+    cache = tmp_path / "not" / "yet"
+    calls = []
+    loaded = zoo.load(
+        "small",
+        cache_dir=cache,
+        base_url=url(server) + "/",
+        progress=lambda *call: calls.append(call),
+    )
+    assert_is_random_state(loaded.variables)
+    assert loaded.name == "small"
+    assert loaded.model == GradIcon(GradIconConfig(**SMALL))
+    assert loaded.bundle.licence == small.licence
+    size = len(server.body)
+    assert calls[-1] == (size, size if behaviour == "good" else None)
+    assert os.listdir(cache) == ["small"]
+
+    again = zoo.load("small", cache_dir=cache, base_url="http://127.0.0.1:9")
+    assert server.requests == 1
+    assert_is_random_state(again.variables)
+    assert again.model == loaded.model
+    assert again.bundle.preprocessing == loaded.bundle.preprocessing
+
+
+@pytest.mark.torch
+def test_digest_of_the_first_fetch_is_recorded(small, server, tmp_path):
+    zoo.load("small", cache_dir=tmp_path, base_url=url(server))
+    description = json.loads((tmp_path / "small" / "jaxreg.json").read_text())
+    body = tmp_path / "body"
+    body.write_bytes(server.body)
+    assert f"sha256 {files.sha256(body)} as first seen" in description["source"]
+    assert url(server) in description["source"]
+
+
+@pytest.mark.torch
+def test_published_digest_is_checked(small, server, tmp_path, monkeypatch):
+    card = dataclasses.replace(small, sha256="0" * 64)
+    monkeypatch.setitem(zoo.ZOO, "small", card)
+    with pytest.raises(UserError, match="expected 0000"):
+        zoo.load("small", cache_dir=tmp_path, base_url=url(server))
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("behaviour", "words"),
+    [
+        ("missing", r"cannot be fetched \(HTTP 404"),
+        ("truncated", r"cannot be fetched \(.*bytes"),
+        ("corrupted", "not a PyTorch file"),
+        ("flipped", "damaged"),
+        ("slow", r"cannot be fetched \(.*timed out"),
+    ],
+)
+def test_bad_answer_leaves_nothing_and_a_retry_works(
+    small, server, tmp_path, behaviour, words
+):
+    server.behaviour = behaviour
+    options = {"cache_dir": tmp_path, "base_url": url(server), "timeout_s": 0.5}
+    with pytest.raises(UserError, match=words) as error:
+        zoo.load("small", **options)
+    assert f"{url(server)}/{ASSET}" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+    server.behaviour = "good"
+    assert_is_random_state(zoo.load("small", **options).variables)
+    assert os.listdir(tmp_path) == ["small"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("base_url", ["http://127.0.0.1:9", "nonsense", "x://y"])
+def test_offline_says_what_to_download_and_where_to_put_it(
+    small, tmp_path, monkeypatch, base_url
+):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(UserError) as error:
+        zoo.load("small", cache_dir=tmp_path, base_url=base_url)
+    by_hand = tmp_path / "small.trch"
+    assert f"download {base_url}/{ASSET} and put it at {by_hand}" in str(error.value)
+    assert os.listdir(tmp_path) == []
+    # Which then works.
+    write_trch(by_hand, seed=4)
+    loaded = zoo.load("small", cache_dir=tmp_path, base_url=base_url)
+    assert_is_random_state(loaded.variables, seed=4)
+    assert sorted(os.listdir(tmp_path)) == ["small", "small.trch"]
+    assert "by hand" in loaded.bundle.source
+
+
+@pytest.mark.torch
+def test_bad_file_put_there_by_hand_is_named(small, tmp_path):
+    (tmp_path / "small.trch").write_text("")
+    with pytest.raises(UserError, match="small.trch is empty"):
+        zoo.load("small", cache_dir=tmp_path)
+    (tmp_path / "small.trch").write_text("<html>")
+    with pytest.raises(UserError, match="not a PyTorch file") as error:
+        zoo.load("small", cache_dir=tmp_path)
+    assert str(tmp_path / "small.trch") in str(error.value)
+    assert os.listdir(tmp_path) == ["small.trch"]
+
+
+@pytest.mark.torch
+def test_other_sizes_than_published_are_refused(small, tmp_path):
+    write_trch(tmp_path / "small.trch", SMALL | {"refinements": 0})
+    with pytest.raises(UserError, match="'refinements': 0.*uniGradICON has"):
+        zoo.load("small", cache_dir=tmp_path)
+    assert os.listdir(tmp_path) == ["small.trch"]
+
+
+@pytest.mark.torch
+def test_damaged_cache_says_what_to_remove(small, tmp_path):
+    write_trch(tmp_path / "small.trch")
+    zoo.load("small", cache_dir=tmp_path)
+    (tmp_path / "small" / "variables" / "_METADATA").unlink()
+    with pytest.raises(UserError, match="Remove .*small to fetch it anew"):
+        zoo.load("small", cache_dir=tmp_path)
+
+
+@pytest.mark.torch
+def test_many_loads_at_once(small, server, tmp_path):
+    options = {"cache_dir": tmp_path, "base_url": url(server)}
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(zoo.load, "small", **options) for _ in range(8)]
+        for loaded in running:
+            assert_is_random_state(loaded.result(timeout=60).variables)
+    assert os.listdir(tmp_path) == ["small"]
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_two_processes_at_once(small, server, tmp_path):
+    program = f"""
+        import dataclasses
+        from jaxreg import zoo
+        card = dataclasses.replace(
+            zoo.ZOO["unigradicon"], config={SMALL!r}, asset={ASSET!r}
+        )
+        zoo.ZOO["small"] = card
+        for _ in range(3):
+            zoo.load("small", cache_dir={str(tmp_path)!r}, base_url={url(server)!r})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    running = [subprocess.Popen(command, env=environment) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    assert os.listdir(tmp_path) == ["small"]
+    assert_is_random_state(zoo.load("small", cache_dir=tmp_path).variables)
+
+
+def test_without_torch_nothing_is_fetched(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r'pip install "jaxreg\[torch\]"'):
+        zoo.load("unigradicon", cache_dir=tmp_path, base_url="http://127.0.0.1:9")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.torch
+def test_cache_that_cannot_be_made_is_answered(small, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="JAXREG_CACHE"):
+        zoo.load("small", cache_dir=tmp_path / "file" / "cache")
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAXREG_CACHE", str(tmp_path))
+    assert zoo.cache_dir() == tmp_path
+    monkeypatch.setenv("JAXREG_CACHE", "")
+    assert zoo.cache_dir().name == "jaxreg"
+
+
+@pytest.mark.parametrize("name", ["unigradicn", "UniGradICON", "multigradicn"])
+def test_unknown_name_is_answered_with_near_ones(name):
+    with pytest.raises(UserError, match="did you mean .*gradicon.*expected one of"):
+        zoo.load(name)
+    with pytest.raises(UserError, match="no model 'xyz'; expected one of unigradicon"):
+        zoo.load("xyz")
+
+
+def test_cards_state_the_sizes_that_follow_from_their_config():
+    for card in zoo.ZOO.values():
+        entries = released.gradicon_entries(card.config)
+        trained = sum(int(np.prod(e.shape)) for e in entries if e.path[0] == "params")
+        assert trained == card.parameters
+        assert card.preprocessing["shape"] == [175, 175, 175]
+        assert GradIconConfig(**card.config) == GradIconConfig()
+
+
+def test_urls_are_those_of_the_release():
+    url = "https://github.com/uncbiag/uniGradICON/releases/download"
+    rows = {row.name: row for row in zoo.describe(cache_dir="/nowhere")}
+    for name in ("unigradicon", "multigradicon"):
+        assert rows[name].location == (
+            f"not downloaded: {url}/{name}_weights/Step_2_final.trch"
+        )
+        assert rows[name].grid == (175, 175, 175)
+        assert rows[name].licence
+        assert rows[name].tasks
+
+
+@pytest.mark.torch
+def test_describe_says_where_it_is(small, tmp_path):
+    def location():
+        rows = zoo.describe(cache_dir=tmp_path)
+        return next(row.location for row in rows if row.name == "small")
+
+    assert location().startswith("not downloaded: https://")
+    write_trch(tmp_path / "small.trch")
+    assert location() == str(tmp_path / "small.trch")
+    zoo.load("small", cache_dir=tmp_path)
+    assert location() == str(tmp_path / "small")
+
+
+# ---- by path ----
+
+
+@pytest.mark.torch
+def test_path_of_a_pytorch_file_and_of_a_checkpoint(tmp_path):
+    pytest.importorskip("torch")
+    path = write_trch(tmp_path / "mine.pth", seed=2)
+    loaded = zoo.load(path)
+    assert_is_random_state(loaded.variables, seed=2)
+    assert loaded.model == GradIcon(GradIconConfig(**SMALL))
+    assert loaded.name == str(path)
+    zoo.convert(path, tmp_path / "mine")
+    again = zoo.load(tmp_path / "mine")
+    assert_is_random_state(again.variables, seed=2)
+    assert again.model == loaded.model
+    assert again.bundle.source == loaded.bundle.source
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none.trch", "does not exist"),
+        ("none/best", "does not exist"),
+        ("text.txt", "file of another kind"),
+        ("folder", "no jaxreg.json"),
+    ],
+)
+def test_bad_paths(tmp_path, name, words):
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=words) as error:
+        zoo.load(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+
+
+@pytest.mark.torch
+def test_another_architecture_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    state = {"backbone.conv1.weight": np.zeros((4, 1, 3, 3, 3), np.float32)}
+    released.write_state_dict(tmp_path / "rdp.pth", state)
+    with pytest.raises(UserError, match="expected the tensors of a uniGradICON"):
+        zoo.load(tmp_path / "rdp.pth")
+    with pytest.raises(UserError, match="backbone.conv1.weight"):
+        zoo.convert(tmp_path / "rdp.pth", tmp_path / "rdp")
+    assert os.listdir(tmp_path) == ["rdp.pth"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "rdp"}, "'rdp' is not a kind of network"),
+        ({"config": SMALL | {"halvings": 2}}, "missing: params/step_4"),
+        ({"config": SMALL | {"depth": 2}}, "depth.*does not know"),
+        ({"config": {}}, "fields"),
+    ],
+)
+def test_checkpoints_that_contradict_themselves(tmp_path, changes, words):
+    bundle = checkpoints.Bundle(
+        variables=released.to_variables(random_state(), SMALL),
+        model="gradicon",
+        config=SMALL,
+        preprocessing={},
+        source="",
+        licence="",
+    )
+    bundle = dataclasses.replace(bundle, **changes)
+    checkpoints.save_bundle(tmp_path / "odd", bundle)
+    with pytest.raises(UserError, match=words):
+        zoo.load(tmp_path / "odd")
+
+
+@pytest.mark.parametrize("config", [SMALL, SMALL | {"halvings": 2, "refinements": 0}])
+def test_converted_variables_are_those_the_model_expects(config):
+    model = GradIcon(GradIconConfig(**config))
+    expected = jax.eval_shape(lambda key: model.init(key), jax.random.key(0))
+    variables = released.to_variables(random_state(config), config)
+    shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), variables)
+    assert shapes == jax.tree.map(lambda a: (a.shape, str(a.dtype)), dict(expected))
+
+
+# ---- convert ----
+
+
+@pytest.mark.torch
+def test_convert_there_and_back_is_exact(tmp_path):
+    pytest.importorskip("torch")
+    source = write_trch(tmp_path / "a.trch", seed=3)
+    zoo.convert(source, tmp_path / "b")
+    zoo.convert(tmp_path / "b", tmp_path / "c.pt", model="unigradicon")
+    expected, got = random_state(seed=3), released.read_state_dict(tmp_path / "c.pt")
+    assert list(got) == list(expected)
+    for key, array in expected.items():
+        np.testing.assert_array_equal(got[key], array)
+    assert sorted(os.listdir(tmp_path)) == ["a.trch", "b", "c.pt"]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+    ("source", "target", "words"),
+    [
+        ("a.trch", "z.pth", "both PyTorch files"),
+        ("b", "z", "both checkpoint folders"),
+        ("none", "z.pt", "none does not exist"),
+        ("none.pt", "z", "none.pt does not exist"),
+        ("text.txt", "z", "file of another kind"),
+        ("a.trch", "none/z", "no folder"),
+        ("b", "none/z.pt", "folder that does not exist"),
+        ("a.trch", "full", "no jaxreg checkpoint"),
+        ("a.trch", "text.txt", "no jaxreg checkpoint"),
+        ("a.trch", "z.safetensors", "safetensors"),
+        ("b", "dir.pt", "is a folder"),
+        ("bad.trch", "z", "not a PyTorch file"),
+        ("full", "z.pt", "no jaxreg.json"),
+    ],
+)
+def test_convert_refuses_and_leaves_nothing(tmp_path, source, target, words):
+    pytest.importorskip("torch")
+    zoo.convert(write_trch(tmp_path / "a.trch"), tmp_path / "b")
+    (tmp_path / "bad.trch").write_text("bad")
+    (tmp_path / "text.txt").write_text("")
+    (tmp_path / "dir.pt").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(UserError, match=words):
+        zoo.convert(tmp_path / source, tmp_path / target)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.torch
+def test_convert_refuses_other_models(tmp_path):
+    pytest.importorskip("torch")
+    source = write_trch(tmp_path / "a.trch")
+    with pytest.raises(UserError, match="did you mean gradicon"):
+        zoo.convert(source, tmp_path / "z", model="gradicn")
+    bundle = checkpoints.Bundle({"params": {}}, "rdp", {}, {}, "", "")
+    checkpoints.save_bundle(tmp_path / "b", bundle)
+    with pytest.raises(UserError, match="holds a rdp network"):
+        zoo.convert(tmp_path / "b", tmp_path / "z.pt")
+    assert sorted(os.listdir(tmp_path)) == ["a.trch", "b"]
