@@ -199,12 +199,13 @@ def run(
         seed=seed,
     )
     register.check_options(options)
-    folder = _folder(out)
     pair = pair or load()
+    loaded = None if model is None else zoo.load(model)
+    folder = _folder(out)
     result = register.register(
         pair.moving,
         pair.fixed,
-        None if model is None else zoo.load(model),
+        loaded,
         options,
         regions=register.Regions(
             fixed_mask=pair.fixed_mask, moving_mask=pair.moving_mask

@@ -50,10 +50,11 @@ class Shifting:
     def init(self, key, shape):
         return {}
 
-    def apply(self, variables, moving, fixed, *, train=False):
+    def apply(self, variables, moving, fixed, *, train=False, groups=1):
         grid = sampling.identity(fixed.shape[1:4])
         # Asked for the way back, it sees the scans exchanged and answers the reverse.
-        sign = jnp.where(moving.sum() > fixed.sum(), -1.0, 1.0)
+        brightness = [a.sum((1, 2, 3, 4), keepdims=True) for a in (moving, fixed)]
+        sign = jnp.where(brightness[0] > brightness[1], -1.0, 1.0)
         field = jnp.zeros_like(grid) + jnp.asarray(self.shift)
         field += self.bend * jnp.sin(jnp.pi * grid[..., ::-1])
         displacement = transform_lib.Displacement(sign * field)

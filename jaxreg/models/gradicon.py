@@ -85,8 +85,9 @@ class GradIcon:
         The last layer of each U-Net is zero: a fresh network is the identity.
         """
         channels = self.config.channels_down[0] // 2
-        image = jnp.zeros((1, *shape, channels))
-        return jax.jit(GradIconNetwork(self.config).init)(key, image, image)
+        image = jax.ShapeDtypeStruct((1, *shape, channels), jnp.float32)
+        # Lazily: the network is traced, not compiled and run.
+        return GradIconNetwork(self.config).lazy_init(key, image, image)
 
     def apply(
         self,
