@@ -54,10 +54,23 @@ def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
     return Optimized(*_predict(model, variables, pair))
 
 
-def _report(progress: Progress, total: int, done: int, step, parts):
-    if int(step) < total - done:
-        numbers = {name: float(value) for name, value in parts.items()}
-        progress(done + int(step) + 1, total, numbers)
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """Passes a step on to the user's function.
+
+    Compares by its fields, so that a second pair reuses the first one's program.
+    """
+
+    progress: Progress
+    total: int
+    steps: int
+    done: int = 0
+
+    def __call__(self, step, parts):
+        """Reports a step; the extra evaluation at a loop's end is not one."""
+        if int(step) < self.steps:
+            numbers = {name: float(value) for name, value in parts.items()}
+            self.progress(self.done + int(step) + 1, self.total, numbers)
 
 
 def _noise(key: Key, step, shape: Shape, given):
@@ -129,9 +142,7 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    report = (
-        None if progress is None else functools.partial(_report, progress, steps, 0)
-    )
+    report = None if progress is None else _Report(progress, steps, steps)
     maps, history = _network_loop(
         jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
         pair,
@@ -327,10 +338,8 @@ def optimize_displacement(
     total = (2 * steps if affine else 0) + steps * len(config.factors)
     loop = functools.partial(_direct_loop, objective=objective)
 
-    def report(done):
-        if progress is None:
-            return None
-        return functools.partial(_report, progress, total, done)
+    def report(steps, done):
+        return None if progress is None else _Report(progress, total, steps, done)
 
     coarse = _coarser(pair, config.affine_factor)
     best = _best_start(coarse, (np.eye(4), *starts), objective, key)
@@ -344,7 +353,7 @@ def optimize_displacement(
             config.affine_learning_rate,
             steps=2 * steps,
             smoothness=0.0,
-            progress=report(done),
+            progress=report(2 * steps, done),
         )
         histories.append(history)
         done += 2 * steps
@@ -363,7 +372,7 @@ def optimize_displacement(
             learning_rate / 2**level,
             steps=steps,
             smoothness=config.smoothness,
-            progress=report(done),
+            progress=report(steps, done),
         )
         histories.append(history)
         done += steps

@@ -296,11 +296,20 @@ def test_the_two_maps_are_inverse(recovered):
     assert np.abs(error).mean() * 23 < 0.15  # voxels
 
 
-def test_history_and_progress_span_all_levels(recovered):
-    _, result, calls = recovered
+def test_history_spans_all_levels(recovered):
+    _, result, _ = recovered
     total = (2 + len(CONFIG.factors)) * DIRECT_STEPS
     # Each level closes with the numbers of what it found.
-    assert len(result.history["loss"]) == total + 1 + len(CONFIG.factors)
+    assert {len(v) for v in result.history.values()} == {
+        total + 1 + len(CONFIG.factors)
+    }
+    assert np.all(result.history["smoothness"][: 2 * DIRECT_STEPS] == 0)
+    assert result.history["smoothness"][-1] > 0
+
+
+def test_progress_counts_the_steps_of_all_levels(recovered):
+    *_, calls = recovered
+    total = (2 + len(CONFIG.factors)) * DIRECT_STEPS
     assert [step for step, _, _ in calls] == list(range(1, total + 1))
     assert {given for _, given, _ in calls} == {total}
 
@@ -313,10 +322,8 @@ def test_the_best_start_is_taken():
     wrong[:3, 3] = [-0.25, 0.1, 0.2]
     pair = Pair(blobs(grid), blobs(Affine(start)(np.asarray(grid))))
     result = found(pair, affine=False, starts=(wrong, start))
-    matrix = result.forward.steps[-1].matrix
-    np.testing.assert_allclose(matrix, start, atol=1e-6)
-    inverse = result.backward.steps[0].matrix
-    np.testing.assert_allclose(inverse, np.linalg.inv(start), atol=1e-6)
+    matrix = result.forward.steps[-1].matrix  # refined with the fields
+    np.testing.assert_allclose(matrix, start, atol=0.1)
     # Started in the right place, there is little left to do.
     points = result.forward.on_grid(CUBE)
     inside = np.asarray(pair.fixed)[..., 0] > 0.2
@@ -326,6 +333,4 @@ def test_the_best_start_is_taken():
 
 def test_one_pair_at_a_time():
     with pytest.raises(ValueError, match="batch of 2"):
-        optimize.optimize_displacement(
-            tiny_pair(batch=2), CHEAP, key=jax.random.key(0)
-        )
+        optimize.optimize_displacement(tiny_pair(batch=2), CHEAP, key=jax.random.key(0))

@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxreg.nn import conv
@@ -48,11 +49,20 @@ def _fit(x: Image, channels: int) -> Image:
 
 
 def _uniform(fan_in: int):
-    """PyTorch's default for convolution weights and biases: +-1/sqrt(fan_in)."""
+    """PyTorch's default for convolution weights and biases: +-1/sqrt(fan_in).
+
+    Drawn on the host (Philox, seeded by the key): compiling a generator for each of
+    the network's shapes would take most of a minute.
+    """
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
+        def draw(seed):
+            generator = np.random.Generator(np.random.Philox(np.asarray(seed).tolist()))
+            return generator.uniform(-bound, bound, shape).astype(dtype)
+
+        result = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.pure_callback(draw, result, jax.random.key_data(key))
 
     return init
 
@@ -63,12 +73,14 @@ class Convolution(nn.Module):
     Attributes:
       function: the layer, ``(x, kernel, bias, form=)``.
       shape: of the kernel, kD kH kW I O.
+      activated: whether the input passes a leaky ReLU first.
       zero: whether both start at zero, otherwise as PyTorch starts them.
       form: see `jaxreg.nn.conv`.
     """
 
     function: object
     shape: tuple[int, ...]
+    activated: bool = True
     zero: bool = False
     form: conv.Form = "auto"
 
@@ -81,7 +93,22 @@ class Convolution(nn.Module):
         init = nn.initializers.zeros if self.zero else _uniform(fan)
         kernel = self.param("kernel", init, self.shape)
         bias = self.param("bias", init, (o,))
-        return self.function(x, kernel, bias, form=self.form)  # pyright: ignore
+
+        # The backward pass pads and activates once more instead of keeping both.
+        @jax.checkpoint
+        def apply(x, kernel, bias):
+            x = jax.tree.map(_leaky, x) if self.activated else x
+            return self.function(x, kernel, bias, form=self.form)  # pyright: ignore
+
+        return apply(x, kernel, bias)
+
+
+@jax.checkpoint  # keeps the array, not also its deviations
+def _moments(grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and biased variance of G N D H W C per group and channel."""
+    axes = (1, 2, 3, 4)
+    mean = grouped.mean(axes, keepdims=True)
+    return mean, jnp.square(grouped - mean).mean(axes, keepdims=True)
 
 
 class BatchNorm(nn.Module):
@@ -111,9 +138,7 @@ class BatchNorm(nn.Module):
             factor = scale * jax.lax.rsqrt(var.value + _NORM_EPSILON)
             return x * factor + (bias - mean.value * factor)
         grouped = x.reshape(self.groups, -1, *x.shape[1:])
-        axes = (1, 2, 3, 4)
-        now_mean = grouped.mean(axes, keepdims=True)
-        now_var = jnp.square(grouped - now_mean).mean(axes, keepdims=True)
+        now_mean, now_var = _moments(grouped)
         if not self.is_initializing():
             voxels = math.prod(grouped.shape[1:5])
             unbiased = now_var * (voxels / max(voxels - 1, 1))
@@ -156,14 +181,14 @@ class TallUNet2(nn.Module):
             skips.append(x)
             name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
             layer = Convolution(conv.conv3_stride2, shape, form=form, name=name)
-            y = layer(_leaky(x))
+            y = layer(x)
             x = y + _fit(conv.average_pool2(x), down[level + 1])
         parts = (x,)
         for level in reversed(range(levels)):
             channels = sum(part.shape[-1] for part in parts)
             name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
             layer = Convolution(conv.conv4_transpose2, shape, form=form, name=name)
-            y = layer(tuple(_leaky(part) for part in parts))
+            y = layer(parts)
             # The residual keeps the first channels: the decoder's, as up shrinks.
             whole = parts[0]
             if whole.shape[-1] < min(up[level], channels):
@@ -175,6 +200,11 @@ class TallUNet2(nn.Module):
             parts = (x[:, :d, :h, :w], skip)
         channels = sum(part.shape[-1] for part in parts)
         last = Convolution(
-            conv.conv3, (3, 3, 3, channels, 3), zero=True, form=form, name="last"
+            conv.conv3,
+            (3, 3, 3, channels, 3),
+            activated=False,
+            zero=True,
+            form=form,
+            name="last",
         )
         return last(parts) / 10.0

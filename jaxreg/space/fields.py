@@ -4,6 +4,7 @@ A field u (N D H W 3, unit) stands for the map ``x -> x + u(x)``.
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def warp(
     image: Image,
     points: Points,
     *,
-    order: int = 1,
+    order: Literal[0, 1] = 1,
     outside: sampling.Outside = "edge",
     fill: float = 0.0,
 ) -> Image:
@@ -54,7 +55,8 @@ def compose(outer: Field, inner: Field) -> Field:
         raise ValueError(
             f"outer has batch size {outer.shape[0]}, inner {inner.shape[0]}"
         )
-    points = sampling.identity(inner.shape[1:4], inner.dtype) + inner
+    d, h, w = inner.shape[1:4]
+    points = sampling.identity((d, h, w), inner.dtype) + inner
     return inner + sampling.sample(outer, points)
 
 

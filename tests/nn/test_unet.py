@@ -97,7 +97,9 @@ def test_evaluation_matches_reference(golden):
     g = golden(NAME)
     network, variables = variables_of(g, "state")
     moving, fixed = channels_last(g["A"]), channels_last(g["B"])
-    check(jax.jit(network.apply)(variables, moving, fixed), channels_last(g["out_eval"]))
+    check(
+        jax.jit(network.apply)(variables, moving, fixed), channels_last(g["out_eval"])
+    )
 
 
 @pytest.mark.golden

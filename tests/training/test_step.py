@@ -41,9 +41,10 @@ def blobs(batch=2):
     return Pair(*(jnp.asarray(a[..., None], jnp.float32) for a in (moving, fixed)))
 
 
-@jax.jit(static_argnums=0, static_argnames="train")
+@jax.jit(static_argnums=(0, 4))
 def apply(model, variables, moving, fixed, train):
-    return model.apply(variables, moving, fixed, train=train)
+    prediction, after = model.apply(variables, moving, fixed, train=train)
+    return prediction.transform, after
 
 
 def close(a, b):
@@ -85,9 +86,7 @@ def trained():
     calls = []
     for _ in range(6):
         before = variables
-        variables, state, parts, forward, backward = step(
-            variables, state, pair, noise
-        )
+        variables, state, parts, forward, backward = step(variables, state, pair, noise)
         calls.append((before, variables, parts, forward, backward))
     return calls
 
