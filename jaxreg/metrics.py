@@ -162,7 +162,7 @@ def _directed_mm(
 
 def _surface(mask: np.ndarray) -> np.ndarray:
     """Voxels of a mask with a face neighbour outside it; the grid's edge is outside."""
-    return mask & ~ndimage.binary_erosion(mask)
+    return mask & np.logical_not(ndimage.binary_erosion(mask))
 
 
 def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
