@@ -105,8 +105,9 @@ def _network_loop(
     )
     maps = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), maps)
     start = (variables, optimizer.init(variables["params"]), maps)
-    (_, _, maps), history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
-    return maps, history
+    final, history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
+    # The weights are returned for their buffers' sake alone: donation reuses them.
+    return final[2], history, final[0]
 
 
 def optimize_network(
@@ -143,7 +144,7 @@ def optimize_network(
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     report = None if progress is None else _Report(progress, steps, steps)
-    maps, history = _network_loop(
+    (forward, backward), history, _ = _network_loop(
         jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
         pair,
         key,
@@ -155,7 +156,9 @@ def optimize_network(
         progress=report,
     )
     jax.effects_barrier()
-    return Optimized(*maps, {name: np.asarray(v) for name, v in history.items()})
+    return Optimized(
+        forward, backward, {name: np.asarray(v) for name, v in history.items()}
+    )
 
 
 # --- the displacement itself ---------------------------------------------------------
@@ -199,11 +202,12 @@ def _coarser(pair: Pair, factor: int) -> Pair:
             return sampling.resize_nearest_floor(value, shape)
         return smooth(value)
 
-    return Pair(
+    return dataclasses.replace(
+        pair,
         **{
             f.name: resize(f.name, getattr(pair, f.name))
             for f in dataclasses.fields(pair)
-        }
+        },
     )
 
 
@@ -241,11 +245,13 @@ def _maps(affine: Affine, control, shape: Shape) -> tuple[Transform, Transform]:
     )
 
 
-def _direct_loss(parameters, pair, noise, objective, smoothness):
+def _direct_loss(parameters, pair, noise, objective, smoothness, *, affine=True):
     """Returns (loss, (parts, maps)) of "affine", 3 4, and "control", two fields."""
     control = parameters["control"]
     shape = pair.fixed.shape[1:4]
-    forward, backward = _maps(_affine(parameters["affine"]), control, shape)
+    matrix = parameters["affine"]
+    matrix = matrix if affine else jax.lax.stop_gradient(matrix)
+    forward, backward = _maps(_affine(matrix), control, shape)
     if control is None:  # affine maps are each other's inverse: no jitter to evaluate
         objective = dataclasses.replace(objective, inverse_consistency_weight=0.0)
     loss, parts = objective(forward, backward, pair, noise)
@@ -257,15 +263,24 @@ def _direct_loss(parameters, pair, noise, objective, smoothness):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("objective", "steps", "smoothness", "progress")
+    jax.jit, static_argnames=("objective", "steps", "smoothness", "affine", "progress")
 )
 def _direct_loop(
-    parameters, pair, key, learning_rate, *, objective, steps, smoothness, progress
+    parameters,
+    pair,
+    key,
+    learning_rate,
+    *,
+    objective,
+    steps,
+    smoothness,
+    affine,
+    progress,
 ):
     # The step size falls to nothing: the field settles instead of trembling.
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps, 0.05))
     shape = pair.fixed.shape[1:4]
-    gradient_of = jax.grad(_direct_loss, has_aux=True)
+    gradient_of = jax.grad(functools.partial(_direct_loss, affine=affine), has_aux=True)
 
     def iterate(carry, index):
         parameters, state, _ = carry
@@ -321,7 +336,8 @@ def optimize_displacement(
       steps: updates per level; the affine level takes twice as many.
       learning_rate: of Adam for the fields, unit coordinates per step.
       key: draws the jitter of each step.
-      affine: whether to find an affine map first.
+      affine: whether to find an affine map first, and to refine it with the fields;
+        otherwise the best of the starts stays as it is.
       starts: 4x4 unit-to-unit matrices to choose the start from, by the objective;
         the identity (the two volumes' extents coincide) is always among them.
       config: levels and weights; `DisplacementConfig()` if absent.
@@ -336,7 +352,7 @@ def optimize_displacement(
         raise ValueError(f"one pair at a time, got a batch of {pair.fixed.shape[0]}")
     config = config or DisplacementConfig()
     total = (2 * steps if affine else 0) + steps * len(config.factors)
-    loop = functools.partial(_direct_loop, objective=objective)
+    loop = functools.partial(_direct_loop, objective=objective, affine=affine)
 
     def report(steps, done):
         return None if progress is None else _Report(progress, total, steps, done)

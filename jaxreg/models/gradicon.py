@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -114,7 +115,8 @@ class GradIcon:
             raise ValueError(f"every axis needs 2 voxels or more, got {moving.shape}")
         network = GradIconNetwork(self.config)
         if not train:
-            return Prediction(network.apply(variables, moving, fixed)), variables
+            transform = cast(Transform, network.apply(variables, moving, fixed))
+            return Prediction(transform), variables
         transform, updates = network.apply(
             variables,
             moving,

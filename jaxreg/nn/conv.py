@@ -19,7 +19,7 @@ concatenation along channels, which is never built.
 """
 
 import functools
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +226,7 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
     """
     xs, ws = _parts(x, kernel)
     xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
-    return _valid(xs, ws, form) + bias
+    return cast(jax.Array, _valid(xs, ws, form)) + bias
 
 
 def conv3_stride2(
@@ -253,7 +253,8 @@ def conv3_stride2(
         w = jnp.pad(w, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
         return w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
 
-    return _valid(xs, tuple(fold(w) for w in ws), form) + bias
+    y = cast(jax.Array, _valid(xs, tuple(fold(w) for w in ws), form))
+    return y + bias
 
 
 def conv4_transpose2(

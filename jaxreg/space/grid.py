@@ -13,7 +13,8 @@ import dataclasses
 
 import numpy as np
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+"""Voxels per array axis, always three: (D, H, W)."""
 
 
 def unit_scale(shape: Shape) -> np.ndarray:

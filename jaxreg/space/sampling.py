@@ -7,7 +7,7 @@ original programs, whose weights learned the difference.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def sample(
     flat = index.reshape(index.shape[0], -1, 3)
     batch = max(values.shape[0], index.shape[0])
     if order == 0:
-        result = _read(values, flat, order=0, zeros=outside == "zeros")
+        result: Any = _read(values, flat, order=0, zeros=outside == "zeros")
     else:
         result = _linear(values, flat, outside == "zeros")
     result = result.reshape(batch, *index.shape[1:-1], values.shape[-1])

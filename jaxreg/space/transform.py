@@ -7,6 +7,7 @@ in unit coordinates; `in_world` puts it between the two scans in mm.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ class Displacement:
                 outside=self.outside,
             )
             return points + np.asarray(moved, np.float64)
-        return fields.evaluate(self.field, points, outside=self.outside)
+        return fields.evaluate(jnp.asarray(self.field), points, outside=self.outside)
 
 
 Step = Affine | Displacement
@@ -89,7 +90,7 @@ class Transform:
             if field.shape[1:4] != tuple(shape):
                 field = sampling.resize_aligned(field, shape)
             points, steps = points + field, steps[1:]
-        return Transform(steps).map_points(points)
+        return jnp.asarray(Transform(steps).map_points(points))
 
     def split(self, parts: int) -> tuple["Transform", ...]:
         """Returns the transforms of equal parts of the batch; affines are shared."""
@@ -146,7 +147,9 @@ def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     merged: list[Step] = []
     for step in steps:
         if isinstance(step, Affine) and merged and isinstance(merged[-1], Affine):
-            step = Affine(np.asarray(step.matrix) @ np.asarray(merged.pop().matrix))
+            before = merged.pop()
+            assert isinstance(before, Affine)
+            step = Affine(np.asarray(step.matrix) @ np.asarray(before.matrix))
         merged.append(step)
     return tuple(merged)
 
@@ -178,7 +181,7 @@ def warp_volume(
     transform: Transform,
     fixed: grid_lib.Grid,
     *,
-    order: int = 1,
+    order: Literal[0, 1] = 1,
     fill: float = 0.0,
 ) -> grid_lib.Volume:
     """Resamples a volume on the fixed grid, as ITK's resampler does.
