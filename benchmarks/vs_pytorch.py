@@ -17,6 +17,7 @@ Needs: pip install "jaxreg[torch]"
 """
 
 import argparse
+import ctypes
 import dataclasses
 import importlib.metadata
 import json
@@ -198,6 +199,8 @@ def say(message: dict) -> None:
 
 def reset_peak() -> None:
     """Forgets the resident set's peak so far (compilation, loading)."""
+    # What the compiler freed but the C library keeps is not the step's memory.
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -219,7 +222,8 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
     from jaxreg.typing import Pair
 
     loaded = zoo.load(str(folder / "weights"))
-    model, variables = loaded.model, jax.device_put(loaded.variables)
+    model, variables = loaded.model, jax.tree.map(jnp.array, dict(loaded.variables))
+    del loaded  # a second copy of the weights
     with np.load(folder / "images.npz") as images:
         moving, fixed = (
             jnp.moveaxis(jnp.asarray(images[k]), 1, -1) for k in ("moving", "fixed")
@@ -279,6 +283,7 @@ def build_pytorch(task: str, folder: pathlib.Path, threads: int):
     net = unigradicon.make_network(moving.shape, include_last_step=True)
     weights = torch.load(folder / "weights.trch", weights_only=True)
     net.regis_net.load_state_dict(weights)
+    del weights  # a second copy
     net.to(device)
     net.train(task == "train")
 
