@@ -212,6 +212,15 @@ FixedMask = Annotated[
 MovingMask = Annotated[
     Path | None, _option("--moving-mask", "Region of the moving scan.", _REGIONS)
 ]
+StoredOrientation = Annotated[
+    bool,
+    _option(
+        "--stored-orientation",
+        "Feed the moving scan as it is stored, as the PyTorch tool does. Default: its "
+        "axes are permuted and flipped into the fixed scan's order first.",
+        _MODEL,
+    ),
+]
 InputMasking = Annotated[
     bool,
     _option("--input-masking", "Set intensities outside the masks to 0.", _REGIONS),
@@ -285,6 +294,7 @@ def register_verb(  # noqa: PLR0913
     network_weights: NetworkWeights = None,
     shape: ShapeText = "175,175,175",
     precision: PrecisionName = Precision.FLOAT32,
+    stored_orientation: StoredOrientation = False,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -325,6 +335,7 @@ def register_verb(  # noqa: PLR0913
         intensity_conservation_loss=intensity_conservation_loss,
         shape=parse_shape(shape),
         precision=precision.value,
+        stored_orientation=stored_orientation,
         seed=seed,
         inverse=inverse_out is not None,
     )

@@ -53,6 +53,8 @@ class Options:
       intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
       shape: the network grid, (D, H, W) voxels.
       precision: of the network's arithmetic; coordinates and losses stay float32.
+      stored_orientation: feed the moving scan as it is stored, as the original does,
+        instead of in the fixed scan's axis order; see `oriented_like`.
       seed: of the noise in the inverse consistency term.
       inverse: compute the inverse transform as well.
     """
@@ -71,6 +73,7 @@ class Options:
     intensity_conservation_loss: bool = False
     shape: Shape = (175, 175, 175)
     precision: Literal["float32", "bfloat16"] = "float32"
+    stored_orientation: bool = False
     seed: int = 0
     inverse: bool = True
 
@@ -272,15 +275,16 @@ def register(
     check_options(options)
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
-    moving = oriented_like(moving, fixed.grid)
-    regions = dataclasses.replace(
-        regions,
-        **{
-            name: oriented_like(volume, fixed.grid)
-            for name in ("moving_mask", "moving_segmentation")
-            if (volume := getattr(regions, name)) is not None
-        },
-    )
+    if not options.stored_orientation:
+        moving = oriented_like(moving, fixed.grid)
+        regions = dataclasses.replace(
+            regions,
+            **{
+                name: oriented_like(volume, fixed.grid)
+                for name in ("moving_mask", "moving_segmentation")
+                if (volume := getattr(regions, name)) is not None
+            },
+        )
     if model is None and options.io_target == "network":
         raise UserError(
             "--io-target network needs a model; name one with --model, or pass "

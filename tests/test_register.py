@@ -152,6 +152,27 @@ def reorder(volume: Volume, axes, flips) -> Volume:
 ORDERS = [((0, 1, 2), (True, True, False)), ((2, 0, 1), (False, True, False))]
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
+    fixed = blobs(make_grid())
+    moving = register.oriented_like(
+        fixed, Grid(SHAPE, fixed.grid.affine_mm @ np.diag([-1.0, 1.0, 1.0, 1.0]))
+    )
+    assert not np.array_equal(moving.array, fixed.array)
+    seen = {}
+
+    def look(moving, fixed, options, regions):
+        seen["moving"] = moving
+        raise UserError("seen")
+
+    monkeypatch.setattr(register, "make_pair", look)
+    options = register.Options(shape=NETWORK_GRID, stored_orientation=stored)
+    with pytest.raises(UserError, match="seen"):
+        register.register(moving, fixed, object(), options)
+    expected = moving if stored else fixed
+    np.testing.assert_array_equal(seen["moving"].array, expected.array)
+
+
 @pytest.mark.parametrize(("axes", "flips"), ORDERS)
 def test_oriented_like_restores_the_order_without_moving_voxels(axes, flips):
     scan = blobs(make_grid(turn=0.2))
