@@ -172,7 +172,13 @@ ShapeText = Annotated[
     ),
 ]
 PrecisionName = Annotated[
-    Precision, _choice("--precision", "Arithmetic of the network.", _MODEL)
+    Precision,
+    _choice(
+        "--precision",
+        "Of the network's products, where the device has a choice: weights and images "
+        "stay float32, and a CPU always computes in it.",
+        _MODEL,
+    ),
 ]
 Iterations = Annotated[
     str,
@@ -204,7 +210,10 @@ IoLr = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, _option("--seed", "Seed of the optimisation's noise.", _OPTIMISE, min=0)
+    int,
+    _option(
+        "--seed", "Seed of the optimisation's noise.", _OPTIMISE, min=0, max=2**32 - 1
+    ),
 ]
 FixedMask = Annotated[
     Path | None, _option("--fixed-mask", "Region of the fixed scan.", _REGIONS)
@@ -351,7 +360,7 @@ def register_verb(  # noqa: PLR0913
         "--inverse-out": inverse_out,
         "--report": report,
     }
-    _check_outputs(outputs, [fixed, moving, *regions.values()])
+    _check_outputs(outputs, [fixed, moving, network_weights, *regions.values()])
     regions, options = _segmentations_as_masks(regions, options)
     register_lib.check_options(options)
     register_lib.check_regions(options, regions)
@@ -624,7 +633,16 @@ def demo_verb(
     context: typer.Context,
     *,
     out: Annotated[Path, _option("--out", "Folder for the results; made if absent.")],
-    shape: ShapeText = "64,80,64",
+    shape: Annotated[
+        str | None,
+        _option(
+            "--shape",
+            "Network grid in voxels, stored volume's slowest axis first. Default: "
+            "64,80,64, or 175,175,175 with a model.",
+            _MODEL,
+            metavar="D,H,W",
+        ),
+    ] = None,
     model: Annotated[
         str,
         _option("--model", "As in register; none optimises a displacement field."),
@@ -638,7 +656,13 @@ def demo_verb(
     download, no weights; a few minutes on two cores.
     """
     iterations = _parse_iterations(io_iterations)
-    grid = parse_shape(shape)
+    name = None if model.lower() == "none" else model
+    if name is None and iterations is None:
+        raise UserError(
+            "--model none needs optimisation; pass --io-iterations with a number, or "
+            "name a --model"
+        )
+    grid = parse_shape(shape or ("64,80,64" if name is None else "175,175,175"))
 
     from jaxreg import demo
 
@@ -646,7 +670,7 @@ def demo_verb(
         numbers, written = demo.run(
             out,
             shape=grid,
-            model=None if model.lower() == "none" else model,
+            model=name,
             iterations=iterations,
             seed=seed,
             command=shlex.join(["jaxreg", *context.obj]),
@@ -699,7 +723,7 @@ def _check_outputs(
     given = {name: path for name, path in outputs.items() if path is not None}
     if needed and not given:
         raise UserError(f"nothing to write; pass {' or '.join(outputs)}")
-    seen = {path.absolute(): "an input" for path in inputs if path is not None}
+    seen = {path.resolve(): "an input" for path in inputs if path is not None}
     for name, path in given.items():
         if name in ("--transform-out", "--inverse-out"):
             transforms.check_transform_path(path, name)
@@ -713,11 +737,11 @@ def _check_outputs(
             files.check_writable(path, name)
         else:
             volumes.check_volume_path(path, name)
-        if path.absolute() in seen:
+        if path.resolve() in seen:
             raise UserError(
-                f"{name} {path} is also {seen[path.absolute()]}; name another file"
+                f"{name} {path} is also {seen[path.resolve()]}; name another file"
             )
-        seen[path.absolute()] = name
+        seen[path.resolve()] = name
 
 
 def _segmentations_as_masks(regions: dict, options):

@@ -167,7 +167,7 @@ def run(
     *,
     shape: Shape = (64, 80, 64),
     model: str | None = None,
-    iterations: int | None = None,
+    iterations: int | None = 50,
     seed: int = 0,
     command: str | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,

@@ -214,7 +214,8 @@ def _coarser(pair: Pair, factor: int) -> Pair:
 def _affine(parameters) -> Affine:
     """A 4x4 matrix from 3x4 parameters, acting around the centre of the unit cube."""
     linear = jnp.eye(3) + parameters[:, :3]
-    shift = 0.5 + parameters[:, 3] - linear @ jnp.full(3, 0.5)
+    # Summed, not multiplied: a TPU would round a matrix product to bfloat16.
+    shift = 0.5 + parameters[:, 3] - 0.5 * linear.sum(axis=1)
     top = jnp.concatenate([linear, shift[:, None]], axis=1)
     return Affine(jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]])]))
 
@@ -230,7 +231,9 @@ def _inverse(affine: Affine) -> Affine:
     linear, shift = affine.matrix[:3, :3], affine.matrix[:3, 3]
     rows = [jnp.cross(linear[:, (i + 1) % 3], linear[:, (i + 2) % 3]) for i in range(3)]
     inverse = jnp.stack(rows) / jnp.sum(linear[:, 0] * rows[0])
-    top = jnp.concatenate([inverse, -(inverse @ shift)[:, None]], axis=1)
+    top = jnp.concatenate(
+        [inverse, -(inverse * shift).sum(axis=1, keepdims=True)], axis=1
+    )
     return Affine(jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]])]))
 
 
@@ -309,7 +312,7 @@ def _best_start(pair, starts, objective, key):
 
     candidates = [jnp.asarray(_affine_parameters(m), jnp.float32) for m in starts]
     losses = [float(loss_of(c)) for c in candidates]
-    return candidates[int(np.nanargmin(losses))]
+    return candidates[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
 
 
 def optimize_displacement(

@@ -135,6 +135,11 @@ def check_options(options: Options) -> None:
       UserError: a value out of its range, or values that contradict each other.
     """
     _check_modality_options(options)
+    if options.stored_orientation and options.io_target == "displacement":
+        raise UserError(
+            "--stored-orientation is for networks; --io-target displacement starts "
+            "from the scans' headers, leave one of the two away"
+        )
     if options.io_sim not in similarity.SIMILARITIES:
         known = ", ".join(sorted(similarity.SIMILARITIES))
         raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")

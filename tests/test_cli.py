@@ -321,6 +321,11 @@ BAD = {
     "shape tiny": ({"shape": "2,16,16"}, "--shape"),
     "precision": ({"precision": "float64"}, "--precision"),
     "seed": ({"seed": "-1"}, "--seed"),
+    "seed beyond 32 bits": ({"seed": "100000000000000000000"}, "--seed"),
+    "stored orientation without a network": (
+        {"stored_orientation": True, "io_target": "displacement"},
+        "--stored-orientation",
+    ),
     "fill of integers": (
         {"fill": "0.5", "warped_moving_out": "%warped.nii.gz"},
         "--fill",

@@ -162,6 +162,13 @@ def _map_slab(steps, first, slab):
     return points
 
 
+@functools.partial(jax.jit, static_argnames="order")
+def _read_slab(values, points, fill, *, order):
+    # The scan is an argument: closed over, it would be a constant of the program.
+    read = sampling.sample(values, points, order=order, outside="half_voxel", fill=fill)
+    return read[..., 0]
+
+
 def _by_slabs(steps, shape: grid_lib.Shape, function, voxels_per_slab=2**21):
     """Applies `function` to the mapped voxel indices of `shape`, slab by slab."""
     d, h, w = shape
@@ -212,12 +219,9 @@ def warp_volume(
         None, ..., None
     ]
 
-    read = jax.jit(
-        lambda points: sampling.sample(
-            values, points, order=order, outside="half_voxel",
-            fill=-1.0 if labels else fill,
-        )[..., 0]
-    )  # fmt: skip
+    def read(points):
+        return _read_slab(values, points, -1.0 if labels else fill, order=order)
+
     array = _by_slabs(steps, fixed.shape, read)
     if table is not None:
         index = np.rint(array).astype(np.int64)
@@ -226,7 +230,10 @@ def warp_volume(
         )
     elif not np.issubdtype(dtype, np.floating):
         limits = np.iinfo(dtype)
-        array = np.clip(np.rint(array), limits.min, limits.max)
+        # float64 holds every 32-bit limit; a 64-bit one rounds up, out of the type.
+        top = float(limits.max)
+        top = top if int(top) <= limits.max else np.nextafter(top, 0.0)
+        array = np.clip(np.rint(array).astype(np.float64), limits.min, top)
     return grid_lib.Volume(array.astype(dtype), fixed, moving.source)
 
 

@@ -230,6 +230,16 @@ def test_large_labels_survive(dtype):
     np.testing.assert_array_equal(got, np.full_like(array, 5))
 
 
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64, np.uint64])
+def test_integers_at_the_limit_of_their_type_do_not_wrap_around(dtype):
+    where = grid((4, 5, 6))
+    moving = Volume(np.full((4, 5, 6), np.iinfo(dtype).max, dtype), where)
+    warped = transform.warp_volume(moving, Transform(()), where)
+    # float32 in between: the top of the range, but for its last digits.
+    assert warped.array.dtype == dtype
+    assert np.all(warped.array >= np.iinfo(dtype).max * 0.999)
+
+
 def test_slabs_join_without_a_seam():
     steps = world(Displacement(field())).steps
     whole = transform._by_slabs(steps, FIXED.shape, lambda p: p)
