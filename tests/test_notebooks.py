@@ -31,7 +31,9 @@ def run(name: str, folder: pathlib.Path, monkeypatch, **settings) -> str:
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     monkeypatch.setenv("JAXREG_NOTEBOOK_OUT", str(folder / "out"))
-    # A notebook's kernel inherits the environment of this process.
+    # A notebook's kernel inherits the environment of this process; a backend chosen
+    # there would keep the pictures out of the notebook.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
     for key, value in settings.items():
         monkeypatch.setenv(key, value)
