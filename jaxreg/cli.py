@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__
+from jaxreg import __version__, cli_training
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Universal medical image registration in JAX.",
 )
+
+
+cli_training.add_to(app)
 
 
 class Modality(enum.StrEnum):
@@ -162,11 +165,11 @@ NetworkWeights = Annotated[
     ),
 ]
 ShapeText = Annotated[
-    str,
+    str | None,
     _option(
         "--shape",
-        "Network grid in voxels, stored volume's slowest axis first. The published "
-        "weights were trained at 175,175,175.",
+        "Network grid in voxels, stored volume's slowest axis first. Default: the grid "
+        "that the weights were trained on, 175,175,175 for the published ones.",
         _MODEL,
         metavar="D,H,W",
     ),
@@ -301,7 +304,7 @@ def register_verb(  # noqa: PLR0913
     fill: Fill = None,
     model: Model = None,
     network_weights: NetworkWeights = None,
-    shape: ShapeText = "175,175,175",
+    shape: ShapeText = None,
     precision: PrecisionName = Precision.FLOAT32,
     stored_orientation: StoredOrientation = False,
     io_iterations: Iterations = "50",
@@ -342,7 +345,7 @@ def register_verb(  # noqa: PLR0913
         io_lr=io_lr,
         dice_loss_weight=dice_loss_weight,
         intensity_conservation_loss=intensity_conservation_loss,
-        shape=parse_shape(shape),
+        shape=parse_shape(shape or "175,175,175"),
         precision=precision.value,
         stored_orientation=stored_orientation,
         seed=seed,
@@ -368,11 +371,13 @@ def register_verb(  # noqa: PLR0913
     _warn_about_idle_options(options, regions, fill, outputs)
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
-        shlex.join(["jaxreg", *context.obj]),
+        shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
     )  # fmt: skip
 
 
-def _register(scans, outputs, options, weights, fill, command: str) -> None:
+def _register(
+    scans, outputs, options, weights, fill, command: str, *, trained_shape: bool
+) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
     from jaxreg import report, zoo
@@ -403,6 +408,8 @@ def _register(scans, outputs, options, weights, fill, command: str) -> None:
     if weights is not None:
         with _Bar("fetch weights") as bar:
             model = zoo.load(weights, progress=bar.bytes)
+        if trained_shape:
+            options = dataclasses.replace(options, shape=model.shape)
     with _Bar("optimise") as bar:
         result = register_lib.register(
             moving, fixed, model, options, regions=regions, progress=bar.step

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 Image = Float[Array, "N D H W C"]
 """Intensities, [0, 1] after preprocessing."""
@@ -27,6 +27,35 @@ Variables = Mapping[str, Any]
 """Flax variables: {"params": tree} and, for batch norm, {"batch_stats": tree}."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """What the batch that a network sees is made of; batch norm's statistics follow it.
+
+    Attributes:
+      calls: the batch is this many calls of the network, end to end. Each is
+        normalised by its own statistics, and the running ones move once per call, in
+        order: the same numbers as separate calls.
+      replicas: 0 takes a call's statistics over its whole batch (over `axis` too, the
+        global batch). A positive number splits each call into that many replicas with
+        statistics of their own, as on as many GPUs under PyTorch's DataParallel; the
+        running statistics take the replicas' average.
+      axis: the name of the mapped axis (pmap, shard_map) over which the batch is split,
+        None where this array is all of it.
+    """
+
+    calls: int = 1
+    replicas: int = 0
+    axis: str | None = None
+
+    def mean_over_devices(self, x: jax.Array) -> jax.Array:
+        """Returns the mean over the mapped axis, if there is one."""
+        return x if self.axis is None else jax.lax.pmean(x, self.axis)
+
+
+ONE_CALL = Batching()
+"""The whole batch belongs to one call and lies on one device."""
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -39,6 +68,7 @@ Variables = Mapping[str, Any]
         "valid",
         "moving_target",
         "fixed_target",
+        "task",
     ],
     meta_fields=[],
 )
@@ -57,6 +87,7 @@ class Pair:
       moving_target: image for the similarity instead of `moving` (loss
         randomisation), N D H W C.
       fixed_target: the same for the fixed scan.
+      task: which of several objectives each pair is trained by, N, integer.
     """
 
     moving: Image
@@ -68,3 +99,4 @@ class Pair:
     valid: Bool[Array, "N K"] | None = None
     moving_target: Image | None = None
     fixed_target: Image | None = None
+    task: Int[Array, " N"] | None = None

@@ -82,6 +82,12 @@ class LoadedModel:
     variables: Variables
     bundle: Bundle
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The network grid that the weights were trained on, D H W voxels."""
+        d, h, w = self.bundle.preprocessing.get("shape", (175, 175, 175))
+        return int(d), int(h), int(w)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelRow:

@@ -54,24 +54,29 @@ TABLE = {
     "space": Room(),
     "nn": Room(others=("flax",)),
     "io": Room(("space",), FILE_FORMATS),
-    "data": Room(("space", "io.volumes", "io.files"), ("grain",)),
+    "data": Room(
+        ("space", "io.volumes", "io.files"), ("grain", "nibabel.orientations")
+    ),
     "models": Room(("nn", "space"), ("flax",)),
     "losses": Room(("space",)),
     "metrics": Room(("space",)),
     "training": Room(
-        ("models.base", "losses", "metrics", "io.checkpoints", "space"),
+        ("models.base", "losses", "metrics", "io.checkpoints", "io.runs", "space"),
         ("flax", "optax"),
     ),
     "optimize": Room(_TOP, ("optax",)),
     "register": Room(_TOP, ("nibabel.orientations",)),
-    "evaluate": Room(_TOP),
+    "evaluate": Room((*_TOP, "data.manifest", "results")),
+    "results": Room(("metrics", "io.files")),
+    "comparison": Room(("space", "io")),
     "report": Room(_TOP, ("nibabel.orientations", "matplotlib")),
     # The only room that downloads.
     "zoo": Room(_TOP, ("urllib", "platformdirs")),
     "demo": Room(_TOP),
 }
-# Nothing below imports these two, so they may have anything.
-TABLE["cli"] = TABLE["experiment"] = Room((*TABLE, "experiment"), RATIONED)
+# Nothing below imports these, so they may have anything.
+_JOINING = ("experiment", "trainer", "cli_training")
+TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
 
 def modules() -> list[pathlib.Path]:

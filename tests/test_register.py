@@ -50,7 +50,7 @@ class Shifting:
     def init(self, key, shape):
         return {}
 
-    def apply(self, variables, moving, fixed, *, train=False, groups=1):
+    def apply(self, variables, moving, fixed, *, train=False, batching=None):
         grid = sampling.identity(fixed.shape[1:4])
         # Asked for the way back, it sees the scans exchanged and answers the reverse.
         brightness = [a.sum((1, 2, 3, 4), keepdims=True) for a in (moving, fixed)]

@@ -70,7 +70,7 @@ def save_bundle(
     check_checkpoint_path(path)
     tree = jax.tree.map(np.asarray, _plain(bundle.variables))
     # Anything JSON cannot hold is a mistake of the caller's, found before any work.
-    description = _description(bundle) | {"checksum": _checksum(tree)}
+    description = _description(bundle) | {"checksum": tree_checksum(tree)}
     text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
     try:
         with _temporary_sibling(path) as temporary:
@@ -122,7 +122,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).split("\n", maxsplit=1)[0][:160]
         raise UserError(f"{damaged} ({reason}); write or download it again") from error
-    if _checksum(variables) != checksum:
+    if tree_checksum(variables) != checksum:
         raise UserError(
             f"{damaged}: its arrays do not have the checksum that they were saved "
             "with; write or download it again"
@@ -212,10 +212,13 @@ def _read_description(path: pathlib.Path) -> dict[str, Any]:
     return {name: content[name] for name in names}
 
 
-def _checksum(tree: Any) -> int:
+def tree_checksum(tree: Any) -> int:
     """Returns the CRC-32 of all names, types, shapes and numbers.
 
     Orbax stores arrays without checksums: a changed byte would load as other weights.
+
+    Args:
+      tree: any tree of NumPy arrays.
     """
     checksum = 0
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

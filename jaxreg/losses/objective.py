@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, regularity, similarity
 from jaxreg.space import fields, sampling
-from jaxreg.space.transform import Displacement, Transform
+from jaxreg.space.transform import Transform
 from jaxreg.typing import Image, Labels, Pair, Points
 
 
@@ -72,7 +72,13 @@ class Objective:
                 raise UserError(f"{name} is {getattr(self, name)}, it must be >= 0")
 
     def __call__(
-        self, forward: Transform, backward: Transform, pair: Pair, noise: Points
+        self,
+        forward: Transform,
+        backward: Transform,
+        pair: Pair,
+        noise: Points,
+        *,
+        axis: str | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss and its parts.
 
@@ -81,6 +87,8 @@ class Objective:
           backward: moving to fixed points, unit.
           pair: the images and what else the chosen terms need.
           noise: standard normal, 1 D H W 3, see `regularity.gradicon_points`.
+          axis: name of the mapped axis (pmap, shard_map) over which the batch is split,
+            if it is. Everything returned is then of the whole batch.
 
         Returns:
           (loss, parts) with the scalars "loss", "inverse_consistency" and
@@ -105,7 +113,7 @@ class Objective:
             shape, noise, stride=self.stride, noise_scale=self.noise_scale
         )
         consistency = regularity.gradicon(map_forward, map_backward, points)
-        alike = _similarity(self, pair, to_moving, to_fixed)
+        alike = _similarity(self, pair, to_moving, to_fixed, axis)
         loss = self.inverse_consistency_weight * consistency + alike
         parts = {
             "inverse_consistency": consistency,
@@ -114,23 +122,67 @@ class Objective:
             "folds": _folds(to_fixed),
         }
         if self.dice_weight > 0:
-            parts["dice"] = _dice(pair, to_moving, to_fixed)
+            parts["dice"] = _dice(pair, to_moving, to_fixed, axis)
             loss = loss + self.dice_weight * parts["dice"]
-        return loss, {"loss": loss, **parts}
+        parts = {"loss": loss, **parts}
+        if axis is not None:
+            parts = jax.lax.pmean(parts, axis)
+        return parts["loss"], parts
 
 
-def _both_on_grid(forward: Transform, backward: Transform, shape):
-    """Maps the grid by both transforms, in one batch where they have one structure."""
+@dataclasses.dataclass(frozen=True)
+class TaskObjective:
+    """Several objectives in one batch: each pair by the one that its task asks for.
 
-    def signature(transform):
-        leaves, structure = jax.tree.flatten(transform)
-        return [leaf.shape for leaf in leaves], structure
+    Attributes:
+      objectives: `Pair.task` is an index into them.
+    """
 
-    fields_only = all(isinstance(s, Displacement) for s in forward.steps)
-    if not fields_only or signature(forward) != signature(backward):
-        return forward.on_grid(shape), backward.on_grid(shape)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), forward, backward)
-    return jnp.split(both.on_grid(shape), 2)
+    objectives: tuple[Objective, ...]
+
+    def __call__(
+        self,
+        forward: Transform,
+        backward: Transform,
+        pair: Pair,
+        noise: Points,
+        *,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the mean loss and its parts; arguments as `Objective`.
+
+        Pairs are scored one by one, so only a pair's own objective is computed. The
+        part "dice" is the mean over the pairs that have a Dice term.
+
+        Raises:
+          ValueError: the pair says no task.
+          UserError: see `Objective`.
+        """
+        if pair.task is None:
+            raise ValueError("TaskObjective needs Pair.task, the pair has none")
+
+        def scored_by(objective):
+            def score(forward, backward, pair):
+                _, parts = objective(forward, backward, pair, noise)
+                count = jnp.float32("dice" in parts)
+                return {"dice": jnp.float32(0), **parts, "with_dice": count}
+
+            return score
+
+        def score_one(sample):
+            one = jax.tree.map(lambda leaf: leaf[None], sample)
+            branches = [scored_by(objective) for objective in self.objectives]
+            return jax.lax.switch(sample[2].task, branches, *one)
+
+        scores = jax.lax.map(score_one, (forward, backward, pair))
+        parts = jax.tree.map(jnp.mean, scores)
+        if axis is not None:
+            parts = jax.lax.pmean(parts, axis)
+        share = parts.pop("with_dice")
+        parts["dice"] = parts["dice"] / jnp.maximum(share, 1e-12)
+        if not any(objective.dice_weight for objective in self.objectives):
+            del parts["dice"]
+        return parts["loss"], parts
 
 
 def _check_pair(objective: Objective, pair: Pair) -> None:
@@ -159,10 +211,17 @@ def _folds(points: Points) -> jax.Array:
 
 
 def _similarity(
-    objective: Objective, pair: Pair, to_moving: Points, to_fixed: Points
+    objective: Objective,
+    pair: Pair,
+    to_moving: Points,
+    to_fixed: Points,
+    axis: str | None,
 ) -> jax.Array:
     """Both directions; each mask is that of the image compared with."""
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
+    options = dict(objective.similarity_options)
+    if objective.similarity == "mind":  # the others see one sample at a time
+        options["axis"] = axis
     if pair.moving_target is not None or pair.fixed_target is not None:
         outside = "edge"
         moving = moving if pair.moving_target is None else pair.moving_target
@@ -178,7 +237,7 @@ def _similarity(
             warped, target = warped[inside] * determinant, target[inside]
             mask = None if mask is None else mask[inside]
         return similarity.SIMILARITIES[objective.similarity](
-            warped, target, mask=mask, **dict(objective.similarity_options)
+            warped, target, mask=mask, **options
         )
 
     masks = (
@@ -189,9 +248,11 @@ def _similarity(
     )
 
 
-def _dice(pair: Pair, to_moving: Points, to_fixed: Points) -> jax.Array:
+def _dice(
+    pair: Pair, to_moving: Points, to_fixed: Points, axis: str | None
+) -> jax.Array:
     moving, fixed = pair.moving_onehot, pair.fixed_onehot
     assert moving is not None and fixed is not None  # _check_pair
     return overlap.dice_loss(
-        fields.warp(moving, to_moving), fixed, pair.valid
-    ) + overlap.dice_loss(fields.warp(fixed, to_fixed), moving, pair.valid)
+        fields.warp(moving, to_moving), fixed, pair.valid, axis=axis
+    ) + overlap.dice_loss(fields.warp(fixed, to_fixed), moving, pair.valid, axis=axis)

@@ -93,7 +93,11 @@ def valid_classes(moving_onehot: Image, fixed_onehot: Image) -> np.ndarray:
 
 
 def dice_loss(
-    pred: Image, target: Image, valid: Bool[Array, "N K"] | None = None
+    pred: Image,
+    target: Image,
+    valid: Bool[Array, "N K"] | None = None,
+    *,
+    axis: str | None = None,
 ) -> jax.Array:
     """Returns 1 - Dice, averaged over a pair's valid classes and then over pairs.
 
@@ -104,6 +108,8 @@ def dice_loss(
       pred: N D H W K, the warped one-hot labels, [0, 1].
       target: N D H W K, one-hot.
       valid: the classes that count per pair; all if None.
+      axis: name of the mapped axis over which the batch is split, if it is; the result
+        is then that of the whole batch.
 
     Raises:
       ValueError: the shapes differ.
@@ -120,4 +126,7 @@ def dice_loss(
     counts = jnp.ones(dice.shape, bool) if valid is None else valid
     per_pair = jnp.sum((1.0 - dice) * counts, 1) / jnp.maximum(jnp.sum(counts, 1), 1)
     pairs = jnp.any(counts, 1)
-    return jnp.sum(per_pair * pairs) / jnp.maximum(jnp.sum(pairs), 1)
+    total, count = jnp.sum(per_pair * pairs), jnp.sum(pairs)
+    if axis is not None:
+        total, count = jax.lax.psum((total, count), axis)
+    return total / jnp.maximum(count, 1)

@@ -241,7 +241,9 @@ def _neighbour(volumes: jax.Array, offset: tuple[int, ...]) -> jax.Array:
     return volumes
 
 
-def _mind(image: Image, radius: int, dilation: int) -> jax.Array:
+def _mind(
+    image: Image, radius: int, dilation: int, axis: str | None = None
+) -> jax.Array:
     """Returns the descriptor with its channels first, 12 N D H W."""
     if image.shape[-1] != 1:
         raise ValueError(f"MIND takes 1 channel, the image has {image.shape[-1]}")
@@ -259,6 +261,8 @@ def _mind(image: Image, radius: int, dilation: int) -> jax.Array:
     variance = jnp.mean(excess, 0)
     # One number for the whole batch and volume, constant in the gradient.
     mean_variance = jax.lax.stop_gradient(jnp.mean(variance))
+    if axis is not None:
+        mean_variance = jax.lax.pmean(mean_variance, axis)
     low, high = MIND_VARIANCE_RANGE
     variance = jnp.clip(variance, low * mean_variance, high * mean_variance)
     variance = jnp.where(mean_variance > _FLAT_MIND_VARIANCE, variance, 1.0)
@@ -298,6 +302,7 @@ def mind_ssc(
     mask: Labels | None = None,
     radius: int = 2,
     dilation: int = 2,
+    axis: str | None = None,
 ) -> jax.Array:
     """Returns the mean squared difference of two MIND-SSC descriptors, in [0, 1].
 
@@ -307,6 +312,7 @@ def mind_ssc(
       mask: N D H W 1; where the difference counts.
       radius: see `mind_descriptor`.
       dilation: see `mind_descriptor`.
+      axis: name of the mapped axis over which the batch is split, if it is.
 
     Raises:
       ValueError: the shapes differ, or there is more than one channel.
@@ -315,7 +321,9 @@ def mind_ssc(
       See `mind_descriptor`.
     """
     _check_shapes(warped, target, mask)
-    difference = _mind(warped, radius, dilation) - _mind(target, radius, dilation)
+    difference = _mind(warped, radius, dilation, axis) - _mind(
+        target, radius, dilation, axis
+    )
     squares = jnp.mean(difference**2, 0)[..., None]  # N D H W 1
     return _mean(squares, mask)
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
-from jaxreg.typing import Image, Key, Variables
+from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Registration(Protocol):
         fixed: Image,
         *,
         train: bool = False,
-        groups: int = 1,
+        batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
         """Returns the prediction for moving onto fixed, and the variables after it.
 
@@ -48,7 +48,8 @@ class Registration(Protocol):
           moving: N D H W C.
           fixed: N D H W C.
           train: training mode.
-          groups: the batch holds this many calls end to end; what a call shares (batch
-            statistics) is kept apart, so the result equals separate calls in order.
+          batching: what the batch is made of: how many calls end to end (what a call
+            shares is kept apart, so the result equals separate calls in order), and
+            over what batch statistics are taken.
         """
         ...

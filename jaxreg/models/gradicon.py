@@ -9,7 +9,7 @@ References:
 """
 
 import dataclasses
-from typing import cast
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,10 @@ from flax import linen as nn
 from jaxreg.models import multires
 from jaxreg.models.base import Prediction
 from jaxreg.nn import conv
-from jaxreg.nn.unet import TallUNet2, UNetConfig
+from jaxreg.nn.unet import Precision, TallUNet2, UNetConfig
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
-from jaxreg.typing import Image, Key, Variables
+from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +34,10 @@ class GradIconConfig:
       halvings: how often a U-Net at double resolution follows; 2 starts at a quarter.
       refinements: U-Nets after that at full resolution; 0 in training stage 1.
       form: convolution form, see `jaxreg.nn.conv`.
+      precision: of the U-Nets' arithmetic, see `UNetConfig`.
+      remat: what the backward pass computes again instead of keeping: the padding and
+        activation of each layer, or whole U-Nets (a third more arithmetic, and only
+        their inputs are kept).
     """
 
     channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
@@ -41,11 +45,15 @@ class GradIconConfig:
     halvings: int = 2
     refinements: int = 1
     form: conv.Form = "auto"
+    precision: Precision = "float32"
+    remat: Literal["layers", "networks"] = "layers"
 
     @property
     def unet(self) -> UNetConfig:
         """The sizes of each U-Net."""
-        return UNetConfig(self.channels_down, self.channels_up, self.form)
+        return UNetConfig(
+            self.channels_down, self.channels_up, self.form, self.precision
+        )
 
 
 class GradIconNetwork(nn.Module):
@@ -55,16 +63,25 @@ class GradIconNetwork(nn.Module):
 
     @nn.compact
     def __call__(
-        self, moving: Image, fixed: Image, *, train: bool = False, groups: int = 1
+        self,
+        moving: Image,
+        fixed: Image,
+        *,
+        train: bool = False,
+        batching: Batching = ONE_CALL,
     ) -> Transform:
         """Maps a pair, each N D H W C, to the transform of fixed to moving points."""
         config = self.config
 
         def step(index):
             unet = TallUNet2(config.unet, name=f"step_{index}")
-            return multires.field_step(
-                lambda a, b: unet(a, b, train=train, groups=groups)
-            )
+
+            def run(unet, a, b):
+                return unet(a, b, train=train, batching=batching)
+
+            if config.remat == "networks":
+                run = nn.remat(run)
+            return multires.field_step(lambda a, b: run(unet, a, b))
 
         network = step(1)
         for index in range(config.halvings):
@@ -97,7 +114,7 @@ class GradIcon:
         fixed: Image,
         *,
         train: bool = False,
-        groups: int = 1,
+        batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
         """Returns the prediction for moving onto fixed, and the variables after it.
 
@@ -105,8 +122,8 @@ class GradIcon:
           variables: {"params", "batch_stats"}.
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
-          train: use batch statistics, and move the running ones once per group.
-          groups: see `jaxreg.models.base.Registration.apply`.
+          train: use batch statistics, and move the running ones once per call.
+          batching: see `jaxreg.models.base.Registration.apply`.
 
         Raises:
           ValueError: an axis of one voxel, or the wrong number of channels.
@@ -122,7 +139,7 @@ class GradIcon:
             moving,
             fixed,
             train=True,
-            groups=groups,
+            batching=batching,
             mutable=["batch_stats"],
         )
         return Prediction(transform), {**variables, **updates}

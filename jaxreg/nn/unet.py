@@ -6,7 +6,9 @@ References:
 """
 
 import dataclasses
+import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +16,10 @@ import numpy as np
 from flax import linen as nn
 
 from jaxreg.nn import conv
-from jaxreg.typing import Field, Image
+from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
+Precision = Literal["float32", "bfloat16"]
 _NORM_MOMENTUM = 0.9  # of the old value; PyTorch counts it the other way: 0.1
 
 
@@ -29,11 +32,14 @@ class UNetConfig:
         first is that of the two images together.
       channels_up: channels after each upsampling, finest first.
       form: convolution form, see `jaxreg.nn.conv`.
+      precision: of activations and products; parameters, batch statistics and the
+        displacement stay float32.
     """
 
     channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
     channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
     form: conv.Form = "auto"
+    precision: Precision = "float32"
 
 
 def _leaky(x):
@@ -97,37 +103,41 @@ class Convolution(nn.Module):
         # The backward pass pads and activates once more instead of keeping both.
         @jax.checkpoint
         def apply(x, kernel, bias):
+            dtype = jax.tree.leaves(x)[0].dtype
+            kernel, bias = kernel.astype(dtype), bias.astype(dtype)
             x = jax.tree.map(_leaky, x) if self.activated else x
             return self.function(x, kernel, bias, form=self.form)  # pyright: ignore
 
         return apply(x, kernel, bias)
 
 
-@jax.checkpoint  # keeps the array, not also its deviations
-def _moments(grouped: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.checkpoint, static_argnums=1)  # keeps the array, no deviations
+def _moments(grouped: jax.Array, batching: Batching) -> tuple[jax.Array, jax.Array]:
     """Returns mean and biased variance of G N D H W C per group and channel."""
     axes = (1, 2, 3, 4)
+    grouped = grouped.astype(jnp.float32)
     mean = grouped.mean(axes, keepdims=True)
-    return mean, jnp.square(grouped - mean).mean(axes, keepdims=True)
+    if not batching.replicas:
+        mean = batching.mean_over_devices(mean)
+    variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
+    if not batching.replicas:
+        variance = batching.mean_over_devices(variance)
+    return mean, variance
 
 
 class BatchNorm(nn.Module):
     """Batch normalisation as PyTorch's: the running variance is the unbiased one.
 
-    Statistics are over N D H W of the array the module sees: the global batch under
-    jit over a mesh, one device's batch under pmap.
-
     Attributes:
-      groups: the batch is this many calls of the network, end to end. Each is
-        normalised by its own statistics, and the running ones move once per group, in
-        order: the same numbers as separate calls.
+      batching: what the statistics are taken over.
     """
 
-    groups: int = 1
+    batching: Batching = ONE_CALL
 
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Image:
         """Normalises N D H W C; in training moves the running statistics."""
+        batching = self.batching
         c = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
@@ -136,19 +146,29 @@ class BatchNorm(nn.Module):
         count = self.variable("batch_stats", "count", jnp.zeros, (), jnp.int32)
         if not train:
             factor = scale * jax.lax.rsqrt(var.value + _NORM_EPSILON)
-            return x * factor + (bias - mean.value * factor)
-        grouped = x.reshape(self.groups, -1, *x.shape[1:])
-        now_mean, now_var = _moments(grouped)
+            shift = bias - mean.value * factor
+            return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+        groups = batching.calls * max(batching.replicas, 1)
+        grouped = x.reshape(groups, -1, *x.shape[1:])
+        now_mean, now_var = _moments(grouped, batching)
         if not self.is_initializing():
             voxels = math.prod(grouped.shape[1:5])
+            if batching.axis is not None and not batching.replicas:
+                voxels = voxels * jax.lax.axis_size(batching.axis)
             unbiased = now_var * (voxels / max(voxels - 1, 1))
+            calls = [
+                batching.mean_over_devices(a.reshape(batching.calls, -1, c).mean(1))
+                for a in (now_mean, unbiased)
+            ]
             keep = _NORM_MOMENTUM
-            for group in range(self.groups):
-                mean.value = keep * mean.value + (1 - keep) * now_mean[group].ravel()
-                var.value = keep * var.value + (1 - keep) * unbiased[group].ravel()
-            count.value = count.value + self.groups
+            for call_mean, call_var in zip(*calls, strict=True):
+                mean.value = keep * mean.value + (1 - keep) * call_mean
+                var.value = keep * var.value + (1 - keep) * call_var
+            count.value = count.value + batching.calls
         factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
-        return (grouped * factor + (bias - now_mean * factor)).reshape(x.shape)
+        shift = bias - now_mean * factor
+        out = grouped * factor.astype(x.dtype) + shift.astype(x.dtype)
+        return out.reshape(x.shape)
 
 
 class TallUNet2(nn.Module):
@@ -158,11 +178,16 @@ class TallUNet2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, moving: Image, fixed: Image, *, train: bool = False, groups: int = 1
+        self,
+        moving: Image,
+        fixed: Image,
+        *,
+        train: bool = False,
+        batching: Batching = ONE_CALL,
     ) -> Field:
         """Maps moving and fixed, each N D H W C, to N D H W 3; any size of at least 2.
 
-        In training mode batch norm uses and updates batch statistics, see `BatchNorm`.
+        In training mode batch norm uses and updates batch statistics, see `Batching`.
         """
         down, up, form = (
             self.config.channels_down,
@@ -176,6 +201,7 @@ class TallUNet2(nn.Module):
                 f"moving and fixed have {x.shape[-1]} channels together, "
                 f"the U-Net expects {down[0]}"
             )
+        x = x.astype(self.config.precision)
         skips = []
         for level in range(levels):
             skips.append(x)
@@ -194,7 +220,7 @@ class TallUNet2(nn.Module):
             if whole.shape[-1] < min(up[level], channels):
                 whole = jnp.concatenate(parts, axis=-1)
             x = y + conv.upsample2(_fit(whole, up[level]))
-            x = BatchNorm(groups, name=f"norm_{level}")(x, train=train)
+            x = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
             skip = skips[level]
             d, h, w = skip.shape[1:4]
             parts = (x[:, :d, :h, :w], skip)
@@ -207,4 +233,4 @@ class TallUNet2(nn.Module):
             form=form,
             name="last",
         )
-        return last(parts) / 10.0
+        return last(parts).astype(jnp.float32) / 10.0

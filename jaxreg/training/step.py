@@ -1,34 +1,67 @@
 """One evaluation of a model on a pair, and one training step: pure functions."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreg.losses.objective import Objective
 from jaxreg.models.base import Registration
 from jaxreg.space.transform import Transform
-from jaxreg.typing import Pair, Points, Variables
+from jaxreg.training.state import TrainState
+from jaxreg.typing import Batching, Key, Pair, Points, Variables
 
 Parts = dict[str, jax.Array]
+Batch = Mapping[str, jax.Array]
+
+
+class Loss(Protocol):
+    """What is minimised: `losses.objective.Objective` or one like it."""
+
+    def __call__(
+        self,
+        forward: Transform,
+        backward: Transform,
+        pair: Pair,
+        noise: Points,
+        *,
+        axis: str | None = None,
+    ) -> tuple[jax.Array, Parts]:
+        """Returns (loss, parts), of the whole batch where `axis` splits it."""
+        ...
 
 
 def predict_both(
-    model: Registration, variables: Variables, pair: Pair, *, train: bool = False
+    model: Registration,
+    variables: Variables,
+    pair: Pair,
+    *,
+    train: bool = False,
+    replicas: int = 0,
+    axis: str | None = None,
 ) -> tuple[Transform, Transform, Variables]:
     """Returns the forward and backward transforms, and the variables after both.
 
     One call of the network on both directions, end to end in the batch: moving onto
     fixed, then fixed onto moving. In training mode each direction has its own batch
     statistics, and the running ones move twice, as in the original's two calls.
+
+    Args:
+      model: the network.
+      variables: its variables.
+      pair: the two images.
+      train: batch statistics instead of running ones.
+      replicas: see `jaxreg.typing.Batching`.
+      axis: see `jaxreg.typing.Batching`.
     """
     both, variables = model.apply(
         variables,
         jnp.concatenate([pair.moving, pair.fixed]),
         jnp.concatenate([pair.fixed, pair.moving]),
         train=train,
-        groups=2,
+        batching=Batching(calls=2, replicas=replicas, axis=axis),
     )
     forward, backward = both.transform.split(2)
     return forward, backward, variables
@@ -40,8 +73,10 @@ def evaluate(
     pair: Pair,
     noise: Points,
     *,
-    objective: Objective,
+    objective: Loss,
     train: bool = False,
+    replicas: int = 0,
+    axis: str | None = None,
 ) -> tuple[jax.Array, tuple[Parts, Transform, Transform, Variables]]:
     """Returns (loss, (parts, forward, backward, variables after it)).
 
@@ -52,15 +87,19 @@ def evaluate(
       noise: standard normal, 1 D H W 3, shared by the batch.
       objective: what is minimised.
       train: batch statistics instead of running ones.
+      replicas: see `jaxreg.typing.Batching`.
+      axis: the mapped axis over which the batch is split; the loss is the whole one's.
     """
-    forward, backward, variables = predict_both(model, variables, pair, train=train)
-    loss, parts = objective(forward, backward, pair, noise)
+    forward, backward, variables = predict_both(
+        model, variables, pair, train=train, replicas=replicas, axis=axis
+    )
+    loss, parts = objective(forward, backward, pair, noise, axis=axis)
     return loss, (parts, forward, backward, variables)
 
 
 def make_step(
     model: Registration,
-    objective: Objective,
+    objective: Loss,
     optimizer: optax.GradientTransformation,
     *,
     train: bool = True,
@@ -91,3 +130,141 @@ def make_step(
         return {**after, "params": params}, opt_state, parts, forward, backward
 
     return step
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """How one training step is carried out.
+
+    Attributes:
+      accumulate: the batch is worked off in this many parts, one after the other, and
+        their gradients are averaged.
+      replicas: 0: batch statistics over the global batch (of a part). Otherwise the
+        number of replicas on this device that have statistics of their own.
+      ema: decay per step of the moving average of the parameters, 0 for none.
+      axis: the mapped axis over which the batch is split, None on one device.
+    """
+
+    accumulate: int = 1
+    replicas: int = 0
+    ema: float = 0.0
+    axis: str | None = None
+
+
+def make_train_step(
+    model: Registration,
+    objective: Loss,
+    optimizer: optax.GradientTransformation,
+    prepare: Callable[[Batch, Key], Pair],
+    config: StepConfig = StepConfig(),
+) -> Callable[[TrainState, Batch], tuple[TrainState, Parts]]:
+    """Returns ``step(state, batch) -> (state, parts)`` for one device's share.
+
+    A pure function, to be compiled by `parallel.compile_step`, which binds the axis.
+    Parts are of the global batch, before the update: those of the objective,
+    "gradient_norm", and "finite". Where the loss or the gradient is not finite the
+    state comes back as it was, but for its step: no parameter is spoiled.
+
+    Args:
+      model: the network.
+      objective: what is minimised.
+      optimizer: applied to the gradient of the global batch.
+      prepare: device side of the data: arrays of a batch and a key to a Pair.
+      config: see `StepConfig`.
+    """
+    parts_of = _accumulated(model, objective, prepare, config)
+
+    def step(state, batch):
+        key = jax.random.fold_in(state.key, state.step)
+        gradient, parts, after = parts_of(state.variables, batch, key)
+        params = state.variables["params"]
+        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(params, ema, 1.0 - config.ema)
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
+        new = TrainState(
+            step=state.step,
+            variables={**after, "params": params},
+            opt_state=opt_state,
+            ema=ema,
+            key=state.key,
+        )
+        kept = jax.tree.map(
+            lambda a, b: jnp.where(finite, a, b),
+            dataclasses.replace(new, key=None),
+            dataclasses.replace(state, key=None),
+        )
+        kept = dataclasses.replace(kept, step=state.step + 1, key=state.key)
+        return kept, {**parts, "gradient_norm": norm, "finite": finite}
+
+    return step
+
+
+def _accumulated(model, objective: Loss, prepare, config: StepConfig):
+    """Returns ``f(variables, batch, key) -> (gradient, parts, variables after it)``."""
+
+    def of_part(variables, batch, key):
+        prepare_key, noise_key = jax.random.split(key)
+        pair = prepare(batch, prepare_key)
+        noise = jax.random.normal(noise_key, (1, *pair.fixed.shape[1:4], 3))
+
+        def loss_of(params):
+            return evaluate(
+                model,
+                {**variables, "params": params},
+                pair,
+                noise,
+                objective=objective,
+                train=True,
+                replicas=config.replicas,
+                axis=config.axis,
+            )
+
+        gradient, aux = jax.grad(loss_of, has_aux=True)(variables["params"])
+        if config.axis is not None:
+            # Each device differentiated the global loss by its own copy of the
+            # parameters; the collectives' transposes make their mean the gradient.
+            gradient = jax.lax.pmean(gradient, config.axis)
+        return gradient, aux[0], aux[3]
+
+    def accumulated(variables, batch, key):
+        n = config.accumulate
+        if n == 1:
+            return of_part(variables, batch, key)
+        # Every n-th pair: the same parts however many devices share the batch.
+        parts_of_batch = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(-1, n, *a.shape[1:]), 1, 0), batch
+        )
+
+        def add(variables, part):
+            gradient, parts, after = of_part(variables, part, key)
+            return after, (gradient, parts)
+
+        # Only the running sum of gradients is kept, not all of them.
+        def body(carry, part):
+            variables, total = carry
+            variables, found = add(variables, part)
+            return (variables, jax.tree.map(jnp.add, total, found)), None
+
+        first = jax.tree.map(lambda a: a[0], parts_of_batch)
+        shapes = jax.eval_shape(lambda v, p: add(v, p)[1], variables, first)
+        zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        (after, total), _ = jax.lax.scan(body, (variables, zero), parts_of_batch)
+        gradient, parts = jax.tree.map(lambda a: a / n, total)
+        return gradient, parts, after
+
+    return accumulated
+
+
+def make_validation(
+    model: Registration, objective: Loss
+) -> Callable[[Variables, Pair, Any], Parts]:
+    """Returns ``validate(variables, pair, noise) -> parts``, in evaluation mode."""
+
+    def validate(variables, pair, noise):
+        return evaluate(model, variables, pair, noise, objective=objective)[1][0]
+
+    return validate

@@ -7,6 +7,7 @@ import pytest
 
 from jaxreg.io import released
 from jaxreg.nn import unet
+from jaxreg.typing import Batching
 
 SMALL = unet.UNetConfig(channels_down=(2, 3, 6), channels_up=(3, 4))
 NAME = "unigradicon_unet_small"
@@ -34,10 +35,15 @@ def variables_of(g, *groups):
     return network, {name: tree["step_1"] for name, tree in variables.items()}
 
 
-@jax.jit(static_argnums=(0,), static_argnames="groups")
-def in_training(network, variables, moving, fixed, groups=1):
+@jax.jit(static_argnums=(0,), static_argnames="calls")
+def in_training(network, variables, moving, fixed, calls=1):
     field, after = network.apply(
-        variables, moving, fixed, train=True, groups=groups, mutable=["batch_stats"]
+        variables,
+        moving,
+        fixed,
+        train=True,
+        batching=Batching(calls),
+        mutable=["batch_stats"],
     )
     return field, after["batch_stats"]
 
@@ -145,7 +151,7 @@ def test_fit_keeps_the_first_or_pads_in_front(icon, channels):
 def test_groups_equal_separate_calls():
     network, variables = random_variables()
     moving, fixed = random_pair(1, 4)
-    together, after = in_training(network, variables, moving, fixed, groups=2)
+    together, after = in_training(network, variables, moving, fixed, calls=2)
     fields, separate = [], variables
     for part in (slice(0, 2), slice(2, 4)):
         field, statistics = in_training(network, separate, moving[part], fixed[part])
@@ -160,9 +166,9 @@ def test_groups_equal_separate_calls():
 def test_groups_keep_their_order():
     network, variables = random_variables()
     moving, fixed = random_pair(1, 4)
-    _, after = in_training(network, variables, moving, fixed, groups=2)
+    _, after = in_training(network, variables, moving, fixed, calls=2)
     _, turned = in_training(
-        network, variables, np.roll(moving, 2, 0), np.roll(fixed, 2, 0), groups=2
+        network, variables, np.roll(moving, 2, 0), np.roll(fixed, 2, 0), calls=2
     )
     first, second = after["norm_0"]["mean"], turned["norm_0"]["mean"]
     assert np.abs(first - second).max() > 1e-4

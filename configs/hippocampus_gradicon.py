@@ -1,0 +1,43 @@
+"""GradICON on the hippocampus set of the Medical Segmentation Decathlon (Task04).
+
+Method: Tian et al., GradICON, CVPR 2023, section 3; a network of 1.1 million parameters
+for grids of 32 x 48 x 32 voxels, which two CPU cores can train. Every fifth subject is
+held out, and is the fixed image for the next three.
+
+    python train.py --config configs/hippocampus_gradicon.py \
+        --data.manifests Task04_Hippocampus --out runs/hippocampus
+
+With labels, from the weights of the first run:
+
+    python train.py --config configs/hippocampus_gradicon.py \
+        --data.manifests Task04_Hippocampus --out runs/hippocampus_dice \
+        --train.start runs/hippocampus/weights --objective.dice_weight 1
+"""
+
+from jaxreg.data.augment import Augmentation
+from jaxreg.data.pipeline import Loading
+from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.losses.objective import Objective
+from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.training.loop import LoopConfig
+from jaxreg.training.optimizer import OptimizerConfig
+
+
+def get_config() -> Experiment:
+    """Returns the experiment."""
+    return Experiment(
+        name="hippocampus_gradicon",
+        paper="Tian et al., GradICON, CVPR 2023, section 3",
+        model=GradIconConfig(
+            (2, 16, 32, 32, 32), (16, 16, 32, 32), halvings=1, refinements=0
+        ),
+        data=DataConfig(pairs_per_epoch=200, classes=(1, 2), validation_pairs=41),
+        loading=Loading(shape=(32, 48, 32)),
+        # Hippocampi all look one way here: no flips, no permutations.
+        augment=Augmentation(permute=False, flip=False, noise=0.05, shared_noise=0.05),
+        objective=Objective(similarity_options=(("sigma", 2),)),
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine"),
+        train=TrainConfig(batch=2),
+        loop=LoopConfig(log_every=20, validate_every=2, image_every=5),
+        stages=(Stage("stage_1", epochs=24),),
+    )

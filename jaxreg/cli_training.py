@@ -1,0 +1,330 @@
+"""The verbs around training: ``jaxreg train``, ``evaluate``, ``compare``, ``data``.
+
+Their bodies live in `trainer`, `evaluate` and `data`; here options become arguments and
+results become text. Heavy imports live inside the verbs.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from jaxreg.errors import UserError
+
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+data_app = typer.Typer(help="Look after training data.")
+
+
+def _option(name: str, text: str, panel: str | None = None, **settings) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=panel, **settings)
+
+
+_PROCESSES = "Several hosts"
+
+
+def train_verb(
+    context: typer.Context,
+    *,
+    config: Annotated[
+        pathlib.Path, _option("--config", "The experiment: configs/NAME.py.")
+    ],
+    out: Annotated[
+        pathlib.Path | None,
+        _option("--out", "Folder of the run; new, or with --resume an old one."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        _option("--resume", "Go on with the run in --out, from its last checkpoint."),
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        _option(
+            "--dry-run",
+            "Build everything, compile one step on a small grid, print parameters, "
+            "arithmetic and memory; trains nothing, needs no data.",
+        ),
+    ] = False,
+    distributed: Annotated[
+        bool,
+        _option(
+            "--distributed",
+            "This is one of several processes; SLURM, Open MPI, Kubernetes and Cloud "
+            "TPU pods tell JAX which.",
+            _PROCESSES,
+        ),
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        _option(
+            "--coordinator", "HOST:PORT of process 0, elsewhere than there.", _PROCESSES
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, _option("--processes", "How many there are.", _PROCESSES)
+    ] = None,
+    process: Annotated[
+        int | None, _option("--process", "Which one this is, from 0.", _PROCESSES)
+    ] = None,
+) -> None:
+    """Train a network: all stages of an experiment, or one that was interrupted.
+
+    Any setting of the experiment can follow as `--section.field value`, for example
+    `--data.manifests scans.csv --optimizer.learning_rate 1e-4`.
+    """
+    changes = setting_pairs(context.args)
+    if out is None and not dry_run:
+        raise UserError("--out is missing; name a folder for the run, or --dry-run")
+    if distributed or coordinator is not None:
+        _join(coordinator, processes, process)
+
+    from jaxreg import experiment as experiment_lib
+    from jaxreg import trainer
+
+    chosen = experiment_lib.override(experiment_lib.load(config), changes)
+    if dry_run:
+        _print_numbers(trainer.dry_run(chosen).rows())
+        return
+    assert out is not None
+    outcome = trainer.run(chosen, out, resume=resume, say=_say)
+    _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
+    for name, value in outcome.scores.items():
+        _say(f"validation {name}: {value:.5g}")
+    _say(f"wrote {outcome.weights}")
+
+
+def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns ``--section.field value`` and ``--section.field=value`` as pairs.
+
+    Raises:
+      UserError: something else is among them.
+    """
+    found: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--") or len(name) < 3:
+            raise UserError(
+                f"{name} is not understood; settings are given as --section.field value"
+            )
+        if not equals:
+            if not rest:
+                raise UserError(f"{name} has no value; give one after it")
+            value = rest.pop(0)
+        found.append((name[2:], value))
+    return found
+
+
+def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+    given = [value is not None for value in (coordinator, processes, process)]
+    if any(given) and not all(given):
+        raise UserError(
+            "--coordinator, --processes and --process belong together; give all three, "
+            "or --distributed alone where the cluster tells"
+        )
+    from jaxreg.training import parallel
+
+    parallel.start_processes(coordinator, processes, process)
+
+
+def _say(text: str) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        print(text, flush=True)
+
+
+def _print_numbers(numbers) -> None:
+    width = max(len(name) for name in numbers)
+    for name, value in numbers.items():
+        print(f"{name:<{width}}  {value}")
+
+
+@data_app.command("check")
+def check_verb(
+    manifest: Annotated[
+        pathlib.Path, typer.Argument(help="CSV, JSON or a folder of scans.")
+    ],
+    *,
+    holdout: Annotated[
+        int | None,
+        _option("--holdout", "Every n-th subject validates, if no split is given."),
+    ] = None,
+) -> None:
+    """Read every file of a manifest and report what would stop or spoil training."""
+    from jaxreg.data import manifest as manifest_lib
+
+    found = manifest_lib.read_manifest(manifest, holdout=holdout)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
+
+    problems = manifest_lib.check(found, progress=progress)
+    if sys.stderr.isatty():
+        print("\r", end="", file=sys.stderr)
+    for problem in problems:
+        print(problem.sentence)
+    counts = ", ".join(
+        f"{len(found.of_split(split))} {split}" for split in ("train", "val", "test")
+    )
+    print(f"{len(found.records)} images: {counts}")
+    serious = [p for p in problems if p.level == "error"]
+    if serious:
+        raise UserError(
+            f"{manifest} has {len(serious)} problems, listed above; mend these files "
+            "or leave them out"
+        )
+    print("no problem found" if not problems else f"{len(problems)} warnings")
+
+
+_WHICH, _HOW = "Which pairs", "Registration"
+
+
+def evaluate_verb(  # noqa: C901
+    *,
+    out: Annotated[
+        pathlib.Path,
+        _option("--out", "Rows as .csv; the tables go beside it as .md."),
+    ],
+    pairs: Annotated[
+        pathlib.Path | None, _option("--pairs", "CSV or JSON of pairs.", _WHICH)
+    ] = None,
+    manifest: Annotated[
+        pathlib.Path | None,
+        _option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
+    ] = None,
+    split: Annotated[str, _option("--split", "Of the manifest.", _WHICH)] = "val",
+    holdout: Annotated[
+        int | None,
+        _option(
+            "--holdout",
+            "Every n-th subject of a manifest without splits belongs to val.",
+            _WHICH,
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int,
+        _option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
+    ] = 3,
+    count: Annotated[
+        int | None, _option("--count", "Only so many pairs, from the first.", _WHICH)
+    ] = None,
+    labels: Annotated[
+        str | None, _option("--labels", "Which to score, such as 1,2.", _WHICH)
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
+    ] = None,
+    name: Annotated[
+        str | None, _option("--name", "What the tables call it.", _HOW)
+    ] = None,
+    shape: Annotated[
+        str | None,
+        _option("--shape", "Network grid. Default: the weights' own.", _HOW),
+    ] = None,
+    io_iterations: Annotated[
+        int | None,
+        _option(
+            "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
+        ),
+    ] = None,
+    io_sim: Annotated[str, _option("--io-sim", "Its similarity.", _HOW)] = "lncc",
+    io_lr: Annotated[
+        float | None, _option("--io-lr", "Its learning rate.", _HOW)
+    ] = None,
+    ct_window: Annotated[
+        tuple[float, float] | None,
+        _option("--ct-window", "Hounsfield units that become 0 and 1.", _HOW),
+    ] = None,
+    quantile_range: Annotated[
+        tuple[float, float] | None,
+        _option("--quantile-range", "Quantiles that become 0 and 1 in MRI.", _HOW),
+    ] = None,
+    others: Annotated[
+        str | None,
+        _option("--others", "Other tools beside it: SyN, greedy.", _HOW),
+    ] = None,
+) -> None:
+    """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time."""
+    if (pairs is None) == (manifest is None):
+        raise UserError("give either --pairs or --manifest, to say what to evaluate")
+    from jaxreg import cli, comparison, evaluate, register, zoo
+    from jaxreg.data import manifest as manifest_lib
+
+    tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
+    comparison.check_installed(tools)
+    if (model is None or model == "none") and not tools:
+        raise UserError("give a --model, or --others SyN,greedy, to evaluate")
+    names = None
+    if manifest is not None:
+        found = manifest_lib.read_manifest(manifest, holdout=holdout)
+        names = found.labels
+        chosen = evaluate.pairs_of_manifest(found, split=split, neighbours=neighbours)
+    else:
+        assert pairs is not None
+        chosen = evaluate.read_pairs(pairs)
+    loaded = None if model in (None, "none") else zoo.load(model)
+    grid = (175, 175, 175) if loaded is None else loaded.shape
+    options = register.Options(
+        io_iterations=io_iterations,
+        io_sim=io_sim,
+        io_lr=io_lr,
+        ct_window=ct_window,
+        quantile_range=quantile_range,
+        shape=grid if shape is None else cli.parse_shape(shape),
+        inverse=False,
+    )
+    text = evaluate.evaluate_files(
+        chosen if count is None else chosen[:count],
+        loaded,
+        options,
+        out=out,
+        label_names=names,
+        with_optimisation=io_iterations is not None,
+        others={tool: comparison.TOOLS[tool] for tool in tools},
+        labels=None if labels is None else [int(n) for n in labels.split(",")],
+        name=name,
+        progress=_row_done,
+    )
+    print(text)
+    print(f"wrote {out} and {out.with_suffix('.md')}")
+
+
+def _row_done(done: int, total: int, row) -> None:
+    if sys.stderr.isatty() or done == total or done % 50 == 0:
+        end = "\r" if sys.stderr.isatty() and done < total else "\n"
+        text = f"{done} of {total}: {row.method}, Dice {row.mean_dice:.3f}   "
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def compare_verb(
+    *,
+    a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
+    b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
+    metric: Annotated[
+        str, _option("--metric", "dice, hd95, tre, folding, sdlogj or seconds.")
+    ] = "dice",
+    method_a: Annotated[
+        str | None, _option("--method-a", "Which method of the first.")
+    ] = None,
+    method_b: Annotated[
+        str | None, _option("--method-b", "Which method of the second.")
+    ] = None,
+) -> None:
+    """Test whether two results differ by more than chance, pair by pair."""
+    from jaxreg import results
+
+    print(
+        results.compare_files(a, b, metric=metric, method_a=method_a, method_b=method_b)
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command("train", context_settings=_PASS_ON)(train_verb)
+    app.command("evaluate")(evaluate_verb)
+    app.command("compare")(compare_verb)
+    app.add_typer(data_app, name="data")

@@ -1,0 +1,703 @@
+"""Endless labelled pairs with known deformation, made of nothing but a seed.
+
+A *template* is a body with a wall and organs of random place, size and shape. A
+*subject* is the template under a smooth diffeomorphism of its own. A pair is two
+subjects ("inter"), or one subject before and after a second diffeomorphism ("intra").
+Images are painted from the label map: an intensity per structure and modality, texture,
+a bias field, blur and noise.
+
+Everything is a pure function of (config, seed, index), in any order of access. Host
+side: NumPy and SciPy only, since the input pipeline's worker processes import this.
+Arrays are D H W. Displacements are pulls in voxels; component i moves along axis i.
+
+References:
+  Hoffmann et al., SynthMorph: learning contrast-invariant registration without acquired
+  images, IEEE TMI 2022. Unlike there, a label means the same in every subject.
+"""
+
+import csv
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from scipy import ndimage
+
+from jaxreg.errors import UserError
+from jaxreg.io import files, volumes
+from jaxreg.space.grid import Grid, Shape, Volume
+
+MAX_LABELS = 16
+MIN_SIZE = 8
+_LATTICE = 32  # voxels per axis at which smooth fields are made; finer adds nothing
+_SQUARINGS = 5
+_AIR = 0.02
+_COLUMNS = (
+    "image", "label", "subject", "dataset", "region", "modality", "pairing", "split",
+    "session",
+)  # fmt: skip
+_AMOUNTS = (
+    "deformation_voxel", "organ_change", "texture", "bias", "blur_voxel", "noise",
+)  # fmt: skip
+_SPACING_MM = (2.0, 1.25, 1.5)
+_HOLD_OUT = 5
+_STORED_RANGE = 1000
+
+# What a stream of random numbers is for: streams with other purposes are independent.
+_TEMPLATE, _SUBJECT, _SCAN, _IMAGE, _PAIR = range(5)
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticConfig:
+    """One kind of synthetic data.
+
+    Attributes:
+      name: of the task or data set.
+      shape: voxels per axis, D H W.
+      labels: foreground labels 1 to this: the body, then the organs within it. From 10
+        voxels per axis on every one occurs.
+      modalities: image contrasts that exist.
+      pairing: "inter" for two subjects, "intra" for two scans of one.
+      multimodal: whether the images of a pair differ in contrast. Otherwise a pair
+        shares one.
+      anatomy: number of the template; it depends on this and `labels` alone, so that
+        other seeds show other subjects of the same anatomy.
+      deformation_voxel: largest displacement of a smooth deformation, before organs
+        change; each draws 0.5 to 1 times this. An eighth of the shortest axis if None.
+      organ_change: standard deviation of the organs' relative growth.
+      texture: amplitude of the texture within structures.
+      bias: standard deviation of the logarithm of the bias field.
+      blur_voxel: largest standard deviation of the blur.
+      noise: largest standard deviation of the noise.
+    """
+
+    name: str = "inter_mono"
+    shape: Shape = (32, 32, 32)
+    labels: int = 5
+    modalities: int = 1
+    pairing: Literal["inter", "intra"] = "inter"
+    multimodal: bool = False
+    anatomy: int = 0
+    deformation_voxel: float | None = None
+    organ_change: float = 0.1
+    texture: float = 0.06
+    bias: float = 0.15
+    blur_voxel: float = 0.8
+    noise: float = 0.03
+
+    def __post_init__(self):
+        """Checks the values; lists become tuples."""
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+        what = f"synthetic task {self.name}: "
+        if len(self.shape) != 3 or min(self.shape) < MIN_SIZE:
+            raise UserError(
+                f"{what}shape is {self.shape}, expected three sizes of at least "
+                f"{MIN_SIZE} voxels; give e.g. (32, 32, 32)"
+            )
+        if not 1 <= self.labels <= MAX_LABELS:
+            raise UserError(
+                f"{what}labels is {self.labels}, expected 1 to {MAX_LABELS}"
+            )
+        if self.pairing not in ("inter", "intra"):
+            raise UserError(
+                f'{what}pairing is "{self.pairing}", expected "inter" or "intra"'
+            )
+        if self.modalities < (2 if self.multimodal else 1):
+            raise UserError(
+                f"{what}modalities is {self.modalities}, expected at least 1, and 2 "
+                "for multimodal pairs; raise it"
+            )
+        for name in _AMOUNTS:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{what}{name} is {value}, expected at least 0")
+
+
+TASKS: Mapping[str, SyntheticConfig] = {
+    task.name: task
+    for task in (
+        SyntheticConfig("inter_mono", anatomy=0),
+        SyntheticConfig("inter_multi", anatomy=1, modalities=3, multimodal=True),
+        SyntheticConfig("intra_mono", anatomy=2, pairing="intra"),
+        SyntheticConfig(
+            "intra_multi", anatomy=3, pairing="intra", modalities=3, multimodal=True
+        ),
+    )
+}
+"""One configuration per kind of pair, each with its own anatomy. For another grid:
+``dataclasses.replace(TASKS["inter_mono"], shape=(64, 64, 64))``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSubject:
+    """One scan of one subject.
+
+    Attributes:
+      images: by modality, D H W 1, float32 in [0, 1], aligned with each other.
+      labels: D H W 1, int32, 0 is background.
+      to_template_voxel: D H W 3, float32; adding it to a voxel's place gives the place
+        in the template.
+    """
+
+    images: Mapping[int, np.ndarray]
+    labels: np.ndarray
+    to_template_voxel: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticPair:
+    """Two scans and how they correspond.
+
+    Attributes:
+      moving: D H W 1, float32 in [0, 1].
+      fixed: D H W 1, float32 in [0, 1].
+      moving_labels: D H W 1, int32, 0 is background.
+      fixed_labels: D H W 1, int32.
+      displacement_voxel: u, D H W 3, float32, the known map from fixed to moving
+        points: ``fixed_labels(x) = moving_labels(x + u(x))`` but for sampling errors.
+      moving_modality: number of the moving image's contrast.
+      fixed_modality: number of the fixed image's contrast.
+      task: the name of its configuration.
+    """
+
+    moving: np.ndarray
+    fixed: np.ndarray
+    moving_labels: np.ndarray
+    fixed_labels: np.ndarray
+    displacement_voxel: np.ndarray
+    moving_modality: int
+    fixed_modality: int
+    task: str
+
+
+def subject(
+    config: SyntheticConfig,
+    seed: int,
+    index: int,
+    *,
+    scan: int = 0,
+    modalities: Sequence[int] | None = None,
+) -> SyntheticSubject:
+    """Makes one scan of a subject.
+
+    Args:
+      config: the kind of data.
+      seed: of the population, 0 or more.
+      index: of the subject, 0 or more.
+      scan: 0, or a later scan of the same subject, deformed against the first.
+      modalities: the contrasts to paint; all if None.
+    """
+    template = _template(config)
+    to_template = _exponential(_subject_velocity(config, template, seed, index))
+    if scan:
+        motion = _exponential(_scan_velocity(config, template, seed, index, scan))
+        to_template = _compose(to_template, motion)
+    chosen = range(config.modalities) if modalities is None else modalities
+    return _scan(config, template, to_template, (seed, index, scan), chosen)
+
+
+def pair(config: SyntheticConfig, seed: int, index: int) -> SyntheticPair:
+    """Makes one pair of the endless row.
+
+    Inter-subject pair i is of subjects 2i (moving) and 2i + 1 (fixed), intra-subject
+    pair i of the scans 1 (moving) and 0 (fixed) of subject i: see `subject`.
+
+    Args:
+      config: the kind of pair.
+      seed: of the population, 0 or more.
+      index: of the pair, 0 or more.
+    """
+    template = _template(config)
+    if config.pairing == "inter":
+        moving_id, fixed_id = (seed, 2 * index, 0), (seed, 2 * index + 1, 0)
+        velocity = _subject_velocity(config, template, *moving_id[:2])
+        fixed_to = _exponential(_subject_velocity(config, template, *fixed_id[:2]))
+        moving_to = _exponential(velocity)
+        known = _compose(_exponential(-velocity), fixed_to)
+    else:
+        moving_id, fixed_id = (seed, index, 1), (seed, index, 0)
+        velocity = _scan_velocity(config, template, *moving_id)
+        fixed_to = _exponential(_subject_velocity(config, template, *fixed_id[:2]))
+        moving_to = _compose(fixed_to, _exponential(velocity))
+        known = _exponential(-velocity)
+    chosen = _pair_modalities(config, seed, index)
+    moving, fixed = (
+        _scan(config, template, to, identity, [modality])
+        for to, identity, modality in zip(
+            (moving_to, fixed_to), (moving_id, fixed_id), chosen, strict=True
+        )
+    )
+    return SyntheticPair(
+        moving=moving.images[chosen[0]],
+        fixed=fixed.images[chosen[1]],
+        moving_labels=moving.labels,
+        fixed_labels=fixed.labels,
+        displacement_voxel=_resample(known, config),
+        moving_modality=chosen[0],
+        fixed_modality=chosen[1],
+        task=config.name,
+    )
+
+
+class SyntheticPairs:
+    """A map-style source of pairs that goes through its tasks in turn.
+
+    ``source[i]`` is pair ``i // T`` of task ``i % T`` of T, for any i >= 0. An epoch
+    has ``len(source)`` pairs; indices beyond it give the next epochs fresh ones.
+    """
+
+    def __init__(
+        self, configs: Sequence[SyntheticConfig], seed: int = 0, length: int = 1000
+    ):
+        """Checks that the tasks can share a batch.
+
+        Args:
+          configs: the tasks.
+          seed: of the population, 0 or more.
+          length: pairs per epoch.
+
+        Raises:
+          UserError: no task, several shapes, or no length.
+        """
+        self.configs = tuple(configs)
+        self.seed = seed
+        self.length = length
+        shapes = {config.shape for config in self.configs}
+        if len(shapes) != 1:
+            raise UserError(
+                f"synthetic tasks have the shapes {sorted(shapes)}, expected at least "
+                "one task and one shape; a batch holds one size"
+            )
+        if length < 1:
+            raise UserError(f"synthetic length is {length}, expected at least 1 pair")
+
+    def __len__(self) -> int:
+        """Pairs per epoch."""
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Returns pair `index` under the batch's names, without the batch axis."""
+        index = int(index)
+        if index < 0:
+            raise IndexError(f"pair {index}: indices start at 0")
+        number, task = divmod(index, len(self.configs))
+        made = pair(self.configs[task], self.seed, number)
+        return {
+            "moving": made.moving,
+            "fixed": made.fixed,
+            "moving_labels": made.moving_labels,
+            "fixed_labels": made.fixed_labels,
+            "task": np.int32(task),
+            "index": np.int64(index),
+        }
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Goes through one epoch."""
+        return (self[index] for index in range(self.length))
+
+
+def write_dataset(
+    folder: str | os.PathLike[str],
+    config: SyntheticConfig,
+    *,
+    subjects: int,
+    seed: int = 0,
+) -> pathlib.Path:
+    """Writes subjects as NIfTI files with a manifest; existing files are replaced.
+
+    Images are 16-bit integers up to 1000 in ``images/``, label maps lie in ``labels/``.
+    Voxels are 2 x 1.25 x 1.5 mm along D H W, columns and rows run to the left and back
+    as scanners write them. A multimodal set has every contrast of every scan, else only
+    the first. An intra-subject set has two scans of each subject. Every fifth subject
+    is for validation.
+
+    Args:
+      folder: where to; made if missing.
+      config: the kind of data.
+      subjects: how many.
+      seed: of the population, 0 or more.
+
+    Returns:
+      The path of ``manifest.csv``.
+
+    Raises:
+      UserError: there are no subjects to write, or the folder cannot be written.
+    """
+    if subjects < 1:
+        raise UserError(f"subjects is {subjects}, expected at least 1")
+    folder = pathlib.Path(folder)
+    for name in ("images", "labels"):
+        _make_folder(folder / name)
+    rows = []
+    for index in range(subjects):
+        split = "val" if index % _HOLD_OUT == _HOLD_OUT - 1 else "train"
+        name = f"subject_{index + 1:0{max(4, len(str(subjects)))}d}"
+        for scan in range(2 if config.pairing == "intra" else 1):
+            stem = f"{name}_scan{scan + 1}" if config.pairing == "intra" else name
+            for image, label, modality in _write_scan(
+                folder, stem, config, (seed, index, scan)
+            ):
+                rows.append(
+                    (image, label, name, config.name, f"anatomy{config.anatomy}",
+                     modality, config.pairing, split, f"scan{scan + 1}")
+                )  # fmt: skip
+    path = folder / "manifest.csv"
+    with files.atomic_path(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([_COLUMNS, *rows])
+    return path
+
+
+def _make_folder(folder: pathlib.Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"folder {folder} cannot be made: {error.strerror}; name another place"
+        ) from error
+
+
+def _write_scan(
+    folder: pathlib.Path,
+    stem: str,
+    config: SyntheticConfig,
+    identity: tuple[int, int, int],
+) -> list[tuple[str, str, str]]:
+    """Writes one scan's files: (image, label, modality) relative to the folder."""
+    seed, index, scan = identity
+    chosen = range(config.modalities) if config.multimodal else [0]
+    made = subject(config, seed, index, scan=scan, modalities=chosen)
+    grid = _scanner_grid(config.shape)
+    label = f"labels/{stem}.nii.gz"
+    volumes.write_volume(
+        folder / label, Volume(made.labels[..., 0].astype(np.uint8), grid)
+    )
+    written = []
+    for number, image in made.images.items():
+        modality = f"contrast{number + 1}"
+        name = f"images/{stem}_{modality}.nii.gz"
+        stored = np.rint(image[..., 0] * _STORED_RANGE).astype(np.int16)
+        volumes.write_volume(folder / name, Volume(stored, grid))
+        written.append((name, label, modality))
+    return written
+
+
+def _scanner_grid(shape: Shape) -> Grid:
+    """A grid centred at 0: D to the head, H to the back, W to the left."""
+    affine = np.zeros((4, 4))
+    depth, height, width = _SPACING_MM
+    affine[2, 0], affine[1, 1], affine[0, 2], affine[3, 3] = depth, -height, -width, 1
+    affine[:3, 3] = -affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)
+    return Grid(shape, affine)
+
+
+# --- random numbers and smooth fields -------------------------------------------------
+#
+# Fields live on a lattice of at most 32 voxels per axis, whatever the grid: they are
+# smooth, and integrating them on a fine grid would take most of the time.
+
+
+def _generator(purpose: int, *identity: int) -> np.random.Generator:
+    # Philox mixes what SeedSequence spreads: neighbouring indices are unrelated.
+    sequence = np.random.SeedSequence([purpose, *identity])
+    return np.random.Generator(np.random.Philox(sequence))
+
+
+def _lattice(shape: Shape) -> Shape:
+    return tuple(min(n, _LATTICE) for n in shape)
+
+
+def _places(shape: Shape) -> np.ndarray:
+    """Voxel indices of an array, D H W 3, float32."""
+    axes = [np.arange(n, dtype=np.float32) for n in shape]
+    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
+
+
+def _read(values: np.ndarray, voxel: np.ndarray) -> np.ndarray:
+    """D H W C at voxel indices ... 3, linear: ... C."""
+    at = np.moveaxis(voxel, -1, 0)
+    channels = [
+        ndimage.map_coordinates(values[..., c], at, order=1, mode="nearest")
+        for c in range(values.shape[-1])
+    ]
+    return np.stack(channels, axis=-1)
+
+
+def _spline_weights(n: int, cells: int) -> np.ndarray:
+    """Weights of the cubic B-splines over `cells` intervals: n (cells + 3)."""
+    position = np.linspace(0, cells, n)[:, None] - np.arange(-1, cells + 2)
+    far = np.abs(position)
+    near = 2 / 3 - far**2 + far**3 / 2
+    return np.where(far < 1, near, np.clip(2 - far, 0, None) ** 3 / 6)
+
+
+def _smooth(
+    rng: np.random.Generator, shape: Shape, cells: int, channels: int
+) -> np.ndarray:
+    """Smooth Gaussian noise, D H W C, of standard deviation about 1.
+
+    A cubic B-spline with random coefficients; `cells` of them span each axis.
+    """
+    field = rng.standard_normal((*(cells + 3,) * 3, channels))
+    for axis, n in enumerate(shape):
+        weights = _spline_weights(n, cells)
+        weights /= np.sqrt((weights**2).sum(1, keepdims=True))
+        field = np.moveaxis(np.tensordot(weights, field, (1, axis)), 0, axis)
+    return field.astype(np.float32)
+
+
+def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
+    """The displacement of ``x -> outer(inner(x))``, in lattice voxels."""
+    return inner + _read(outer, _places(inner.shape[:3]) + inner)
+
+
+def _exponential(velocity: np.ndarray) -> np.ndarray:
+    """The displacement after unit time, by scaling and squaring.
+
+    That of ``-velocity`` is the inverse.
+
+    References:
+      Arsigny et al., A log-Euclidean framework for statistics on diffeomorphisms,
+      MICCAI 2006.
+    """
+    displacement = velocity / 2**_SQUARINGS
+    for _ in range(_SQUARINGS):
+        displacement = _compose(displacement, displacement)
+    return displacement
+
+
+def _voxel_per_lattice(config: SyntheticConfig) -> np.ndarray:
+    lattice = np.asarray(_lattice(config.shape))
+    return ((np.asarray(config.shape) - 1) / (lattice - 1)).astype(np.float32)
+
+
+def _resample(field: np.ndarray, config: SyntheticConfig) -> np.ndarray:
+    """A displacement from lattice to grid, both in their own voxels."""
+    if field.shape[:3] == config.shape:
+        return field
+    ratio = _voxel_per_lattice(config)
+    return _read(field, _places(config.shape) / ratio) * ratio
+
+
+def _subject_velocity(
+    config: SyntheticConfig, template: "_Template", seed: int, index: int
+) -> np.ndarray:
+    rng = _generator(_SUBJECT, config.anatomy, seed, index)
+    return _velocity(config, template, rng)
+
+
+def _scan_velocity(
+    config: SyntheticConfig, template: "_Template", seed: int, index: int, scan: int
+) -> np.ndarray:
+    rng = _generator(_SCAN, config.anatomy, seed, index, scan)
+    return _velocity(config, template, rng)
+
+
+def _velocity(
+    config: SyntheticConfig, template: "_Template", rng: np.random.Generator
+) -> np.ndarray:
+    """A stationary velocity on the lattice, in lattice voxels, 0 at the border."""
+    lattice = _lattice(config.shape)
+    largest = config.deformation_voxel
+    if largest is None:
+        largest = min(config.shape) / 8
+    field = _smooth(rng, lattice, 3, 3) + 0.3 * _smooth(rng, lattice, 6, 3)
+    field *= largest * rng.uniform(0.5, 1.0) / np.linalg.norm(field, axis=-1).max()
+    unit = _places(lattice) / (np.asarray(lattice, np.float32) - 1)
+    size = np.asarray(config.shape, np.float32) - 1
+    for organ in template.organs:
+        growth = config.organ_change * rng.standard_normal()
+        near = np.exp(-0.5 * organ.distance2(unit))[..., None]
+        field += growth * near * (unit - organ.centre) * size
+    ramp = np.clip(np.minimum(unit, 1 - unit) / 0.15, 0, 1)
+    field *= np.prod(ramp**2 * (3 - 2 * ramp), axis=-1, keepdims=True)
+    return (field / _voxel_per_lattice(config)).astype(np.float32)
+
+
+# --- the template and how it is painted -----------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ellipsoid:
+    """A solid in unit coordinates: ``|axes (x - centre)|`` is 1 on its surface."""
+
+    centre: np.ndarray
+    axes: np.ndarray
+
+    def distance2(self, unit: np.ndarray) -> np.ndarray:
+        """The squared distance from the centre in radii, of points ... 3."""
+        return (((unit - self.centre) @ self.axes.T) ** 2).sum(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Template:
+    """What all subjects of an anatomy share.
+
+    Attributes:
+      body: the outermost surface.
+      organs: labels 2, 3, ...
+      cores: the share of each organ's squared radius that its core fills, or 0.
+      roughness: displacement in unit coordinates that bends the ellipsoids, on a
+        lattice.
+      texture: one channel per modality, on a lattice.
+      contrast: intensities, modality by structure: air, wall, body, organs, cores.
+    """
+
+    body: _Ellipsoid
+    organs: tuple[_Ellipsoid, ...]
+    cores: np.ndarray
+    roughness: np.ndarray
+    texture: np.ndarray
+    contrast: np.ndarray
+
+
+def _template(config: SyntheticConfig) -> _Template:
+    rng = _generator(_TEMPLATE, config.anatomy, config.labels)
+    half = rng.uniform(0.37, 0.43, 3)
+    body = _Ellipsoid(np.full(3, 0.5, np.float32), np.diag(1 / half).astype(np.float32))
+    organs = _organs(rng, config.labels - 1, half)
+    lattice = _lattice(config.shape)
+    return _Template(
+        body=body,
+        organs=organs,
+        cores=rng.uniform(0.25, 0.4, len(organs)) * (rng.random(len(organs)) < 0.5),
+        roughness=0.025 * _smooth(rng, lattice, 6, 3),
+        contrast=_contrasts(rng, config.modalities, len(organs)),
+        texture=_smooth(rng, lattice, 10, config.modalities),
+    )
+
+
+def _organs(
+    rng: np.random.Generator, count: int, half: np.ndarray
+) -> tuple[_Ellipsoid, ...]:
+    """Places ellipsoids in the body, each as far from the others as 64 tries find."""
+    size = min((0.5 / max(count, 1)) ** (1 / 3), 0.5)
+    centres: list[np.ndarray] = []
+    organs = []
+    for _ in range(count):
+        tries = rng.standard_normal((64, 3))
+        tries *= (rng.random((64, 1)) ** (1 / 3)) / np.linalg.norm(
+            tries, axis=1, keepdims=True
+        )
+        tries *= 0.82 - 0.6 * size
+        if centres:
+            gaps = np.linalg.norm(tries[:, None] - np.stack(centres), axis=-1)
+            centre = tries[gaps.min(1).argmax()]
+        else:
+            centre = tries[0]
+        centres.append(centre)
+        stretch = np.exp(0.25 * rng.standard_normal(3))
+        radii = size * rng.uniform(0.85, 1.15) * stretch / np.prod(stretch) ** (1 / 3)
+        rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
+        axes = (rotation / radii[:, None]) / half
+        organs.append(
+            _Ellipsoid(
+                (0.5 + centre * half).astype(np.float32), axes.astype(np.float32)
+            )
+        )
+    return tuple(organs)
+
+
+def _contrasts(rng: np.random.Generator, modalities: int, organs: int) -> np.ndarray:
+    """Intensities, modality by structure.
+
+    Evenly spaced, shuffled per modality: of 64 orders the one least correlated with the
+    earlier modalities, and rather inverted than alike.
+    """
+    structures = 2 + organs
+    levels = np.linspace(0.25, 0.9, structures)
+    chosen: list[np.ndarray] = []
+    for _ in range(modalities):
+        orders = [rng.permutation(levels) for _ in range(64)]
+        likeness = [
+            max((abs(c) + 0.1 * c for c in (_correlation(o, e) for e in chosen)),
+                default=0.0)
+            for o in orders
+        ]  # fmt: skip
+        chosen.append(orders[int(np.argmin(likeness))])
+    tissue = np.stack(chosen)
+    sign = np.where(tissue[:, 2:] > 0.55, -1, 1)
+    cores = tissue[:, 2:] + sign * rng.uniform(0.12, 0.3, sign.shape)
+    air = np.full((modalities, 1), _AIR)
+    return np.concatenate([air, tissue, cores], axis=1).astype(np.float32)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+
+
+def _pair_modalities(config: SyntheticConfig, seed: int, index: int) -> tuple[int, int]:
+    rng = _generator(_PAIR, config.anatomy, seed, index)
+    if config.multimodal:
+        moving, fixed = rng.choice(config.modalities, 2, replace=False)
+        return int(moving), int(fixed)
+    both = int(rng.integers(config.modalities))
+    return both, both
+
+
+def _scan(
+    config: SyntheticConfig,
+    template: _Template,
+    lattice_to_template: np.ndarray,
+    identity: tuple[int, int, int],
+    modalities: Sequence[int],
+) -> SyntheticSubject:
+    """Paints the template as seen through a displacement on the lattice."""
+    lattice = _lattice(config.shape)
+    to_template = _resample(lattice_to_template, config)
+    place = (_places(config.shape) + to_template) / _voxel_per_lattice(config)
+    last = np.asarray(lattice, np.float32) - 1
+    structures, labels = _structures(
+        template, place / last + _read(template.roughness, place)
+    )
+    seed, index, _ = identity
+    own = _generator(_SUBJECT, config.anatomy, seed, index, 1)
+    own_texture = _read(_smooth(own, lattice, 10, 1), place)[..., 0]
+    images = {}
+    for m in modalities:
+        rng = _generator(_IMAGE, config.anatomy, *identity, m)
+        texture = _read(template.texture[..., m : m + 1], place)[..., 0]
+        texture = config.texture * (0.8 * texture + 0.6 * own_texture)
+        levels = template.contrast[m] + 0.02 * rng.standard_normal(
+            template.contrast.shape[1]
+        )
+        levels[0] = _AIR
+        image = levels.astype(np.float32)[structures] + np.where(labels, texture, 0)
+        images[m] = _acquired(config, rng, image)[..., None]
+    return SyntheticSubject(images, labels[..., None], to_template)
+
+
+def _structures(template: _Template, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which structure and which label is at each place ... 3 of the template."""
+    body = template.body.distance2(unit)
+    structures = np.select([body < 0.78, body < 1], [2, 1], 0)
+    labels = (body < 1).astype(np.int32)
+    nearest = np.where(body < 0.9, np.float32(1), np.float32(0))
+    count = len(template.organs)
+    for number, (organ, core) in enumerate(
+        zip(template.organs, template.cores, strict=True)
+    ):
+        distance = organ.distance2(unit)
+        inside = distance < nearest
+        nearest[inside] = distance[inside]
+        labels[inside] = number + 2
+        structures[inside] = number + 3
+        structures[inside & (distance < core)] = number + 3 + count
+    return structures, labels
+
+
+def _acquired(
+    config: SyntheticConfig, rng: np.random.Generator, image: np.ndarray
+) -> np.ndarray:
+    """What a scanner adds: bias, blur and noise; float32 in [0, 1]."""
+    bias = config.bias * _smooth(rng, config.shape, 2, 1)[..., 0]
+    sigma = config.blur_voxel * rng.uniform(0.5, 1.0)
+    blurred = ndimage.gaussian_filter(image * np.exp(bias), sigma, truncate=3.0)
+    noise = rng.standard_normal(image.shape, np.float32)
+    noisy = blurred + config.noise * rng.uniform(0.5, 1.0) * noise
+    # A magnitude image: no negative values in air.
+    return np.clip(np.abs(noisy), 0, 1).astype(np.float32)

@@ -1,0 +1,755 @@
+"""From a list of labelled pairs to a table: overlap, distances, folding, time.
+
+Every pair goes through `register.register`, as on the command line, and every transform
+is judged on the fixed scan's own grid, whatever the network's grid was. Transforms of
+other tools (see `comparison`) are warped and measured by the same functions.
+"""
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxreg import metrics, register, results, zoo
+from jaxreg.data import manifest as manifest_lib
+from jaxreg.errors import UserError
+from jaxreg.io import files, transforms, volumes
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Volume
+from jaxreg.space.transform import Transform
+
+Frame = Literal["lps", "ras", "voxel"]
+"""Of landmarks: mm as in ITK, mm as in NIfTI, or NIfTI's voxel indices i, j, k."""
+Method = Callable[[Volume, Volume], Transform]
+"""Another way to register: (moving, fixed) to fixed mm -> moving mm."""
+
+
+# --- which pairs ---------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PairSpec:
+    """Two scans and what is known of them; the fields are the columns of a pairs file.
+
+    Attributes:
+      fixed: the scan that stays.
+      moving: the scan to be warped onto it.
+      fixed_label: label map on the fixed scan's grid; both label maps or neither.
+      moving_label: the same for the moving scan.
+      fixed_mask: region of the fixed scan, used where the options ask for masks.
+      moving_mask: the same for the moving scan.
+      fixed_landmarks: CSV of points in the fixed scan; both or neither.
+      moving_landmarks: the same points in the moving scan, in the same order.
+      fixed_modality: "ct" or "mri"; the options' own if None.
+      moving_modality: the same for the moving scan.
+      task: which table the pair counts in.
+      pairing: "inter" or "intra" subject, or None.
+      transform_out: where to write the transform of the last way of registering.
+      warped_out: where to write the moving scan warped by it.
+    """
+
+    fixed: pathlib.Path
+    moving: pathlib.Path
+    fixed_label: pathlib.Path | None = None
+    moving_label: pathlib.Path | None = None
+    fixed_mask: pathlib.Path | None = None
+    moving_mask: pathlib.Path | None = None
+    fixed_landmarks: pathlib.Path | None = None
+    moving_landmarks: pathlib.Path | None = None
+    fixed_modality: register.Modality | None = None
+    moving_modality: register.Modality | None = None
+    task: str = "all"
+    pairing: Literal["inter", "intra"] | None = None
+    transform_out: pathlib.Path | None = None
+    warped_out: pathlib.Path | None = None
+
+
+_COLUMNS = tuple(field.name for field in dataclasses.fields(PairSpec))
+_WORDS = ("fixed_modality", "moving_modality", "task", "pairing")
+_IMAGES = (
+    "fixed",
+    "moving",
+    "fixed_label",
+    "moving_label",
+    "fixed_mask",
+    "moving_mask",
+)
+_LANDMARKS = ("fixed_landmarks", "moving_landmarks")
+
+
+def read_pairs(path: files.PathLike) -> tuple[PairSpec, ...]:
+    """Reads a list of pairs.
+
+    Args:
+      path: .csv with the columns of `PairSpec`, of which fixed and moving must be
+        there; or .json, a list of objects with these keys, or {"pairs": list}. Paths
+        are relative to the file's folder; empty cells are absent.
+
+    Raises:
+      UserError: the file is missing or damaged, a column is unknown, or a row is
+        incomplete, contradicts itself or repeats another; names the row.
+    """
+    path = files.check_readable(path, "list of pairs")
+    suffix = path.suffix.lower()
+    if suffix not in (".csv", ".json"):
+        raise UserError(
+            f"list of pairs {path} has the extension {suffix or '(none)'}, expected "
+            ".csv or .json; rename or convert it"
+        )
+    rows = _csv_rows(path) if suffix == ".csv" else _json_rows(path)
+    if not rows:
+        raise UserError(f"{path} lists no pairs; add at least one")
+    pairs = [_pair(row, where, path.parent) for where, row in rows]
+    seen: dict[tuple[str, pathlib.Path, pathlib.Path], str] = {}
+    for (where, _), pair in zip(rows, pairs, strict=True):
+        key = (pair.task, pair.fixed, pair.moving)
+        if key in seen:
+            raise UserError(f"{where} repeats the pair of {seen[key]}; remove one")
+        seen[key] = where
+    return tuple(pairs)
+
+
+def _csv_rows(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
+    """Returns (where, cells by column) of each row; the header is row 1."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.reader(file))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV text ({error}); write it again") from error
+    header = [name.strip() for name in lines[0]] if lines else []
+    _check_names(header, f"{path} has the column", needed=("fixed", "moving"))
+    rows = []
+    for number, cells in enumerate(lines[1:], start=2):
+        where = f"{path}, row {number}"
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise UserError(
+                f"{where} has {len(cells)} cells, the header {len(header)}; correct it"
+            )
+        rows.append((where, dict(zip(header, cells, strict=True))))
+    return rows
+
+
+def _json_rows(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of Unicode as well
+        raise UserError(f"{path} is no JSON text ({error}); write it again") from error
+    if isinstance(content, dict):
+        content = content.get("pairs")
+    if not isinstance(content, list):
+        raise UserError(
+            f'{path} holds no list of pairs, expected [{{"fixed": ..., "moving": ...}},'
+            ' ...] or {"pairs": [...]}'
+        )
+    rows = []
+    for number, entry in enumerate(content, start=1):
+        where = f"{path}, pair {number}"
+        if not isinstance(entry, dict):
+            raise UserError(f"{where} is {entry!r}, expected an object with keys")
+        _check_names(entry, f"{where} has the key", needed=("fixed", "moving"))
+        for key, value in entry.items():
+            if not isinstance(value, str | None):
+                raise UserError(f"{where}: {key} is {value!r}, expected a text")
+        rows.append((where, {key: value or "" for key, value in entry.items()}))
+    return rows
+
+
+def _check_names(names: Iterable[str], having: str, *, needed: Sequence[str]) -> None:
+    names = list(names)
+    for name in names:
+        if name not in _COLUMNS:
+            near = results.near_match(name, _COLUMNS)
+            raise UserError(
+                f'{having} "{name}", which is unknown{near}; expected '
+                f"{', '.join(_COLUMNS)}"
+            )
+        if names.count(name) > 1:
+            raise UserError(f'{having} "{name}" twice; remove one')
+    for name in needed:
+        if name not in names:
+            raise UserError(
+                f'{having.split(" has the ")[0]} lacks "{name}", expected at least '
+                f"{' and '.join(needed)}"
+            )
+
+
+def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
+    cells = {name: cell.strip() for name, cell in row.items() if cell.strip()}
+    for name in ("fixed", "moving"):
+        if name not in cells:
+            raise UserError(f"{where} names no {name} scan; give its path")
+    for kind in ("label", "landmarks"):
+        given = [n for n in (f"fixed_{kind}", f"moving_{kind}") if n in cells]
+        if len(given) == 1:
+            raise UserError(
+                f"{where} has {given[0]} alone; give both of fixed_{kind} and "
+                f"moving_{kind}, or neither"
+            )
+    if cells.get("pairing", "inter") not in ("inter", "intra"):
+        raise UserError(
+            f"{where}: pairing is {cells['pairing']}, expected inter, intra"
+        )
+    fields: dict[str, Any] = {}
+    for name, cell in cells.items():
+        if name.endswith("_modality"):
+            fields[name] = _modality(cell)
+        else:
+            fields[name] = cell if name in _WORDS else folder / cell
+    pair = PairSpec(**fields)
+    for name in (*_IMAGES, *_LANDMARKS):
+        value = getattr(pair, name)
+        if value is not None and not value.is_file():
+            raise UserError(f"{where}: {name} {value} does not exist; check the path")
+    return pair
+
+
+def _modality(name: str) -> register.Modality:
+    """Only CT has an intensity scale of its own; t1, t2, fat ... are MRI."""
+    return "ct" if name.strip().lower() == "ct" else "mri"
+
+
+def pairs_of_manifest(
+    manifest: manifest_lib.Manifest, *, split: str = "val", neighbours: int = 3
+) -> tuple[PairSpec, ...]:
+    """Returns the pairs of held-out scans, by `manifest.neighbour_pairs`.
+
+    A pair's task is its dataset. Label maps and landmarks come along where both scans
+    have them.
+
+    Args:
+      manifest: the scans.
+      split: which of them.
+      neighbours: moving images per fixed one, at most.
+
+    Raises:
+      UserError: the split leaves no pair.
+    """
+    chosen = [record for record in manifest.records if record.split == split]
+    found = manifest_lib.neighbour_pairs(chosen, neighbours=neighbours)
+    if not found:
+        raise UserError(
+            f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '
+            "pair among them; hold out at least two subjects (or two scans of one)"
+        )
+    return tuple(_pair_of_records(fixed, moving) for fixed, moving in found)
+
+
+def _pair_of_records(
+    fixed: manifest_lib.Record, moving: manifest_lib.Record
+) -> PairSpec:
+    fields: dict[str, Any] = {}
+    for name in ("label", "landmarks", "mask"):
+        both = {"fixed": getattr(fixed, name), "moving": getattr(moving, name)}
+        if name == "mask" or None not in both.values():
+            fields |= {f"{side}_{name}": path for side, path in both.items()}
+    return PairSpec(
+        fixed=fixed.image,
+        moving=moving.image,
+        fixed_modality=_modality(fixed.modality),
+        moving_modality=_modality(moving.modality),
+        task=fixed.dataset,
+        pairing=fixed.pairing,
+        **fields,
+    )
+
+
+def pair_names(pairs: Sequence[PairSpec]) -> tuple[str, ...]:
+    """Returns what to call each pair: "moving to fixed", by file name.
+
+    Where two scans have one file name, all are called by their path below the common
+    folder, so that the names do not depend on where the data lie.
+    """
+    paths = {scan for pair in pairs for scan in (pair.fixed, pair.moving)}
+    called = {path: pathlib.Path(path.name) for path in paths}
+    if len(set(called.values())) < len(paths):
+        whole = {path: pathlib.Path(os.path.abspath(path)) for path in paths}
+        common = os.path.commonpath([path.parent for path in whole.values()])
+        called = {path: whole[path].relative_to(common) for path in paths}
+
+    def name(path: pathlib.Path) -> str:
+        return called[path].as_posix().removesuffix(files.full_suffix(path))
+
+    return tuple(f"{name(pair.moving)} to {name(pair.fixed)}" for pair in pairs)
+
+
+def read_landmarks(
+    path: files.PathLike, *, frame: Frame = "lps", grid: Grid | None = None
+) -> np.ndarray:
+    """Reads points of a scan.
+
+    Args:
+      path: CSV with columns x, y, z, by name in a header or the first three.
+      frame: what the numbers are.
+      grid: the scan's grid, for "voxel".
+
+    Returns:
+      P 3, RAS+ mm, float64.
+
+    Raises:
+      UserError: the file is missing or has a row without three finite numbers.
+    """
+    path = files.check_readable(path, "landmarks")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if any(c.strip() for c in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"landmarks {path} is no CSV text ({error})") from error
+    columns, first = [0, 1, 2], 0
+    if rows and not _is_number(rows[0][0]):
+        names = [name.strip().lower() for name in rows[0]]
+        if not {"x", "y", "z"} <= set(names):
+            raise UserError(
+                f"landmarks {path} has the columns {', '.join(names)}, expected x, y "
+                "and z"
+            )
+        columns, first = [names.index(name) for name in "xyz"], 1
+    points = []
+    for number, row in enumerate(rows[first:], start=first + 1):
+        cells = [row[c] if c < len(row) else "" for c in columns]
+        if not all(_is_number(cell) and math.isfinite(float(cell)) for cell in cells):
+            raise UserError(
+                f"landmarks {path}, row {number}: {', '.join(cells)} are not three "
+                "finite numbers x, y, z; correct it"
+            )
+        points.append([float(cell) for cell in cells])
+    if not points:
+        raise UserError(f"landmarks {path} holds no points; add some or leave it out")
+    array = np.array(points)
+    if frame == "voxel":
+        if grid is None:
+            raise ValueError('frame "voxel" needs the scan\'s grid')
+        # Columns are NIfTI's i, j, k; arrays have them reversed.
+        return array[:, ::-1] @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
+    return array * (-1.0, -1.0, 1.0) if frame == "lps" else array
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# --- register and measure ------------------------------------------------------------
+
+Progress = Callable[[int, int, results.Row], None]
+"""Called after each row with (rows done, rows in all, the row)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scans:
+    """A pair in memory; landmarks are P 3, RAS+ mm."""
+
+    spec: PairSpec
+    name: str
+    fixed: Volume
+    moving: Volume
+    regions: register.Regions
+    labels: tuple[Volume, Volume] | None  # fixed, moving
+    landmarks: tuple[np.ndarray, np.ndarray] | None  # fixed, moving
+
+
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """One row's worth: its name, how to find the transform, what its time means."""
+
+    name: str
+    find: Callable[[_Scans], tuple[Transform, float]]
+    compiles: bool = False
+
+
+def evaluate(
+    pairs: Sequence[PairSpec],
+    model: zoo.LoadedModel | None,
+    options: register.Options,
+    *,
+    with_optimisation: bool = False,
+    others: Mapping[str, Method] | None = None,
+    labels: Sequence[int] | None = None,
+    landmarks_frame: Frame = "lps",
+    name: str | None = None,
+    progress: Progress | None = None,
+) -> results.Result:
+    """Registers every pair in every way that was asked for, and measures the results.
+
+    There are always two rows for the start: "initial", where the scans' headers place
+    them, and "initial, resized", where both scans' extents coincide. Then come the
+    other tools, the model's prediction, and the result of instance optimisation.
+
+    The grid of the fixed scan is that of all measures. Labels are warped by nearest
+    neighbour. A label of either scan of a pair counts; one that neither has is NaN and
+    left out of the means.
+
+    Args:
+      pairs: from `read_pairs` or `pairs_of_manifest`.
+      model: weights from `zoo.load`; None for the displacement optimisation alone
+        (`options.io_target`), or for other tools alone.
+      options: how to register; modalities are replaced by a pair's own.
+      with_optimisation: add a row after `options.io_iterations` steps from the model.
+      others: further ways by name, e.g. of `comparison.TOOLS`.
+      labels: which to score; all positive ones of either scan if None.
+      landmarks_frame: what the numbers of landmark files are.
+      name: what to call the model; its own name if None.
+      progress: called after each row.
+
+    Returns:
+      One row per method and pair.
+
+    Raises:
+      UserError: files do not go together or options do not; all of it that headers
+        show is said before the first registration.
+    """
+    if not pairs:
+        raise UserError("there are no pairs to evaluate; list at least one")
+    if options.dice_loss_weight > 0:
+        raise UserError(
+            f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
+            "optimise what it measures; leave it out"
+        )
+    ways = _ways(model, options, with_optimisation, name, others or {})
+    names = pair_names(pairs)
+    _check_pairs(pairs, names, options, landmarks_frame)
+    written = next((w.name for w in reversed(ways) if w.compiles), None)
+    rows: list[results.Row] = []
+    total = len(pairs) * len(ways)
+    for number, (pair, called) in enumerate(zip(pairs, names, strict=True)):
+        try:
+            scans = _read(pair, called, options, landmarks_frame)
+            present = _labels_of(scans, labels)
+            for way in ways:
+                found, seconds = way.find(scans)
+                row = _measure(scans, found, way.name, present)
+                first = way.compiles and number == 0
+                rows.append(dataclasses.replace(row, seconds=seconds, first=first))
+                if way.name == written:
+                    _write_outputs(scans, found, options)
+                if progress is not None:
+                    progress(len(rows), total, rows[-1])
+        except UserError as error:
+            raise UserError(f"pair {called}: {error}") from error
+    return results.Result(_in_order(rows, [way.name for way in ways]))
+
+
+def _in_order(rows: list[results.Row], methods: list[str]) -> tuple[results.Row, ...]:
+    """Orders rows by method and gives the rows of a task the same labels."""
+    known: dict[str, set[int]] = {}
+    for row in rows:
+        known.setdefault(row.task, set()).update(row.dice)
+
+    def filled(row: results.Row, scores: Mapping[int, float]) -> dict[int, float]:
+        return {n: scores.get(n, math.nan) for n in sorted(known[row.task])}
+
+    rows = [
+        dataclasses.replace(
+            row, dice=filled(row, row.dice), hd95_mm=filled(row, row.hd95_mm)
+        )
+        for row in rows
+    ]
+    return tuple(sorted(rows, key=lambda row: methods.index(row.method)))
+
+
+def _ways(
+    model: Any, options: register.Options, with_optimisation, name, others
+) -> list[_Way]:
+    """Returns the rows of the table, after checking what was asked for."""
+    displacement = options.io_target == "displacement"
+    if model is None and not displacement and not others:
+        raise UserError(
+            "there is nothing to evaluate; name a model with --model, pass --io-target "
+            "displacement, or name another tool"
+        )
+    ways = [
+        _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
+        _Way(results.RESIZED, lambda scans: (_resized(scans, options), math.nan)),
+    ]
+    ways += [_Way(other, _timed(method)) for other, method in others.items()]
+    if model is not None:
+        called = name or pathlib.PurePath(model.name).name
+        single = dataclasses.replace(
+            options,
+            io_iterations=None,
+            io_target="network",
+            intensity_conservation_loss=False,
+        )
+        ways.append(_Way(called, _registered(model, single), compiles=True))
+        if with_optimisation and not displacement:
+            optimised = _registered(model, options)
+            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
+    if displacement and (model is None or with_optimisation):
+        ways.append(_Way("displacement", _registered(None, options), compiles=True))
+    if (with_optimisation or displacement) and options.io_iterations is None:
+        raise UserError(
+            "instance optimisation needs a number of steps; pass --io-iterations"
+        )
+    names = [way.name for way in ways]
+    for way in names:
+        if names.count(way) > 1:
+            raise UserError(f"two rows would be called {way}; pass another name")
+    return ways
+
+
+def _resized(scans: _Scans, options: register.Options) -> Transform:
+    """The identity of both unit cubes: what a network that does nothing answers."""
+    moving = scans.moving
+    if not options.stored_orientation:
+        moving = register.oriented_like(moving, scans.fixed.grid)
+    grids = scans.fixed.grid, moving.grid
+    return transform_lib.in_world(
+        Transform(()), *(grid.resized(options.shape) for grid in grids)
+    )
+
+
+def _timed(method: Method):
+    def find(scans: _Scans) -> tuple[Transform, float]:
+        start = time.perf_counter()
+        found = method(scans.moving, scans.fixed)
+        return found, time.perf_counter() - start
+
+    return find
+
+
+def _registered(model: Any, options: register.Options):
+    def find(scans: _Scans) -> tuple[Transform, float]:
+        found = register.register(
+            scans.moving,
+            scans.fixed,
+            model,
+            _options_of(scans.spec, options),
+            regions=scans.regions,
+        )
+        return found.transform, found.seconds["preprocess"] + found.seconds["register"]
+
+    return find
+
+
+def _options_of(pair: PairSpec, options: register.Options) -> register.Options:
+    return dataclasses.replace(
+        options,
+        fixed_modality=pair.fixed_modality or options.fixed_modality,
+        moving_modality=pair.moving_modality or options.moving_modality,
+        inverse=False,
+    )
+
+
+def _uses_masks(options: register.Options) -> bool:
+    return options.input_masking or options.loss_function_masking
+
+
+def _check_pairs(
+    pairs: Sequence[PairSpec],
+    names: Sequence[str],
+    options: register.Options,
+    frame: Frame,
+) -> None:
+    """Says what is wrong as far as headers show it, before the first registration."""
+    grids: dict[pathlib.Path, Grid] = {}
+    outputs: set[pathlib.Path] = set()
+    seen: set[tuple[str, str]] = set()
+    for pair, name in zip(pairs, names, strict=True):
+        if (pair.task, name) in seen:
+            raise UserError(f"pair {name} of {pair.task} is listed twice; remove one")
+        seen.add((pair.task, name))
+        try:
+            _check_pair(pair, options, frame, grids, outputs)
+        except UserError as error:
+            raise UserError(f"pair {name}: {error}") from error
+    if any(p.fixed_mask or p.moving_mask for p in pairs) and not _uses_masks(options):
+        warnings.warn(
+            "the masks have no effect without --input-masking or "
+            "--loss-function-masking",
+            stacklevel=3,
+        )
+
+
+def _check_pair(pair: PairSpec, options: register.Options, frame, grids, outputs):
+    register.check_options(_options_of(pair, options))
+    given = {name: None for name in vars(register.Regions())}
+    if _uses_masks(options):
+        given |= {"fixed_mask": pair.fixed_mask, "moving_mask": pair.moving_mask}
+    register.check_regions(options, given)
+    for side in ("fixed", "moving"):
+        _check_grids(pair, side, grids)
+    if (pair.fixed_label is None) != (pair.moving_label is None):
+        raise UserError("it has one label map; give both or neither")
+    _landmarks(pair, frame, grids[pair.fixed], grids[pair.moving])
+    if pair.transform_out is not None:
+        transforms.check_transform_path(pair.transform_out, "transform_out")
+    if pair.warped_out is not None:
+        volumes.check_volume_path(pair.warped_out, "warped_out")
+    for path in (pair.transform_out, pair.warped_out):
+        if path is not None and path.absolute() in outputs:
+            raise UserError(f"{path} is an output twice; name another file")
+        outputs.update([path.absolute()] if path is not None else [])
+
+
+def _check_grids(pair: PairSpec, side: str, grids: dict[pathlib.Path, Grid]) -> None:
+    image = getattr(pair, side)
+    for name in (side, f"{side}_label", f"{side}_mask"):
+        path = getattr(pair, name)
+        if path is None:
+            continue
+        if path not in grids:
+            grids[path] = volumes.read_grid(path)
+        if not grids[path].matches(grids[image]):
+            raise UserError(
+                f"{name} {path} lies on another grid than its image {image}; resample "
+                "it onto the image first"
+            )
+
+
+def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
+    """Returns the landmarks of both scans, P 3, RAS+ mm, or None."""
+    if pair.fixed_landmarks is None and pair.moving_landmarks is None:
+        return None
+    if pair.fixed_landmarks is None or pair.moving_landmarks is None:
+        raise UserError("it has one file of landmarks; give both or neither")
+    here = read_landmarks(pair.fixed_landmarks, frame=frame, grid=fixed)
+    there = read_landmarks(pair.moving_landmarks, frame=frame, grid=moving)
+    if len(here) != len(there):
+        raise UserError(
+            f"{pair.fixed_landmarks} has {len(here)} landmarks, "
+            f"{pair.moving_landmarks} {len(there)}; give the same points in one order"
+        )
+    return here, there
+
+
+def _read(pair: PairSpec, name: str, options: register.Options, frame: Frame) -> _Scans:
+    def read(path: pathlib.Path | None, kind: volumes.Kind) -> Volume | None:
+        return None if path is None else volumes.read_volume(path, kind=kind)
+
+    fixed = volumes.read_volume(pair.fixed)
+    moving = volumes.read_volume(pair.moving)
+    masked = _uses_masks(options)
+    fixed_labels = read(pair.fixed_label, "labels")
+    moving_labels = read(pair.moving_label, "labels")
+    return _Scans(
+        spec=pair,
+        name=name,
+        fixed=fixed,
+        moving=moving,
+        regions=register.Regions(
+            fixed_mask=read(pair.fixed_mask, "mask") if masked else None,
+            moving_mask=read(pair.moving_mask, "mask") if masked else None,
+        ),
+        labels=(fixed_labels, moving_labels)
+        if fixed_labels is not None and moving_labels is not None
+        else None,
+        landmarks=_landmarks(pair, frame, fixed.grid, moving.grid),
+    )
+
+
+def _labels_of(scans: _Scans, labels: Sequence[int] | None) -> tuple[int, ...]:
+    """Returns the labels to score: before warping, which may lose a small one."""
+    if scans.labels is None:
+        return ()
+    if labels is not None:
+        return tuple(int(label) for label in labels)
+    found = np.union1d(*(np.unique(volume.array) for volume in scans.labels))
+    return tuple(int(label) for label in found if label > 0)
+
+
+def _measure(
+    scans: _Scans, found: Transform, method: str, labels: tuple[int, ...]
+) -> results.Row:
+    dice, hd95 = {}, {}
+    if scans.labels is not None:
+        fixed, moving = scans.labels
+        grid = scans.fixed.grid
+        warped = transform_lib.warp_volume(moving, found, grid, order=0)
+        dice = metrics.dice(warped.array, fixed.array, labels=labels)
+        hd95 = metrics.hd95_mm(
+            warped.array, fixed.array, spacing_mm=grid.spacing_mm, labels=labels
+        )
+        # A label that the moving scan alone has is scored 0 even if warping loses it.
+        unknown = (
+            set(labels) - set(np.unique(moving.array)) - set(np.unique(fixed.array))
+        )
+        dice = {
+            n: 0.0 if math.isnan(score) and n not in unknown else score
+            for n, score in dice.items()
+        }
+    tre = math.nan
+    if scans.landmarks is not None:
+        here, there = scans.landmarks
+        mapped = np.asarray(found.map_points(here[None]))[0]
+        tre = float(metrics.tre_mm(mapped, there).mean())
+    determinant = transform_lib.jacobian_map(found, scans.fixed.grid)
+    return results.Row(
+        method=method,
+        task=scans.spec.task,
+        pair=scans.name,
+        dice=dice,
+        hd95_mm=hd95,
+        tre_mm=tre,
+        folding_percent=metrics.folding_fraction(determinant),
+        sdlogj=metrics.sdlogj(determinant),
+    )
+
+
+def _write_outputs(scans: _Scans, found: Transform, options: register.Options) -> None:
+    pair = scans.spec
+    if pair.transform_out is not None:
+        transforms.write_transform(pair.transform_out, found, scans.fixed.grid)
+    if pair.warped_out is not None:
+        stored = volumes.read_volume(pair.moving, kind="stored")
+        # Air where a CT has nothing to show, as on the command line.
+        ct = _options_of(pair, options).moving_modality == "ct"
+        fill = max(-1000.0, float(stored.array.min())) if ct else 0.0
+        warped = transform_lib.warp_volume(stored, found, scans.fixed.grid, fill=fill)
+        volumes.write_volume(pair.warped_out, warped)
+
+
+# --- the command line's verb ---------------------------------------------------------
+
+
+def evaluate_files(
+    pairs: Sequence[PairSpec],
+    model: zoo.LoadedModel | None,
+    options: register.Options,
+    *,
+    out: files.PathLike,
+    label_names: Mapping[str, Mapping[int, str]] | None = None,
+    **settings: Any,
+) -> str:
+    """Evaluates, writes the rows as CSV and the tables as Markdown beside it.
+
+    Args:
+      pairs: see `evaluate`.
+      model: see `evaluate`.
+      options: see `evaluate`.
+      out: the CSV file; the Markdown gets its name with .md.
+      label_names: see `results.markdown`.
+      **settings: keyword arguments of `evaluate`.
+
+    Returns:
+      The Markdown, to be printed.
+
+    Raises:
+      UserError: see `evaluate`; or a file cannot be written, which is said first.
+    """
+    out = pathlib.Path(out)
+    if out.suffix.lower() != ".csv":
+        raise UserError(
+            f"--out {out} has the extension {out.suffix or '(none)'}, expected .csv; "
+            "rename it"
+        )
+    tables = out.with_suffix(".md")
+    for path in (out, tables):
+        files.check_writable(path, "--out")
+    result = evaluate(pairs, model, options, **settings)
+    results.write_csv(out, result)
+    text = results.markdown(result, label_names=label_names)
+    with files.atomic_path(tables) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+    return text

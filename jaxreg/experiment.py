@@ -1,0 +1,380 @@
+"""An experiment: the frozen tree that a configuration file returns, and changes to it.
+
+    # configs/NAME.py
+    def get_config() -> Experiment: ...
+
+``--section.field value`` on the command line changes one leaf of the tree; a stage's
+`changes` are the same, for that stage alone.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import runpy
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from jaxreg.data import synthetic
+from jaxreg.data.augment import Augmentation
+from jaxreg.data.pairs import Schedule, Task
+from jaxreg.data.pipeline import Loading
+from jaxreg.errors import UserError
+from jaxreg.io import files
+from jaxreg.losses.objective import Objective
+from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.training.loop import LoopConfig
+from jaxreg.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which pairs, and how they are read.
+
+    Attributes:
+      manifests: manifest files or folders, see `data.manifest.read_manifest`.
+      synthetic: names of `data.synthetic.TASKS`, instead of manifests.
+      synthetic_labels: structures of the synthetic anatomies.
+      holdout: every n-th subject validates where a manifest has no splits.
+      tasks: how each dataset is trained on; one task per dataset if empty.
+      schedule: see `data.pairs.sampler`.
+      pairs_per_epoch: of all tasks together.
+      classes: label values of the Dice term and of validation; all of a manifest's
+        list if empty.
+      validation_pairs: at most so many, spread over the validation split; 0 for none.
+      neighbours: each validation subject is fixed image for the next few, cyclically.
+    """
+
+    manifests: tuple[str, ...] = ()
+    synthetic: tuple[str, ...] = ()
+    synthetic_labels: int = 5
+    holdout: int = 5
+    tasks: tuple[Task, ...] = ()
+    schedule: Schedule = "per_dataset"
+    pairs_per_epoch: int = 1000
+    classes: tuple[int, ...] = ()
+    validation_pairs: int = 16
+    neighbours: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How a batch becomes a step.
+
+    Attributes:
+      batch: pairs of the global batch, over all devices and accumulated parts.
+      accumulate: the batch is worked off in this many parts.
+      replicas: 0: batch statistics over all pairs worked off at once; n: in n equal
+        parts with statistics of their own, as on n GPUs of the original.
+      ema: decay of the moving average of the parameters, 0 for none.
+      parallel: see `training.parallel.make_layout`.
+      space: devices per volume, split along D.
+      seed: of weights, pairs, augmentation and noise.
+      start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
+        PyTorch file; fresh ones if None.
+    """
+
+    batch: int = 4
+    accumulate: int = 1
+    replicas: int = 0
+    ema: float = 0.0
+    parallel: Literal["auto", "single", "mesh", "pmap"] = "auto"
+    space: int = 1
+    seed: int = 0
+    start: str | None = None
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: a number is out of its range.
+        """
+        for name, least in (("batch", 1), ("accumulate", 1), ("space", 1)):
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"train.{name} is {getattr(self, name)}, expected at least {least}"
+                )
+        if self.replicas < 0 or not 0 <= self.ema < 1:
+            raise UserError(
+                f"train.replicas is {self.replicas} and train.ema {self.ema}, expected "
+                "0 or more replicas and a decay of at least 0 and below 1"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One part of the training, with an optimiser of its own.
+
+    A stage starts from the weights of the one before; layers that these lack are fresh.
+
+    Attributes:
+      name: of its folder.
+      epochs: how long.
+      changes: ("section.field", value) of the experiment during this stage.
+    """
+
+    name: str
+    epochs: int
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a training run is made of.
+
+    Attributes:
+      name: of the run.
+      paper: what it follows, with the section.
+      model: the network.
+      data: the pairs.
+      loading: how scans become arrays.
+      augment: what is drawn for each pair; None for nothing.
+      objective: what is minimised, for tasks that name no other.
+      objectives: further ones by name, see `data.pairs.Task.objective`.
+      optimizer: update rule and learning rate.
+      train: batch, devices, start.
+      loop: logging, validation, checkpoints.
+      stages: one after the other.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    paper: str = ""
+    model: GradIconConfig = GradIconConfig()
+    data: DataConfig = DataConfig()
+    loading: Loading = Loading()
+    augment: Augmentation | None = Augmentation()
+    objective: Objective = Objective()
+    objectives: tuple[tuple[str, Objective], ...] = ()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    loop: LoopConfig = LoopConfig()
+
+    def __post_init__(self):
+        """Checks what spans sections.
+
+        Raises:
+          UserError: no stage, stages of one name, an unknown objective or synthetic
+            task, or data of two kinds.
+        """
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise UserError(
+                f"{self.name} has the stages {', '.join(names) or 'none'}; give at "
+                "least one, each with a name of its own"
+            )
+        if self.data.manifests and self.data.synthetic:
+            raise UserError(
+                "data.manifests and data.synthetic are both given; leave one out"
+            )
+        for task in self.data.synthetic:
+            _known(task, synthetic.TASKS, "data.synthetic")
+        known = {"default", *dict(self.objectives)}
+        for task in self.data.tasks:
+            _known(task.objective, known, f"objective of task {task.dataset}")
+
+
+def load(path: str | os.PathLike[str]) -> Experiment:
+    """Runs a configuration file and returns its experiment.
+
+    Raises:
+      UserError: there is no such file, or it defines no `get_config`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        near = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+        raise UserError(
+            f"--config {path} does not exist{_near(path.name, [p.name for p in near])}"
+        )
+    get_config = runpy.run_path(str(path)).get("get_config")
+    experiment = get_config() if callable(get_config) else None
+    if not isinstance(experiment, Experiment):
+        raise UserError(
+            f"--config {path} has no function get_config() that returns an "
+            "experiment.Experiment; see configs/demo.py"
+        )
+    return experiment
+
+
+def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Experiment:
+    """Returns the experiment with some leaves changed.
+
+    Args:
+      experiment: stays as it is.
+      changes: ("section.field", value); text is read as the field's type.
+
+    Raises:
+      UserError: no such section or field (near matches are named), or the value does
+        not fit.
+    """
+    for name, value in changes:
+        experiment = _replaced(experiment, name.replace("-", "_").split("."), value, "")
+    return experiment
+
+
+def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
+    """Returns each stage with the experiment as it is during it."""
+    return tuple((s, override(experiment, s.changes)) for s in experiment.stages)
+
+
+def to_dict(experiment: Experiment) -> dict[str, Any]:
+    """Returns the tree as JSON can hold it."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment), default=str))
+
+
+def write(path: pathlib.Path, experiment: Experiment) -> None:
+    """Writes the tree as JSON, for the record and for `--resume`."""
+    with files.atomic_path(path) as temporary:
+        text = json.dumps(to_dict(experiment), indent=2) + "\n"
+        pathlib.Path(temporary).write_text(text, encoding="utf-8")
+
+
+# A resumed run may differ from the first in where and how it works, not in what.
+_FREE = ("loop.", "train.parallel", "train.space", "loading.workers",
+         "loading.prefetch", "loading.read_threads", "loading.cache_dir",
+         "loading.cache_limit_gb", "paper")  # fmt: skip
+
+
+def check_same(path: pathlib.Path, experiment: Experiment) -> None:
+    """Checks that a run to be resumed was started with the same settings.
+
+    Raises:
+      UserError: names the settings that differ.
+    """
+    before = json.loads(path.read_text(encoding="utf-8"))
+    was, now = _leaves(before), _leaves(to_dict(experiment))
+    differing = [
+        f"{name} {was.get(name)} -> {now.get(name)}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name) and not name.startswith(_FREE)
+    ]
+    if differing:
+        raise UserError(
+            f"the run in {path.parent} was started with other settings "
+            f"({'; '.join(differing[:5])}); resume it with those, or give another --out"
+        )
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, Mapping):
+        return {prefix.rstrip("."): tree}
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{prefix}{name}.")
+    return found
+
+
+def _near(word: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(choices), n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _known(word: str, choices: Iterable[str], what: str) -> None:
+    choices = list(choices)
+    if word not in choices:
+        raise UserError(
+            f'{what} is "{word}", expected one of {", ".join(choices)}'
+            f"{_near(word, choices)}"
+        )
+
+
+def _replaced(tree: Any, path: list[str], value: Any, above: str) -> Any:
+    name, rest = path[0], path[1:]
+    here = f"{above}{name}"
+    fields = {f.name for f in dataclasses.fields(tree)}
+    if name not in fields:
+        raise UserError(
+            f"there is no setting --{here}{_near(name, fields)}; "
+            f"{above.rstrip('.') or 'an experiment'} has {', '.join(sorted(fields))}"
+        )
+    if rest:
+        child = getattr(tree, name)
+        if not dataclasses.is_dataclass(child):
+            raise UserError(
+                f"--{here}.{'.'.join(rest)}: {here} is {child!r} and has no fields"
+            )
+        return _rebuilt(tree, name, _replaced(child, rest, value, f"{here}."))
+    kind = typing.get_type_hints(type(tree))[name]
+    return _rebuilt(tree, name, _read(value, kind, here))
+
+
+def _rebuilt(tree: Any, name: str, value: Any) -> Any:
+    return dataclasses.replace(tree, **{name: value})
+
+
+def _read(value: Any, kind: Any, name: str) -> Any:
+    """Returns a value as its field's type wants it; text is parsed."""
+    expected = _spelled(kind)
+    wrong = UserError(f"--{name} is {value!r}, expected {expected}")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "None":
+            if type(None) not in arguments:
+                raise wrong
+            return None
+        rest = [a for a in arguments if a is not type(None)]
+        return _read(value, rest[0], name)
+    if origin is Literal:
+        if value not in arguments:
+            raise UserError(f"--{name} is {value!r}, expected {expected}")
+        return value
+    if origin is tuple:
+        return _read_tuple(value, arguments, name, wrong)
+    if kind in (int, float, bool, str):
+        return _read_scalar(value, kind, wrong)
+    if isinstance(value, str):
+        raise UserError(
+            f"--{name} cannot be given as text; set its fields, as in --{name}.FIELD, "
+            "or change the configuration file"
+        )
+    return value
+
+
+def _read_scalar(value: Any, kind: type, wrong: UserError) -> Any:
+    if kind is str:
+        return str(value)
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(
+                value.title() if value.lower() in ("true", "false") else value
+            )
+        except (ValueError, SyntaxError):
+            raise wrong from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise wrong
+    return value
+
+
+def _read_tuple(value: Any, arguments: tuple, name: str, wrong: UserError) -> tuple:
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("()[] ").split(",") if part]
+    if not isinstance(value, Iterable):
+        raise wrong
+    items = list(value)
+    endless = len(arguments) == 2 and arguments[1] is Ellipsis
+    if not endless and len(items) != len(arguments):
+        raise wrong
+    kinds = [arguments[0]] * len(items) if endless else list(arguments)
+    return tuple(_read(i, k, name) for i, k in zip(items, kinds, strict=True))
+
+
+def _spelled(kind: Any) -> str:
+    """Says in words what a field takes."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(str(a) for a in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_spelled(a) for a in arguments)
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"a list of {_spelled(arguments[0])}, with commas"
+        return f"{len(arguments)} values, with commas"
+    words = {int: "a whole number", float: "a number", bool: "true or false",
+             str: "text", type(None): "None"}  # fmt: skip
+    return words.get(kind, str(kind))

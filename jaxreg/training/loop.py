@@ -1,0 +1,323 @@
+"""The loop: batches in, checkpoints, logs and trained variables out.
+
+Everything that a step computes is in `training.step`; this is the host's side. A run
+that was killed and resumed goes through the same states as one that was not: the state
+holds the step and the key, and the data are a function of the number of batches.
+"""
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxreg.errors import UserError
+from jaxreg.io.runs import RunCheckpoints
+from jaxreg.training import parallel
+from jaxreg.training import state as state_lib
+from jaxreg.training.logging import RunLog
+from jaxreg.training.parallel import Layout
+from jaxreg.training.state import TrainState
+from jaxreg.typing import Variables
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """When to write what.
+
+    Attributes:
+      log_every: steps between rows of the log.
+      validate_every: epochs between validations, 0 for the end only.
+      image_every: epochs between pictures, 0 for none; where validation happens.
+      checkpoint_every: steps between checkpoints, 0 for one each epoch.
+      keep_latest: checkpoints kept for resuming.
+      keep_best: checkpoints kept for their validation score.
+      metric: of validation, by which a checkpoint is best: "dice" (larger is better) or
+        "loss"; "auto" takes Dice where there are labels.
+    """
+
+    log_every: int = 10
+    validate_every: int = 10
+    image_every: int = 10
+    checkpoint_every: int = 0
+    keep_latest: int = 2
+    keep_best: int = 1
+    metric: str = "auto"
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: a number is out of its range, or the metric unknown.
+        """
+        for name, least in (("log_every", 1), ("keep_latest", 1), ("keep_best", 0),
+                            ("validate_every", 0), ("image_every", 0),
+                            ("checkpoint_every", 0)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"loop.{name} is {getattr(self, name)}, expected at least {least}"
+                )
+        if self.metric not in ("auto", "dice", "loss"):
+            raise UserError(
+                f'loop.metric is "{self.metric}", expected auto, dice or loss'
+            )
+
+
+_SHOWN = ("dice", "loss", "folding_percent")
+
+
+class Batches(Protocol):
+    """Where batches come from: `data.pipeline.Batches` or one like it."""
+
+    waited_s: float
+
+    def __next__(self) -> Mapping[str, np.ndarray]:
+        """Returns this process' share of the next global batch."""
+        ...
+
+    def state(self) -> Mapping[str, Any]:
+        """Returns what to keep in a checkpoint."""
+        ...
+
+    def named(self, index: int) -> str:
+        """Names pair `index` for a message."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """What one validation found.
+
+    Attributes:
+      scores: by name, of all validation pairs.
+      images: by name, D H W, of the first pair.
+    """
+
+    scores: Mapping[str, float]
+    images: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What the loop works on.
+
+    Attributes:
+      step: compiled by `parallel.compile_step`.
+      layout: where it runs.
+      batches: positioned at the state's step.
+      batch_size: pairs of a global batch.
+      steps: of the whole stage.
+      steps_per_epoch: for what happens once an epoch.
+      learning_rate: as a function of the step, for the log.
+      validate: variables to scores, or None.
+      blame: (variables, batch) to the positions of pairs that alone give a loss that is
+        not finite.
+      checkpoints: where states are kept, or None.
+      log: where numbers go.
+      record: kept in each checkpoint beside the state.
+      metric: a name in the scores, or None.
+    """
+
+    step: Callable
+    layout: Layout
+    batches: Batches
+    batch_size: int
+    steps: int
+    steps_per_epoch: int
+    learning_rate: Callable[[int], Any]
+    validate: Callable[[Variables], Validation] | None
+    blame: Callable[[Variables, Mapping[str, np.ndarray]], list[int]]
+    checkpoints: RunCheckpoints | None
+    log: RunLog
+    record: Mapping[str, Any]
+    metric: str | None = None
+
+
+def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
+    """Trains from a state to the end of the stage; returns the last state, placed.
+
+    Ctrl-C keeps a checkpoint of the last complete step before it goes on its way.
+
+    Args:
+      state: placed by `parallel.place_state`; its buffers are reused.
+      job: what to do.
+      config: when to write what.
+
+    Raises:
+      UserError: the loss or its gradient is not finite (names the pair), data cannot be
+        read, or a checkpoint cannot be written.
+    """
+    return _Loop(state, job, config).run()
+
+
+@dataclasses.dataclass
+class _Meter:
+    """Sums the numbers of the steps since the last row of the log."""
+
+    began: float
+    waited: float
+    steps: int = 0
+    sums: collections.Counter[str] = dataclasses.field(
+        default_factory=collections.Counter
+    )
+
+    def add(self, parts: Mapping[str, float]) -> None:
+        self.steps += 1
+        self.sums.update(parts)
+
+
+class _Loop:
+    """One run of the loop; the state lives here because the step reuses its buffers."""
+
+    def __init__(self, state: TrainState, job: Job, config: LoopConfig):
+        self.state, self.job, self.config = state, job, config
+        self.done = int(parallel.fetch_state(state, job.layout).step)
+        self.pending: collections.deque = collections.deque()
+        self.meter = self._new_meter()
+        self.saved: int | None = None
+
+    def run(self) -> TrainState:
+        job = self.job
+        if self.done == 0:
+            # What there is to improve on, and a trial of the validation data.
+            self._validate(0)
+        try:
+            while self.done < job.steps:
+                batch = next(job.batches)
+                placed = parallel.place_batch(batch, job.layout)
+                self.state, parts = job.step(self.state, placed)
+                self.done += 1
+                self.pending.append((self.done, parts, batch))
+                # One step behind, so that the device never waits for the host.
+                if len(self.pending) > 1:
+                    self._account(*self.pending.popleft())
+                self._after_step()
+        except KeyboardInterrupt:
+            if jax.process_count() == 1:
+                # The interrupt may have come between a step and its count.
+                one = parallel.fetch_state(self.state, job.layout)
+                self.done = int(one.step)
+                self._save({})
+            raise
+        self._drain()
+        if job.checkpoints is not None:
+            job.checkpoints.wait()
+        return self.state
+
+    def _after_step(self) -> None:
+        job, config = self.job, self.config
+        epoch_ends = self.done % job.steps_per_epoch == 0
+        last = self.done == job.steps
+        epoch = self.done // job.steps_per_epoch
+        every = config.validate_every
+        scores: Mapping[str, float] = {}
+        if last or (epoch_ends and every and epoch % every == 0):
+            scores = self._validate(epoch)
+        due = (
+            self.done % config.checkpoint_every == 0
+            if config.checkpoint_every
+            else epoch_ends
+        )
+        if due or last or scores:
+            self._save(scores)
+
+    def _new_meter(self) -> _Meter:
+        return _Meter(time.perf_counter(), self.job.batches.waited_s)
+
+    def _account(self, step: int, parts: Any, batch: Mapping[str, np.ndarray]) -> None:
+        numbers = parallel.fetch_parts(parts, self.job.layout)
+        if not numbers.pop("finite"):
+            self._stop(step, numbers, batch)
+        self.meter.add(numbers)
+        if step % self.config.log_every == 0 or step == self.job.steps:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        job, meter = self.job, self.meter
+        seconds = max(time.perf_counter() - meter.began, 1e-9)
+        row = {name: total / meter.steps for name, total in meter.sums.items()}
+        row["learning_rate"] = float(job.learning_rate(step - 1))
+        row["epoch"] = step / job.steps_per_epoch
+        row["pairs_per_s"] = meter.steps * job.batch_size / seconds
+        row["data_wait_share"] = (job.batches.waited_s - meter.waited) / seconds
+        job.log.scalars(step, row)
+        job.log.progress(step, job.steps, row)
+        self.meter = self._new_meter()
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._account(*self.pending.popleft())
+
+    def _variables(self) -> Variables:
+        one = parallel.fetch_state(self.state, self.job.layout)
+        return jax.device_get(state_lib.averaged(one))
+
+    def _validate(self, epoch: int) -> Mapping[str, float]:
+        self._drain()
+        job, config = self.job, self.config
+        if job.validate is None:
+            return {}
+        found = job.validate(self._variables())
+        job.log.scalars(
+            self.done, {f"validation_{k}": v for k, v in found.scores.items()}
+        )
+        shown = [f"{n} {found.scores[n]:.4f}" for n in _SHOWN if n in found.scores]
+        job.log.note(f"step {self.done} validation: {', '.join(shown)}")
+        last = self.done == job.steps
+        if config.image_every and (last or epoch % config.image_every == 0):
+            job.log.images(self.done, found.images)
+        # What validation took is no part of the training's rate.
+        self.meter = self._new_meter()
+        return found.scores
+
+    def _save(self, scores: Mapping[str, float]) -> None:
+        # A state is only kept once its numbers have been seen to be finite.
+        self._drain()
+        job = self.job
+        if job.checkpoints is None or self.saved == self.done:
+            return
+        one = parallel.fetch_state(self.state, job.layout)
+        data = {**job.batches.state(), "batches": self.done}
+        record = {**job.record, "data": data, "scores": dict(scores)}
+        metrics = None
+        if job.metric in scores:
+            metrics = {job.metric: float(scores[job.metric])}
+        job.checkpoints.save(self.done, state_lib.to_tree(one), record, metrics=metrics)
+        self.saved = self.done
+
+    def _stop(self, step: int, numbers: Mapping[str, float], batch) -> None:
+        """Says which pair spoiled a step; the state has not taken it."""
+        job = self.job
+        one = parallel.fetch_state(self.state, job.layout)
+        at_fault = job.blame(jax.device_get(one.variables), batch)
+        indices = np.asarray(batch["index"])
+        suspects = at_fault or range(len(indices))
+        names = "; ".join(job.batches.named(int(indices[i])) for i in suspects)
+        what = "pair" if at_fault else "one of the batch's pairs, none of them alone"
+        kept = None if job.checkpoints is None else job.checkpoints.latest_step()
+        mend = (
+            "look at these files, or lower optimizer.learning_rate"
+            if at_fault
+            else "lower optimizer.learning_rate or set optimizer.clip"
+        )
+        raise UserError(
+            f"at step {step} the loss is {numbers['loss']:g} and its gradient "
+            f"{numbers['gradient_norm']:g}, caused by {what}: {names}; {mend}. "
+            + (
+                "No checkpoint had been written"
+                if kept is None
+                else f"The checkpoint of step {kept} is good"
+            )
+        )
+
+
+def sum_over_processes(values: np.ndarray) -> np.ndarray:
+    """Returns the sum of every process' array, on all of them."""
+    if jax.process_count() == 1:
+        return values
+    gathered = multihost_utils.process_allgather(values[None], tiled=True)
+    return np.asarray(gathered).sum(0)

@@ -1,0 +1,266 @@
+"""One pure step function on one device, on a mesh of devices and hosts, or by pmap.
+
+The step of `training.step` sees one device's share of the batch and the name of the
+axis over which the batch is split. Here that axis is bound:
+
+  single  ``jax.jit``, no axis
+  mesh    ``jax.jit`` of a ``jax.shard_map`` over the mesh axis "data"; the axis "space"
+          stays with the compiler, which splits volumes along D and exchanges halos
+  pmap    ``jax.pmap`` of the same function
+
+The global batch and its gradient are the same in all three, whatever the number of
+devices.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
+
+from jaxreg.errors import UserError
+from jaxreg.typing import Pair
+
+Kind = Literal["single", "mesh", "pmap"]
+DATA, SPACE = "data", "space"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which devices share the work, and how.
+
+    Attributes:
+      kind: see the module.
+      data: devices (of all processes) that share the batch.
+      space: devices that share each volume, along D.
+      mesh: of the devices, (data, space); None for "single".
+    """
+
+    kind: Kind
+    data: int = 1
+    space: int = 1
+    mesh: Mesh | None = None
+
+    @property
+    def axis(self) -> str | None:
+        """The name of the axis that splits the batch."""
+        return None if self.kind == "single" else DATA
+
+
+def make_layout(
+    kind: Kind | Literal["auto"] = "auto",
+    *,
+    space: int = 1,
+    devices: list[Any] | None = None,
+) -> Layout:
+    """Returns the layout over all devices of all processes.
+
+    Args:
+      kind: "auto" takes "single" on one device, else "mesh".
+      space: devices per volume; must divide each process' number of devices.
+      devices: all of `jax.devices()` if None.
+
+    Raises:
+      UserError: `space` does not fit, or the kind cannot have it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    if kind == "auto":
+        kind = "single" if len(devices) == 1 else "mesh"
+    if kind == "single":
+        if space > 1:
+            raise UserError(
+                f'space is {space}, but parallel is "single"; take "mesh" to split '
+                "volumes over devices"
+            )
+        if jax.process_count() > 1:
+            raise UserError(
+                f'parallel is "single", but {jax.process_count()} processes take '
+                'part; take "mesh"'
+            )
+        return Layout("single")
+    local = sum(d.process_index == jax.process_index() for d in devices)
+    if space < 1 or local % space:
+        raise UserError(
+            f"space is {space}, but each process has {local} devices; take a divisor"
+        )
+    if kind == "pmap" and space > 1:
+        raise UserError('pmap splits batches only; take parallel "mesh" for space > 1')
+    shape = (len(devices) // space, space)
+    mesh = Mesh(np.array(devices).reshape(shape), (DATA, SPACE), (AxisType.Auto,) * 2)
+    return Layout(kind, *shape, mesh)
+
+
+def check_batch(batch: int, layout: Layout, *, accumulate: int, replicas: int) -> int:
+    """Checks that a global batch can be shared out; returns the replicas per device.
+
+    Raises:
+      UserError: the batch, its parts or its replicas do not divide evenly.
+    """
+    share, rest = divmod(batch, layout.data * accumulate)
+    if rest or not share:
+        raise UserError(
+            f"batch is {batch}, which {layout.data} devices (data) and {accumulate} "
+            f"accumulated parts cannot share evenly; take a multiple of "
+            f"{layout.data * accumulate}"
+        )
+    if not replicas:
+        return 0
+    if replicas % layout.data or (batch // accumulate) % replicas:
+        raise UserError(
+            f"replicas is {replicas}, expected a multiple of the {layout.data} devices "
+            f"that divides the {batch // accumulate} pairs worked off at once; take 0 "
+            "for statistics over the whole batch"
+        )
+    return replicas // layout.data
+
+
+def compile_step(step: Callable, layout: Layout, *, donate: bool = True) -> Callable:
+    """Returns ``compiled(state, batch) -> (state, parts)``.
+
+    Args:
+      step: from `make_train_step`, made with `layout.axis`; pure.
+      layout: what to run it on; state and batch must have been placed for it.
+      donate: the state's buffers are reused, so the caller's state is gone.
+    """
+    donated = (0,) if donate else ()
+    if layout.kind == "single":
+        return jax.jit(step, donate_argnums=donated)
+    if layout.kind == "pmap":
+        return jax.pmap(step, axis_name=DATA, donate_argnums=donated)
+    # check_vma=False gives pmap's rule for gradients: the mean over devices of the
+    # gradient of the averaged loss. With it on, collectives would count twice.
+    sharded = jax.shard_map(
+        step,
+        mesh=layout.mesh,
+        in_specs=(Spec(), Spec(DATA)),
+        out_specs=(Spec(), Spec()),
+        axis_names={DATA},
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=donated)
+
+
+def constrain(pair: Pair, layout: Layout) -> Pair:
+    """Returns the pair with its volumes split along D over the axis "space".
+
+    To be called inside the step; without such an axis nothing happens.
+    """
+    if layout.space == 1:
+        return pair
+
+    def split(leaf):
+        if leaf.ndim != 5:
+            return leaf
+        mesh = jax.sharding.get_abstract_mesh()
+        return jax.lax.with_sharding_constraint(
+            leaf, NamedSharding(mesh, Spec(None, SPACE))
+        )
+
+    return jax.tree.map(split, pair)
+
+
+def place_state(state: Any, layout: Layout) -> Any:
+    """Returns a copy of the state on all devices; it is the same on each."""
+    if layout.kind == "single":
+        return jax.tree.map(jax.numpy.array, state)
+    if layout.kind == "pmap":
+        n = jax.local_device_count()
+        return jax.tree.map(lambda a: jax.numpy.stack([a] * n), state)
+    replicated = NamedSharding(_mesh(layout), Spec())
+
+    def put(leaf):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = put(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            host.shape, replicated, functools.partial(_part, host)
+        )
+
+    return jax.tree.map(put, state)
+
+
+def _part(host: np.ndarray, index) -> np.ndarray:
+    return host[index]
+
+
+def fetch_state(state: Any, layout: Layout) -> Any:
+    """Returns one copy of the state, as arrays of this process' first device."""
+    if layout.kind == "pmap":
+        return jax.tree.map(lambda a: a[0], state)
+    return state
+
+
+def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, Any]:
+    """Returns this process' share of a batch on its devices.
+
+    Args:
+      batch: arrays with the pairs of this process along axis 0.
+      layout: where they go; each device gets its contiguous share.
+    """
+    if layout.kind == "single":
+        return {name: jax.device_put(array) for name, array in batch.items()}
+    if layout.kind == "pmap":
+        n = jax.local_device_count()
+        return {k: a.reshape(n, -1, *a.shape[1:]) for k, a in batch.items()}
+    split = NamedSharding(_mesh(layout), Spec(DATA))
+    return {
+        name: jax.make_array_from_process_local_data(split, array)
+        for name, array in batch.items()
+    }
+
+
+def fetch_parts(parts: Mapping[str, Any], layout: Layout) -> dict[str, float]:
+    """Returns a step's numbers on the host; waits for the step."""
+    one = fetch_state(dict(parts), layout)
+    return {name: float(value) for name, value in jax.device_get(one).items()}
+
+
+def start_processes(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Joins this process to the others; before anything asks JAX for devices.
+
+    Args:
+      coordinator: HOST:PORT of process 0. None where JAX finds all three itself: under
+        SLURM, Open MPI, Kubernetes and on Cloud TPU pods.
+      count: number of processes.
+      index: this one's, from 0.
+
+    Raises:
+      UserError: the others cannot be found.
+    """
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"the processes cannot be joined ({error}); give --coordinator HOST:PORT, "
+            "--processes and --process to each"
+        ) from error
+
+
+def barrier(name: str) -> None:
+    """Waits until every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first_process(text: str) -> str:
+    """Returns the first process' text on all of them; at most 1000 bytes of it."""
+    if jax.process_count() == 1:
+        return text
+    room = np.zeros(1000, np.uint8)
+    octets = np.frombuffer(text.encode()[: len(room)], np.uint8)
+    room[: len(octets)] = octets
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(room))
+    return sent.tobytes().rstrip(b"\0").decode(errors="ignore")
+
+
+def _mesh(layout: Layout) -> Mesh:
+    assert layout.mesh is not None  # every kind but "single" has one
+    return layout.mesh

@@ -1,0 +1,73 @@
+"""What training carries from step to step, and how it starts."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg.typing import Key, Variables
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["step", "variables", "opt_state", "ema", "key"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes.
+
+    Attributes:
+      step: number of steps done, int32 scalar.
+      variables: {"params", "batch_stats"} of the model.
+      opt_state: of the optimizer.
+      ema: moving average of the parameters, or None.
+      key: the root key; step i draws from ``fold_in(key, i)``.
+    """
+
+    step: jax.Array
+    variables: Variables
+    opt_state: Any
+    ema: Any
+    key: Key | None
+
+
+def start(
+    variables: Variables,
+    optimizer: optax.GradientTransformation,
+    key: Key,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the state before the first step."""
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.array, params) if ema else None,
+        key=key,
+    )
+
+
+def to_tree(state: TrainState) -> dict[str, Any]:
+    """Returns the state as arrays that a checkpoint can hold; see `from_tree`."""
+    tree = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+    tree["key"] = jax.random.key_data(state.key)
+    return {name: value for name, value in tree.items() if value is not None}
+
+
+def from_tree(tree: dict[str, Any]) -> TrainState:
+    """Returns the state that `to_tree` took apart."""
+    key = jax.random.wrap_key_data(jnp.asarray(tree["key"]))
+    return TrainState(**{"ema": None, **tree, "key": key})
+
+
+def averaged(state: TrainState) -> Variables:
+    """Returns the variables to use and to score: the moving average if there is one."""
+    if state.ema is None:
+        return state.variables
+    return {**state.variables, "params": state.ema}

@@ -1,0 +1,11 @@
+"""Train a registration network: ``python train.py --config configs/NAME.py``.
+
+The same as ``jaxreg train``; see there for the options.
+"""
+
+import sys
+
+from jaxreg import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main(["train", *sys.argv[1:]]))
