@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 
 from jaxreg import __version__, cli_training
+from jaxreg.cli_options import option, parse_shape, print_numbers
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,12 +85,8 @@ class Frame(enum.StrEnum):
     RAS = "ras"
 
 
-def _option(name: str, text: str, panel: str | None = None, **settings) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, **settings)
-
-
 def _choice(name: str, text: str, panel: str) -> Any:
-    return _option(name, text, panel, case_sensitive=False)
+    return option(name, text, panel, case_sensitive=False)
 
 
 # One line of help per option, its unit and default in it. [brackets] would be markup.
@@ -100,8 +97,8 @@ _OPTIMISE, _REGIONS, _INPUT = (
     "Intensities",
 )
 Path = pathlib.Path
-Fixed = Annotated[Path, _option("--fixed", "Scan that stays.", _SCANS)]
-Moving = Annotated[Path, _option("--moving", "Scan to be warped onto it.", _SCANS)]
+Fixed = Annotated[Path, option("--fixed", "Scan that stays.", _SCANS)]
+Moving = Annotated[Path, option("--moving", "Scan to be warped onto it.", _SCANS)]
 FixedModality = Annotated[
     Modality, _choice("--fixed-modality", "Kind of the fixed scan.", _SCANS)
 ]
@@ -110,7 +107,7 @@ MovingModality = Annotated[
 ]
 TransformOut = Annotated[
     Path | None,
-    _option(
+    option(
         "--transform-out",
         "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt (ITK composite, LPS "
         "mm) or .nii.gz .nii (displacement field on the fixed grid, LPS mm).",
@@ -119,7 +116,7 @@ TransformOut = Annotated[
 ]
 WarpedOut = Annotated[
     Path | None,
-    _option(
+    option(
         "--warped-moving-out",
         "Moving scan on the fixed grid in its own pixel type: .nii.gz .nii .nrrd .mha.",
         _OUT,
@@ -127,7 +124,7 @@ WarpedOut = Annotated[
 ]
 InverseOut = Annotated[
     Path | None,
-    _option(
+    option(
         "--inverse-out",
         "Numerical inverse, moving to fixed points; formats as --transform-out.",
         _OUT,
@@ -135,21 +132,21 @@ InverseOut = Annotated[
 ]
 Report = Annotated[
     Path | None,
-    _option("--report", "Page with pictures and numbers, self-contained: .html.", _OUT),
+    option("--report", "Page with pictures and numbers, self-contained: .html.", _OUT),
 ]
 Fill = Annotated[
     float | None,
-    _option(
+    option(
         "--fill",
         "Value outside the moving scan. Default: 0; for CT -1000 HU (air), or the "
         "scan's minimum if that is higher.",
         _OUT,
     ),
 ]
-WarpFill = Annotated[float, _option("--fill", "Value outside the moving scan.", _OUT)]
+WarpFill = Annotated[float, option("--fill", "Value outside the moving scan.", _OUT)]
 Model = Annotated[
     str | None,
-    _option(
+    option(
         "--model",
         "unigradicon, multigradicon, a path to weights (checkpoint folder or .trch), "
         "or none. Default: unigradicon; none with --io-target displacement.",
@@ -158,7 +155,7 @@ Model = Annotated[
 ]
 NetworkWeights = Annotated[
     Path | None,
-    _option(
+    option(
         "--network-weights",
         "Your own weights for the model: checkpoint folder or .trch.",
         _MODEL,
@@ -166,7 +163,7 @@ NetworkWeights = Annotated[
 ]
 ShapeText = Annotated[
     str | None,
-    _option(
+    option(
         "--shape",
         "Network grid in voxels, stored volume's slowest axis first. Default: the grid "
         "that the weights were trained on, 175,175,175 for the published ones.",
@@ -185,7 +182,7 @@ PrecisionName = Annotated[
 ]
 Iterations = Annotated[
     str,
-    _option(
+    option(
         "--io-iterations",
         "Steps (for a displacement per level of resolution), or None for a single "
         "prediction.",
@@ -205,7 +202,7 @@ IoTarget = Annotated[
 IoSim = Annotated[Similarity, _choice("--io-sim", "Similarity.", _OPTIMISE)]
 IoLr = Annotated[
     float | None,
-    _option(
+    option(
         "--io-lr",
         "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
         "(displacement).",
@@ -214,19 +211,19 @@ IoLr = Annotated[
 ]
 Seed = Annotated[
     int,
-    _option(
+    option(
         "--seed", "Seed of the optimisation's noise.", _OPTIMISE, min=0, max=2**32 - 1
     ),
 ]
 FixedMask = Annotated[
-    Path | None, _option("--fixed-mask", "Region of the fixed scan.", _REGIONS)
+    Path | None, option("--fixed-mask", "Region of the fixed scan.", _REGIONS)
 ]
 MovingMask = Annotated[
-    Path | None, _option("--moving-mask", "Region of the moving scan.", _REGIONS)
+    Path | None, option("--moving-mask", "Region of the moving scan.", _REGIONS)
 ]
 StoredOrientation = Annotated[
     bool,
-    _option(
+    option(
         "--stored-orientation",
         "Feed the moving scan as it is stored, as the PyTorch tool does. Default: its "
         "axes are permuted and flipped into the fixed scan's order first.",
@@ -235,11 +232,11 @@ StoredOrientation = Annotated[
 ]
 InputMasking = Annotated[
     bool,
-    _option("--input-masking", "Set intensities outside the masks to 0.", _REGIONS),
+    option("--input-masking", "Set intensities outside the masks to 0.", _REGIONS),
 ]
 LossMasking = Annotated[
     bool,
-    _option(
+    option(
         "--loss-function-masking",
         "Count similarity inside the masks only; needs both masks.",
         _REGIONS,
@@ -247,15 +244,15 @@ LossMasking = Annotated[
 ]
 FixedSegmentation = Annotated[
     Path | None,
-    _option("--fixed-segmentation", "Label map of the fixed scan.", _REGIONS),
+    option("--fixed-segmentation", "Label map of the fixed scan.", _REGIONS),
 ]
 MovingSegmentation = Annotated[
     Path | None,
-    _option("--moving-segmentation", "Label map of the moving scan.", _REGIONS),
+    option("--moving-segmentation", "Label map of the moving scan.", _REGIONS),
 ]
 DiceWeight = Annotated[
     float,
-    _option(
+    option(
         "--dice-loss-weight",
         "Weight of the Dice term; needs both segmentations.",
         _REGIONS,
@@ -263,7 +260,7 @@ DiceWeight = Annotated[
 ]
 Conservation = Annotated[
     bool,
-    _option(
+    option(
         "--intensity-conservation-loss",
         "Multiply warped intensity by the Jacobian determinant; both scans CT.",
         _INPUT,
@@ -271,7 +268,7 @@ Conservation = Annotated[
 ]
 CtWindow = Annotated[
     tuple[float, float] | None,
-    _option(
+    option(
         "--ct-window",
         "Hounsfield units that become 0 and 1. Default: -1000 1000.",
         _INPUT,
@@ -280,7 +277,7 @@ CtWindow = Annotated[
 ]
 QuantileRange = Annotated[
     tuple[float, float] | None,
-    _option(
+    option(
         "--quantile-range",
         "Quantiles of an MRI that become 0 and 1. Default: the minimum and 0.99.",
         _INPUT,
@@ -434,7 +431,7 @@ def _register(
             outputs["--report"], moving, fixed, result,
             numbers=numbers, fill=value, command=command,
         )  # fmt: skip
-    _print_numbers(numbers)
+    print_numbers(numbers)
     _print_written(outputs.values())
 
 
@@ -442,14 +439,14 @@ def _register(
 def warp_verb(
     *,
     fixed: Annotated[
-        Path | None, _option("--fixed", "Scan whose grid is the result's.", _SCANS)
+        Path | None, option("--fixed", "Scan whose grid is the result's.", _SCANS)
     ] = None,
     moving: Annotated[
-        Path | None, _option("--moving", "Scan or label map to be warped.", _SCANS)
+        Path | None, option("--moving", "Scan or label map to be warped.", _SCANS)
     ] = None,
     transform: Annotated[
         Path | None,
-        _option(
+        option(
             "--transform",
             "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .nii.gz .nii. "
             "Default: the identity.",
@@ -458,16 +455,16 @@ def warp_verb(
     ] = None,
     warped_moving_out: WarpedOut = None,
     linear: Annotated[
-        bool, _option("--linear", "Interpolate linearly: for scans.", _OUT)
+        bool, option("--linear", "Interpolate linearly: for scans.", _OUT)
     ] = False,
     nearest_neighbor: Annotated[
         bool,
-        _option("--nearest-neighbor", "Take the nearest voxel: for label maps.", _OUT),
+        option("--nearest-neighbor", "Take the nearest voxel: for label maps.", _OUT),
     ] = False,
     fill: WarpFill = 0.0,
     points: Annotated[
         Path | None,
-        _option(
+        option(
             "--points",
             "CSV of points in the fixed scan, mm: columns x, y, z (by name or the "
             "first three). Other columns are kept.",
@@ -476,7 +473,7 @@ def warp_verb(
     ] = None,
     points_out: Annotated[
         Path | None,
-        _option("--points-out", "CSV of the same points in the moving scan, mm.", _OUT),
+        option("--points-out", "CSV of the same points in the moving scan, mm.", _OUT),
     ] = None,
     points_frame: Annotated[
         Frame,
@@ -542,19 +539,19 @@ def _check_warp_options(fixed, moving, *, linear: bool, nearest: bool) -> None:
 def jacobian_verb(
     *,
     fixed: Annotated[
-        Path, _option("--fixed", "Scan on whose grid the transform is measured.")
+        Path, option("--fixed", "Scan on whose grid the transform is measured.")
     ],
     transform: Annotated[
         Path,
-        _option("--transform", "Transform: .h5 .hdf5 .tfm .txt .nii.gz .nii."),
+        option("--transform", "Transform: .h5 .hdf5 .tfm .txt .nii.gz .nii."),
     ],
     jacob: Annotated[
         Path | None,
-        _option("--jacob", "Determinant map to write: .nii.gz .nii .nrrd .mha."),
+        option("--jacob", "Determinant map to write: .nii.gz .nii .nrrd .mha."),
     ] = None,
     log_jacob: Annotated[
         Path | None,
-        _option(
+        option(
             "--log-jacob",
             "Map of its natural logarithm; determinants below 1e-6, folded voxels "
             "among them, count as 1e-6.",
@@ -584,7 +581,7 @@ def jacobian_verb(
         logarithm = np.log(np.maximum(determinant, 1e-6))
         volumes.write_volume(log_jacob, Volume(logarithm.astype(np.float32), grid))
     folded = int((determinant <= 0).sum())
-    _print_numbers(
+    print_numbers(
         {
             "minimum": f"{determinant.min():.4f}",
             "mean": f"{determinant.mean(dtype=np.float64):.4f}",
@@ -598,12 +595,12 @@ def jacobian_verb(
 @app.command("convert")
 def convert_verb(
     *,
-    source: Annotated[Path, _option("--from", "Checkpoint folder or .trch file.")],
+    source: Annotated[Path, option("--from", "Checkpoint folder or .trch file.")],
     target: Annotated[
-        Path, _option("--to", "The other of the two; replaced if it exists.")
+        Path, option("--to", "The other of the two; replaced if it exists.")
     ],
     model: Annotated[
-        str, _option("--model", "Kind of network, or a name of jaxreg models.")
+        str, option("--model", "Kind of network, or a name of jaxreg models.")
     ] = "gradicon",
 ) -> None:
     """Convert weights between a checkpoint folder and a PyTorch file.
@@ -639,10 +636,10 @@ def models_verb() -> None:
 def demo_verb(
     context: typer.Context,
     *,
-    out: Annotated[Path, _option("--out", "Folder for the results; made if absent.")],
+    out: Annotated[Path, option("--out", "Folder for the results; made if absent.")],
     shape: Annotated[
         str | None,
-        _option(
+        option(
             "--shape",
             "Network grid in voxels, stored volume's slowest axis first. Default: "
             "64,80,64, or 175,175,175 with a model.",
@@ -652,7 +649,7 @@ def demo_verb(
     ] = None,
     model: Annotated[
         str,
-        _option("--model", "As in register; none optimises a displacement field."),
+        option("--model", "As in register; none optimises a displacement field."),
     ] = "none",
     io_iterations: Iterations = "50",
     seed: Seed = 0,
@@ -683,27 +680,8 @@ def demo_verb(
             command=shlex.join(["jaxreg", *context.obj]),
             progress=bar.step,
         )
-    _print_numbers(numbers)
+    print_numbers(numbers)
     _print_written(written)
-
-
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """Returns (D, H, W) of "D,H,W".
-
-    Raises:
-      UserError: these are not three positive numbers.
-    """
-    try:
-        d, h, w = (int(part) for part in text.lower().replace("x", ",").split(","))
-    except ValueError:
-        raise UserError(
-            f"--shape is {text}, expected three whole numbers such as 175,175,175"
-        ) from None
-    if min(d, h, w) < 1:
-        raise UserError(
-            f"--shape is {text}, expected positive numbers such as 175,175,175"
-        )
-    return d, h, w
 
 
 def _parse_iterations(text: str) -> int | None:
@@ -958,12 +936,6 @@ class _Bar:
             self._progress.start()
             self._task = self._progress.add_task(self._title, total=total, text=text)
         self._progress.update(self._task, completed=done, total=total, text=text)
-
-
-def _print_numbers(numbers: Mapping[str, str]) -> None:
-    width = max(len(name) for name in numbers)
-    for name, value in numbers.items():
-        print(f"{name:<{width}}  {value}")
 
 
 def _print_written(paths) -> None:

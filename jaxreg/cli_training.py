@@ -7,18 +7,15 @@ results become text. Heavy imports live inside the verbs.
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from jaxreg.cli_options import option, parse_shape, print_numbers
 from jaxreg.errors import UserError
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="Look after training data.")
-
-
-def _option(name: str, text: str, panel: str | None = None, **settings) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=panel, **settings)
 
 
 _PROCESSES = "Several hosts"
@@ -28,19 +25,19 @@ def train_verb(
     context: typer.Context,
     *,
     config: Annotated[
-        pathlib.Path, _option("--config", "The experiment: configs/NAME.py.")
+        pathlib.Path, option("--config", "The experiment: configs/NAME.py.")
     ],
     out: Annotated[
         pathlib.Path | None,
-        _option("--out", "Folder of the run; new, or with --resume an old one."),
+        option("--out", "Folder of the run; new, or with --resume an old one."),
     ] = None,
     resume: Annotated[
         bool,
-        _option("--resume", "Go on with the run in --out, from its last checkpoint."),
+        option("--resume", "Go on with the run in --out, from its last checkpoint."),
     ] = False,
     dry_run: Annotated[
         bool,
-        _option(
+        option(
             "--dry-run",
             "Build everything, compile one step on a small grid, print parameters, "
             "arithmetic and memory; trains nothing, needs no data.",
@@ -48,7 +45,7 @@ def train_verb(
     ] = False,
     distributed: Annotated[
         bool,
-        _option(
+        option(
             "--distributed",
             "This is one of several processes; SLURM, Open MPI, Kubernetes and Cloud "
             "TPU pods tell JAX which.",
@@ -57,15 +54,15 @@ def train_verb(
     ] = False,
     coordinator: Annotated[
         str | None,
-        _option(
+        option(
             "--coordinator", "HOST:PORT of process 0, elsewhere than there.", _PROCESSES
         ),
     ] = None,
     processes: Annotated[
-        int | None, _option("--processes", "How many there are.", _PROCESSES)
+        int | None, option("--processes", "How many there are.", _PROCESSES)
     ] = None,
     process: Annotated[
-        int | None, _option("--process", "Which one this is, from 0.", _PROCESSES)
+        int | None, option("--process", "Which one this is, from 0.", _PROCESSES)
     ] = None,
 ) -> None:
     """Train a network: all stages of an experiment, or one that was interrupted.
@@ -84,7 +81,7 @@ def train_verb(
 
     chosen = experiment_lib.override(experiment_lib.load(config), changes)
     if dry_run:
-        _print_numbers(trainer.dry_run(chosen).rows())
+        print_numbers(trainer.dry_run(chosen).rows())
         return
     assert out is not None
     outcome = trainer.run(chosen, out, resume=resume, say=_say)
@@ -135,12 +132,6 @@ def _say(text: str) -> None:
         print(text, flush=True)
 
 
-def _print_numbers(numbers) -> None:
-    width = max(len(name) for name in numbers)
-    for name, value in numbers.items():
-        print(f"{name:<{width}}  {value}")
-
-
 @data_app.command("check")
 def check_verb(
     manifest: Annotated[
@@ -149,7 +140,7 @@ def check_verb(
     *,
     holdout: Annotated[
         int | None,
-        _option("--holdout", "Every n-th subject validates, if no split is given."),
+        option("--holdout", "Every n-th subject validates, if no split is given."),
     ] = None,
 ) -> None:
     """Read every file of a manifest and report what would stop or spoil training."""
@@ -182,23 +173,23 @@ def check_verb(
 _WHICH, _HOW = "Which pairs", "Registration"
 
 
-def evaluate_verb(  # noqa: C901
+def evaluate_verb(  # noqa: PLR0913
     *,
     out: Annotated[
         pathlib.Path,
-        _option("--out", "Rows as .csv; the tables go beside it as .md."),
+        option("--out", "Rows as .csv; the tables go beside it as .md."),
     ],
     pairs: Annotated[
-        pathlib.Path | None, _option("--pairs", "CSV or JSON of pairs.", _WHICH)
+        pathlib.Path | None, option("--pairs", "CSV or JSON of pairs.", _WHICH)
     ] = None,
     manifest: Annotated[
         pathlib.Path | None,
-        _option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
+        option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
     ] = None,
-    split: Annotated[str, _option("--split", "Of the manifest.", _WHICH)] = "val",
+    split: Annotated[str, option("--split", "Of the manifest.", _WHICH)] = "val",
     holdout: Annotated[
         int | None,
-        _option(
+        option(
             "--holdout",
             "Every n-th subject of a manifest without splits belongs to val.",
             _WHICH,
@@ -206,52 +197,52 @@ def evaluate_verb(  # noqa: C901
     ] = None,
     neighbours: Annotated[
         int,
-        _option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
+        option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
     ] = 3,
     count: Annotated[
-        int | None, _option("--count", "Only so many pairs, from the first.", _WHICH)
+        int | None, option("--count", "Only so many pairs, from the first.", _WHICH)
     ] = None,
     labels: Annotated[
-        str | None, _option("--labels", "Which to score, such as 1,2.", _WHICH)
+        str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
     ] = None,
     model: Annotated[
         str | None,
-        _option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
+        option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
     ] = None,
     name: Annotated[
-        str | None, _option("--name", "What the tables call it.", _HOW)
+        str | None, option("--name", "What the tables call it.", _HOW)
     ] = None,
     shape: Annotated[
         str | None,
-        _option("--shape", "Network grid. Default: the weights' own.", _HOW),
+        option("--shape", "Network grid. Default: the weights' own.", _HOW),
     ] = None,
     io_iterations: Annotated[
         int | None,
-        _option(
+        option(
             "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
         ),
     ] = None,
-    io_sim: Annotated[str, _option("--io-sim", "Its similarity.", _HOW)] = "lncc",
+    io_sim: Annotated[str, option("--io-sim", "Its similarity.", _HOW)] = "lncc",
     io_lr: Annotated[
-        float | None, _option("--io-lr", "Its learning rate.", _HOW)
+        float | None, option("--io-lr", "Its learning rate.", _HOW)
     ] = None,
     ct_window: Annotated[
         tuple[float, float] | None,
-        _option("--ct-window", "Hounsfield units that become 0 and 1.", _HOW),
+        option("--ct-window", "Hounsfield units that become 0 and 1.", _HOW),
     ] = None,
     quantile_range: Annotated[
         tuple[float, float] | None,
-        _option("--quantile-range", "Quantiles that become 0 and 1 in MRI.", _HOW),
+        option("--quantile-range", "Quantiles that become 0 and 1 in MRI.", _HOW),
     ] = None,
     others: Annotated[
         str | None,
-        _option("--others", "Other tools beside it: SyN, greedy.", _HOW),
+        option("--others", "Other tools beside it: SyN, greedy.", _HOW),
     ] = None,
 ) -> None:
     """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time."""
     if (pairs is None) == (manifest is None):
         raise UserError("give either --pairs or --manifest, to say what to evaluate")
-    from jaxreg import cli, comparison, evaluate, register, zoo
+    from jaxreg import comparison, evaluate, register, zoo
     from jaxreg.data import manifest as manifest_lib
 
     tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
@@ -274,7 +265,7 @@ def evaluate_verb(  # noqa: C901
         io_lr=io_lr,
         ct_window=ct_window,
         quantile_range=quantile_range,
-        shape=grid if shape is None else cli.parse_shape(shape),
+        shape=grid if shape is None else parse_shape(shape),
         inverse=False,
     )
     text = evaluate.evaluate_files(
@@ -305,13 +296,13 @@ def compare_verb(
     a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
     b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
     metric: Annotated[
-        str, _option("--metric", "dice, hd95, tre, folding, sdlogj or seconds.")
+        str, option("--metric", "dice, hd95, tre, folding, sdlogj or seconds.")
     ] = "dice",
     method_a: Annotated[
-        str | None, _option("--method-a", "Which method of the first.")
+        str | None, option("--method-a", "Which method of the first.")
     ] = None,
     method_b: Annotated[
-        str | None, _option("--method-b", "Which method of the second.")
+        str | None, option("--method-b", "Which method of the second.")
     ] = None,
 ) -> None:
     """Test whether two results differ by more than chance, pair by pair."""

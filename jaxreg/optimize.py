@@ -301,17 +301,19 @@ def _direct_loop(
     return result, history
 
 
+@functools.partial(jax.jit, static_argnames="objective")
+def _start_loss(affine, pair, noise, *, objective):
+    parameters = {"affine": affine, "control": None}
+    return _direct_loss(parameters, pair, noise, objective, 0.0)[0]
+
+
 def _best_start(pair, starts, objective, key):
     """Returns the parameters of the start with the lowest loss."""
     noise = _noise(key, 0, pair.fixed.shape[1:4], None)
-
-    @jax.jit
-    def loss_of(affine):
-        parameters = {"affine": affine, "control": None}
-        return _direct_loss(parameters, pair, noise, objective, 0.0)[0]
-
     candidates = [jnp.asarray(_affine_parameters(m), jnp.float32) for m in starts]
-    losses = [float(loss_of(c)) for c in candidates]
+    losses = [
+        float(_start_loss(c, pair, noise, objective=objective)) for c in candidates
+    ]
     return candidates[int(np.argmin(np.nan_to_num(losses, nan=np.inf)))]
 
 

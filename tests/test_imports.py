@@ -61,8 +61,16 @@ TABLE = {
     "losses": Room(("space",)),
     "metrics": Room(("space",)),
     "training": Room(
-        ("models.base", "losses", "metrics", "io.checkpoints", "io.runs", "space"),
-        ("flax", "optax"),
+        (
+            "models.base",
+            "losses",
+            "metrics",
+            "io.checkpoints",
+            "io.runs",
+            "io.files",
+            "space",
+        ),
+        ("flax", "optax", "rich"),
     ),
     "optimize": Room(_TOP, ("optax",)),
     "register": Room(_TOP, ("nibabel.orientations",)),
@@ -75,7 +83,7 @@ TABLE = {
     "demo": Room(_TOP),
 }
 # Nothing below imports these, so they may have anything.
-_JOINING = ("experiment", "trainer", "cli_training")
+_JOINING = ("experiment", "trainer", "cli_training", "cli_options")
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
 

@@ -69,3 +69,15 @@ def test_export_notebook(tmp_path, monkeypatch, unigradicon):
     )
     assert "largest difference" in printed
     assert (tmp_path / "out" / "weights.trch").is_file()
+
+
+def test_train_notebook(tmp_path, monkeypatch):
+    printed = run(
+        "train.ipynb", tmp_path, monkeypatch,
+        JAXREG_NOTEBOOK_SHAPE="10,12,8", JAXREG_NOTEBOOK_EPOCHS="2",
+        JAXREG_NOTEBOOK_PAIRS="4", JAXREG_NOTEBOOK_SUBJECTS="10",
+    )  # fmt: skip
+    assert "lncc loss after" in printed
+    assert "8 train" in printed and "2 val" in printed
+    assert (tmp_path / "out" / "before_after.png").is_file()
+    assert (tmp_path / "out" / "run" / "weights" / "jaxreg.json").is_file()

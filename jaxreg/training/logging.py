@@ -88,8 +88,10 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._table = _Table(folder / "log.csv", start_step)
             if writer is not None:
+                # TensorBoard hides what an earlier run has told from there on.
+                purged = start_step + 1 if start_step else 0
                 self._events = writer(
-                    str(folder), purge_step=start_step + 1, flush_secs=_FLUSH_S
+                    str(folder), purge_step=purged, flush_secs=_FLUSH_S
                 )
         except OSError as error:
             raise UserError(
@@ -145,8 +147,6 @@ class RunLog:
         for name, volume in volumes.items():
             picture = middle_slices(volume)
             self._events.add_image(name, picture, global_step=step, dataformats="HW")
-        # They are few and large: they need not wait.
-        self._events.flush()
 
     def progress(self, step: int, total: int, values: Mapping[str, float]) -> None:
         """Shows how far the run is, see `ProgressLine`.
@@ -351,7 +351,7 @@ class _Table:
         header = _csv_text([{name: name for name in self._columns}], self._columns)
         with atomic_path(self.path) as temporary:
             body = header + _csv_text(rows, self._columns)
-            temporary.write_text(body, encoding="utf-8")
+            temporary.write_bytes(body.encode())
         if self._file is not None:
             self._file.close()
         self._file = open(self.path, "r+b", buffering=0)
@@ -373,10 +373,12 @@ def _read_rows(
 
     Args:
       path: the file; missing or empty, it has no rows.
-      last_step: rows of later steps are left out. With 0 nothing is read, the run starts
-        anew; with None all is.
+      last_step: rows of later steps are left out, all with 0: the run starts anew.
+
+    Raises:
+      UserError: it is something else.
     """
-    if last_step == 0 or not path.exists():
+    if not path.exists():
         return []
     # A last line without its end was cut.
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -392,7 +394,9 @@ def _read_rows(
         for line in lines
         if len(line) == len(columns) and line[0].isdecimal()
     ]
-    return [row for row in rows if last_step is None or int(row[STEP]) <= last_step]
+    if last_step is None:
+        return rows
+    return [row for row in rows if int(row[STEP]) <= last_step and last_step > 0]
 
 
 def _summary_writer() -> Any:
