@@ -28,6 +28,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="hippocampus_gradicon",
         paper="Tian et al., GradICON, CVPR 2023, section 3",
+        licence="CC-BY-SA 4.0, as the data: Medical Segmentation Decathlon, Task04",
         model=GradIconConfig(
             (2, 16, 32, 32, 32), (16, 16, 32, 32), halvings=1, refinements=0
         ),

@@ -6,17 +6,17 @@ leaves LNCC). Where a dataset has aligned modalities, the network sees one of th
 each subject, drawn independently, and the similarity compares both subjects in one
 modality, drawn independently of that (strategy F; `randomise` B or R for the others).
 Pairs are drawn by the number of anatomical regions and modality combinations, 4000 per
-epoch. The third stage, 100 epochs, has ten datasets in the paper, weighted by region
-(`data.pairs.region_weights`), and COPDGene with lung masks: run it as
-configs/finetune.py with the manifests of that stage.
+epoch. The third stage trains 100 epochs further on ten datasets, weighted so that each
+region counts alike, without inverted CT and with COPDGene's lungs masked.
 
-    python train.py --config configs/multigradicon.py --out runs/multigradicon \
-        --data.manifests copdgene.csv,brats.csv,abdomen.csv,hcp.csv,abcd.csv,oai.csv,\
-mrct.csv,ukb.csv
+    python train.py --config configs/multigradicon.py --out runs/multigradicon
+
+takes one manifest per dataset, NAME.csv, from the working directory; the release's
+script draws from fewer scans and normalises some datasets twice, which is not copied.
 """
 
 from jaxreg.data.augment import Augmentation
-from jaxreg.data.pairs import Task
+from jaxreg.data.pairs import Task, region_weights
 from jaxreg.data.pipeline import Loading
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
@@ -24,6 +24,8 @@ from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
+_WITHIN = ("copdgene", "brats", "pancreas", "thorax_cbct")
+_RANDOMISED = ("brats", "abdomen", "hcp", "abcd", "ukb")
 # regions x modality combinations of the paper's table; inverted CT is a modality.
 TASKS = (
     Task("copdgene", weight=1, pairing="intra"),
@@ -34,6 +36,29 @@ TASKS = (
     Task("oai", weight=3),
     Task("mrct", weight=6, invert_ct=True),
     Task("ukb", weight=18, randomise="F"),
+)
+
+# Anatomies of the further training's datasets.
+REGIONS = {
+    "pancreas": ("abdomen",),
+    "thorax_cbct": ("lung",),
+    "abcd": ("brain",),
+    "copdgene": ("lung",),
+    "brats": ("brain",),
+    "abdomen": ("abdomen",),
+    "hcp": ("brain",),
+    "oai": ("knee",),
+    "mrct": ("abdomen",),
+    "ukb": ("abdomen", "lung", "knee"),
+}
+FURTHER = tuple(
+    Task(
+        name,
+        weight=weight,
+        pairing="intra" if name in _WITHIN else "inter",
+        randomise="F" if name in _RANDOMISED else "B",
+    )
+    for name, weight in region_weights(REGIONS).items()
 )
 
 
@@ -62,5 +87,14 @@ def get_config() -> Experiment:
         stages=(
             Stage("stage_1", epochs=800, changes=(("model.refinements", 0),)),
             Stage("stage_2", epochs=200, changes=(("model.refinements", 1),)),
+            Stage(
+                "further",
+                epochs=100,
+                changes=(
+                    ("data.manifests", tuple(f"{name}.csv" for name in REGIONS)),
+                    ("data.tasks", FURTHER),
+                    ("loading.mask_inputs", True),
+                ),
+            ),
         ),
     )

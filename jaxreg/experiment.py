@@ -121,6 +121,17 @@ class Stage:
     epochs: int
     changes: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: the stage has no epoch.
+        """
+        if self.epochs < 1:
+            raise UserError(
+                f"stage {self.name} has {self.epochs} epochs, expected at least 1"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
@@ -129,6 +140,7 @@ class Experiment:
     Attributes:
       name: of the run.
       paper: what it follows, with the section.
+      licence: of the weights that come out, as the training data have it.
       model: the network.
       data: the pairs.
       loading: how scans become arrays.
@@ -144,6 +156,7 @@ class Experiment:
     name: str
     stages: tuple[Stage, ...]
     paper: str = ""
+    licence: str = "not stated; that of the training data and of the starting weights"
     model: GradIconConfig = GradIconConfig()
     data: DataConfig = DataConfig()
     loading: Loading = Loading()
@@ -236,7 +249,7 @@ def write(path: pathlib.Path, experiment: Experiment) -> None:
 # A resumed run may differ from the first in where and how it works, not in what.
 _FREE = ("loop.", "train.parallel", "train.space", "loading.workers",
          "loading.prefetch", "loading.read_threads", "loading.cache_dir",
-         "loading.cache_limit_gb", "paper")  # fmt: skip
+         "loading.cache_limit_gb", "paper", "licence")  # fmt: skip
 
 
 def check_same(path: pathlib.Path, experiment: Experiment) -> None:
@@ -293,6 +306,8 @@ def _replaced(tree: Any, path: list[str], value: Any, above: str) -> Any:
         )
     if rest:
         child = getattr(tree, name)
+        if name in ("stages", "objectives") and isinstance(child, tuple):
+            return _rebuilt(tree, name, _named_replaced(child, rest, value, here))
         if not dataclasses.is_dataclass(child):
             raise UserError(
                 f"--{here}.{'.'.join(rest)}: {here} is {child!r} and has no fields"
@@ -300,6 +315,29 @@ def _replaced(tree: Any, path: list[str], value: Any, above: str) -> Any:
         return _rebuilt(tree, name, _replaced(child, rest, value, f"{here}."))
     kind = typing.get_type_hints(type(tree))[name]
     return _rebuilt(tree, name, _read(value, kind, here))
+
+
+def _named_replaced(items: tuple, path: list[str], value: Any, here: str) -> tuple:
+    """Changes one of the stages, or of the (name, objective) pairs, by its name."""
+    names = [item[0] if isinstance(item, tuple) else item.name for item in items]
+    name, rest = path[0], path[1:]
+    if name not in names or not rest:
+        raise UserError(
+            f"there is no setting --{here}.{'.'.join(path)}; {here} has "
+            f"{', '.join(names) or 'no entries'}, each with fields of its own"
+            f"{_near(name, names)}"
+        )
+    below = f"{here}.{name}."
+
+    def changed(item):
+        if isinstance(item, tuple):
+            return item[0], _replaced(item[1], rest, value, below)
+        return _replaced(item, rest, value, below)
+
+    return tuple(
+        changed(item) if called == name else item
+        for called, item in zip(names, items, strict=True)
+    )
 
 
 def _rebuilt(tree: Any, name: str, value: Any) -> Any:

@@ -33,7 +33,7 @@ from jaxreg.typing import Pair, Variables
 Source = pipeline.PairSource | pipeline.ReadyPairs
 Say = Callable[[str], None]
 _VALIDATION_SEED = 1
-_TRAINED_LICENCE = "that of the training data and of the weights it started from"
+_SETTINGS = "experiment.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,8 +387,11 @@ def initial_variables(
     start = experiment.train.start
     if before is None and start is None:
         return fresh
-    source = before if before is not None else zoo.load(start).variables
-    name = "the previous stage" if before is not None else f"train.start {start}"
+    if before is not None:
+        source, name = before, "the previous stage"
+    else:
+        assert start is not None
+        source, name = zoo.load(start).variables, f"train.start {start}"
     merged = runs.merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
@@ -423,14 +426,24 @@ def run(
         cannot go on; every checkpoint written so far is kept.
     """
     began = time.perf_counter()
+    # All before the folder: a mistake in the last stage must not leave half a run.
+    stage_runs = [
+        _StageRun(changed, stage, out, say)
+        for stage, changed in experiment_lib.stages(experiment)
+    ]
+    if not (out / _SETTINGS).is_file():
+        if resume:
+            say(f"there is no run in {out} to resume, so it starts anew")
+        if experiment.train.start is not None:
+            first = stage_runs[0]
+            initial_variables(first.experiment, first.model, None, lambda _: None)
     _open_folder(experiment, out, resume=resume)
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
-    for stage, changed in experiment_lib.stages(experiment):
-        say(f"stage {stage.name}: {stage.epochs} epochs")
-        trainer = _StageRun(changed, stage, out, variables, say)
-        variables, scores, steps = trainer.run(resume=resume)
+    for trainer in stage_runs:
+        say(f"stage {trainer.stage.name}: {trainer.stage.epochs} epochs")
+        variables, scores, steps = trainer.run(variables, resume=resume)
     weights = out / "weights"
     if jax.process_index() == 0:
         assert variables is not None  # an experiment has a stage
@@ -455,12 +468,12 @@ def bundle_of(experiment: Experiment, variables: Variables) -> checkpoints.Bundl
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
-        licence=_TRAINED_LICENCE,
+        licence=experiment.licence,
     )
 
 
 def _open_folder(experiment: Experiment, out: pathlib.Path, *, resume: bool) -> None:
-    settings = out / "experiment.json"
+    settings = out / _SETTINGS
     problem = None
     if jax.process_index() == 0:
         problem = _folder_problem(experiment, out, settings, resume=resume)
@@ -500,12 +513,10 @@ class _StageRun:
         experiment: Experiment,
         stage: Stage,
         out: pathlib.Path,
-        before: Variables | None,
         say: Say,
     ):
         self.experiment, self.stage, self.say = experiment, stage, say
         self.out = out / stage.name
-        self.before = before
         self.model = GradIcon(experiment.model)
         self.sources = make_sources(experiment)
         batch = experiment.train.batch
@@ -515,6 +526,11 @@ class _StageRun:
                 f"data.pairs_per_epoch is {experiment.data.pairs_per_epoch}, less than "
                 f"train.batch {batch}; raise it"
             )
+        train = experiment.train
+        self.layout = parallel.make_layout(train.parallel, space=train.space)
+        self.replicas = parallel.check_batch(
+            batch, self.layout, accumulate=train.accumulate, replicas=train.replicas
+        )
         self.steps = self.per_epoch * stage.epochs
         self.optimizer = optimizer.make_optimizer(experiment.optimizer, self.steps)
         self.metric = self._metric()
@@ -531,8 +547,15 @@ class _StageRun:
         )
         return "dice" if labelled else "loss"
 
-    def run(self, *, resume: bool) -> tuple[Variables, Mapping[str, float], int]:
-        """Returns the best variables, the last validation's scores, and the steps."""
+    def run(
+        self, before: Variables | None, *, resume: bool
+    ) -> tuple[Variables, Mapping[str, float], int]:
+        """Returns the best variables, the last validation's scores, and the steps.
+
+        Args:
+          before: variables of the stage before, None for the first.
+          resume: go on from the last checkpoint, if there is one.
+        """
         keep = self.experiment.loop
         with runs.RunCheckpoints(
             self.out / "checkpoints",
@@ -541,46 +564,53 @@ class _StageRun:
             metric=self.metric,
             larger_is_better=self.metric == "dice",
         ) as kept:
-            start, scores = self._start(kept, resume=resume)
-            first = int(start.step)
-            if first < self.steps:
-                scores = self._train(start, kept, first)
+            start, record = self._start(kept, before, resume=resume)
+            scores = record.get("scores", {})
+            if int(start.step) < self.steps:
+                scores = self._train(start, kept, record)
             best = kept.best_step() if self.metric else kept.latest_step()
             like = state.to_tree(start)
             tree = kept.restore(like, step=best).state
         return state.averaged(state.from_tree(tree)), scores, self.steps
 
-    def _start(self, kept: runs.RunCheckpoints, *, resume: bool):
-        experiment = self.experiment
-        seed = jax.random.key(experiment.train.seed)
-        variables = initial_variables(experiment, self.model, self.before, self.say)
-        fresh = state.start(
-            variables, self.optimizer, seed, ema=experiment.train.ema > 0
+    def _start(
+        self, kept: runs.RunCheckpoints, before: Variables | None, *, resume: bool
+    ) -> tuple[state.TrainState, Mapping[str, Any]]:
+        """Returns the state to go on from, and the record of its checkpoint."""
+        seed = jax.random.key(self.experiment.train.seed)
+        going_on = resume and kept.latest_step() is not None
+        # What a run started from need not be there any more when it goes on.
+        variables = (
+            jax.tree.map(np.asarray, self.model.init(seed))
+            if going_on
+            else initial_variables(self.experiment, self.model, before, self.say)
         )
-        if not resume or kept.latest_step() is None:
+        fresh = state.start(
+            variables, self.optimizer, seed, ema=self.experiment.train.ema > 0
+        )
+        if not going_on:
             return fresh, {}
         restored = kept.restore(state.to_tree(fresh))
         for sentence in restored.skipped:
             self.say(sentence)
         self.say(f"resumed at step {restored.step} of {self.steps}")
-        return state.from_tree(restored.state), restored.record.get("scores", {})
+        return state.from_tree(restored.state), restored.record
 
-    def _train(self, start: state.TrainState, kept: runs.RunCheckpoints, first: int):
-        experiment = self.experiment
-        train = experiment.train
-        layout = parallel.make_layout(train.parallel, space=train.space)
-        replicas = parallel.check_batch(
-            train.batch,
-            layout,
-            accumulate=train.accumulate,
-            replicas=train.replicas,
-        )
+    def _train(
+        self,
+        start: state.TrainState,
+        kept: runs.RunCheckpoints,
+        resumed: Mapping[str, Any],
+    ) -> Mapping[str, float]:
+        """Trains to the end of the stage; returns the last validation's scores."""
+        experiment, layout = self.experiment, self.layout
+        train, first = experiment.train, int(start.step)
         train_step = step.make_train_step(
             self.model,
             loss_of(experiment),
             self.optimizer,
             make_prepare(experiment, self.sources, layout),
-            step.StepConfig(train.accumulate, replicas, train.ema, layout.axis),
+            step.StepConfig(train.accumulate, self.replicas, train.ema, layout.axis),
         )
         last: dict[str, float] = {}
         validate = make_validation(experiment, self.sources, self.model)
@@ -618,6 +648,7 @@ class _StageRun:
                 log=log,
                 record={"stage": self.stage.name},
                 metric=self.metric,
+                resumed=resumed,
             )
             loop.run(parallel.place_state(start, layout), job, experiment.loop)
         return last

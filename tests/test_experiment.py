@@ -88,6 +88,23 @@ def test_stages_change_only_themselves():
     assert first.optimizer == PLAIN.optimizer
 
 
+def test_stages_and_objectives_are_changed_by_name():
+    named = dataclasses.replace(
+        PLAIN,
+        stages=(Stage("a", 1), Stage("b", 2)),
+        objectives=(("x", Objective()), ("y", Objective())),
+    )
+    changed = lib.override(
+        named, [("stages.b.epochs", "9"), ("objectives.x.dice_weight", "0.5")]
+    )
+    assert [stage.epochs for stage in changed.stages] == [1, 9]
+    assert [o.dice_weight for _, o in changed.objectives] == [0.5, 0.0]
+    with pytest.raises(UserError, match="stages has a, b"):
+        lib.override(named, [("stages.c.epochs", "9")])
+    with pytest.raises(UserError, match=r"no setting --stages\.a\.epoch;"):
+        lib.override(named, [("stages.a.epoch", "9")])
+
+
 def test_inconsistent_experiments_are_refused():
     with pytest.raises(UserError, match="stages none"):
         Experiment(name="x", stages=())

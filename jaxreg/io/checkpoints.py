@@ -75,7 +75,7 @@ def save_bundle(
     try:
         with _temporary_sibling(path) as temporary:
             temporary.mkdir()
-            with ocp.PyTreeCheckpointer() as checkpointer:
+            with _checkpointer() as checkpointer:
                 checkpointer.save(temporary / ARRAYS, tree)
             (temporary / DESCRIPTION).write_text(text, encoding="utf-8")
             _move_into_place(temporary, path, replace=replace)
@@ -110,7 +110,7 @@ def load_bundle(path: str | os.PathLike[str]) -> Bundle:
             f"{damaged}: {ARRAYS}/_METADATA is missing; write or download it again"
         )
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             tree = checkpointer.metadata(arrays).item_metadata
             if tree is None:
                 raise ValueError("no metadata")
@@ -155,6 +155,24 @@ def check_checkpoint_path(path: str | os.PathLike[str]) -> None:
             f"{path} exists and is no jaxreg checkpoint, so it is not replaced; "
             "choose another name or remove it"
         )
+
+
+def this_process() -> ocp.options.MultiprocessingOptions:
+    """Makes Orbax wait for no other process."""
+    index = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"jaxreg{index}",
+    )
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    alone = this_process()
+    return ocp.Checkpointer(
+        ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
+        multiprocessing_options=alone,
+    )
 
 
 def _description(bundle: Bundle) -> dict[str, Any]:

@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxreg.errors import UserError
-from jaxreg.io.checkpoints import tree_checksum
+from jaxreg.io.checkpoints import this_process, tree_checksum
 from jaxreg.typing import Variables
 
 FORMAT = "jaxreg run"
@@ -346,7 +346,7 @@ class RunCheckpoints:
 
     def _opened_manager(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            alone = _this_process()
+            alone = this_process()
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 options=ocp.CheckpointManagerOptions(
@@ -535,16 +535,6 @@ class _WithoutOrbax(logging.Filter):
         return not by_orbax and "tensorstore_spec" not in record.getMessage()
 
 
-def _this_process() -> ocp.options.MultiprocessingOptions:
-    """Makes Orbax wait for no other process."""
-    index = jax.process_index()
-    return ocp.options.MultiprocessingOptions(
-        primary_host=index,
-        active_processes={index},
-        barrier_sync_key_prefix=f"jaxreg{index}",
-    )
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps Orbax's own account off stderr: what matters is raised or returned.
@@ -622,7 +612,6 @@ def _describe(
         "leaves": {name: list(_kind(leaf)) for name, leaf in arrays.items()},
         "arrays_checksum": tree_checksum(arrays),
     }
-    content = json.loads(json.dumps(content))
     return content | {"checksum": _text_checksum(content)}
 
 
@@ -666,7 +655,7 @@ def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         for name, (_, shape) in leaves.items()
         if math.prod(shape)
     }
-    alone = _this_process()
+    alone = this_process()
     handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
     try:
         with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:

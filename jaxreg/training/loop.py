@@ -6,6 +6,7 @@ holds the step and the key, and the data are a function of the number of batches
 """
 
 import collections
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
@@ -120,6 +121,7 @@ class Job:
       log: where numbers go.
       record: kept in each checkpoint beside the state.
       metric: a name in the scores, or None.
+      resumed: the record of the checkpoint that the state comes from.
     """
 
     step: Callable
@@ -135,6 +137,7 @@ class Job:
     log: RunLog
     record: Mapping[str, Any]
     metric: str | None = None
+    resumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
@@ -156,11 +159,20 @@ def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
 
 @dataclasses.dataclass
 class _Meter:
-    """Sums the numbers of the steps since the last row of the log."""
+    """Sums the numbers of the steps since the last row of the log.
+
+    Attributes:
+      began: when the clock read so, in seconds.
+      waited: seconds waited for data until then.
+      steps: how many are in the sums.
+      untimed: how many of these were done before a kill, on another clock.
+      sums: by name.
+    """
 
     began: float
     waited: float
     steps: int = 0
+    untimed: int = 0
     sums: collections.Counter[str] = dataclasses.field(
         default_factory=collections.Counter
     )
@@ -178,6 +190,10 @@ class _Loop:
         self.done = int(parallel.fetch_state(state, job.layout).step)
         self.pending: collections.deque = collections.deque()
         self.meter = self._new_meter()
+        # The next row is the mean of all its steps, those before the kill too.
+        before = job.resumed.get("unlogged", {"steps": 0, "sums": {}})
+        self.meter.steps = self.meter.untimed = before["steps"]
+        self.meter.sums.update(before["sums"])
         self.saved: int | None = None
 
     def run(self) -> TrainState:
@@ -242,7 +258,8 @@ class _Loop:
         row = {name: total / meter.steps for name, total in meter.sums.items()}
         row["learning_rate"] = float(job.learning_rate(step - 1))
         row["epoch"] = step / job.steps_per_epoch
-        row["pairs_per_s"] = meter.steps * job.batch_size / seconds
+        timed = meter.steps - meter.untimed
+        row["pairs_per_s"] = timed * job.batch_size / seconds
         row["data_wait_share"] = (job.batches.waited_s - meter.waited) / seconds
         job.log.scalars(step, row)
         job.log.progress(step, job.steps, row)
@@ -282,12 +299,17 @@ class _Loop:
             return
         one = parallel.fetch_state(self.state, job.layout)
         data = {**job.batches.state(), "batches": self.done}
-        record = {**job.record, "data": data, "scores": dict(scores)}
-        metrics = None
-        if job.metric in scores:
-            metrics = {job.metric: float(scores[job.metric])}
-        job.checkpoints.save(self.done, state_lib.to_tree(one), record, metrics=metrics)
+        unlogged = {"steps": self.meter.steps, "sums": dict(self.meter.sums)}
+        record = {
+            **job.record, "data": data, "scores": dict(scores), "unlogged": unlogged
+        }  # fmt: skip
+        # Before it is: interrupted within, it is not to be tried a second time.
         self.saved = self.done
+        metric = job.metric
+        metrics = None
+        if metric is not None and metric in scores:
+            metrics = {metric: float(scores[metric])}
+        job.checkpoints.save(self.done, state_lib.to_tree(one), record, metrics=metrics)
 
     def _stop(self, step: int, numbers: Mapping[str, float], batch) -> None:
         """Says which pair spoiled a step; the state has not taken it."""
@@ -298,7 +320,12 @@ class _Loop:
         suspects = at_fault or range(len(indices))
         names = "; ".join(job.batches.named(int(indices[i])) for i in suspects)
         what = "pair" if at_fault else "one of the batch's pairs, none of them alone"
-        kept = None if job.checkpoints is None else job.checkpoints.latest_step()
+        kept = None
+        if job.checkpoints is not None:
+            # One that is still being written counts; if it fails, those before do.
+            with contextlib.suppress(UserError):
+                job.checkpoints.wait()
+            kept = job.checkpoints.latest_step()
         mend = (
             "look at these files, or lower optimizer.learning_rate"
             if at_fault

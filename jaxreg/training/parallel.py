@@ -174,7 +174,7 @@ def place_state(state: Any, layout: Layout) -> Any:
     replicated = NamedSharding(_mesh(layout), Spec())
 
     def put(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = put(jax.random.key_data(leaf))
             return jax.random.wrap_key_data(data)
         host = np.asarray(leaf)

@@ -32,7 +32,7 @@ class TrainState:
     variables: Variables
     opt_state: Any
     ema: Any
-    key: Key | None
+    key: Key
 
 
 def start(

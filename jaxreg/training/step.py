@@ -194,10 +194,10 @@ def make_train_step(
         )
         kept = jax.tree.map(
             lambda a, b: jnp.where(finite, a, b),
-            dataclasses.replace(new, key=None),
-            dataclasses.replace(state, key=None),
+            new,
+            state,
         )
-        kept = dataclasses.replace(kept, step=state.step + 1, key=state.key)
+        kept = dataclasses.replace(kept, step=state.step + 1)
         return kept, {**parts, "gradient_norm": norm, "finite": finite}
 
     return step

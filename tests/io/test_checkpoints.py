@@ -157,7 +157,7 @@ def test_failure_leaves_things_as_they_were(tmp_path, monkeypatch, existing):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.ocp.PyTreeCheckpointer, "save", fail)
+        patch.setattr(checkpoints.ocp.Checkpointer, "save", fail)
         with pytest.raises(UserError, match="No space left"):
             save_bundle(tmp_path / "best", bundle(2.0))
     assert os.listdir(tmp_path) == (["best"] if existing else [])

@@ -1,0 +1,570 @@
+"""train, evaluate, compare and data check from the command line, mistakes above all.
+
+Every mistake must be one sentence and exit status 2, and must leave earlier checkpoints
+as they were. Runs are in this process, of a network of a few hundred numbers.
+"""
+
+import csv
+import json
+import pathlib
+import resource
+import shutil
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxreg import cli, cli_training, experiment, trainer
+from jaxreg.data import synthetic
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints, runs
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+
+TINY = """
+from jaxreg.experiment import *
+from jaxreg.data.augment import Augmentation
+from jaxreg.data.pipeline import Loading
+from jaxreg.losses.objective import Objective
+from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.training.loop import LoopConfig
+from jaxreg.training.optimizer import OptimizerConfig
+
+
+def get_config():
+    return Experiment(
+        name="tiny",
+        model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0),
+        data=DataConfig(pairs_per_epoch=12, validation_pairs=0),
+        loading=Loading(shape=(8, 8, 8), prefetch=0),
+        objective=Objective(similarity="mse"),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(batch=2),
+        loop=LoopConfig(log_every=1, checkpoint_every=1, image_every=0, keep_latest=9),
+        stages=(Stage("one", 1),),
+    )
+"""
+STEPS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Runs of the same program find it compiled."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Eight labelled subjects of 10 x 11 x 12 voxels, the fifth for validation."""
+    task = synthetic.SyntheticConfig("shapes", shape=(10, 11, 12), labels=2)
+    folder = tmp_path_factory.mktemp("original")
+    return synthetic.write_dataset(folder, task, subjects=8)
+
+
+@pytest.fixture
+def scans(tmp_path, original):
+    """A copy of them, to be spoiled."""
+    shutil.copytree(original.parent, tmp_path / "scans")
+    return tmp_path / "scans" / original.name
+
+
+@pytest.fixture
+def train(config, tmp_path, capsys):
+    """Runs ``jaxreg train`` on a folder; returns (status, stdout, stderr)."""
+
+    def run(*options, out="run"):
+        place = [] if out is None else ["--out", str(tmp_path / out)]
+        status = cli.main(
+            ["train", "--config", str(config), *place, *map(str, options)]
+        )
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+def is_mistake(result, *words):
+    """Checks that a run ended in one sentence that has these words; returns it."""
+    status, _, error = result
+    assert status == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("jaxreg: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+def saved(out):
+    with runs.RunCheckpoints(out / "one" / "checkpoints", read_only=True) as kept:
+        return kept.steps()
+
+
+def rows_of(manifest):
+    with open(manifest, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(manifest, rows):
+    with open(manifest, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def change(path, edit):
+    """Rewrites a NIfTI file with other values, or on another grid."""
+    image = nib.load(path)
+    array = edit(np.asarray(image.dataobj).copy())
+    nib.save(nib.Nifti1Image(array, image.affine), path)
+
+
+def first_use(config, manifest):
+    """The image that is used last of all for the first time: (its path, the step)."""
+    chosen = experiment.override(
+        experiment.load(config), [("data.manifests", str(manifest))]
+    )
+    source = trainer.make_sources(chosen).train
+    first = {}
+    for index in range(2 * STEPS):
+        plan = source.plan(index)
+        for view in (plan.moving, plan.fixed):
+            first.setdefault(source.records[view.record].image, index // 2 + 1)
+    path = max(first, key=lambda p: first[p])
+    assert first[path] >= 3
+    return path, first[path]
+
+
+# --- settings -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data.manifests", "nowhere.csv"], ["nowhere.csv"]),
+        ([], ["names no data", "--data.manifests"]),
+        (["--optimizer.lerning_rate", "1"], ["did you mean learning_rate"]),
+        (["--optimiser.name", "adam"], ["did you mean optimizer"]),
+        (["--train.batch"], ["--train.batch has no value"]),
+        (["--train.batch", "two"], ["--train.batch is 'two'", "whole number"]),
+        (["somewhere.csv"], ["somewhere.csv is not understood"]),
+        (["--data.synthetic", "knees"], ["knees", "inter_mono"]),
+        (["--data.synthetic", "inter_mono", "--train.replicas", "3"],
+         ["replicas is 3"]),
+        (["--train.batch", "3", "--train.accumulate", "2", "--data.synthetic",
+          "inter_mono"], ["batch is 3", "multiple of 2"]),
+        (["--train.space", "2", "--data.synthetic", "inter_mono"], ["space is 2"]),
+        (["--train.batch", "13", "--data.synthetic", "inter_mono"],
+         ["pairs_per_epoch is 12", "train.batch 13"]),
+        (["--objective.dice_weight", "-1"], ["dice_weight is -1"]),
+        (["--coordinator", "localhost:1"], ["--processes", "belong together"]),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_said_and_leave_no_folder(train, tmp_path, options, words):
+    is_mistake(train(*options), *words)
+    assert not (tmp_path / "run").exists()
+    # The next try with better settings is not in its own way.
+
+
+def test_the_folder_must_be_named(train):
+    is_mistake(train(out=None), "--out is missing", "--dry-run")
+
+
+def test_the_configuration_must_exist(tmp_path, capsys, config):
+    near = config.parent / "tinny.py"
+    status = cli.main(["train", "--config", str(near), "--out", str(tmp_path / "a")])
+    assert status == 2
+    assert "did you mean tiny.py" in capsys.readouterr().err
+
+
+def test_a_wrong_column_is_said_with_the_right_one(train, tmp_path, scans):
+    text = scans.read_text()
+    scans.write_text(text.replace("label", "lable", 1))
+    is_mistake(train("--data.manifests", scans), str(scans), "lable", "label")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dice_weight_needs_labels_and_their_list(train, scans):
+    options = ["--data.manifests", scans, "--objective.dice_weight", "1"]
+    is_mistake(train(*options), "shapes", "--data.classes")
+    rows = [{k: v for k, v in row.items() if k != "label"} for row in rows_of(scans)]
+    write_rows(scans, rows)
+    is_mistake(train(*options), "dataset shapes has no label", "Dice")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pairs"),
+    [
+        (["--a.b", "1", "--c.d=2"], [("a.b", "1"), ("c.d", "2")]),
+        (["--a.b=x=y"], [("a.b", "x=y")]),
+        (["--a.b", "-1"], [("a.b", "-1")]),
+        ([], []),
+    ],
+)
+def test_settings_are_read_with_and_without_an_equals_sign(arguments, pairs):
+    assert cli_training.setting_pairs(arguments) == pairs
+
+
+@pytest.mark.parametrize("arguments", [["a.b", "1"], ["--"], ["-x", "1"], ["--a.b"]])
+def test_other_arguments_are_refused(arguments):
+    with pytest.raises(UserError, match="no value|not understood"):
+        cli_training.setting_pairs(arguments)
+
+
+# --- the folder -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(config, original, tmp_path_factory):
+    """A run of six steps to its end; the others compare with it and copy it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    status = cli.main(
+        ["train", "--config", str(config), "--out", str(out),
+         "--data.manifests", str(original)]
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def test_a_run_is_not_overwritten(train, original, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    is_mistake(train("--data.manifests", original), "holds a run already", "--resume")
+    assert saved(tmp_path / "run") == (1, 2, 3, 4, 5, 6)
+
+
+def test_another_folder_is_not_taken_for_a_run(train, original, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    for options in ([], ["--resume"]):
+        result = train("--data.manifests", original, *options)
+        is_mistake(result, "exists and holds no run")
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(train, original, tmp_path):
+    (tmp_path / "file").write_text("")
+    is_mistake(train("--data.manifests", original, out="file/run"), "file/run")
+
+
+def test_resume_with_other_settings_names_them(train, original, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    result = train(
+        "--data.manifests", original, "--resume", "--optimizer.learning_rate", "0.5"
+    )
+    is_mistake(result, "optimizer.learning_rate 0.001 -> 0.5")
+    assert saved(tmp_path / "run") == (1, 2, 3, 4, 5, 6)
+
+
+def test_resume_where_nothing_is_starts_anew_and_says_so(train, original, finished):
+    status, said, _ = train("--data.manifests", original, "--resume")
+    assert status == 0
+    assert "no run in" in said and "starts anew" in said
+    assert "6 steps of the last stage" in said
+
+
+def test_damaged_settings_of_a_run_are_said(train, original, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "experiment.json").write_text('{"name": ')
+    result = train("--data.manifests", original, "--resume")
+    is_mistake(result, "experiment.json")
+
+
+# --- data that go wrong on the way ----------------------------------------------------
+
+
+def test_an_image_that_goes_missing_in_an_epoch(train, config, scans, tmp_path):
+    # Nothing looks at an image before its first pair, so this is as good as later.
+    path, step = first_use(config, scans)
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    error = is_mistake(train("--data.manifests", scans), str(path), "[pair ")
+    assert "moving" in error and "fixed" in error
+    assert saved(tmp_path / "run") == tuple(range(1, step))
+    assert not (tmp_path / "run" / "weights").exists()
+    # Put back, the run goes on where it was.
+    aside.rename(path)
+    status, said, _ = train("--data.manifests", scans, "--resume")
+    assert status == 0
+    assert f"resumed at step {step - 1} of 6" in said
+    assert (tmp_path / "run" / "weights").is_dir()
+
+
+def test_an_image_with_nan_is_named(train, config, scans, tmp_path):
+    path, step = first_use(config, scans)
+
+    def spoil(array):
+        array = array.astype(np.float32)
+        array[2, 3, 4] = np.nan
+        return array
+
+    change(path, spoil)
+    is_mistake(train("--data.manifests", scans), str(path))
+    assert saved(tmp_path / "run") == tuple(range(1, step))
+
+
+def test_nan_that_reaches_the_loss_names_the_pair(
+    train, scans, config, monkeypatch, tmp_path
+):
+    # As from a fault that reading does not see, such as a damaged cache.
+    path, step = first_use(config, scans)
+    original = trainer.pipeline.network_image
+
+    def spoilt(volume, *args, **options):
+        image = original(volume, *args, **options).copy()
+        if volume.source == str(path):
+            image[1, 2, 3] = np.nan
+        return image
+
+    monkeypatch.setattr(trainer.pipeline, "network_image", spoilt)
+    error = is_mistake(
+        train("--data.manifests", scans),
+        f"at step {step} the loss is nan",
+        str(path),
+        f"checkpoint of step {step - 1} is good",
+    )
+    # One pair, not both of the batch.
+    assert error.count("moving ") == 1 and "none of them alone" not in error
+    assert saved(tmp_path / "run") == tuple(range(1, step))
+    for leaf in leaves(tmp_path / "run", step - 1).values():
+        assert np.isfinite(leaf).all()
+
+
+def leaves(out, step):
+    folder = out / "one" / "checkpoints"
+    text = (folder / str(step) / "record" / "metadata").read_text()
+    like = {
+        name: jax.ShapeDtypeStruct(tuple(shape), kind)
+        for name, (kind, shape) in json.loads(text)["leaves"].items()
+    }
+    with runs.RunCheckpoints(folder, read_only=True) as kept:
+        return kept.restore(like, step=step).state
+
+
+def test_a_learning_rate_that_is_far_too_large(train, original, tmp_path):
+    result = train("--data.manifests", original, "--optimizer.learning_rate", "1e25")
+    is_mistake(result, "at step", "lower optimizer.learning_rate", "is good")
+    steps = saved(tmp_path / "run")
+    assert steps and steps[-1] < STEPS
+    for leaf in leaves(tmp_path / "run", steps[-1]).values():
+        assert np.isfinite(leaf).all()
+
+
+def with_labels(scans, values):
+    """The same manifest as JSON, which lists the labels."""
+    data = [
+        {k: row[k] for k in ("image", "label", "subject", "dataset", "split")}
+        for row in rows_of(scans)
+    ]
+    names = {"shapes": {str(v): f"structure {v}" for v in values}}
+    path = scans.with_suffix(".json")
+    path.write_text(json.dumps({"data": data, "labels": names}))
+    return path
+
+
+def test_labels_outside_the_list(train, scans, tmp_path):
+    label = scans.parent / rows_of(scans)[0]["label"]
+
+    def spoil(array):
+        array[array == 2] = 7
+        return array
+
+    change(label, spoil)
+    result = train(
+        "--data.manifests", with_labels(scans, [1, 2]), "--objective.dice_weight", "1"
+    )
+    is_mistake(result, str(label), "has labels 7", "1, 2")
+    assert not (tmp_path / "run" / "weights").exists()
+
+
+def test_a_label_map_on_another_grid(train, scans):
+    label = scans.parent / rows_of(scans)[0]["label"]
+    change(label, lambda array: array[:-1])
+    result = train(
+        "--data.manifests", with_labels(scans, [1, 2]), "--objective.dice_weight", "1"
+    )
+    is_mistake(result, str(label), "grid")
+
+
+def test_images_of_different_shapes_just_work(train, scans):
+    for i, row in enumerate(rows_of(scans)[:6]):
+        for name in ("image", "label"):
+            path = scans.parent / row[name]
+            change(path, lambda array, i=i: array[: 10 - i % 3, :, i % 2 :])
+    status, said, error = train("--data.manifests", scans)
+    assert status == 0, error
+    assert "6 steps of the last stage" in said
+
+
+# --- a full disk ----------------------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(
+    train, original, finished, tmp_path, monkeypatch
+):
+    save = runs.RunCheckpoints.save
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full_from_step_4(self, step, *args, **options):
+        if step == 4:
+            self.wait()
+            # No file may grow beyond this, as on a disk with hardly any room left.
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+        save(self, step, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.RunCheckpoints, "save", full_from_step_4)
+        try:
+            result = train("--data.manifests", original)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    is_mistake(result, "cannot be written", "room", "resume")
+    folder = tmp_path / "run" / "one" / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["1", "2", "3"]
+    # With room again, it ends as one that never stopped.
+    status, said, error = train("--data.manifests", original, "--resume")
+    assert status == 0, error
+    assert "resumed at step 3 of 6" in said
+    one, two = leaves(tmp_path / "run", STEPS), leaves(finished, STEPS)
+    for name in one:
+        np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+# --- the other verbs ------------------------------------------------------------------
+
+
+def test_data_check_counts_what_is_there(original, capsys):
+    assert cli.main(["data", "check", str(original)]) == 0
+    said = capsys.readouterr().out
+    assert "8 images: 7 train, 1 val, 0 test" in said
+
+
+def test_data_check_reports_every_problem(scans, capsys):
+    rows = rows_of(scans)
+    (scans.parent / rows[0]["image"]).unlink()
+    change(scans.parent / rows[1]["label"], lambda array: array[:-1])
+    assert cli.main(["data", "check", str(scans)]) == 2
+    said = capsys.readouterr()
+    assert rows[0]["image"] in said.out and rows[1]["label"] in said.out
+    assert "2 problems" in said.err
+
+
+def test_data_check_of_nothing(tmp_path, capsys):
+    assert cli.main(["data", "check", str(tmp_path / "none.csv")]) == 2
+    assert "none.csv" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def scored(original, tmp_path_factory):
+    """Rows of the validation pairs for two sets of weights, by the command line."""
+    folder = tmp_path_factory.mktemp("scored")
+    rows = rows_of(original)
+    for row in rows:
+        for name in ("image", "label"):
+            row[name] = str(original.parent / row[name])
+        row["split"] = "val" if int(row["subject"][-1]) < 4 else "train"
+    write_rows(folder / "manifest.csv", rows)
+    model = GradIcon(GradIconConfig((2, 4), (4,), halvings=0, refinements=0))
+    rng = np.random.default_rng(0)
+    for name, size in (("identity", 0), ("random", 0.02)):
+        variables = jax.tree_util.tree_map_with_path(
+            lambda path, a, size=size: (
+                np.asarray(rng.uniform(-size, size, a.shape), np.float32)
+                if path[-2].key == "last"
+                else np.asarray(a)
+            ),
+            model.init(jax.random.key(0)),
+        )
+        bundle = trainer.bundle_of(
+            experiment.override(
+                experiment.Experiment(name="x", stages=(experiment.Stage("one", 1),)),
+                [("model.channels_down", "2,4"), ("model.channels_up", "4"),
+                 ("model.halvings", "0"), ("model.refinements", "0"),
+                 ("loading.shape", "8,8,8")],
+            ),
+            variables,
+        )  # fmt: skip
+        checkpoints.save_bundle(folder / name, bundle)
+        status = cli.main(
+            ["evaluate", "--manifest", str(folder / "manifest.csv"), "--model",
+             str(folder / name), "--neighbours", "1", "--name", name, "--out",
+             str(folder / f"{name}.csv")]
+        )  # fmt: skip
+        assert status == 0
+    return folder
+
+
+def test_evaluate_writes_rows_and_a_table(scored):
+    rows = rows_of(scored / "identity.csv")
+    assert {row["method"] for row in rows} == {"initial", "identity"}
+    assert len(rows) == 6  # three pairs of the three subjects, before and after
+    dice = {m: [float(r["dice"]) for r in rows if r["method"] == m]
+            for m in ("initial", "identity")}  # fmt: skip
+    # The fresh network is the identity on a common grid: here, of equal headers.
+    np.testing.assert_allclose(dice["identity"], dice["initial"], atol=1e-6)
+    table = (scored / "identity.md").read_text()
+    assert "identity" in table and "Dice" in table
+
+
+def test_compare_tests_two_results(scored, capsys):
+    files = [str(scored / "identity.csv"), str(scored / "random.csv")]
+    options = ["--method-a", "identity", "--method-b", "random"]
+    assert cli.main(["compare", *files, *options]) == 0
+    said = capsys.readouterr().out
+    assert "3 pairs" in said and "p" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "r.csv"], "--pairs or --manifest"),
+        (["--out", "r.csv", "--manifest", "a.csv"], "--model"),
+        (["--manifest", "a.csv", "--model", "x"], "--out"),
+        (["--out", "r.csv", "--manifest", "a.csv", "--model", "unigradicom"], "a.csv"),
+        (["--out", "r.csv", "--manifest", "a.csv", "--others", "elastix"], "elastix"),
+    ],
+)
+def test_evaluate_says_what_is_missing(arguments, words, capsys):
+    assert cli.main(["evaluate", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_evaluate_of_an_unknown_model_or_split(original, tmp_path, capsys):
+    base = ["evaluate", "--manifest", str(original), "--out", str(tmp_path / "r.csv")]
+    assert cli.main([*base, "--model", "unigradicom"]) == 2
+    assert "unigradicon" in capsys.readouterr().err
+    assert cli.main([*base, "--model", "unigradicon", "--split", "vall"]) == 2
+    assert "vall" in capsys.readouterr().err
+
+
+def test_compare_of_a_file_that_is_not_there(scored, capsys):
+    status = cli.main(["compare", str(scored / "identity.csv"), "nothing.csv"])
+    assert status == 2
+    assert "nothing.csv" in capsys.readouterr().err
+
+
+def test_jaxreg_says_what_it_does(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    said = capsys.readouterr().out
+    for option in ("--config", "--out", "--resume", "--dry-run", "--distributed"):
+        assert option in said
+    assert pathlib.Path(cli_training.__file__).exists()

@@ -1,0 +1,375 @@
+"""The training step: parts of a batch, moving average, bad numbers, replicas, types."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxreg.losses.objective import Objective, TaskObjective
+from jaxreg.models.base import Prediction
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.nn.unet import BatchNorm
+from jaxreg.space.transform import Displacement, Transform
+from jaxreg.training import state as state_lib
+from jaxreg.training import step as step_lib
+from jaxreg.training.step import StepConfig
+from jaxreg.typing import ONE_CALL, Batching, Pair
+
+SHAPE = (8, 7, 9)
+PLAIN = StepConfig()
+CONFIG = GradIconConfig((2, 4), (4,), halvings=0, refinements=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shift:
+    """A model of three numbers: every point moves by them, times the images' mean.
+
+    Its statistics count the calls, as batch norm's do.
+    """
+
+    def init(self, key):
+        del key
+        return {
+            "params": {"by": jnp.array([0.1, -0.2, 0.3])},
+            "batch_stats": {"calls": jnp.zeros(())},
+        }
+
+    def apply(self, variables, moving, fixed, *, train=False, batching=ONE_CALL):
+        del fixed
+        scale = moving.mean((1, 2, 3, 4))[:, None, None, None, None]
+        field = scale * jnp.ones((1, *SHAPE, 1)) * variables["params"]["by"]
+        calls = variables["batch_stats"]["calls"] + batching.calls * train
+        after = {**variables, "batch_stats": {"calls": calls}}
+        return Prediction(Transform((Displacement(field),))), after
+
+
+def squares(forward, backward, pair, noise, *, axis=None):
+    """A loss by hand: the mean square of both displacements and of a bit of noise."""
+    del axis
+    del pair
+    a, b = (t.steps[0].field for t in (forward, backward))
+    loss = jnp.mean((a + 0.01 * noise) ** 2) + jnp.mean((b - 1) ** 2)
+    return loss, {"loss": loss}
+
+
+def pair_of(batch, key):
+    del key
+    return Pair(moving=batch["moving"], fixed=batch["fixed"])
+
+
+def batch_of(count, seed=0, **more):
+    rng = np.random.default_rng(seed)
+    images = {
+        name: jnp.asarray(rng.uniform(size=(count, *SHAPE, 1)), jnp.float32)
+        for name in ("moving", "fixed")
+    }
+    return images | more
+
+
+def moved_variables(model, seed=0):
+    """Fresh variables with a last layer that moves points."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, value):
+        if path[-2].key == "last":
+            value = rng.uniform(-0.05, 0.05, value.shape)
+        return jnp.asarray(value)
+
+    return jax.tree_util.tree_map_with_path(leaf, model.init(jax.random.key(seed)))
+
+
+def started(model, optimizer, *, ema=False, variables=None):
+    variables = model.init(jax.random.key(0)) if variables is None else variables
+    return state_lib.start(variables, optimizer, jax.random.key(5), ema=ema)
+
+
+def made(model, objective, optimizer, config=PLAIN, prepare=pair_of):
+    return jax.jit(
+        step_lib.make_train_step(model, objective, optimizer, prepare, config)
+    )
+
+
+def descent():
+    """Plain gradient descent that keeps the gradient."""
+    return optax.chain(optax.trace(0.0), optax.scale(-1.0))
+
+
+def gradient_in(state):
+    return state.opt_state[0].trace
+
+
+def assert_close(a, b, rtol=1e-5, atol=1e-6):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+def distance(a, b):
+    """L2 distance of two trees, relative to the first."""
+    a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
+    return np.linalg.norm(a - b) / np.linalg.norm(a)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+# --- accumulation ---------------------------------------------------------------------
+
+
+def test_accumulated_parts_average_to_the_gradient_by_hand():
+    # Parts are every n-th pair; each has batch statistics and noise of its own, and
+    # finds the running statistics that the part before it left.
+    model = GradIcon(CONFIG)
+    objective = Objective(similarity="ncc", inverse_consistency_weight=0.5)
+    sgd = descent()
+    start = started(model, sgd, variables=moved_variables(model))
+    batch = batch_of(4)
+    after, parts = made(model, objective, sgd, StepConfig(accumulate=2))(start, batch)
+
+    @jax.jit
+    def by_hand(params, stats, pair, noise):
+        def loss(params):
+            variables = {"params": params, "batch_stats": stats}
+            value, aux = step_lib.evaluate(
+                model, variables, pair, noise, objective=objective, train=True
+            )
+            return value, aux[3]["batch_stats"]
+
+        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return value, stats, gradient
+
+    # The step's key, once more, as each part draws from the same one.
+    key = jax.random.fold_in(start.key, 0)
+    noise = jax.random.normal(jax.random.split(key)[1], (1, *SHAPE, 3))
+    stats, found = start.variables["batch_stats"], []
+    for first in range(2):
+        pair = Pair(batch["moving"][first::2], batch["fixed"][first::2])
+        value, stats, gradient = by_hand(start.variables["params"], stats, pair, noise)
+        found.append((value, gradient))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for _, gradient in found))
+    assert distance(mean, gradient_in(after)) < 1e-5
+    assert_close(stats, after.variables["batch_stats"])
+    np.testing.assert_allclose(parts["loss"], (found[0][0] + found[1][0]) / 2, 1e-5)
+    np.testing.assert_allclose(parts["gradient_norm"], optax.tree.norm(mean), 1e-4)
+    # The two parts are not alike, so an average of one with itself would be seen.
+    assert distance(found[0][1], found[1][1]) > 0.01
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_a_loss_that_is_a_mean_over_pairs_does_not_see_the_parts(accumulate):
+    model, sgd = Shift(), descent()
+    start = started(model, sgd)
+    after, _ = made(model, squares, sgd, StepConfig(accumulate=accumulate))(
+        start, batch_of(4)
+    )
+    whole, _ = made(model, squares, sgd)(start, batch_of(4))
+    assert_close(gradient_in(whole), gradient_in(after))
+    assert after.variables["batch_stats"]["calls"] == 2 * accumulate
+
+
+# --- moving average, noise, numbers that are not finite -------------------------------
+
+
+def test_the_moving_average_is_the_one_by_hand():
+    model, adam = Shift(), optax.adam(0.1)
+    step = made(model, squares, adam, StepConfig(ema=0.7))
+    state = started(model, adam, ema=True)
+    assert_same(state.ema, state.variables["params"])
+    average = np.asarray(state.variables["params"]["by"])
+    for seed in range(4):
+        state, _ = step(state, batch_of(2, seed))
+        average = 0.7 * average + 0.3 * np.asarray(state.variables["params"]["by"])
+        np.testing.assert_allclose(state.ema["by"], average, rtol=1e-5)
+    used = state_lib.averaged(state)
+    assert_same(used["params"], state.ema)
+    assert_same(used["batch_stats"], state.variables["batch_stats"])
+    assert np.abs(used["params"]["by"] - state.variables["params"]["by"]).max() > 1e-3
+
+
+def test_each_step_has_noise_of_its_own_and_a_repeated_one_has_the_same():
+    model, sgd = Shift(), optax.sgd(0.0)
+    step = made(model, squares, sgd)
+    first, one = step(started(model, sgd), batch_of(2))
+    _, two = step(first, batch_of(2))
+    _, again = step(started(model, sgd), batch_of(2))
+    assert one["loss"] != two["loss"]
+    assert one["loss"] == again["loss"]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_pair_leaves_everything_but_the_step_as_it_was(value):
+    model, adam = Shift(), optax.adam(0.1)
+    step = made(model, squares, adam, StepConfig(ema=0.5))
+    good, parts = step(started(model, adam, ema=True), batch_of(2))
+    assert parts["finite"] and good.step == 1
+    batch = batch_of(2)
+    batch["moving"] = batch["moving"].at[1, 0, 0, 0].set(value)
+    bad, parts = step(good, batch)
+    assert not parts["finite"]
+    assert bad.step == 2
+    for name in ("variables", "opt_state", "ema"):
+        assert_same(getattr(bad, name), getattr(good, name))
+    # And it goes on from there.
+    after, parts = step(bad, batch_of(2))
+    assert parts["finite"] and after.step == 3
+    assert np.any(after.variables["params"]["by"] != good.variables["params"]["by"])
+
+
+def test_a_gradient_that_is_not_finite_counts_even_if_the_loss_is():
+    def root(forward, backward, pair, noise, *, axis=None):
+        del backward, pair, noise, axis
+        # Finite at 0, but its slope is not.
+        loss = jnp.sqrt(jnp.sum((forward.steps[0].field * 0) ** 2))
+        return loss, {"loss": loss}
+
+    model, sgd = Shift(), descent()
+    start = started(model, sgd)
+    after, parts = made(model, root, sgd)(start, batch_of(1))
+    assert np.isfinite(parts["loss"]) and not parts["finite"]
+    assert_same(after.variables, start.variables)
+
+
+# --- batch statistics of replicas -----------------------------------------------------
+
+
+def normalised_by_hand(x, momentum=0.1, epsilon=1e-5):
+    """PyTorch's batch norm in training mode: output, new mean, new variance."""
+    mean, variance = x.mean((0, 1, 2, 3)), x.var((0, 1, 2, 3))
+    unbiased = x.var((0, 1, 2, 3), ddof=1)
+    out = (x - mean) / np.sqrt(variance + epsilon)
+    return out, momentum * mean, (1 - momentum) + momentum * unbiased
+
+
+def test_each_replica_has_statistics_of_its_own():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 3, 4, 5, 2)).astype("f4")
+    x[2:] = 3 * x[2:] + 1
+    norm = BatchNorm(Batching(replicas=2))
+    variables = norm.init(jax.random.key(0), jnp.asarray(x), train=True)
+    got, after = norm.apply(
+        variables, jnp.asarray(x), train=True, mutable=["batch_stats"]
+    )
+    halves = [normalised_by_hand(half.astype("f8")) for half in (x[:2], x[2:])]
+    np.testing.assert_allclose(
+        got, np.concatenate([half[0] for half in halves]), rtol=1e-4, atol=1e-5
+    )
+    for i, name in ((1, "mean"), (2, "var")):
+        by_hand = (halves[0][i] + halves[1][i]) / 2
+        np.testing.assert_allclose(
+            after["batch_stats"][name], by_hand, rtol=1e-5, atol=1e-6
+        )
+    assert after["batch_stats"]["count"] == 1
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    """One step of plain descent with the network: (start, batch, after, parts)."""
+    model, sgd = GradIcon(CONFIG), descent()
+    start = started(model, sgd, variables=moved_variables(model))
+    batch = batch_of(4)
+    after, parts = made(model, Objective(similarity="mse"), sgd)(start, batch)
+    return start, batch, after, parts
+
+
+def test_a_step_with_replicas_is_the_mean_of_steps_on_each_share(plain_step):
+    model, sgd = GradIcon(CONFIG), descent()
+    start, batch, whole, _ = plain_step
+    objective = Objective(similarity="mse")
+    after, _ = made(model, objective, sgd, StepConfig(replicas=2))(start, batch)
+    alone = made(model, objective, sgd)
+    shares = [
+        alone(start, {name: a[part] for name, a in batch.items()})[0]
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient_in(s) for s in shares))
+    assert distance(mean, gradient_in(after)) < 1e-5
+    assert distance(mean, gradient_in(whole)) > 1e-3
+    stats = [s.variables["batch_stats"]["step_1"]["norm_0"] for s in shares]
+    got = after.variables["batch_stats"]["step_1"]["norm_0"]
+    for name in ("mean", "var"):
+        by_hand = (stats[0][name] + stats[1][name]) / 2
+        np.testing.assert_allclose(got[name], by_hand, rtol=1e-5, atol=1e-6)
+
+
+# --- precision, rematerialisation, tasks ----------------------------------------------
+
+
+def test_whole_networks_may_be_computed_again(plain_step):
+    start, batch, after, parts = plain_step
+    model = GradIcon(dataclasses.replace(CONFIG, remat="networks"))
+    sgd = descent()
+    again, found = made(model, Objective(similarity="mse"), sgd)(start, batch)
+    np.testing.assert_allclose(found["loss"], parts["loss"], rtol=1e-6)
+    gradients = gradient_in(after), gradient_in(again)
+    assert distance(*gradients) < 1e-5
+    assert_close(again.variables["batch_stats"], after.variables["batch_stats"])
+
+
+def test_half_precision_keeps_parameters_and_maps_in_single(plain_step):
+    start, batch, after, parts = plain_step
+    model = GradIcon(dataclasses.replace(CONFIG, precision="bfloat16"))
+    sgd = descent()
+    half, found = made(model, Objective(similarity="mse"), sgd)(start, batch)
+    assert found["finite"]
+    kept = {leaf.dtype for leaf in jax.tree.leaves(half.variables["params"])}
+    assert kept == {np.dtype("f4")}
+    assert half.variables["batch_stats"]["step_1"]["norm_0"]["var"].dtype == "f4"
+    # Close, but not the same: bfloat16 has eight bits.
+    assert 0 < abs(found["loss"] - parts["loss"]) < 0.02 * abs(parts["loss"])
+    gradients = gradient_in(after), gradient_in(half)
+    assert 1e-5 < distance(*gradients) < 0.1
+    shapes = jax.eval_shape(
+        lambda v, b: step_lib.predict_both(model, v, pair_of(b, None))[0],
+        start.variables,
+        batch,
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {np.dtype("f4")}
+
+
+def test_each_task_is_trained_by_its_own_objective():
+    # Three pairs of two tasks: the mean of what each objective says of its pairs alone.
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, (2, 3, *SHAPE, 2)).astype("f4")
+    batch = batch_of(
+        3,
+        task=jnp.array([1, 0, 1]),
+        moving_onehot=jnp.asarray(labels[0]),
+        fixed_onehot=jnp.asarray(labels[1]),
+        valid=jnp.ones((3, 2), bool),
+    )
+
+    def prepare(batch, key):
+        del key
+        return Pair(**batch)
+
+    model, sgd = Shift(), descent()
+    several = (
+        Objective(similarity="mse", inverse_consistency_weight=0.2),
+        Objective(similarity="ncc", inverse_consistency_weight=2.0, dice_weight=0.5),
+    )
+    start = started(model, sgd)
+    after, parts = made(model, TaskObjective(several), sgd, prepare=prepare)(
+        start, batch
+    )
+    alone = [made(model, objective, sgd, prepare=prepare) for objective in several]
+    results = [
+        alone[task](start, {name: a[i : i + 1] for name, a in batch.items()})
+        for i, task in enumerate([1, 0, 1])
+    ]
+    losses = [float(found["loss"]) for _, found in results]
+    np.testing.assert_allclose(parts["loss"], np.mean(losses), rtol=1e-5)
+    mean = jax.tree.map(
+        lambda *a: sum(a) / 3, *(gradient_in(state) for state, _ in results)
+    )
+    assert distance(mean, gradient_in(after)) < 1e-4
+    dice = [float(found["dice"]) for _, found in results if "dice" in found]
+    assert len(dice) == 2
+    np.testing.assert_allclose(parts["dice"], np.mean(dice), rtol=1e-5)
+    # With the tasks exchanged it would be another loss.
+    turned = {**batch, "task": 1 - batch["task"]}
+    _, other = made(model, TaskObjective(several), sgd, prepare=prepare)(start, turned)
+    assert abs(other["loss"] - parts["loss"]) > 1e-3
