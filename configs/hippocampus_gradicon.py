@@ -1,6 +1,6 @@
 """GradICON on the hippocampus set of the Medical Segmentation Decathlon (Task04).
 
-Method: Tian et al., GradICON, CVPR 2023, section 3; a network of 1.1 million parameters
+Method: Tian et al., GradICON, CVPR 2023, section 3; a network of 733,514 parameters
 for grids of 32 x 48 x 32 voxels, which two CPU cores can train. Every fifth subject is
 held out, and is the fixed image for the next three.
 
@@ -11,7 +11,7 @@ With labels, from the weights of the first run:
 
     python train.py --config configs/hippocampus_gradicon.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus_dice \
-        --train.start runs/hippocampus/weights --objective.dice_weight 1
+        --train.start runs/hippocampus/weights --objective.dice_weight 3
 """
 
 from jaxreg.data.augment import Augmentation

@@ -256,9 +256,15 @@ def check_same(path: pathlib.Path, experiment: Experiment) -> None:
     """Checks that a run to be resumed was started with the same settings.
 
     Raises:
-      UserError: names the settings that differ.
+      UserError: names the settings that differ, or the file is damaged.
     """
-    before = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(
+            f"{path} cannot be read ({error}), so the run is not resumed; put back the "
+            "settings that it was started with, or give another --out"
+        ) from error
     was, now = _leaves(before), _leaves(to_dict(experiment))
     differing = [
         f"{name} {was.get(name)} -> {now.get(name)}"

@@ -327,15 +327,15 @@ def test_nan_that_reaches_the_loss_names_the_pair(
 ):
     # As from a fault that reading does not see, such as a damaged cache.
     path, step = first_use(config, scans)
-    original = trainer.pipeline.network_image
+    original = trainer.pipeline.preprocess.network_image
 
     def spoilt(volume, *args, **options):
         image = original(volume, *args, **options).copy()
         if volume.source == str(path):
-            image[1, 2, 3] = np.nan
+            image[0, 1, 2, 3] = np.nan
         return image
 
-    monkeypatch.setattr(trainer.pipeline, "network_image", spoilt)
+    monkeypatch.setattr(trainer.pipeline.preprocess, "network_image", spoilt)
     error = is_mistake(
         train("--data.manifests", scans),
         f"at step {step} the loss is nan",
@@ -515,12 +515,12 @@ def scored(original, tmp_path_factory):
 
 def test_evaluate_writes_rows_and_a_table(scored):
     rows = rows_of(scored / "identity.csv")
-    assert {row["method"] for row in rows} == {"initial", "identity"}
-    assert len(rows) == 6  # three pairs of the three subjects, before and after
-    dice = {m: [float(r["dice"]) for r in rows if r["method"] == m]
-            for m in ("initial", "identity")}  # fmt: skip
-    # The fresh network is the identity on a common grid: here, of equal headers.
-    np.testing.assert_allclose(dice["identity"], dice["initial"], atol=1e-6)
+    methods = ("initial", "initial, resized", "identity")
+    dice = {m: [float(r["dice"]) for r in rows if r["method"] == m] for m in methods}
+    # Three subjects, each the fixed image for the next.
+    assert len(rows) == 9 and [len(values) for values in dice.values()] == [3, 3, 3]
+    # What a fresh network does is to lay one image's box on the other's.
+    np.testing.assert_allclose(dice["identity"], dice["initial, resized"], atol=1e-6)
     table = (scored / "identity.md").read_text()
     assert "identity" in table and "Dice" in table
 
@@ -548,11 +548,12 @@ def test_evaluate_says_what_is_missing(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
-def test_evaluate_of_an_unknown_model_or_split(original, tmp_path, capsys):
-    base = ["evaluate", "--manifest", str(original), "--out", str(tmp_path / "r.csv")]
+def test_evaluate_of_an_unknown_model_or_split(scored, tmp_path, capsys):
+    table = str(scored / "manifest.csv")
+    base = ["evaluate", "--manifest", table, "--out", str(tmp_path / "r.csv")]
     assert cli.main([*base, "--model", "unigradicom"]) == 2
     assert "unigradicon" in capsys.readouterr().err
-    assert cli.main([*base, "--model", "unigradicon", "--split", "vall"]) == 2
+    assert cli.main([*base, "--model", str(scored / "random"), "--split", "vall"]) == 2
     assert "vall" in capsys.readouterr().err
 
 

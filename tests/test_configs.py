@@ -77,7 +77,11 @@ def test_unigradicon_has_the_papers_numbers():
 
 def test_multigradicon_has_the_papers_numbers():
     chosen = load("multigradicon")
-    assert [stage.epochs for stage in chosen.stages] == [800, 200]
+    assert [stage.epochs for stage in chosen.stages] == [800, 200, 100]
+    refinements = [
+        changed.model.refinements for _, changed in experiment.stages(chosen)
+    ]
+    assert refinements == [0, 1, 1]
     assert chosen.objective.similarity == "lncc2"
     assert dict(chosen.objective.similarity_options) == {"sigma": 5}
     assert chosen.objective.inverse_consistency_weight == 1.5
@@ -107,6 +111,25 @@ def test_multigradicon_has_the_papers_numbers():
     assert shares["ukb"] == pytest.approx(38.29, abs=0.02)
     assert shares["brats"] == pytest.approx(21.27, abs=0.02)
     assert shares["copdgene"] == pytest.approx(2.12, abs=0.02)
+
+
+def test_multigradicon_is_trained_further_with_regions_alike():
+    _, further = experiment.stages(load("multigradicon"))[-1]
+    tasks = {task.dataset: task for task in further.data.tasks}
+    total = sum(task.weight for task in tasks.values())
+    shares = {name: 100 * task.weight / total for name, task in tasks.items()}
+    # The spec's list, in per cent.
+    listed = {
+        "pancreas": 6.25, "thorax_cbct": 8.33, "abcd": 8.33, "copdgene": 8.33,
+        "brats": 8.33, "abdomen": 6.25, "hcp": 8.33, "oai": 12.5, "mrct": 6.25,
+        "ukb": 27.08,
+    }  # fmt: skip
+    assert shares == pytest.approx(listed, abs=0.01)
+    assert not any(task.invert_ct for task in tasks.values())
+    assert [f"{name}.csv" for name in tasks] == list(further.data.manifests)
+    assert further.loading.mask_inputs
+    assert further.optimizer.learning_rate == 5e-5
+    assert further.optimizer.schedule == "constant"
 
 
 def test_finetuning_has_the_original_tools_defaults():

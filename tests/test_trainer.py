@@ -12,6 +12,7 @@ import pathlib
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from jaxreg import cli, experiment, trainer
 from jaxreg.data import synthetic
@@ -472,3 +474,98 @@ def test_training_learns(overfit):
     assert dice[60] > dice[0] + 0.05
     assert outcome.scores["dice"] == dice[60]
     assert outcome.steps == 60
+
+
+def test_the_best_checkpoint_by_dice_becomes_the_weights(overfit):
+    out, _, _ = overfit
+    scores = {
+        int(row["step"]): float(row["validation_dice"])
+        for row in log_of(out, "one")
+        if row["validation_dice"] and row["step"] != "0"
+    }
+    best = max(scores, key=lambda step: (scores[step], step))
+    state = state_of(out, "one", best)
+    weights = {
+        name.removeprefix("variables/"): leaf
+        for name, leaf in state.items()
+        if name.startswith("variables/")
+    }
+    assert_identical(
+        weights, without_leaf(checkpoints.load_bundle(out / "weights").variables)
+    )
+    bundle = checkpoints.load_bundle(out / "weights")
+    assert tuple(bundle.preprocessing["shape"]) == (12, 12, 12)
+    assert bundle.config["channels_down"] == [2, 8, 8]
+
+
+def test_pictures_of_the_first_pair_are_kept(overfit):
+    out, _, _ = overfit
+    (file,) = (out / "one").glob("events.out.tfevents*")
+    found = {}
+    for event in events_of(file.read_bytes()):
+        for value in event.summary.value:
+            if value.HasField("image"):
+                found.setdefault(event.step, set()).add(value.tag)
+    assert sorted(found) == [0, 20, 40, 60]
+    assert all(tags == {"fixed", "moving", "warped"} for tags in found.values())
+
+
+def events_of(octets):
+    """Reads TensorBoard's records: length, its checksum, the event, its checksum."""
+    place = 0
+    while place < len(octets):
+        (length,) = struct.unpack_from("<Q", octets, place)
+        yield event_pb2.Event.FromString(octets[place + 12 : place + 12 + length])
+        place += 16 + length
+
+
+def test_what_was_trained_registers_from_the_command_line(overfit, tmp_path, capsys):
+    out, manifest, _ = overfit
+    images = sorted((manifest.parent / "images").glob("*.nii*"))
+    argv = [
+        "register", "--fixed", str(images[0]), "--moving", str(images[1]),
+        "--fixed-modality", "mri", "--moving-modality", "mri",
+        "--network-weights", str(out / "weights"), "--io-iterations", "None",
+        "--transform-out", str(tmp_path / "t.h5"),
+    ]  # fmt: skip
+    # The grid is that of the weights.
+    assert cli.main(argv) == 0, capsys.readouterr().err
+    assert (tmp_path / "t.h5").is_file()
+
+
+@pytest.mark.torch
+def test_what_was_trained_becomes_a_pytorch_file_and_comes_back(overfit, tmp_path):
+    pytest.importorskip("torch")
+    out, _, _ = overfit
+    target, again = tmp_path / "x.trch", tmp_path / "again"
+    assert (
+        cli.main(["convert", "--from", str(out / "weights"), "--to", str(target)]) == 0
+    )
+    assert cli.main(["convert", "--from", str(target), "--to", str(again)]) == 0
+    assert_identical(
+        without_leaf(checkpoints.load_bundle(again).variables),
+        without_leaf(checkpoints.load_bundle(out / "weights").variables),
+    )
+
+
+def test_without_labels_the_best_is_that_of_the_least_loss(overfit, tmp_path):
+    _, manifest, _ = overfit
+    with open(manifest, newline="") as file:
+        rows = list(csv.DictReader(file))
+    bare = manifest.with_name("bare.csv")
+    with open(bare, "w", newline="") as file:
+        names = ["image", "subject", "dataset", "split"]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    chosen = tiny(
+        data=DataConfig(manifests=(str(bare),), pairs_per_epoch=2, validation_pairs=1),
+        loop=LoopConfig(validate_every=1),
+    )
+    out = tmp_path / "run"
+    outcome = trainer.run(chosen, out)
+    assert "dice" not in outcome.scores and "loss" in outcome.scores
+    with runs.RunCheckpoints(
+        out / "one" / "checkpoints", metric="loss", read_only=True
+    ) as kept:
+        assert kept.best_step() == 1

@@ -25,7 +25,7 @@ from absl import flags
 from nibabel import orientations
 
 from jaxreg.data import cache as cache_lib
-from jaxreg.data import preprocess, resize
+from jaxreg.data import preprocess
 from jaxreg.data.manifest import Record
 from jaxreg.data.pairs import PairPlan, Task
 from jaxreg.errors import UserError
@@ -296,13 +296,13 @@ class _ScanReader:
         mask = record.mask if self.loading.mask_inputs else None
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
-            array = network_image(
+            array = preprocess.network_image(
                 self._volume(record.image, "image"),
                 self.loading.shape,
                 rule,
                 mask=None if mask is None else self._volume(mask, "mask"),
             )
-            return stored(array, self.loading.storage), {}
+            return stored(array[0, ..., 0], self.loading.storage), {}
 
         fields = {"kind": "image", "rule": rule.to_dict()}
         fields["storage"] = self.loading.storage
@@ -317,7 +317,7 @@ class _ScanReader:
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
             volume = self._on_image_grid(label, "labels", record)
-            array = network_labels(volume, self.loading.shape)
+            array = preprocess.network_labels(volume, self.loading.shape)[0, ..., 0]
             values = [int(value) for value in np.unique(array)]
             return array.astype(_label_type(values[-1])), {"values": values}
 
@@ -342,7 +342,8 @@ class _ScanReader:
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
             volume = self._on_image_grid(mask, "mask", record)
-            return network_mask(volume, self.loading.shape), {}
+            inside = preprocess.network_mask(volume, self.loading.shape)[0, ..., 0]
+            return inside.astype(np.uint8), {}
 
         sources = {"mask": mask, "image": record.image}
         self._fetch(out, {"kind": "mask"}, sources, build)
@@ -425,47 +426,6 @@ def canonical(volume: Volume) -> Volume:
     array = orientations.apply_orientation(volume.array, change)
     back = orientations.inv_ornt_aff(change, volume.grid.shape)
     return Volume(array, Grid(array.shape, volume.grid.affine_mm @ back), volume.source)
-
-
-def network_image(
-    volume: Volume,
-    shape: Shape,
-    rule: preprocess.Preprocessing,
-    *,
-    mask: Volume | None = None,
-) -> np.ndarray:
-    """`preprocess.network_image` without JAX: D H W, float32 in [0, 1].
-
-    Raises:
-      UserError: see there.
-    """
-    array = preprocess.normalise(volume.array, rule, source=volume.source)
-    if mask is not None:
-        preprocess.check_same_grid(mask, volume)
-        array = np.where(mask.array > 0, array, np.float32(0))
-        if not array.any():
-            raise UserError(
-                f"mask {mask.source} leaves nothing of its image {volume.source} (all "
-                "voxels become 0); check that they belong together"
-            )
-    return resize.half_pixel(array, shape)
-
-
-def network_labels(volume: Volume, shape: Shape) -> np.ndarray:
-    """`preprocess.network_labels` without JAX: D H W, int32.
-
-    Raises:
-      UserError: see there.
-    """
-    low, high = volume.array.min(), volume.array.max()
-    if low < 0 or high > np.iinfo(np.int32).max:
-        preprocess.network_labels(volume, shape)  # says what is wrong
-    return resize.nearest_floor(volume.array, shape).astype(np.int32)
-
-
-def network_mask(volume: Volume, shape: Shape) -> np.ndarray:
-    """`preprocess.network_mask` without JAX: D H W, uint8, 1 inside."""
-    return (resize.nearest_floor(volume.array, shape) > 0).astype(np.uint8)
 
 
 def stored(image: np.ndarray, storage: Storage) -> np.ndarray:

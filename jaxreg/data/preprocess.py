@@ -13,8 +13,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.data import resize
 from jaxreg.errors import UserError
-from jaxreg.space import sampling
 from jaxreg.space.grid import Shape, Volume
 from jaxreg.typing import Pair
 
@@ -187,8 +187,7 @@ def network_image(
                 f"mask {mask.source} leaves nothing of its image {volume.source} (all "
                 "voxels become 0); check that they belong together"
             )
-    image = jnp.asarray(array)[None, ..., None]  # N D H W C
-    return np.asarray(sampling.resize_half_pixel(image, shape))
+    return resize.half_pixel(array, shape)[None, ..., None]  # N D H W C
 
 
 def network_mask(volume: Volume, shape: Shape) -> np.ndarray:
@@ -223,8 +222,7 @@ def network_labels(volume: Volume, shape: Shape) -> np.ndarray:
 
 
 def _nearest(array: np.ndarray, shape: Shape) -> np.ndarray:
-    resized = sampling.resize_nearest_floor(jnp.asarray(array)[None, ..., None], shape)
-    return np.asarray(resized)
+    return resize.nearest_floor(array, shape)[None, ..., None]  # N D H W C
 
 
 def network_pair(

@@ -8,6 +8,7 @@ from a checkpoint drops what was written after it, so that the file reads as if 
 had happened.
 """
 
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -171,7 +172,10 @@ class RunLog:
         if self._table is not None:
             self._table.close()
         if self._events is not None:
-            self._events.close()
+            # On a full disk the sentence about a checkpoint or the CSV counts more,
+            # and the CSV has the same numbers.
+            with contextlib.suppress(OSError):
+                self._events.close()
 
     def _check_step(self, step: int) -> None:
         if step < self._step:

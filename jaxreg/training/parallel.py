@@ -14,6 +14,7 @@ devices.
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -28,6 +29,9 @@ from jaxreg.typing import Pair
 
 Kind = Literal["single", "mesh", "pmap"]
 DATA, SPACE = "data", "space"
+# How long one that ends waits for the others, seconds. JAX's own 5 minutes are how long
+# an error would take to end a run.
+_PATIENCE_S = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +240,9 @@ def start_processes(
       UserError: the others cannot be found.
     """
     try:
-        jax.distributed.initialize(coordinator, count, index)
+        jax.distributed.initialize(
+            coordinator, count, index, shutdown_timeout_seconds=_PATIENCE_S
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes cannot be joined ({error}); give --coordinator HOST:PORT, "
@@ -248,6 +254,15 @@ def barrier(name: str) -> None:
     """Waits until every process has come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def same_everywhere(text: str) -> bool:
+    """Says whether all processes have the same text; every one calls it."""
+    if jax.process_count() == 1:
+        return True
+    digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+    found = np.asarray(multihost_utils.process_allgather(digest))
+    return bool((found == digest).all())
 
 
 def from_first_process(text: str) -> str:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import ndimage
 
 from jaxreg.losses.objective import Objective, TaskObjective
 from jaxreg.models.base import Prediction
@@ -20,6 +21,7 @@ from jaxreg.typing import ONE_CALL, Batching, Pair
 
 SHAPE = (8, 7, 9)
 PLAIN = StepConfig()
+MEAN_SQUARE = Objective(similarity="mse", inverse_consistency_weight=0.5)
 CONFIG = GradIconConfig((2, 4), (4,), halvings=0, refinements=0)
 
 
@@ -62,10 +64,12 @@ def pair_of(batch, key):
 
 def batch_of(count, seed=0, **more):
     rng = np.random.default_rng(seed)
-    images = {
-        name: jnp.asarray(rng.uniform(size=(count, *SHAPE, 1)), jnp.float32)
-        for name in ("moving", "fixed")
-    }
+    images = {}
+    for name in ("moving", "fixed"):
+        # Smooth, as interpolated noise has another slope on either side of a voxel.
+        noise = rng.uniform(size=(count, *SHAPE, 1))
+        smooth = ndimage.gaussian_filter(noise, (0, 1.5, 1.5, 1.5, 0))
+        images[name] = jnp.asarray(3 * smooth - 1, jnp.float32)
     return images | more
 
 
@@ -120,43 +124,38 @@ def assert_same(a, b):
 # --- accumulation ---------------------------------------------------------------------
 
 
-def test_accumulated_parts_average_to_the_gradient_by_hand():
-    # Parts are every n-th pair; each has batch statistics and noise of its own, and
-    # finds the running statistics that the part before it left.
+@pytest.fixture(scope="module")
+def network():
+    """The start, two pairs twice over, and the plain step of two pairs, compiled."""
     model = GradIcon(CONFIG)
-    objective = Objective(similarity="ncc", inverse_consistency_weight=0.5)
-    sgd = descent()
-    start = started(model, sgd, variables=moved_variables(model))
-    batch = batch_of(4)
-    after, parts = made(model, objective, sgd, StepConfig(accumulate=2))(start, batch)
+    start = started(model, descent(), variables=moved_variables(model))
+    return start, batch_of(4), made(model, MEAN_SQUARE, descent())
 
-    @jax.jit
-    def by_hand(params, stats, pair, noise):
-        def loss(params):
-            variables = {"params": params, "batch_stats": stats}
-            value, aux = step_lib.evaluate(
-                model, variables, pair, noise, objective=objective, train=True
-            )
-            return value, aux[3]["batch_stats"]
 
-        (value, stats), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        return value, stats, gradient
+def share(batch, part):
+    return {name: array[part] for name, array in batch.items()}
 
-    # The step's key, once more, as each part draws from the same one.
-    key = jax.random.fold_in(start.key, 0)
-    noise = jax.random.normal(jax.random.split(key)[1], (1, *SHAPE, 3))
-    stats, found = start.variables["batch_stats"], []
-    for first in range(2):
-        pair = Pair(batch["moving"][first::2], batch["fixed"][first::2])
-        value, stats, gradient = by_hand(start.variables["params"], stats, pair, noise)
-        found.append((value, gradient))
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient for _, gradient in found))
+
+def test_accumulated_parts_average_to_the_gradient_by_hand(network):
+    # Parts are every n-th pair; each has batch statistics of its own and finds the
+    # running ones that the part before it left. All parts share the step's key.
+    start, batch, alone = network
+    step = made(GradIcon(CONFIG), MEAN_SQUARE, descent(), StepConfig(accumulate=2))
+    after, parts = step(start, batch)
+    first, one = alone(start, share(batch, slice(0, None, 2)))
+    stats = first.variables["batch_stats"]
+    between = dataclasses.replace(
+        start, variables={**start.variables, "batch_stats": stats}
+    )
+    second, two = alone(between, share(batch, slice(1, None, 2)))
+    gradients = gradient_in(first), gradient_in(second)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
     assert distance(mean, gradient_in(after)) < 1e-5
-    assert_close(stats, after.variables["batch_stats"])
-    np.testing.assert_allclose(parts["loss"], (found[0][0] + found[1][0]) / 2, 1e-5)
+    assert_close(second.variables["batch_stats"], after.variables["batch_stats"])
+    np.testing.assert_allclose(parts["loss"], (one["loss"] + two["loss"]) / 2, 1e-5)
     np.testing.assert_allclose(parts["gradient_norm"], optax.tree.norm(mean), 1e-4)
     # The two parts are not alike, so an average of one with itself would be seen.
-    assert distance(found[0][1], found[1][1]) > 0.01
+    assert distance(*gradients) > 0.01
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
@@ -265,31 +264,21 @@ def test_each_replica_has_statistics_of_its_own():
     assert after["batch_stats"]["count"] == 1
 
 
-@pytest.fixture(scope="module")
-def plain_step():
-    """One step of plain descent with the network: (start, batch, after, parts)."""
-    model, sgd = GradIcon(CONFIG), descent()
-    start = started(model, sgd, variables=moved_variables(model))
-    batch = batch_of(4)
-    after, parts = made(model, Objective(similarity="mse"), sgd)(start, batch)
-    return start, batch, after, parts
-
-
-def test_a_step_with_replicas_is_the_mean_of_steps_on_each_share(plain_step):
-    model, sgd = GradIcon(CONFIG), descent()
-    start, batch, whole, _ = plain_step
-    objective = Objective(similarity="mse")
-    after, _ = made(model, objective, sgd, StepConfig(replicas=2))(start, batch)
-    alone = made(model, objective, sgd)
-    shares = [
-        alone(start, {name: a[part] for name, a in batch.items()})[0]
-        for part in (slice(0, 2), slice(2, 4))
-    ]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *(gradient_in(s) for s in shares))
+def test_a_step_with_replicas_is_the_mean_of_steps_on_each_share(network):
+    start, batch, alone = network
+    step = made(GradIcon(CONFIG), MEAN_SQUARE, descent(), StepConfig(replicas=2))
+    after, parts = step(start, batch)
+    shares = [alone(start, share(batch, half)) for half in (slice(0, 2), slice(2, 4))]
+    gradients = [gradient_in(state) for state, _ in shares]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
     assert distance(mean, gradient_in(after)) < 1e-5
-    assert distance(mean, gradient_in(whole)) > 1e-3
-    stats = [s.variables["batch_stats"]["step_1"]["norm_0"] for s in shares]
+    assert distance(*gradients) > 0.01
+    np.testing.assert_allclose(
+        parts["loss"], np.mean([float(found["loss"]) for _, found in shares]), rtol=1e-5
+    )
+    stats = [s.variables["batch_stats"]["step_1"]["norm_0"] for s, _ in shares]
     got = after.variables["batch_stats"]["step_1"]["norm_0"]
+    assert got["count"] == 2
     for name in ("mean", "var"):
         by_hand = (stats[0][name] + stats[1][name]) / 2
         np.testing.assert_allclose(got[name], by_hand, rtol=1e-5, atol=1e-6)
@@ -298,30 +287,31 @@ def test_a_step_with_replicas_is_the_mean_of_steps_on_each_share(plain_step):
 # --- precision, rematerialisation, tasks ----------------------------------------------
 
 
-def test_whole_networks_may_be_computed_again(plain_step):
-    start, batch, after, parts = plain_step
+def test_whole_networks_may_be_computed_again(network):
+    start, batch, alone = network
+    batch = share(batch, slice(0, 2))
     model = GradIcon(dataclasses.replace(CONFIG, remat="networks"))
-    sgd = descent()
-    again, found = made(model, Objective(similarity="mse"), sgd)(start, batch)
+    again, found = made(model, MEAN_SQUARE, descent())(start, batch)
+    after, parts = alone(start, batch)
     np.testing.assert_allclose(found["loss"], parts["loss"], rtol=1e-6)
-    gradients = gradient_in(after), gradient_in(again)
-    assert distance(*gradients) < 1e-5
+    assert distance(gradient_in(after), gradient_in(again)) < 1e-5
     assert_close(again.variables["batch_stats"], after.variables["batch_stats"])
 
 
-def test_half_precision_keeps_parameters_and_maps_in_single(plain_step):
-    start, batch, after, parts = plain_step
+def test_half_precision_keeps_parameters_and_maps_in_single(network):
+    start, batch, alone = network
+    batch = share(batch, slice(0, 2))
     model = GradIcon(dataclasses.replace(CONFIG, precision="bfloat16"))
-    sgd = descent()
-    half, found = made(model, Objective(similarity="mse"), sgd)(start, batch)
+    half, found = made(model, MEAN_SQUARE, descent())(start, batch)
+    after, parts = alone(start, batch)
     assert found["finite"]
     kept = {leaf.dtype for leaf in jax.tree.leaves(half.variables["params"])}
     assert kept == {np.dtype("f4")}
     assert half.variables["batch_stats"]["step_1"]["norm_0"]["var"].dtype == "f4"
-    # Close, but not the same: bfloat16 has eight bits.
+    # Close, but not the same: bfloat16 has eight bits, and the slope of what is
+    # interpolated jumps where a point crosses a voxel.
     assert 0 < abs(found["loss"] - parts["loss"]) < 0.02 * abs(parts["loss"])
-    gradients = gradient_in(after), gradient_in(half)
-    assert 1e-5 < distance(*gradients) < 0.1
+    assert 1e-4 < distance(gradient_in(after), gradient_in(half)) < 0.4
     shapes = jax.eval_shape(
         lambda v, b: step_lib.predict_both(model, v, pair_of(b, None))[0],
         start.variables,
@@ -352,9 +342,8 @@ def test_each_task_is_trained_by_its_own_objective():
         Objective(similarity="ncc", inverse_consistency_weight=2.0, dice_weight=0.5),
     )
     start = started(model, sgd)
-    after, parts = made(model, TaskObjective(several), sgd, prepare=prepare)(
-        start, batch
-    )
+    step = made(model, TaskObjective(several), sgd, prepare=prepare)
+    after, parts = step(start, batch)
     alone = [made(model, objective, sgd, prepare=prepare) for objective in several]
     results = [
         alone[task](start, {name: a[i : i + 1] for name, a in batch.items()})
@@ -371,5 +360,5 @@ def test_each_task_is_trained_by_its_own_objective():
     np.testing.assert_allclose(parts["dice"], np.mean(dice), rtol=1e-5)
     # With the tasks exchanged it would be another loss.
     turned = {**batch, "task": 1 - batch["task"]}
-    _, other = made(model, TaskObjective(several), sgd, prepare=prepare)(start, turned)
+    _, other = step(start, turned)
     assert abs(other["loss"] - parts["loss"]) > 1e-3

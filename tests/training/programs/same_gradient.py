@@ -2,8 +2,8 @@
 
     python same_gradient.py layouts | parts | tasks
 
-Run in its own process, because the number of devices is fixed when JAX starts. Compiling
-takes all of the time, so every compiled step is asked as much as it can answer.
+Run in its own process, because the number of devices is fixed when JAX starts.
+Compiling takes all of the time, so each compiled step is asked all it can answer.
 """
 
 import dataclasses

@@ -1,0 +1,296 @@
+"""One step on one device, on several, and in several processes: the same numbers.
+
+The number of devices is fixed when JAX starts, so what needs several runs in processes
+of its own, `programs/`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints
+from jaxreg.training import parallel
+from jaxreg.training.parallel import Layout
+
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
+REPOSITORY = pathlib.Path(__file__).parents[2]
+PATIENCE = 900  # seconds, for a very busy machine
+
+
+def environment(devices=None):
+    """Of a process; it compiles as fast as the tests do, for so many CPU devices."""
+    flags = re.sub(
+        r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"]
+    )
+    if devices is not None:
+        flags += f" --xla_force_host_platform_device_count={devices}"
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    return {
+        **os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path
+    }  # fmt: skip
+
+
+def printed(program, *arguments):
+    """Runs a program and returns the JSON that it prints."""
+    done = subprocess.run(
+        [sys.executable, PROGRAMS / program, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --- gradients -----------------------------------------------------------------------
+
+
+def check(found, *, tolerance):
+    """The gradient by value: a wrong factor hides behind Adam, and in the loss."""
+    assert found["gradient"] < tolerance
+    assert found["statistics"] < 1e-6
+    for name, (one, several) in found["numbers"].items():
+        assert several == pytest.approx(one, rel=tolerance, abs=1e-7), name
+
+
+@pytest.fixture(scope="module")
+def layouts():
+    return printed("same_gradient.py", "layouts")
+
+
+@pytest.mark.parametrize("layout", ["mesh 1", "mesh 2", "pmap 1"])
+def test_gradient_is_the_same_under_every_layout(layouts, layout):
+    check(layouts[f"{layout} weight 0.0"], tolerance=1e-5)
+    # Inverse consistency divides float32's rounding, 6e-8, by a step of 1e-3.
+    check(layouts[f"{layout} weight 1.5"], tolerance=2e-4)
+
+
+def test_gradient_of_accumulated_parts_with_statistics_per_replica():
+    (found,) = printed("same_gradient.py", "parts").values()
+    check(found, tolerance=1e-5)
+
+
+@pytest.mark.slow
+def test_gradient_of_several_objectives():
+    (found,) = printed("same_gradient.py", "tasks").values()
+    check(found, tolerance=1e-5)
+
+
+# --- volumes over devices ------------------------------------------------------------
+
+
+def test_split_volume_has_the_same_map_and_split_convolutions():
+    found = printed("split_volume.py")
+    whole = found["1"]
+    assert whole["moved"] > 0.05 and not whole["exchanges"]
+    for space in (2, 4):
+        split = found[str(space)]
+        assert split["difference"] < 1e-5
+        # Each device convolves its own part; one plane more where kernels overlap.
+        assert len(split["depths"]) == len(whole["depths"]) > 0
+        for mine, all_of_it in zip(split["depths"], whole["depths"], strict=True):
+            assert mine <= -(-all_of_it // space) + 1
+        assert split["exchanges"] > 0
+
+
+# --- processes -----------------------------------------------------------------------
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def start(out, cache, *arguments, devices):
+    """Starts a training process."""
+    command = [
+        sys.executable, REPOSITORY / "train.py", "--config", PROGRAMS / "one_stage.py",
+        "--out", out, *arguments,
+    ]  # fmt: skip
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env={
+            **environment(devices),
+            "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def start_two(out, cache, *, second=()):
+    """Starts two processes of two devices; `second` is for the second alone."""
+    joined = ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
+    return [
+        start(out, cache, *joined, "--process", index, *more, devices=2)
+        for index, more in enumerate([(), second])
+    ]
+
+
+def end(processes):
+    """Waits for processes; returns their exit codes and what they printed."""
+    try:
+        texts = [process.communicate(timeout=PATIENCE)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], texts
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+def test_two_processes_train_what_one_trains(tmp_path, cache):
+    codes, texts = end([start(tmp_path / "one", cache, devices=1)])
+    assert codes == [0], texts
+    codes, texts = end(start_two(tmp_path / "two", cache))
+    assert codes == [0, 0], texts
+    assert "step 4 of 4" in texts[0] and "step" not in texts[1]
+
+    one, two = (
+        checkpoints.load_bundle(tmp_path / name / "weights").variables
+        for name in ("one", "two")
+    )
+    # Fresh last layers are zero: all that is in them was learned.
+    assert np.linalg.norm(one["params"]["step_1"]["last"]["kernel"]) > 1e-3
+
+    def close(a, b):
+        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+
+    jax.tree.map(close, one, two)
+    logs = [
+        (tmp_path / name / "stage_1" / "log.csv").read_text().splitlines()
+        for name in ("one", "two")
+    ]
+    # Written once: as many rows as one process writes.
+    assert len(logs[0]) == len(logs[1]) > 2
+    kept = tmp_path / "two" / "stage_1" / "checkpoints"
+    assert {"2", "4"} <= {path.name for path in kept.iterdir()}
+    assert len(list((tmp_path / "two" / "stage_1").glob("events*"))) == 1
+
+
+def test_processes_with_different_settings_all_end_with_an_error(tmp_path, cache):
+    second = ("--data.pairs_per_epoch", "4")
+    codes, texts = end(start_two(tmp_path / "two", cache, second=second))
+    assert 0 not in codes
+    for text in texts:
+        assert "the processes were started with different settings" in text
+    assert not (tmp_path / "two").exists()
+
+
+# --- what does not fit ---------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    id: int
+    process_index: int
+
+
+def devices(count, process=0):
+    return [Device(i, process) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "count", "said"),
+    [
+        ("single", 2, 4, 'space is 2, but parallel is "single"'),
+        ("auto", 2, 1, 'space is 2, but parallel is "single"'),
+        ("mesh", 3, 4, "space is 3, but each process has 4 devices; take a divisor"),
+        ("auto", 8, 4, "space is 8, but each process has 4 devices; take a divisor"),
+        ("mesh", 0, 4, "space is 0, but"),
+        ("pmap", 2, 4, "pmap splits batches only"),
+    ],
+)
+def test_layouts_that_cannot_be(kind, space, count, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        parallel.make_layout(kind, space=space, devices=devices(count))
+
+
+def test_single_device_is_not_for_several_processes(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="2 processes take part"):
+        parallel.make_layout("single", devices=devices(1))
+
+
+def test_volumes_are_split_within_a_process():
+    both = devices(2) + devices(2, process=1)
+    with pytest.raises(UserError, match="space is 4, but each process has 2 devices"):
+        parallel.make_layout("mesh", space=4, devices=both)
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "shape"),
+    [
+        ("auto", 1, (4, 1)),
+        ("mesh", 2, (2, 2)),
+        ("mesh", 4, (1, 4)),
+        ("pmap", 1, (4, 1)),
+    ],
+)
+def test_layouts_that_can(kind, space, shape):
+    four = devices(4)
+    layout = parallel.make_layout(kind, space=space, devices=four)
+    assert layout.kind == ("mesh" if kind == "auto" else kind)
+    assert (layout.data, layout.space) == shape
+    assert layout.mesh is not None and layout.axis == "data"
+    assert layout.mesh.axis_names == ("data", "space")
+    assert list(layout.mesh.devices.ravel()) == four
+    assert layout.mesh.devices.shape == shape
+
+
+def test_one_device_needs_no_mesh():
+    layout = parallel.make_layout(devices=devices(1))
+    assert layout == Layout("single") and layout.axis is None
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "replicas", "said"),
+    [
+        (6, 1, 0, "batch is 6, which 4 devices .* take a multiple of 4$"),
+        (4, 2, 0, "batch is 4, which 4 devices .* take a multiple of 8$"),
+        (2, 1, 0, "batch is 2, which 4 devices"),
+        (8, 1, 2, "replicas is 2, expected a multiple of the 4 devices"),
+        (8, 1, 16, "replicas is 16, .* divides the 8 pairs worked off at once"),
+        (16, 2, 16, "replicas is 16, .* divides the 8 pairs worked off at once"),
+        (16, 1, 12, "replicas is 12, .* divides the 16 pairs"),
+    ],
+)
+def test_batches_that_cannot_be_shared(batch, accumulate, replicas, said):
+    layout = Layout("pmap", data=4)
+    with pytest.raises(UserError, match=said):
+        parallel.check_batch(batch, layout, accumulate=accumulate, replicas=replicas)
+
+
+@pytest.mark.parametrize(
+    ("batch", "accumulate", "replicas", "local"),
+    [(4, 1, 0, 0), (8, 2, 0, 0), (8, 1, 4, 1), (8, 1, 8, 2), (16, 2, 4, 1)],
+)
+def test_replicas_per_device(batch, accumulate, replicas, local):
+    layout = Layout("pmap", data=4)
+    found = parallel.check_batch(
+        batch, layout, accumulate=accumulate, replicas=replicas
+    )
+    assert found == local
+
+
+def test_processes_that_cannot_be_joined():
+    with pytest.raises(UserError, match="cannot be joined .* give --coordinator"):
+        parallel.start_processes()
