@@ -97,7 +97,7 @@ def compare(arguments, counts: list[int]) -> None:
     present, kind_of_device = real_devices()
     simulated = arguments.simulated or present == 1
     if simulated:
-        where = f"simulated devices on {os.cpu_count()} cores ({platform.machine()})"
+        where = f"simulated, {os.cpu_count()} cores ({platform.machine()})"
     else:
         where = f"{present} x {kind_of_device}"
         counts = [count for count in counts if count <= present]
@@ -107,8 +107,8 @@ def compare(arguments, counts: list[int]) -> None:
     )
     if simulated:
         print(
-            "The devices share the same cores: this tests overhead, not speed; "
-            f"{1:.2f} / devices is perfect."
+            "The devices share the same cores: this tests overhead, not speed; an "
+            "efficiency of 1 / devices is perfect."
         )
     print("kind  devices  batch   pairs/s (range)         efficiency  compile s")
     for kind in arguments.kinds:
@@ -140,7 +140,7 @@ def measure(arguments, kind: str, count: int) -> dict:
     from jaxreg.typing import Pair
 
     layout = parallel.make_layout(kind, devices=jax.devices()[:count])
-    small = GradIconConfig((2, 8, 16), (8, 16), halvings=1, refinements=0)
+    small = GradIconConfig((2, 8), (8,), halvings=0, refinements=0)
     model = GradIcon(small if arguments.network == "small" else GradIconConfig())
     batch = arguments.batch * (1 if arguments.strong else count)
     parallel.check_batch(batch, layout, accumulate=1, replicas=0)

@@ -96,8 +96,9 @@ def objectives_of(experiment: Experiment) -> tuple[Objective, ...]:
 
 def loss_of(experiment: Experiment) -> Objective | TaskObjective:
     """Returns what is minimised: one objective, or each task's own."""
-    several = objectives_of(experiment)
-    return TaskObjective(several) if len(several) > 1 else several[0]
+    if experiment.objectives:
+        return TaskObjective(objectives_of(experiment))
+    return experiment.objective
 
 
 def read_manifests(experiment: Experiment) -> Manifest:
@@ -278,7 +279,8 @@ def make_validation(
     pairs: the parts of the objective in evaluation mode with fixed noise, "dice" (mean
     over a pair's labels, nearest, on the network grid), and "folding_percent".
     """
-    if sources.validation is None:
+    source = sources.validation
+    if source is None:
         return None
     loading = loading_of(experiment, validation=True)
     objective, several = loss_of(experiment), objectives_of(experiment)
@@ -309,7 +311,7 @@ def make_validation(
         rows, images = [], {}
         for i in mine:
             with pipeline.Batches(
-                sources.validation, loading, batch_size=1, start=i, stop=i + 1
+                source, loading, batch_size=1, start=i, stop=i + 1
             ) as batches:
                 batch = next(batches)
             parts, points, warped, pair, image = jax.device_get(score(variables, batch))
