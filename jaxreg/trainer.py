@@ -6,6 +6,7 @@ OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -428,6 +429,12 @@ def run(
         cannot go on; every checkpoint written so far is kept.
     """
     began = time.perf_counter()
+    settings = [experiment_lib.to_dict(experiment), str(out), resume]
+    if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
+        raise UserError(
+            "the processes were started with different settings; give each the same "
+            "command but for --process"
+        )
     # All before the folder: a mistake in the last stage must not leave half a run.
     stage_runs = [
         _StageRun(changed, stage, out, say)
