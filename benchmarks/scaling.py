@@ -24,16 +24,18 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import numpy as np
 
-KINDS = ("mesh", "pmap")
+Kind = Literal["mesh", "pmap"]
+KINDS: tuple[Kind, ...] = ("mesh", "pmap")
 _COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def main() -> None:
     """Parses the command line and prints the table, or measures as a worker."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", type=int, default=32, help="voxels per axis")
     parser.add_argument("--batch", type=int, default=1, help="pairs per device")
     parser.add_argument("--runs", type=int, default=5, help="timed steps")
@@ -129,7 +131,7 @@ def compare(arguments, counts: list[int]) -> None:
 # --- one row -------------------------------------------------------------------------
 
 
-def measure(arguments, kind: str, count: int) -> dict:
+def measure(arguments, kind: Kind, count: int) -> dict:
     """Returns the global batch, seconds to compile, and seconds of each timed step."""
     import jax
     import optax

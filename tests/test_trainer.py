@@ -288,7 +288,7 @@ def test_resumed_on_another_number_of_devices(
 ):
     # Equal to rounding, not to the bit: sums over the batch have another order.
     fewer, more = tmp_path / "fewer", tmp_path / "more"
-    cut(reference_of_eight, fewer, "stage_2", 1)
+    cut(reference_of_eight, fewer, "stage_2", 2)
     trained_here(capsys, fewer, "--resume")
     cut(reference, more, "stage_2", 2)
     finished(cache, more, "--resume", devices=8)

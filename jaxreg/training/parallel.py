@@ -135,7 +135,10 @@ def compile_step(step: Callable, layout: Layout, *, donate: bool = True) -> Call
     if layout.kind == "single":
         return jax.jit(step, donate_argnums=donated)
     if layout.kind == "pmap":
-        return jax.pmap(step, axis_name=DATA, donate_argnums=donated)
+        chosen = list(_mesh(layout).devices.flat)
+        # Named only if there are others: the order of all of them is pmap's affair.
+        named = chosen if len(chosen) < jax.device_count() else None
+        return jax.pmap(step, axis_name=DATA, devices=named, donate_argnums=donated)
     # check_vma=False gives pmap's rule for gradients: the mean over devices of the
     # gradient of the averaged loss. With it on, collectives would count twice.
     sharded = jax.shard_map(
@@ -173,7 +176,7 @@ def place_state(state: Any, layout: Layout) -> Any:
     if layout.kind == "single":
         return jax.tree.map(jax.numpy.array, state)
     if layout.kind == "pmap":
-        n = jax.local_device_count()
+        n = len(_mesh(layout).local_devices)
         return jax.tree.map(lambda a: jax.numpy.stack([a] * n), state)
     replicated = NamedSharding(_mesh(layout), Spec())
 
@@ -210,7 +213,7 @@ def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, An
     if layout.kind == "single":
         return {name: jax.device_put(array) for name, array in batch.items()}
     if layout.kind == "pmap":
-        n = jax.local_device_count()
+        n = len(_mesh(layout).local_devices)
         return {k: a.reshape(n, -1, *a.shape[1:]) for k, a in batch.items()}
     split = NamedSharding(_mesh(layout), Spec(DATA))
     return {
