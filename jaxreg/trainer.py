@@ -722,6 +722,8 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     factor = min(1.0, small / max(shape))
     grid = tuple(max(8, round(n * factor)) for n in shape)
     grid = (grid[0], grid[1], grid[2])
+    # What is quickly found comes before what takes minutes.
+    data = tuple(_data_sentences(experiment))
     began = time.perf_counter()
     compiled = _lowered(last, grid, 1).compile()
     seconds = time.perf_counter() - began
@@ -745,7 +747,7 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
         activation_bytes=max(temporary - gradient, 0) * float(scale),
         small=grid,
         compile_seconds=seconds,
-        data=tuple(_data_sentences(experiment)),
+        data=data,
     )
 
 
@@ -798,6 +800,12 @@ def _lowered(experiment: Experiment, grid, count: int):
     return jax.jit(train_step, donate_argnums=0).lower(shapes, batch)
 
 
+def _check_cache(folder: pathlib.Path) -> None:
+    """Checks that the folder is there or that training can make it; makes nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    files.check_writable(there / "entry", "loading.cache_dir")
+
+
 def _data_sentences(experiment: Experiment):
     if experiment.data.synthetic:
         yield f"synthetic: {', '.join(experiment.data.synthetic)}"
@@ -810,4 +818,4 @@ def _data_sentences(experiment: Experiment):
         yield f"{path}: {', '.join(counts)}"
     cache = experiment.loading.cache_dir
     if cache is not None:
-        files.check_writable(pathlib.Path(cache) / "entry", "loading.cache_dir")
+        _check_cache(pathlib.Path(cache).absolute())

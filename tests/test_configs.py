@@ -220,6 +220,14 @@ def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
     check_full_size(dry_run(name, capsys))
 
 
+def test_a_cache_that_cannot_be_made_is_said_before_the_work(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    path = str(CONFIGS / "finetune.py")
+    cache = ["--loading.cache_dir", str(tmp_path / "file" / "cache")]
+    assert cli.main(["train", "--config", path, "--dry-run", *cache]) == 2
+    assert "loading.cache_dir" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", FULL_SIZE)

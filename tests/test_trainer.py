@@ -284,12 +284,12 @@ def test_killed_and_resumed_on_eight_devices(tmp_path, cache, reference_of_eight
 
 
 def test_resumed_on_another_number_of_devices(
-    tmp_path, cache, reference, reference_of_eight, capsys
+    tmp_path, cache, reference, reference_of_eight
 ):
     # Equal to rounding, not to the bit: sums over the batch have another order.
     fewer, more = tmp_path / "fewer", tmp_path / "more"
     cut(reference_of_eight, fewer, "stage_2", 2)
-    trained_here(capsys, fewer, "--resume")
+    finished(cache, fewer, "--resume")
     cut(reference, more, "stage_2", 2)
     finished(cache, more, "--resume", devices=8)
     for whole, out in ((reference_of_eight, fewer), (reference, more)):
@@ -303,7 +303,7 @@ def test_resumed_on_another_number_of_devices(
                 assert float(b[name] or 0) == close, name
 
 
-def test_a_truncated_checkpoint_is_passed_over_and_said(tmp_path, reference, capsys):
+def test_a_truncated_checkpoint_is_passed_over_and_said(tmp_path, cache, reference):
     out = tmp_path / "run"
     cut(reference, out, "stage_1", 4)
     state = out / "stage_1" / "checkpoints" / "4" / "state"
@@ -311,7 +311,7 @@ def test_a_truncated_checkpoint_is_passed_over_and_said(tmp_path, reference, cap
         (p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size
     )
     os.truncate(largest, largest.stat().st_size // 2)
-    said = trained_here(capsys, out, "--resume")
+    said = finished(cache, out, "--resume")
     assert "checkpoints/4 is unfinished or damaged" in said
     assert "resumed at step 3 of 6" in said
     assert_same_run(reference, out)
