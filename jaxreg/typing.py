@@ -41,15 +41,33 @@ class Batching:
         running statistics take the replicas' average.
       axis: the name of the mapped axis (pmap, shard_map) over which the batch is split,
         None where this array is all of it.
+      span: with one replica: the number of neighbouring devices that it spans.
     """
 
     calls: int = 1
     replicas: int = 0
     axis: str | None = None
+    span: int = 1
 
     def mean_over_devices(self, x: jax.Array) -> jax.Array:
         """Returns the mean over the mapped axis, if there is one."""
         return x if self.axis is None else jax.lax.pmean(x, self.axis)
+
+    def sharers(self) -> int:
+        """Returns how many devices share one set of statistics."""
+        if self.axis is None:
+            return 1
+        return self.span if self.replicas else jax.lax.axis_size(self.axis)
+
+    def mean_over_sharers(self, x: jax.Array) -> jax.Array:
+        """Returns the mean over the devices that share one set of statistics."""
+        if self.axis is None or self.sharers() == 1:
+            return x
+        if not self.replicas:
+            return self.mean_over_devices(x)
+        of_all = jax.lax.all_gather(x, self.axis)
+        first = jax.lax.axis_index(self.axis) // self.span * self.span
+        return jax.lax.dynamic_slice_in_dim(of_all, first, self.span).mean(0)
 
 
 ONE_CALL = Batching()

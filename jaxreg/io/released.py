@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -264,16 +264,7 @@ def to_variables(
       UserError: tensors are unknown, missing, misshapen, of the wrong type or not
         finite; they are named.
     """
-    entries = gradicon_entries(config)
-    shapes = {entry.key: entry.torch_shape for entry in entries}
-    _check(state, shapes, {e.key for e in entries if e.is_count}, source)
-    variables: dict[str, Any] = {}
-    for entry in entries:
-        array = np.transpose(state[entry.key], entry.axes)
-        dtype = np.int32 if entry.is_count else np.float32
-        # A copy in C order: the file's memory is not kept alive by a view.
-        _set(variables, entry.path, np.array(array, dtype, order="C"))
-    return variables
+    return tree_of(state, gradicon_entries(config), source=source)
 
 
 def from_variables(
@@ -296,15 +287,7 @@ def from_variables(
     Raises:
       UserError: leaves are unknown, missing, misshapen or of the wrong type.
     """
-    check_variables(variables, config, source=source)
-    leaves = dict(_leaves(variables))
-    state = {}
-    for entry in gradicon_entries(config):
-        array = np.asarray(leaves[entry.path])
-        dtype = np.int64 if entry.is_count else np.float32
-        array = np.transpose(array, np.argsort(entry.axes))
-        state[entry.key] = np.array(array, dtype, order="C")
-    return state
+    return state_of(variables, gradicon_entries(config), source=source)
 
 
 def check_variables(
@@ -321,11 +304,62 @@ def check_variables(
       UserError: leaves are unknown, missing, misshapen, of the wrong type or not
         finite; they are named as collection/step/module/leaf.
     """
-    entries = gradicon_entries(config)
+    check_tree(variables, gradicon_entries(config), source=source)
+
+
+# --- any network, given the entries of its tensors -----------------------------------
+
+
+def tree_of(
+    state: Mapping[str, np.ndarray],
+    entries: Sequence[Entry],
+    *,
+    source: str,
+    network: str = "uniGradICON",
+) -> Variables:
+    """Converts PyTorch's tensors to variables; see `to_variables`."""
+    shapes = {entry.key: entry.torch_shape for entry in entries}
+    _check(state, shapes, {e.key for e in entries if e.is_count}, source, network)
+    variables: dict[str, Any] = {}
+    for entry in entries:
+        array = np.transpose(state[entry.key], entry.axes)
+        dtype = np.int32 if entry.is_count else np.float32
+        # A copy in C order: the file's memory is not kept alive by a view.
+        put(variables, entry.path, np.array(array, dtype, order="C"))
+    return variables
+
+
+def state_of(
+    variables: Variables,
+    entries: Sequence[Entry],
+    *,
+    source: str,
+    network: str = "uniGradICON",
+) -> State:
+    """Converts variables to PyTorch's tensors; see `from_variables`."""
+    check_tree(variables, entries, source=source, network=network)
+    leaves = dict(_leaves(variables))
+    state = {}
+    for entry in entries:
+        array = np.asarray(leaves[entry.path])
+        dtype = np.int64 if entry.is_count else np.float32
+        array = np.transpose(array, np.argsort(entry.axes))
+        state[entry.key] = np.array(array, dtype, order="C")
+    return state
+
+
+def check_tree(
+    variables: Variables,
+    entries: Sequence[Entry],
+    *,
+    source: str,
+    network: str = "uniGradICON",
+) -> None:
+    """Checks that variables are exactly those of the entries; see `check_variables`."""
     leaves = {"/".join(path): leaf for path, leaf in _leaves(variables)}
     shapes = {"/".join(entry.path): entry.shape for entry in entries}
     counts = {"/".join(entry.path) for entry in entries if entry.is_count}
-    _check(leaves, shapes, counts, source)
+    _check(leaves, shapes, counts, source, network)
 
 
 def read_state_dict(
@@ -538,6 +572,7 @@ def _check(
     shapes: Mapping[str, tuple[int, ...]],
     counts: set[str],
     source: str,
+    network: str,
 ) -> None:
     """Raises UserError that names every kind of difference between got and expected."""
     unknown = [key for key in arrays if key not in shapes]
@@ -569,7 +604,7 @@ def _check(
             if names
         )
         raise UserError(
-            f"{source} does not fit a uniGradICON network of these sizes, tensors are "
+            f"{source} does not fit a {network} network of these sizes, tensors are "
             f"{text}; give the weights of that architecture"
         )
 
@@ -583,7 +618,7 @@ def _leaves(tree: Any, path: _Path = ()) -> Iterator[tuple[_Path, Any]]:
         yield from _leaves(child, (*path, str(name)))
 
 
-def _set(tree: dict[str, Any], path: _Path, leaf: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: _Path, leaf: np.ndarray) -> None:
     """Puts a leaf into a tree that is still being built."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})

@@ -215,6 +215,18 @@ def depth_to_space(x: Image) -> Image:
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
 
 
+def conv1(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
+    """1x1x1 convolution: N D H W O.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 1 1 1 I O.
+      bias: O.
+      form: see the module's docstring.
+    """
+    return cast(jax.Array, _valid(*_parts(x, kernel), form)) + bias
+
+
 def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
     """3x3x3 convolution, stride 1, zero padding 1: N D H W O.
 

@@ -12,10 +12,10 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from jaxreg.nn import conv
+from jaxreg.nn.layers import Convolution
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -42,10 +42,6 @@ class UNetConfig:
     precision: Precision = "float32"
 
 
-def _leaky(x):
-    return jnp.where(x > 0, x, 0.01 * x)
-
-
 def _fit(x: Image, channels: int) -> Image:
     """Keeps the first channels, or puts the missing ones, all zero, in front."""
     missing = channels - x.shape[-1]
@@ -54,75 +50,14 @@ def _fit(x: Image, channels: int) -> Image:
     return x[..., :channels]
 
 
-def _uniform(fan_in: int):
-    """PyTorch's default for convolution weights and biases: +-1/sqrt(fan_in).
-
-    Drawn on the host (Philox, seeded by the key): compiling a generator for each of
-    the network's shapes would take most of a minute.
-    """
-    bound = 1.0 / math.sqrt(fan_in)
-
-    def init(key, shape, dtype=jnp.float32):
-        def draw(seed):
-            generator = np.random.Generator(np.random.Philox(np.asarray(seed).tolist()))
-            return generator.uniform(-bound, bound, shape).astype(dtype)
-
-        result = jax.ShapeDtypeStruct(shape, dtype)
-        return jax.pure_callback(draw, result, jax.random.key_data(key))
-
-    return init
-
-
-class Convolution(nn.Module):
-    """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
-
-    Attributes:
-      function: the layer, ``(x, kernel, bias, form=)``.
-      shape: of the kernel, kD kH kW I O.
-      activated: whether the input passes a leaky ReLU first.
-      zero: whether both start at zero, otherwise as PyTorch starts them.
-      form: see `jaxreg.nn.conv`.
-    """
-
-    function: object
-    shape: tuple[int, ...]
-    activated: bool = True
-    zero: bool = False
-    form: conv.Form = "auto"
-
-    @nn.compact
-    def __call__(self, x):
-        """Applies the layer to N D H W I, or to parts of it along channels."""
-        kd, kh, kw, i, o = self.shape
-        # PyTorch takes a transposed convolution's fan from the output channels.
-        fan = kd * kh * kw * (o if self.function is conv.conv4_transpose2 else i)
-        init = nn.initializers.zeros if self.zero else _uniform(fan)
-        kernel = self.param("kernel", init, self.shape)
-        bias = self.param("bias", init, (o,))
-
-        # The backward pass pads and activates once more instead of keeping both.
-        @jax.checkpoint
-        def apply(x, kernel, bias):
-            dtype = jax.tree.leaves(x)[0].dtype
-            kernel, bias = kernel.astype(dtype), bias.astype(dtype)
-            x = jax.tree.map(_leaky, x) if self.activated else x
-            return self.function(x, kernel, bias, form=self.form)  # pyright: ignore
-
-        return apply(x, kernel, bias)
-
-
 @functools.partial(jax.checkpoint, static_argnums=1)  # keeps the array, no deviations
 def _moments(grouped: jax.Array, batching: Batching) -> tuple[jax.Array, jax.Array]:
     """Returns mean and biased variance of G N D H W C per group and channel."""
     axes = (1, 2, 3, 4)
     grouped = grouped.astype(jnp.float32)
-    mean = grouped.mean(axes, keepdims=True)
-    if not batching.replicas:
-        mean = batching.mean_over_devices(mean)
+    mean = batching.mean_over_sharers(grouped.mean(axes, keepdims=True))
     variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
-    if not batching.replicas:
-        variance = batching.mean_over_devices(variance)
-    return mean, variance
+    return mean, batching.mean_over_sharers(variance)
 
 
 class BatchNorm(nn.Module):
@@ -152,9 +87,7 @@ class BatchNorm(nn.Module):
         grouped = x.reshape(groups, -1, *x.shape[1:])
         now_mean, now_var = _moments(grouped, batching)
         if not self.is_initializing():
-            voxels = math.prod(grouped.shape[1:5])
-            if batching.axis is not None and not batching.replicas:
-                voxels = voxels * jax.lax.axis_size(batching.axis)
+            voxels = math.prod(grouped.shape[1:5]) * batching.sharers()
             unbiased = now_var * (voxels / max(voxels - 1, 1))
             calls = [
                 batching.mean_over_devices(a.reshape(batching.calls, -1, c).mean(1))
@@ -206,14 +139,18 @@ class TallUNet2(nn.Module):
         for level in range(levels):
             skips.append(x)
             name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
-            layer = Convolution(conv.conv3_stride2, shape, form=form, name=name)
+            layer = Convolution(
+                conv.conv3_stride2, shape, activated=True, form=form, name=name
+            )
             y = layer(x)
             x = y + _fit(conv.average_pool2(x), down[level + 1])
         parts = (x,)
         for level in reversed(range(levels)):
             channels = sum(part.shape[-1] for part in parts)
             name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
-            layer = Convolution(conv.conv4_transpose2, shape, form=form, name=name)
+            layer = Convolution(
+                conv.conv4_transpose2, shape, activated=True, form=form, name=name
+            )
             y = layer(parts)
             # The residual keeps the first channels: the decoder's, as up shrinks.
             whole = parts[0]
@@ -228,9 +165,9 @@ class TallUNet2(nn.Module):
         last = Convolution(
             conv.conv3,
             (3, 3, 3, channels, 3),
-            activated=False,
-            zero=True,
+            kernel_init=nn.initializers.zeros,
             form=form,
             name="last",
         )
-        return last(parts).astype(jnp.float32) / 10.0
+        # Displacements need more digits than bfloat16 has.
+        return last(tuple(part.astype(jnp.float32) for part in parts)) / 10.0

@@ -57,9 +57,29 @@ def sample(
     beyond the corner voxel's centre, as in PyTorch's border sampling. Nearest sampling
     has no gradient.
     """
-    values = jnp.asarray(values)
     scale = grid_lib.unit_scale(values.shape[1:4])
     index = points * jnp.asarray(scale, points.dtype)
+    return sample_voxels(values, index, order=order, outside=outside, fill=fill)
+
+
+def sample_voxels(
+    values: Image,
+    index: jax.Array,
+    *,
+    order: Literal[0, 1] = 1,
+    outside: Outside = "edge",
+    fill: float = 0.0,
+) -> jax.Array:
+    """Returns the values at voxel indices, N ... C: `sample` in voxels.
+
+    Args:
+      values: N D H W C, or 1 D H W C to be read at every batch element's points.
+      index: N ... 3, voxels of `values`, or 1 ... 3 for all of the batch.
+      order: 1 linear, 0 nearest.
+      outside: see `Outside`.
+      fill: the value beyond half a voxel, for "half_voxel" only.
+    """
+    values = jnp.asarray(values)
     flat = index.reshape(index.shape[0], -1, 3)
     batch = max(values.shape[0], index.shape[0])
     if order == 0:

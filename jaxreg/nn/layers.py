@@ -1,0 +1,106 @@
+"""Layers with parameters, built on `jaxreg.nn.conv`, and normalisation without any.
+
+Weights start as PyTorch's do, so that networks train alike.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxreg.nn import conv
+from jaxreg.typing import Image
+
+_NORM_EPSILON = 1e-5
+
+
+def leaky(x: jax.Array, slope: float = 0.01) -> jax.Array:
+    """Returns x where it is positive, ``slope x`` elsewhere."""
+    return jnp.where(x > 0, x, slope * x)
+
+
+def host_initializer(draw: Callable[..., np.ndarray]) -> Callable:
+    """Returns an initialiser that draws on the host: ``draw(generator, shape)``.
+
+    Philox, seeded by the key: compiling JAX's generator for each of a network's shapes
+    would take most of a minute.
+    """
+
+    def init(key, shape, dtype=jnp.float32):
+        def on_host(seed):
+            generator = np.random.Generator(np.random.Philox(np.asarray(seed).tolist()))
+            return draw(generator, shape).astype(dtype)
+
+        result = jax.ShapeDtypeStruct(shape, dtype)
+        return jax.pure_callback(on_host, result, jax.random.key_data(key))
+
+    return init
+
+
+def uniform(fan_in: int) -> Callable:
+    """PyTorch's default for weights and biases: uniform in +-1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return host_initializer(lambda g, shape: g.uniform(-bound, bound, shape))
+
+
+def normal(deviation: float) -> Callable:
+    """Normal around 0."""
+    return host_initializer(lambda g, shape: g.normal(0.0, deviation, shape))
+
+
+class Convolution(nn.Module):
+    """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
+
+    Attributes:
+      function: the layer, ``(x, kernel, bias, form=)``.
+      shape: of the kernel, kD kH kW I O.
+      activated: whether the input passes a leaky ReLU first.
+      kernel_init: of the kernel; with zero biases. As PyTorch starts both if None.
+      form: see `jaxreg.nn.conv`.
+    """
+
+    function: Callable
+    shape: tuple[int, ...]
+    activated: bool = False
+    kernel_init: Callable | None = None
+    form: conv.Form = "auto"
+
+    @nn.compact
+    def __call__(self, x):
+        """Applies the layer to N D H W I, or to parts of it along channels."""
+        kd, kh, kw, i, o = self.shape
+        # PyTorch takes a transposed convolution's fan from the output channels.
+        fan = kd * kh * kw * (o if self.function is conv.conv4_transpose2 else i)
+        kernel = self.param("kernel", self.kernel_init or uniform(fan), self.shape)
+        bias_init = nn.initializers.zeros if self.kernel_init else uniform(fan)
+        bias = self.param("bias", bias_init, (o,))
+
+        # The backward pass pads and activates once more instead of keeping both.
+        @jax.checkpoint
+        def apply(x, kernel, bias):
+            dtype = jax.tree.leaves(x)[0].dtype
+            kernel, bias = kernel.astype(dtype), bias.astype(dtype)
+            x = jax.tree.map(leaky, x) if self.activated else x
+            return self.function(x, kernel, bias, form=self.form)
+
+        return apply(x, kernel, bias)
+
+
+@functools.partial(jax.checkpoint, static_argnums=1)  # keeps the input, nothing else
+def instance_norm_leaky(x: Image, slope: float) -> Image:
+    """Instance normalisation without parameters, then a leaky ReLU: N D H W C.
+
+    Per sample and channel over the voxels, with the biased variance and epsilon 1e-5.
+
+    References:
+      Ulyanov et al., Instance normalization, 2016.
+    """
+    wide = x.astype(jnp.float32)
+    mean = wide.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
+    normal = (wide - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
+    return leaky(normal, slope).astype(x.dtype)
