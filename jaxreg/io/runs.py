@@ -32,6 +32,7 @@ from jax.experimental import multihost_utils
 
 from jaxreg.errors import UserError
 from jaxreg.io.checkpoints import this_process, tree_checksum
+from jaxreg.io.files import atomic_path
 from jaxreg.typing import Variables
 
 FORMAT = "jaxreg run"
@@ -208,6 +209,39 @@ class RunCheckpoints:
             problem = next(iter(problems), None)
         self._agree(problem)
 
+    def amend(
+        self,
+        step: int,
+        record: Mapping[str, Any],
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Replaces what stands beside the arrays of a checkpoint; every process calls.
+
+        Args:
+          step: of a complete checkpoint.
+          record: as in `save`.
+          metrics: as in `save`.
+
+        Raises:
+          UserError: there is no sound checkpoint of this step, or it cannot be written.
+        """
+        if self._read_only:
+            raise ValueError("these checkpoints were opened with read_only")
+        self.wait()
+        path = self.folder / str(step)
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                content = _read_description(path)
+                content |= {"record": dict(record), "metrics": dict(metrics or {})}
+                _write_description(path, content)
+            except (_DamagedError, UserError) as error:
+                problem = str(error)
+        self._agree(problem)
+        # Asked for anew from the file.
+        self._metrics.pop(step, None)
+
     def wait(self) -> None:
         """Waits until what was saved is complete; every process calls it.
 
@@ -246,7 +280,9 @@ class RunCheckpoints:
         """
         return next(iter(self._best_first(self.steps())), None)
 
-    def restore(self, like: Any, *, step: int | None = None) -> Restored:
+    def restore(
+        self, like: Any, *, step: int | None = None, best: bool = False
+    ) -> Restored:
         """Reads a checkpoint, the latest sound one if no step is given.
 
         Every process calls it.
@@ -255,10 +291,11 @@ class RunCheckpoints:
           like: a tree of arrays, numbers or `jax.ShapeDtypeStruct` with the structure,
             shapes and types of the state.
           step: which checkpoint, or None for the latest.
+          best: without a step, prefer those that have the metric, the best first.
 
         Returns:
-          The state and its record. Newer checkpoints that are unfinished or damaged are
-          left out and named.
+          The state and its record. Checkpoints that would have come first but are
+          unfinished or damaged are left out and named.
 
         Raises:
           UserError: there is no sound checkpoint, that of `step` is not sound, or it
@@ -267,7 +304,7 @@ class RunCheckpoints:
         self.wait()
         skipped: list[str] = []
         if step is None:
-            step = self._agreed_step(skipped)
+            step = self._agreed_step(skipped, best=best)
         elif step not in self.steps():
             raise UserError(
                 f"there is no checkpoint of step {step} in {self.folder}; "
@@ -417,12 +454,17 @@ class RunCheckpoints:
                 f"checkpoints in {self.folder} cannot be written; process 0 says why"
             )
 
-    def _agreed_step(self, skipped: list[str]) -> int:
-        """Returns the latest sound step as process 0 sees it; fills `skipped` there."""
+    def _agreed_step(self, skipped: list[str], *, best: bool) -> int:
+        """Returns the first sound step as process 0 sees it; fills `skipped` there."""
         found = -1
         if jax.process_index() == 0:
             skipped.extend(self._unfinished)
-            for step in reversed(self.steps()):
+            latest = self.steps()[::-1]
+            # One whose metric cannot be read may have been the best: it is named.
+            damaged = [s for s in latest if best and not self._is_described(s)]
+            ranked = self._best_first(latest) if best else []
+            # Each once, at its first place.
+            for step in dict.fromkeys((*damaged, *ranked, *latest)):
                 try:
                     _read(self.folder / str(step))
                 except _DamagedError as error:
@@ -442,6 +484,13 @@ class RunCheckpoints:
     def _what_there_is(self) -> str:
         steps = ", ".join(map(str, self.steps()))
         return f"steps {steps} are there" if steps else "no other is there"
+
+    def _is_described(self, step: int) -> bool:
+        try:
+            _read_description(self.folder / str(step))
+        except _DamagedError:
+            return False
+        return True
 
     def _metric_in(self, fields: Mapping[str, Any]) -> float | None:
         """Returns the metric of a checkpoint's description, None if it cannot count."""
@@ -613,6 +662,15 @@ def _describe(
         "arrays_checksum": tree_checksum(arrays),
     }
     return content | {"checksum": _text_checksum(content)}
+
+
+def _write_description(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """Replaces the JSON content of a checkpoint, all at once or not at all."""
+    # As it will be read: JSON knows no tuples, and the checksum is of its text.
+    content = json.loads(json.dumps(content))
+    text = json.dumps(content | {"checksum": _text_checksum(content)})
+    with atomic_path(path / RECORD / "metadata") as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _text_checksum(content: Mapping[str, Any]) -> int:

@@ -8,8 +8,10 @@ holds the step and the key, and the data are a function of the number of batches
 import collections
 import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -20,7 +22,7 @@ from jaxreg.errors import UserError
 from jaxreg.io.runs import RunCheckpoints
 from jaxreg.training import parallel
 from jaxreg.training import state as state_lib
-from jaxreg.training.logging import RunLog
+from jaxreg.training.logging import RunLog, device_memory
 from jaxreg.training.parallel import Layout
 from jaxreg.training.state import TrainState
 from jaxreg.typing import Variables
@@ -143,7 +145,9 @@ class Job:
 def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
     """Trains from a state to the end of the stage; returns the last state, placed.
 
-    Ctrl-C keeps a checkpoint of the last complete step before it goes on its way.
+    Ctrl-C, SIGTERM and data that cannot be read keep a checkpoint of the last complete
+    step before they go on their way; where several processes train, that cannot be
+    agreed on, and the last regular checkpoint counts.
 
     Args:
       state: placed by `parallel.place_state`; its buffers are reused.
@@ -153,8 +157,30 @@ def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
     Raises:
       UserError: the loss or its gradient is not finite (names the pair), data cannot be
         read, or a checkpoint cannot be written.
+      KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
-    return _Loop(state, job, config).run()
+    with _sigterm_as_interrupt():
+        return _Loop(state, job, config).run()
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Lets SIGTERM, by which batch systems end a job, do what Ctrl-C does."""
+    mine = (
+        threading.current_thread() is threading.main_thread()
+        # Several processes have JAX's own handler, and nothing to save in it.
+        and jax.process_count() == 1
+        # One that Python does not know could not be put back.
+        and signal.getsignal(signal.SIGTERM) is not None
+    )
+    if not mine:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclasses.dataclass
@@ -194,16 +220,19 @@ class _Loop:
         before = job.resumed.get("unlogged", {"steps": 0, "sums": {}})
         self.meter.steps = self.meter.untimed = before["steps"]
         self.meter.sums.update(before["sums"])
-        self.saved: int | None = None
+        # What a run starts or goes on from need not be saved again.
+        self.saved = self.done
 
     def run(self) -> TrainState:
         job = self.job
         if self.done == 0:
             # What there is to improve on, and a trial of the validation data.
-            self._validate(0)
+            self._validate()
+        elif self._validation_due() and not job.resumed.get("scores"):
+            self._make_up_validation()
         try:
             while self.done < job.steps:
-                batch = next(job.batches)
+                batch = self._next_batch()
                 placed = parallel.place_batch(batch, job.layout)
                 self.state, parts = job.step(self.state, placed)
                 self.done += 1
@@ -213,33 +242,59 @@ class _Loop:
                     self._account(*self.pending.popleft())
                 self._after_step()
         except KeyboardInterrupt:
-            if jax.process_count() == 1:
-                # The interrupt may have come between a step and its count.
-                one = parallel.fetch_state(self.state, job.layout)
-                self.done = int(one.step)
-                self._save({})
+            self._keep()
             raise
         self._drain()
         if job.checkpoints is not None:
             job.checkpoints.wait()
         return self.state
 
+    def _next_batch(self) -> Mapping[str, np.ndarray]:
+        try:
+            return next(self.job.batches)
+        except UserError as error:
+            if not self._keep():
+                raise
+            raise UserError(
+                f"{error}. The checkpoint of step {self.done} is good; mend this, then "
+                "resume"
+            ) from error
+
+    def _keep(self) -> bool:
+        """Saves the last complete step of a run that ends early; says if it could."""
+        job = self.job
+        if job.checkpoints is None or jax.process_count() > 1:
+            return False
+        # An interrupt may have come between a step and its count.
+        self.done = int(parallel.fetch_state(self.state, job.layout).step)
+        self._save({})
+        job.checkpoints.wait()
+        return self.done in job.checkpoints.steps()
+
     def _after_step(self) -> None:
-        job, config = self.job, self.config
-        epoch_ends = self.done % job.steps_per_epoch == 0
-        last = self.done == job.steps
-        epoch = self.done // job.steps_per_epoch
-        every = config.validate_every
-        scores: Mapping[str, float] = {}
-        if last or (epoch_ends and every and epoch % every == 0):
-            scores = self._validate(epoch)
-        due = (
-            self.done % config.checkpoint_every == 0
-            if config.checkpoint_every
-            else epoch_ends
-        )
-        if due or last or scores:
+        job, every = self.job, self.config.checkpoint_every
+        scores = self._validate() if self._validation_due() else {}
+        due = self.done % (every or job.steps_per_epoch) == 0
+        if due or self.done == job.steps or scores:
             self._save(scores)
+
+    def _validation_due(self) -> bool:
+        """Says whether the step that was done last is one to be scored."""
+        job, every = self.job, self.config.validate_every
+        if job.validate is None:
+            return False
+        between = bool(every) and self.done % (every * job.steps_per_epoch) == 0
+        return between or self.done == job.steps
+
+    def _make_up_validation(self) -> None:
+        """Scores the step that a run was stopped after, before it was scored."""
+        job, scores = self.job, self._validate()
+        if job.checkpoints is not None:
+            job.checkpoints.amend(
+                self.done,
+                {**job.resumed, "scores": dict(scores)},
+                metrics=self._metrics(scores),
+            )
 
     def _new_meter(self) -> _Meter:
         return _Meter(time.perf_counter(), self.job.batches.waited_s)
@@ -261,6 +316,10 @@ class _Loop:
         timed = meter.steps - meter.untimed
         row["pairs_per_s"] = timed * job.batch_size / seconds
         row["data_wait_share"] = (job.batches.waited_s - meter.waited) / seconds
+        memory = device_memory()
+        if memory is not None:
+            row["device_memory_gb"] = memory.in_use / 1e9
+            row["device_memory_peak_gb"] = memory.peak / 1e9
         job.log.scalars(step, row)
         job.log.progress(step, job.steps, row)
         self.meter = self._new_meter()
@@ -273,23 +332,31 @@ class _Loop:
         one = parallel.fetch_state(self.state, self.job.layout)
         return jax.device_get(state_lib.averaged(one))
 
-    def _validate(self, epoch: int) -> Mapping[str, float]:
+    def _validate(self) -> Mapping[str, float]:
         self._drain()
-        job, config = self.job, self.config
+        job, every = self.job, self.config.image_every
         if job.validate is None:
             return {}
+        began = time.perf_counter()
         found = job.validate(self._variables())
         job.log.scalars(
             self.done, {f"validation_{k}": v for k, v in found.scores.items()}
         )
         shown = [f"{n} {found.scores[n]:.4f}" for n in _SHOWN if n in found.scores]
         job.log.note(f"step {self.done} validation: {', '.join(shown)}")
-        last = self.done == job.steps
-        if config.image_every and (last or epoch % config.image_every == 0):
+        epoch = self.done // job.steps_per_epoch
+        if every and (self.done == job.steps or epoch % every == 0):
             job.log.images(self.done, found.images)
         # What validation took is no part of the training's rate.
-        self.meter = self._new_meter()
+        self.meter.began += time.perf_counter() - began
         return found.scores
+
+    def _metrics(self, scores: Mapping[str, float]) -> dict[str, float]:
+        """Returns the score by which a checkpoint is best, where there is one."""
+        name = self.job.metric
+        if name is None or name not in scores:
+            return {}
+        return {name: float(scores[name])}
 
     def _save(self, scores: Mapping[str, float]) -> None:
         # A state is only kept once its numbers have been seen to be finite.
@@ -305,11 +372,9 @@ class _Loop:
         }  # fmt: skip
         # Before it is: interrupted within, it is not to be tried a second time.
         self.saved = self.done
-        metric = job.metric
-        metrics = None
-        if metric is not None and metric in scores:
-            metrics = {metric: float(scores[metric])}
-        job.checkpoints.save(self.done, state_lib.to_tree(one), record, metrics=metrics)
+        job.checkpoints.save(
+            self.done, state_lib.to_tree(one), record, metrics=self._metrics(scores)
+        )
 
     def _stop(self, step: int, numbers: Mapping[str, float], batch) -> None:
         """Says which pair spoiled a step; the state has not taken it."""
@@ -327,9 +392,9 @@ class _Loop:
                 job.checkpoints.wait()
             kept = job.checkpoints.latest_step()
         mend = (
-            "look at these files, or lower optimizer.learning_rate"
+            "look at these files, or start anew with a lower optimizer.learning_rate"
             if at_fault
-            else "lower optimizer.learning_rate or set optimizer.clip"
+            else "start anew with a lower optimizer.learning_rate or optimizer.clip"
         )
         raise UserError(
             f"at step {step} the loss is {numbers['loss']:g} and its gradient "

@@ -26,10 +26,10 @@ class OptimizerConfig:
         (``(1 - t)^power``, to the same).
       warm_up: steps of linear growth from 0; they count among the total.
       final: last learning rate as a fraction of the peak.
-      power: of the polynomial schedule.
+      power: of the polynomial schedule, 0 or more.
       momentum: of SGD.
-      betas: decay of Adam's two moments.
-      epsilon: of Adam.
+      betas: decay of Adam's two moments, each in [0, 1).
+      epsilon: of Adam, positive.
       weight_decay: added to the gradient (Adam, AMSGrad, SGD), or decoupled (AdamW).
       clip: largest global norm of the gradient, 0 for no limit.
     """
@@ -64,11 +64,23 @@ class OptimizerConfig:
                 f"optimizer.learning_rate is {self.learning_rate}, expected a positive "
                 "number"
             )
-        for field in ("warm_up", "final", "weight_decay", "clip", "momentum"):
+        for field in (
+            "warm_up", "final", "power", "weight_decay", "clip", "momentum"
+        ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise UserError(
                     f"optimizer.{field} is {getattr(self, field)}, expected 0 or more"
                 )
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise UserError(
+                f"optimizer.betas is {self.betas}, expected two numbers of at least 0 "
+                "and below 1"
+            )
+        # With 0, a parameter without a gradient would become 0 / 0.
+        if not 0 < self.epsilon < math.inf:
+            raise UserError(
+                f"optimizer.epsilon is {self.epsilon}, expected a positive number"
+            )
 
 
 class AmsgradState(NamedTuple):
@@ -103,14 +115,18 @@ def scale_by_amsgrad(
         mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, updates)
         largest = jax.tree.map(jnp.maximum, state.largest, nu)
-        # 1 - b^n; the difference itself would lose four digits for b near 1.
-        unbias_mu, unbias_nu = (-jnp.expm1(count * math.log(b)) for b in (b1, b2))
+        unbias_mu, unbias_nu = (_unbias(b, count) for b in (b1, b2))
         scaled = jax.tree.map(
             lambda m, v: (m / unbias_mu) / (jnp.sqrt(v / unbias_nu) + eps), mu, largest
         )
         return scaled, AmsgradState(count, mu, nu, largest)
 
     return optax.GradientTransformation(init, update)
+
+
+def _unbias(b: float, count: jax.Array) -> jax.Array | float:
+    """Returns 1 - b^count; the difference itself loses four digits for b near 1."""
+    return -jnp.expm1(count * math.log(b)) if b else 1.0
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

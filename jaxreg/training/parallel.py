@@ -99,8 +99,14 @@ def make_layout(
     return Layout(kind, *shape, mesh)
 
 
-def check_batch(batch: int, layout: Layout, *, accumulate: int, replicas: int) -> int:
-    """Checks that a global batch can be shared out; returns the replicas per device.
+def check_batch(
+    batch: int, layout: Layout, *, accumulate: int, replicas: int
+) -> tuple[int, int]:
+    """Checks that a global batch can be shared out.
+
+    Returns:
+      (replicas per device, devices per replica): one of the two is 1, or the first is 0
+      without replicas.
 
     Raises:
       UserError: the batch, its parts or its replicas do not divide evenly.
@@ -113,14 +119,15 @@ def check_batch(batch: int, layout: Layout, *, accumulate: int, replicas: int) -
             f"{layout.data * accumulate}"
         )
     if not replicas:
-        return 0
-    if replicas % layout.data or (batch // accumulate) % replicas:
+        return 0, 1
+    even = not (replicas % layout.data and layout.data % replicas)
+    if not even or (batch // accumulate) % replicas:
         raise UserError(
-            f"replicas is {replicas}, expected a multiple of the {layout.data} devices "
-            f"that divides the {batch // accumulate} pairs worked off at once; take 0 "
-            "for statistics over the whole batch"
+            f"replicas is {replicas}, expected a multiple or a divisor of the "
+            f"{layout.data} devices that divides the {batch // accumulate} pairs "
+            "worked off at once; take 0 for statistics over the whole batch"
         )
-    return replicas // layout.data
+    return max(replicas // layout.data, 1), max(layout.data // replicas, 1)
 
 
 def compile_step(step: Callable, layout: Layout, *, donate: bool = True) -> Callable:

@@ -24,7 +24,7 @@ class TrainState:
       step: number of steps done, int32 scalar.
       variables: {"params", "batch_stats"} of the model.
       opt_state: of the optimizer.
-      ema: moving average of the parameters, or None.
+      ema: moving average of the variables, batch statistics included, or None.
       key: the root key; step i draws from ``fold_in(key, i)``.
     """
 
@@ -43,12 +43,11 @@ def start(
     ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step."""
-    params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.array, params) if ema else None,
+        opt_state=optimizer.init(variables["params"]),
+        ema=jax.tree.map(jnp.array, variables) if ema else None,
         key=key,
     )
 
@@ -68,6 +67,4 @@ def from_tree(tree: dict[str, Any]) -> TrainState:
 
 def averaged(state: TrainState) -> Variables:
     """Returns the variables to use and to score: the moving average if there is one."""
-    if state.ema is None:
-        return state.variables
-    return {**state.variables, "params": state.ema}
+    return state.variables if state.ema is None else state.ema

@@ -41,6 +41,7 @@ def predict_both(
     train: bool = False,
     replicas: int = 0,
     axis: str | None = None,
+    span: int = 1,
 ) -> tuple[Transform, Transform, Variables]:
     """Returns the forward and backward transforms, and the variables after both.
 
@@ -55,13 +56,14 @@ def predict_both(
       train: batch statistics instead of running ones.
       replicas: see `jaxreg.typing.Batching`.
       axis: see `jaxreg.typing.Batching`.
+      span: see `jaxreg.typing.Batching`.
     """
     both, variables = model.apply(
         variables,
         jnp.concatenate([pair.moving, pair.fixed]),
         jnp.concatenate([pair.fixed, pair.moving]),
         train=train,
-        batching=Batching(calls=2, replicas=replicas, axis=axis),
+        batching=Batching(calls=2, replicas=replicas, axis=axis, span=span),
     )
     forward, backward = both.transform.split(2)
     return forward, backward, variables
@@ -77,6 +79,7 @@ def evaluate(
     train: bool = False,
     replicas: int = 0,
     axis: str | None = None,
+    span: int = 1,
 ) -> tuple[jax.Array, tuple[Parts, Transform, Transform, Variables]]:
     """Returns (loss, (parts, forward, backward, variables after it)).
 
@@ -89,9 +92,10 @@ def evaluate(
       train: batch statistics instead of running ones.
       replicas: see `jaxreg.typing.Batching`.
       axis: the mapped axis over which the batch is split; the loss is the whole one's.
+      span: see `jaxreg.typing.Batching`.
     """
     forward, backward, variables = predict_both(
-        model, variables, pair, train=train, replicas=replicas, axis=axis
+        model, variables, pair, train=train, replicas=replicas, axis=axis, span=span
     )
     loss, parts = objective(forward, backward, pair, noise, axis=axis)
     return loss, (parts, forward, backward, variables)
@@ -141,14 +145,16 @@ class StepConfig:
         their gradients are averaged.
       replicas: 0: batch statistics over the global batch (of a part). Otherwise the
         number of replicas on this device that have statistics of their own.
-      ema: decay per step of the moving average of the parameters, 0 for none.
+      ema: decay per step of the moving average of the variables, 0 for none.
       axis: the mapped axis over which the batch is split, None on one device.
+      span: with one replica per device: how many devices share a replica.
     """
 
     accumulate: int = 1
     replicas: int = 0
     ema: float = 0.0
     axis: str | None = None
+    span: int = 1
 
 
 def make_train_step(
@@ -180,14 +186,15 @@ def make_train_step(
         params = state.variables["params"]
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
+        variables = {**after, "params": params}
         ema = state.ema
         if ema is not None:
-            ema = optax.incremental_update(params, ema, 1.0 - config.ema)
-        norm = optax.global_norm(gradient)
+            ema = _averaged(ema, variables, config.ema)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         new = TrainState(
             step=state.step,
-            variables={**after, "params": params},
+            variables=variables,
             opt_state=opt_state,
             ema=ema,
             key=state.key,
@@ -201,6 +208,20 @@ def make_train_step(
         return kept, {**parts, "gradient_norm": norm, "finite": finite}
 
     return step
+
+
+def _averaged(average: Variables, newest: Variables, decay: float) -> Variables:
+    """Returns the moving average one step on; whole numbers, as counts, are the newest.
+
+    Batch statistics are averaged too: those of other parameters would not fit.
+    """
+
+    def moved(old, new):
+        if jnp.issubdtype(new.dtype, jnp.integer):
+            return new
+        return decay * old + (1.0 - decay) * new
+
+    return jax.tree.map(moved, average, newest)
 
 
 def _accumulated(model, objective: Loss, prepare, config: StepConfig):
@@ -221,6 +242,7 @@ def _accumulated(model, objective: Loss, prepare, config: StepConfig):
                 train=True,
                 replicas=config.replicas,
                 axis=config.axis,
+                span=config.span,
             )
 
         gradient, aux = jax.grad(loss_of, has_aux=True)(variables["params"])

@@ -390,6 +390,60 @@ def test_a_damaged_step_that_is_asked_for_is_an_error(run):
             checkpoints.restore(small(0), step=5)
 
 
+def break_arrays(folder):
+    """Cuts the largest file of a checkpoint's arrays."""
+    file = max(
+        (p for p in (folder / "state").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def drop_record(folder):
+    (folder / "record" / "metadata").unlink()
+
+
+@pytest.mark.parametrize("harm", [break_arrays, drop_record])
+def test_a_damaged_best_gives_way_to_the_next_best_and_is_named(tmp_path, harm):
+    save_metrics(tmp_path, [0.5, 0.7, 0.9, 0.1], keep_latest=4)
+    with RunCheckpoints(tmp_path, metric="dice") as checkpoints:
+        assert checkpoints.restore(small(0), best=True).step == 3
+    harm(tmp_path / "3")
+    with RunCheckpoints(tmp_path, metric="dice") as checkpoints:
+        found = checkpoints.restore(small(0), best=True)
+    assert found.step == 2
+    assert_same(found.state, small(2))
+    (sentence,) = found.skipped
+    assert str(tmp_path / "3") in sentence and "skipped" in sentence
+
+
+def test_without_a_sound_best_the_latest_is_taken(tmp_path):
+    save_metrics(tmp_path, [0.5, None, None], keep_latest=4)
+    break_arrays(tmp_path / "1")
+    with RunCheckpoints(tmp_path, metric="dice") as checkpoints:
+        found = checkpoints.restore(small(0), best=True)
+    assert found.step == 3 and len(found.skipped) == 1
+
+
+def test_what_stands_beside_the_arrays_can_be_replaced(tmp_path):
+    save_metrics(tmp_path, [0.5, None], keep_latest=1)
+    options = {"metric": "dice", "keep_latest": 1}
+    with RunCheckpoints(tmp_path, **options) as checkpoints:
+        checkpoints.restore(small(0))
+        assert checkpoints.best_step() == 1
+        checkpoints.amend(2, {"scores": (1, 2)}, metrics={"dice": 0.9})
+        assert checkpoints.best_step() == 2
+        # The first is neither the latest nor the best any more.
+        checkpoints.save(3, small(3), {}, metrics={"dice": 0.1})
+    with RunCheckpoints(tmp_path, **options) as checkpoints:
+        assert checkpoints.steps() == (2, 3)
+        found = checkpoints.restore(small(0), step=2)
+        assert found.record == {"scores": [1, 2]}
+        assert_same(found.state, small(2))
+        with pytest.raises(UserError, match="record/metadata is missing"):
+            checkpoints.amend(5, {})
+
+
 def test_nothing_usable_is_an_error(run, tmp_path):
     for step in "12":
         shutil.rmtree(run / step / "state")

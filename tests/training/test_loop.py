@@ -5,6 +5,9 @@ The step is a Python function that adds one to a number, so nothing is compiled.
 
 import dataclasses
 import math
+import os
+import signal
+import threading
 import types
 
 import jax
@@ -16,6 +19,7 @@ from jaxreg.errors import UserError
 from jaxreg.io.runs import RunCheckpoints
 from jaxreg.training import loop
 from jaxreg.training import state as state_lib
+from jaxreg.training.logging import DeviceMemory
 from jaxreg.training.loop import Job, LoopConfig, Validation
 from jaxreg.training.parallel import Layout
 
@@ -23,13 +27,13 @@ from jaxreg.training.parallel import Layout
 class Batches:
     """Pairs 2 b and 2 b + 1 in batch b; keeps count."""
 
-    def __init__(self, first=0, *, interrupt_at=None):
+    def __init__(self, first=0, *, stop_at=None, how=None):
         self.waited_s = 0.0
-        self.index, self.interrupt_at = first, interrupt_at
+        self.index, self.stop_at, self.how = first, stop_at, how
 
     def __next__(self):
-        if self.index == self.interrupt_at:
-            raise KeyboardInterrupt
+        if self.index == self.stop_at:
+            self.how()
         self.index += 1
         return {"index": np.arange(2) + 2 * (self.index - 1)}
 
@@ -161,6 +165,43 @@ def test_data_wait_and_rate_are_those_between_rows(monkeypatch):
     assert row["pairs_per_s"] == pytest.approx(1.0)
 
 
+def test_validation_between_rows_takes_neither_their_steps_nor_their_time(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(
+        loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0])
+    )
+
+    class Slow(Batches):
+        def __next__(self):
+            clock[0] += 2.0
+            self.waited_s += 0.5
+            return super().__next__()
+
+    def slowly_scored(variables):
+        clock[0] += 100.0
+        return scored(variables)
+
+    log = Log()
+    work = job(log, batches=Slow(), validate=slowly_scored)
+    loop.run(fresh(), work, LoopConfig(log_every=4, validate_every=1))
+    assert "validation_dice" in log.rows[3] and "validation_dice" in log.rows[6]
+    assert log.rows[4]["loss"] == (1 + 4 + 9 + 16) / 4
+    assert log.rows[8]["loss"] == (25 + 36 + 49 + 64) / 4
+    assert log.rows[8]["pairs_per_s"] == pytest.approx(1.0)
+    assert log.rows[8]["data_wait_share"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_device_memory_is_told_where_the_backend_tells_it(monkeypatch, told):
+    memory = DeviceMemory(in_use=2_500_000_000, peak=7 * 10**9) if told else None
+    monkeypatch.setattr(loop, "device_memory", lambda: memory)
+    log = Log()
+    loop.run(fresh(), job(log), LoopConfig(log_every=4))
+    for row in log.rows.values():
+        assert row.get("device_memory_gb") == (2.5 if told else None)
+        assert row.get("device_memory_peak_gb") == (7.0 if told else None)
+
+
 def test_validation_comes_before_between_and_after():
     log = Log()
     config = LoopConfig(log_every=100, validate_every=2, image_every=4)
@@ -282,13 +323,114 @@ def test_no_checkpoint_is_written_of_a_step_that_went_wrong(tmp_path):
         assert list(kept.steps()) == [3]
 
 
-def test_an_interrupt_keeps_the_last_complete_step(tmp_path):
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def unreadable():
+    raise UserError("m10.nii is missing")
+
+
+def terminated():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        (interrupted, KeyboardInterrupt),
+        (terminated, KeyboardInterrupt),
+        (unreadable, UserError),
+    ],
+)
+def test_what_stops_a_run_keeps_the_last_complete_step(tmp_path, how, what):
+    before = signal.getsignal(signal.SIGTERM)
+    config = LoopConfig(checkpoint_every=100, log_every=4)
     with RunCheckpoints(tmp_path) as kept:
-        work = job(batches=Batches(interrupt_at=5), checkpoints=kept)
-        with pytest.raises(KeyboardInterrupt):
-            loop.run(fresh(), work, LoopConfig(checkpoint_every=100))
-        kept.wait()
+        work = job(batches=Batches(stop_at=5, how=how), checkpoints=kept)
+        with pytest.raises(what) as caught:
+            loop.run(fresh(), work, config)
         assert list(kept.steps()) == [5]
+        found = kept.restore(state_lib.to_tree(fresh()))
+        whole, again = Log(), Log()
+        work = job(again, batches=Batches(5), resumed=found.record)
+        state = loop.run(state_lib.from_tree(found.state), work, config)
+    if what is UserError:
+        assert "m10.nii is missing. The checkpoint of step 5 is good" in str(
+            caught.value
+        )
+    assert signal.getsignal(signal.SIGTERM) == before
+    loop.run(fresh(), job(whole), config)
+    assert state.step == 9
+    assert again.rows[8]["loss"] == whole.rows[8]["loss"]
+
+
+def test_data_that_stay_unreadable_after_a_resume_are_no_second_save(tmp_path):
+    config = LoopConfig(checkpoint_every=100)
+    with RunCheckpoints(tmp_path) as kept:
+        stopped = Batches(stop_at=5, how=unreadable)
+        for first in (0, 5):
+            start, resumed = fresh(), {}
+            if first:
+                found = kept.restore(state_lib.to_tree(start))
+                start, resumed = state_lib.from_tree(found.state), found.record
+            work = job(batches=stopped, checkpoints=kept, resumed=resumed)
+            with pytest.raises(UserError, match="step 5 is good"):
+                loop.run(start, work, config)
+        assert list(kept.steps()) == [5]
+
+
+def test_data_that_are_unreadable_from_the_start_are_told_as_they_are(tmp_path):
+    with RunCheckpoints(tmp_path) as kept:
+        work = job(batches=Batches(stop_at=0, how=unreadable), checkpoints=kept)
+        with pytest.raises(UserError, match=r"^m10.nii is missing$"):
+            loop.run(fresh(), work, LoopConfig())
+        assert not kept.steps()
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    results = []
+    thread = threading.Thread(
+        target=lambda: results.append(loop.run(fresh(), job(), LoopConfig()).step)
+    )
+    thread.start()
+    thread.join()
+    assert results == [9]
+
+
+@pytest.mark.parametrize("at", [6, 9])
+def test_an_interrupted_validation_is_made_up_for_after_a_resume(tmp_path, at):
+    def scored_until(variables):
+        if variables["params"]["w"][0] == at:
+            raise KeyboardInterrupt
+        return scored(variables)
+
+    # Validation after 3, 6 and 9 steps, of which 6 is the best; rows every 4.
+    config = LoopConfig(log_every=4, validate_every=1)
+    whole, again = Log(), Log()
+    common = {"metric": "dice", "validate": scored}
+    with RunCheckpoints(tmp_path / "whole", metric="dice", keep_latest=9) as kept:
+        loop.run(fresh(), job(whole, checkpoints=kept, **common), config)
+    with RunCheckpoints(tmp_path / "run", metric="dice", keep_latest=9) as kept:
+        work = job(checkpoints=kept, **(common | {"validate": scored_until}))
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(fresh(), work, config)
+        assert kept.latest_step() == at
+        assert kept.best_step() == at - 3
+    with RunCheckpoints(tmp_path / "run", metric="dice", keep_latest=9) as kept:
+        found = kept.restore(state_lib.to_tree(fresh()))
+        work = job(
+            again, batches=Batches(at), checkpoints=kept, resumed=found.record, **common
+        )
+        loop.run(state_lib.from_tree(found.state), work, config)
+        assert kept.best_step() == 6
+        made_up = kept.restore(state_lib.to_tree(fresh()), step=at)
+    assert made_up.record["scores"] == scored(made_up.state["variables"]).scores
+    timing = {"pairs_per_s", "data_wait_share"}
+    for row, numbers in again.rows.items():
+        assert row >= at
+        for name in numbers.keys() - timing:
+            assert numbers[name] == whole.rows[row][name], (row, name)
 
 
 def test_an_interrupt_within_a_save_is_no_second_save(tmp_path, monkeypatch):

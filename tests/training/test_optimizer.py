@@ -56,6 +56,10 @@ def theirs(make):
             lambda o, w: o.Adam(w, lr=0.1, amsgrad=True),
         ),
         (
+            OptimizerConfig("amsgrad", learning_rate=0.1, betas=(0.0, 0.9)),
+            lambda o, w: o.Adam(w, lr=0.1, betas=(0.0, 0.9), amsgrad=True),
+        ),
+        (
             OptimizerConfig("sgd", learning_rate=0.01, momentum=0.8, weight_decay=0.1),
             lambda o, w: o.SGD(w, lr=0.01, momentum=0.8, weight_decay=0.1),
         ),
@@ -70,7 +74,15 @@ def theirs(make):
             lambda o, w: o.AdamW(w, lr=0.1, betas=(0.9, 0.9), weight_decay=0.1),
         ),
     ],
-    ids=["adam", "amsgrad", "amsgrad 0.999", "sgd", "adam with decay", "adamw"],
+    ids=[
+        "adam",
+        "amsgrad",
+        "amsgrad 0.999",
+        "amsgrad 0",
+        "sgd",
+        "adam with decay",
+        "adamw",
+    ],
 )
 def test_updates_equal_pytorch(config, make):
     np.testing.assert_allclose(ours(config), theirs(make), rtol=1e-5)
@@ -124,6 +136,12 @@ def test_warm_up_grows_linearly_and_the_rest_decays_to_the_end():
         {"learning_rate": 0.0},
         {"clip": -1.0},
         {"warm_up": -1},
+        {"betas": (1.0, 0.9)},
+        {"betas": (0.9, -0.1)},
+        {"betas": (0.9, float("nan"))},
+        {"betas": (0.9,)},
+        {"epsilon": 0.0},
+        {"power": -1.0},
     ],
 )
 def test_wrong_settings_are_refused(wrong):

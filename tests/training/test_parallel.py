@@ -77,9 +77,11 @@ def test_gradient_is_the_same_under_every_layout(layouts, layout):
     check(layouts[f"{layout} weight 1.5"], tolerance=2e-4)
 
 
-def test_gradient_of_accumulated_parts_with_statistics_per_replica():
-    (found,) = printed("same_gradient.py", "parts").values()
-    check(found, tolerance=1e-5)
+def test_gradient_with_statistics_per_replica():
+    found = printed("same_gradient.py", "parts")
+    assert sorted(found) == ["mesh 1 pairs of devices", "mesh 1 parts"]
+    for each in found.values():
+        check(each, tolerance=1e-5)
 
 
 @pytest.mark.slow
@@ -103,6 +105,18 @@ def test_split_volume_has_the_same_map_and_split_convolutions():
         for mine, all_of_it in zip(split["depths"], whole["depths"], strict=True):
             assert mine <= -(-all_of_it // space) + 1
         assert split["exchanges"] > 0
+
+
+def test_split_volumes_are_scored_and_blamed_as_whole_ones():
+    found = printed("split_validation.py")
+    whole, split = found["1"], found["2"]
+    assert whole["blamed"] == split["blamed"] == [1]
+    assert whole["scores"].keys() == split["scores"].keys() >= {"dice", "loss"}
+    for name, score in whole["scores"].items():
+        assert split["scores"][name] == pytest.approx(score, rel=1e-4), name
+    # Two pairs scored, one blamed: the other is not finite before it is tried.
+    assert whole["exchanges"] == [0, 0, 0]
+    assert len(split["exchanges"]) == 3 and all(split["exchanges"])
 
 
 # --- processes -----------------------------------------------------------------------
@@ -267,7 +281,7 @@ def test_one_device_needs_no_mesh():
         (6, 1, 0, "batch is 6, which 4 devices .* take a multiple of 4$"),
         (4, 2, 0, "batch is 4, which 4 devices .* take a multiple of 8$"),
         (2, 1, 0, "batch is 2, which 4 devices"),
-        (8, 1, 2, "replicas is 2, expected a multiple of the 4 devices"),
+        (12, 1, 3, "replicas is 3, expected a multiple or a divisor of the 4 devices"),
         (8, 1, 16, "replicas is 16, .* divides the 8 pairs worked off at once"),
         (16, 2, 16, "replicas is 16, .* divides the 8 pairs worked off at once"),
         (16, 1, 12, "replicas is 12, .* divides the 16 pairs"),
@@ -281,7 +295,15 @@ def test_batches_that_cannot_be_shared(batch, accumulate, replicas, said):
 
 @pytest.mark.parametrize(
     ("batch", "accumulate", "replicas", "local"),
-    [(4, 1, 0, 0), (8, 2, 0, 0), (8, 1, 4, 1), (8, 1, 8, 2), (16, 2, 4, 1)],
+    [
+        (4, 1, 0, (0, 1)),
+        (8, 2, 0, (0, 1)),
+        (8, 1, 4, (1, 1)),
+        (8, 1, 8, (2, 1)),
+        (16, 2, 4, (1, 1)),
+        (8, 1, 2, (1, 2)),
+        (8, 1, 1, (1, 4)),
+    ],
 )
 def test_replicas_per_device(batch, accumulate, replicas, local):
     layout = Layout("pmap", data=4)

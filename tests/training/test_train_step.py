@@ -177,16 +177,37 @@ def test_the_moving_average_is_the_one_by_hand():
     model, adam = Shift(), optax.adam(0.1)
     step = made(model, squares, adam, StepConfig(ema=0.7))
     state = started(model, adam, ema=True)
-    assert_same(state.ema, state.variables["params"])
+    assert_same(state.ema, state.variables)
     average = np.asarray(state.variables["params"]["by"])
     for seed in range(4):
         state, _ = step(state, batch_of(2, seed))
         average = 0.7 * average + 0.3 * np.asarray(state.variables["params"]["by"])
-        np.testing.assert_allclose(state.ema["by"], average, rtol=1e-5)
+        np.testing.assert_allclose(state.ema["params"]["by"], average, rtol=1e-5)
     used = state_lib.averaged(state)
-    assert_same(used["params"], state.ema)
-    assert_same(used["batch_stats"], state.variables["batch_stats"])
+    assert_same(used, state.ema)
     assert np.abs(used["params"]["by"] - state.variables["params"]["by"]).max() > 1e-3
+
+
+def test_batch_statistics_are_averaged_with_the_parameters_they_belong_to(network):
+    _, batch, _ = network
+    model = GradIcon(CONFIG)
+    step = made(model, MEAN_SQUARE, descent(), StepConfig(ema=0.7))
+    state = started(model, descent(), ema=True, variables=moved_variables(model))
+
+    def norm(variables):
+        return variables["batch_stats"]["step_1"]["norm_0"]
+
+    average = {name: np.asarray(norm(state.ema)[name]) for name in ("mean", "var")}
+    for part in (slice(0, 2), slice(2, 4)):
+        state, _ = step(state, share(batch, part))
+        for name, old in average.items():
+            average[name] = 0.7 * old + 0.3 * np.asarray(norm(state.variables)[name])
+            np.testing.assert_allclose(
+                norm(state.ema)[name], average[name], rtol=1e-5, atol=1e-7
+            )
+            assert np.abs(average[name] - norm(state.variables)[name]).max() > 1e-3
+    # A count is not averaged: two directions a step.
+    assert norm(state_lib.averaged(state))["count"] == 4
 
 
 def test_each_step_has_noise_of_its_own_and_a_repeated_one_has_the_same():

@@ -78,7 +78,7 @@ def stepper(kind, space, objective, *, batch, accumulate=1, replicas=0):
     """Returns a function of a batch: the step's gradient, statistics and numbers."""
     devices = jax.devices()[:1] if kind == "single" else None
     layout = parallel.make_layout(kind, space=space, devices=devices)
-    local = parallel.check_batch(
+    local, span = parallel.check_batch(
         batch, layout, accumulate=accumulate, replicas=replicas
     )
     # Keeps the gradient as it is, where a step's change of the weights would round it.
@@ -88,7 +88,9 @@ def stepper(kind, space, objective, *, batch, accumulate=1, replicas=0):
         objective,
         optimizer,
         lambda batch, key: parallel.constrain(Pair(**batch), layout),
-        step.StepConfig(accumulate=accumulate, replicas=local, axis=layout.axis),
+        step.StepConfig(
+            accumulate=accumulate, replicas=local, axis=layout.axis, span=span
+        ),
     )
     compiled = parallel.compile_step(train_step, layout)
 
@@ -140,11 +142,15 @@ def layouts() -> dict:
 
 
 def parts() -> dict:
-    """Two accumulated parts, each device with batch statistics of its own."""
+    """Two accumulated parts with statistics per device; statistics per two devices."""
     objective = dataclasses.replace(DICE, inverse_consistency_weight=0.0)
-    return compare(
+    own = compare(
         objective, {"parts": batch_of(8)}, [("mesh", 1)], accumulate=2, replicas=4
     )
+    shared = compare(
+        objective, {"pairs of devices": batch_of(4)}, [("mesh", 1)], replicas=2
+    )
+    return own | shared
 
 
 def tasks() -> dict:

@@ -1,0 +1,82 @@
+"""Validation and blame of volumes over two devices and on one, as JSON.
+
+Standard output: by number of devices, the scores, which pairs are to blame, and how
+often each of the two programs exchanges planes between devices. Run in its own process,
+see `same_gradient.py`.
+"""
+
+import json
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+
+import numpy as np  # noqa: E402
+
+from jaxreg import trainer  # noqa: E402
+from jaxreg.data.pipeline import Batches, Loading  # noqa: E402
+from jaxreg.experiment import DataConfig, Experiment, Stage  # noqa: E402
+from jaxreg.losses.objective import Objective  # noqa: E402
+from jaxreg.models.gradicon import GradIcon, GradIconConfig  # noqa: E402
+from jaxreg.training import parallel  # noqa: E402
+
+EXPERIMENT = Experiment(
+    name="split_validation",
+    model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0, form="native"),
+    data=DataConfig(
+        synthetic=("inter_mono",),
+        synthetic_labels=2,
+        pairs_per_epoch=2,
+        validation_pairs=2,
+    ),
+    loading=Loading(shape=(11, 8, 8)),  # 2 does not divide the depth
+    augment=None,
+    objective=Objective(similarity="mse", dice_weight=0.1),
+    stages=(Stage("one", 1),),
+)
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    rng = np.random.default_rng(0)
+    model, sources = GradIcon(EXPERIMENT.model), trainer.make_sources(EXPERIMENT)
+    variables = jax.tree.map(
+        lambda a: np.asarray(a + 0.05 * rng.normal(size=a.shape), a.dtype),
+        model.init(jax.random.key(0)),
+    )
+    loading = trainer.loading_of(EXPERIMENT, validation=False)
+    with Batches(sources.train, loading, batch_size=2) as batches:
+        batch = next(batches)
+    batch["fixed"][1, 2, 3, 4] = np.inf
+    exchanges = []
+    compile_step = parallel.compile_step
+
+    def counted(step, layout, **options):
+        compiled = compile_step(step, layout, **options)
+
+        def run(*arguments):
+            text = compiled.lower(*arguments).compile().as_text()
+            exchanges.append(text.count(" collective-permute("))
+            return compiled(*arguments)
+
+        return run
+
+    parallel.compile_step = counted
+    found = {}
+    for space in (1, 2):
+        layout = parallel.make_layout(
+            "mesh", space=space, devices=jax.devices()[:space]
+        )
+        settings = EXPERIMENT, sources, model, layout
+        exchanges.clear()
+        validate = trainer.make_validation(*settings)
+        assert validate is not None
+        scores = dict(validate(variables).scores)
+        blamed = trainer.make_blame(*settings)(variables, batch)
+        found[space] = {"scores": scores, "blamed": blamed, "exchanges": exchanges[:]}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
