@@ -22,7 +22,29 @@ import typer
 from rich.console import Console
 
 from jaxreg import __version__, cli_training
-from jaxreg.cli_options import option, parse_shape, print_numbers
+from jaxreg.cli_options import (
+    FIXED_MODALITY,
+    INPUT,
+    MOVING_MODALITY,
+    OPTIMISE,
+    REGIONS,
+    SCANS,
+    CtWindow,
+    InputMasking,
+    IoLr,
+    IoSim,
+    IoTarget,
+    LossMasking,
+    Modality,
+    QuantileRange,
+    Seed,
+    Similarity,
+    Target,
+    choice,
+    option,
+    parse_shape,
+    print_numbers,
+)
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,31 +68,6 @@ app = typer.Typer(
 cli_training.add_to(app)
 
 
-class Modality(enum.StrEnum):
-    """What kind of scan it is, for the intensity scale."""
-
-    CT = "ct"
-    MRI = "mri"
-
-
-class Target(enum.StrEnum):
-    """What instance optimisation changes."""
-
-    NETWORK = "network"
-    DISPLACEMENT = "displacement"
-
-
-class Similarity(enum.StrEnum):
-    """Names of losses.similarity.SIMILARITIES."""
-
-    LNCC = "lncc"
-    LNCC2 = "lncc2"
-    MIND = "mind"
-    NMI = "nmi"
-    NCC = "ncc"
-    MSE = "mse"
-
-
 class Precision(enum.StrEnum):
     """Arithmetic of the network."""
 
@@ -85,26 +82,11 @@ class Frame(enum.StrEnum):
     RAS = "ras"
 
 
-def _choice(name: str, text: str, panel: str) -> Any:
-    return option(name, text, panel, case_sensitive=False)
-
-
 # One line of help per option, its unit and default in it. [brackets] would be markup.
-_SCANS, _OUT, _MODEL = "Scans", "Outputs", "Model"
-_OPTIMISE, _REGIONS, _INPUT = (
-    "Instance optimisation",
-    "Masks and segmentations",
-    "Intensities",
-)
+_OUT, _MODEL = "Outputs", "Model"
 Path = pathlib.Path
-Fixed = Annotated[Path, option("--fixed", "Scan that stays.", _SCANS)]
-Moving = Annotated[Path, option("--moving", "Scan to be warped onto it.", _SCANS)]
-FixedModality = Annotated[
-    Modality, _choice("--fixed-modality", "Kind of the fixed scan.", _SCANS)
-]
-MovingModality = Annotated[
-    Modality, _choice("--moving-modality", "Kind of the moving scan.", _SCANS)
-]
+Fixed = Annotated[Path, option("--fixed", "Scan that stays.", SCANS)]
+Moving = Annotated[Path, option("--moving", "Scan to be warped onto it.", SCANS)]
 TransformOut = Annotated[
     Path | None,
     option(
@@ -173,7 +155,7 @@ ShapeText = Annotated[
 ]
 PrecisionName = Annotated[
     Precision,
-    _choice(
+    choice(
         "--precision",
         "Of the network's products, where the device has a choice: weights and images "
         "stay float32, and a CPU always computes in it.",
@@ -186,40 +168,15 @@ Iterations = Annotated[
         "--io-iterations",
         "Steps (for a displacement per level of resolution), or None for a single "
         "prediction.",
-        _OPTIMISE,
+        OPTIMISE,
         metavar="N",
     ),
 ]
-IoTarget = Annotated[
-    Target,
-    _choice(
-        "--io-target",
-        "What is optimised: a copy of the network's weights, or an affine and a "
-        "displacement field without any network.",
-        _OPTIMISE,
-    ),
-]
-IoSim = Annotated[Similarity, _choice("--io-sim", "Similarity.", _OPTIMISE)]
-IoLr = Annotated[
-    float | None,
-    option(
-        "--io-lr",
-        "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
-        "(displacement).",
-        _OPTIMISE,
-    ),
-]
-Seed = Annotated[
-    int,
-    option(
-        "--seed", "Seed of the optimisation's noise.", _OPTIMISE, min=0, max=2**32 - 1
-    ),
-]
 FixedMask = Annotated[
-    Path | None, option("--fixed-mask", "Region of the fixed scan.", _REGIONS)
+    Path | None, option("--fixed-mask", "Region of the fixed scan.", REGIONS)
 ]
 MovingMask = Annotated[
-    Path | None, option("--moving-mask", "Region of the moving scan.", _REGIONS)
+    Path | None, option("--moving-mask", "Region of the moving scan.", REGIONS)
 ]
 StoredOrientation = Annotated[
     bool,
@@ -230,32 +187,20 @@ StoredOrientation = Annotated[
         _MODEL,
     ),
 ]
-InputMasking = Annotated[
-    bool,
-    option("--input-masking", "Set intensities outside the masks to 0.", _REGIONS),
-]
-LossMasking = Annotated[
-    bool,
-    option(
-        "--loss-function-masking",
-        "Count similarity inside the masks only; needs both masks.",
-        _REGIONS,
-    ),
-]
 FixedSegmentation = Annotated[
     Path | None,
-    option("--fixed-segmentation", "Label map of the fixed scan.", _REGIONS),
+    option("--fixed-segmentation", "Label map of the fixed scan.", REGIONS),
 ]
 MovingSegmentation = Annotated[
     Path | None,
-    option("--moving-segmentation", "Label map of the moving scan.", _REGIONS),
+    option("--moving-segmentation", "Label map of the moving scan.", REGIONS),
 ]
 DiceWeight = Annotated[
     float,
     option(
         "--dice-loss-weight",
         "Weight of the Dice term; needs both segmentations.",
-        _REGIONS,
+        REGIONS,
     ),
 ]
 Conservation = Annotated[
@@ -263,25 +208,7 @@ Conservation = Annotated[
     option(
         "--intensity-conservation-loss",
         "Multiply warped intensity by the Jacobian determinant; both scans CT.",
-        _INPUT,
-    ),
-]
-CtWindow = Annotated[
-    tuple[float, float] | None,
-    option(
-        "--ct-window",
-        "Hounsfield units that become 0 and 1. Default: -1000 1000.",
-        _INPUT,
-        metavar="MIN MAX",
-    ),
-]
-QuantileRange = Annotated[
-    tuple[float, float] | None,
-    option(
-        "--quantile-range",
-        "Quantiles of an MRI that become 0 and 1. Default: the minimum and 0.99.",
-        _INPUT,
-        metavar="LO HI",
+        INPUT,
     ),
 ]
 
@@ -292,8 +219,8 @@ def register_verb(  # noqa: PLR0913
     *,
     fixed: Fixed,
     moving: Moving,
-    fixed_modality: FixedModality,
-    moving_modality: MovingModality,
+    fixed_modality: Annotated[Modality, FIXED_MODALITY],
+    moving_modality: Annotated[Modality, MOVING_MODALITY],
     transform_out: TransformOut = None,
     warped_moving_out: WarpedOut = None,
     inverse_out: InverseOut = None,
@@ -439,10 +366,10 @@ def _register(
 def warp_verb(
     *,
     fixed: Annotated[
-        Path | None, option("--fixed", "Scan whose grid is the result's.", _SCANS)
+        Path | None, option("--fixed", "Scan whose grid is the result's.", SCANS)
     ] = None,
     moving: Annotated[
-        Path | None, option("--moving", "Scan or label map to be warped.", _SCANS)
+        Path | None, option("--moving", "Scan or label map to be warped.", SCANS)
     ] = None,
     transform: Annotated[
         Path | None,
@@ -450,7 +377,7 @@ def warp_verb(
             "--transform",
             "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .nii.gz .nii. "
             "Default: the identity.",
-            _SCANS,
+            SCANS,
         ),
     ] = None,
     warped_moving_out: WarpedOut = None,
@@ -468,7 +395,7 @@ def warp_verb(
             "--points",
             "CSV of points in the fixed scan, mm: columns x, y, z (by name or the "
             "first three). Other columns are kept.",
-            _SCANS,
+            SCANS,
         ),
     ] = None,
     points_out: Annotated[
@@ -477,10 +404,10 @@ def warp_verb(
     ] = None,
     points_frame: Annotated[
         Frame,
-        _choice(
+        choice(
             "--points-frame",
             "Sign convention of the points: lps as in ITK and ANTs, ras as in NIfTI.",
-            _SCANS,
+            SCANS,
         ),
     ] = Frame.LPS,
 ) -> None:

@@ -1,7 +1,8 @@
 """What the verbs of the command line share: options, shapes, printed numbers."""
 
+import enum
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -11,6 +12,112 @@ from jaxreg.errors import UserError
 def option(name: str, text: str, panel: str | None = None, **settings) -> Any:
     """Returns a long option with its line of help, in a panel of the help page."""
     return typer.Option(name, help=text, rich_help_panel=panel, **settings)
+
+
+def choice(name: str, text: str, panel: str) -> Any:
+    """Returns an option that takes a name of an enum, in any case."""
+    return option(name, text, panel, case_sensitive=False)
+
+
+class Modality(enum.StrEnum):
+    """What kind of scan it is, for the intensity scale."""
+
+    CT = "ct"
+    MRI = "mri"
+
+
+class Target(enum.StrEnum):
+    """What instance optimisation changes."""
+
+    NETWORK = "network"
+    DISPLACEMENT = "displacement"
+
+
+class Similarity(enum.StrEnum):
+    """Names of losses.similarity.SIMILARITIES."""
+
+    LNCC = "lncc"
+    LNCC2 = "lncc2"
+    MIND = "mind"
+    NMI = "nmi"
+    NCC = "ncc"
+    MSE = "mse"
+
+
+class LandmarksFrame(enum.StrEnum):
+    """What the numbers of a file of landmarks are."""
+
+    LPS = "lps"
+    RAS = "ras"
+    VOXEL = "voxel"
+
+
+# One line of help per option, its unit and default in it. [brackets] would be markup.
+SCANS = "Scans"
+OPTIMISE, REGIONS, INPUT = (
+    "Instance optimisation",
+    "Masks and segmentations",
+    "Intensities",
+)
+FIXED_MODALITY = choice("--fixed-modality", "Kind of the fixed scan.", SCANS)
+MOVING_MODALITY = choice("--moving-modality", "Kind of the moving scan.", SCANS)
+IoTarget = Annotated[
+    Target,
+    choice(
+        "--io-target",
+        "What is optimised: a copy of the network's weights, or an affine and a "
+        "displacement field without any network.",
+        OPTIMISE,
+    ),
+]
+IoSim = Annotated[Similarity, choice("--io-sim", "Similarity.", OPTIMISE)]
+IoLr = Annotated[
+    float | None,
+    option(
+        "--io-lr",
+        "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
+        "(displacement).",
+        OPTIMISE,
+    ),
+]
+Seed = Annotated[
+    int,
+    option(
+        "--seed", "Seed of the optimisation's noise.", OPTIMISE, min=0, max=2**32 - 1
+    ),
+]
+InputMasking = Annotated[
+    bool,
+    option("--input-masking", "Set intensities outside the masks to 0.", REGIONS),
+]
+LossMasking = Annotated[
+    bool,
+    option(
+        "--loss-function-masking",
+        "Count similarity inside the masks only; needs both masks.",
+        REGIONS,
+    ),
+]
+CtWindow = Annotated[
+    tuple[float, float] | None,
+    option(
+        "--ct-window",
+        "Hounsfield units that become 0 and 1. Default: the weights' own (-1000 1000 "
+        "for the published ones).",
+        INPUT,
+        metavar="MIN MAX",
+    ),
+]
+QuantileRange = Annotated[
+    tuple[float, float] | None,
+    option(
+        "--quantile-range",
+        "Quantiles of an MRI that become 0 and 1. Default: the weights' own (the "
+        "minimum and 0.99 for the published ones).",
+        INPUT,
+        metavar="LO HI",
+    ),
+]
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
@@ -30,6 +137,20 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"--shape is {text}, expected positive numbers such as 175,175,175"
         )
     return d, h, w
+
+
+def parse_labels(text: str) -> tuple[int, ...]:
+    """Returns the labels of "1,2".
+
+    Raises:
+      UserError: these are not positive whole numbers.
+    """
+    labels = [part.strip() for part in text.split(",")]
+    if not all(label.isdecimal() and int(label) > 0 for label in labels):
+        raise UserError(
+            f"--labels is {text}, expected positive whole numbers such as 1,2"
+        )
+    return tuple(int(label) for label in labels)
 
 
 def print_numbers(numbers: Mapping[str, str]) -> None:

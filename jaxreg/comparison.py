@@ -6,6 +6,7 @@ passes through `io` alone.
 """
 
 import importlib
+import inspect
 import io
 import pathlib
 import tempfile
@@ -28,6 +29,7 @@ def register_syn(
     metric: str = "CC",
     radius: int = 4,
     iterations: Sequence[int] = (40, 20, 0),
+    seed: int = 1,
 ) -> Transform:
     """Registers by ANTs: centres of mass, affine by mutual information, then SyN.
 
@@ -38,6 +40,7 @@ def register_syn(
         information), meansquares or demons.
       radius: of CC's window, voxels; bins of mattes.
       iterations: of the deformable stage, coarse to fine; antspyx's default.
+      seed: of the voxels that the affine stage samples, where antspyx can set it.
 
     Returns:
       Fixed mm to moving mm (RAS+).
@@ -53,6 +56,8 @@ def register_syn(
     with tempfile.TemporaryDirectory(prefix="jaxreg-syn-") as name:
         folder = pathlib.Path(name)
         scans = _write_scans(folder, moving=moving, fixed=fixed)
+        # Without a seed, the affine stage samples other voxels in every run.
+        seeded = "random_seed" in inspect.signature(ants.registration).parameters
         try:
             ants.registration(
                 fixed=ants.image_read(str(scans["fixed"])),
@@ -63,6 +68,7 @@ def register_syn(
                 syn_sampling=radius,
                 reg_iterations=tuple(iterations),
                 write_composite_transform=True,
+                **({"random_seed": seed} if seeded else {}),
             )
         except (RuntimeError, ValueError) as error:
             raise _failed("SyN", moving, fixed, error) from error

@@ -13,13 +13,14 @@ import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from jaxreg import metrics, register, results, zoo
 from jaxreg.data import manifest as manifest_lib
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
 from jaxreg.space import transform as transform_lib
@@ -202,7 +203,7 @@ def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
     fields: dict[str, Any] = {}
     for name, cell in cells.items():
         if name.endswith("_modality"):
-            fields[name] = _modality(cell)
+            fields[name] = preprocess.kind(cell)
         else:
             fields[name] = cell if name in _WORDS else folder / cell
     pair = PairSpec(**fields)
@@ -213,13 +214,12 @@ def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
     return pair
 
 
-def _modality(name: str) -> register.Modality:
-    """Only CT has an intensity scale of its own; t1, t2, fat ... are MRI."""
-    return "ct" if name.strip().lower() == "ct" else "mri"
-
-
 def pairs_of_manifest(
-    manifest: manifest_lib.Manifest, *, split: str = "val", neighbours: int = 3
+    manifest: manifest_lib.Manifest,
+    *,
+    split: str = "val",
+    neighbours: int = 3,
+    across_modalities: bool = False,
 ) -> tuple[PairSpec, ...]:
     """Returns the pairs of held-out scans, by `manifest.neighbour_pairs`.
 
@@ -230,12 +230,15 @@ def pairs_of_manifest(
       manifest: the scans.
       split: which of them.
       neighbours: moving images per fixed one, at most.
+      across_modalities: see `manifest.neighbour_pairs`.
 
     Raises:
       UserError: the split leaves no pair.
     """
     chosen = [record for record in manifest.records if record.split == split]
-    found = manifest_lib.neighbour_pairs(chosen, neighbours=neighbours)
+    found = manifest_lib.neighbour_pairs(
+        chosen, neighbours, across_modalities=across_modalities
+    )
     if not found:
         raise UserError(
             f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '
@@ -255,8 +258,8 @@ def _pair_of_records(
     return PairSpec(
         fixed=fixed.image,
         moving=moving.image,
-        fixed_modality=_modality(fixed.modality),
-        moving_modality=_modality(moving.modality),
+        fixed_modality=preprocess.kind(fixed.modality),
+        moving_modality=preprocess.kind(moving.modality),
         task=fixed.dataset,
         pairing=fixed.pairing,
         **fields,
@@ -380,6 +383,7 @@ def evaluate(
     landmarks_frame: Frame = "lps",
     name: str | None = None,
     progress: Progress | None = None,
+    keep: Callable[[results.Result], None] | None = None,
 ) -> results.Result:
     """Registers every pair in every way that was asked for, and measures the results.
 
@@ -390,6 +394,9 @@ def evaluate(
     The grid of the fixed scan is that of all measures. Labels are warped by nearest
     neighbour. A label of either scan of a pair counts; one that neither has is NaN and
     left out of the means.
+
+    What fails on one pair is warned about and leaves a row without numbers; the others
+    go on.
 
     Args:
       pairs: from `read_pairs` or `pairs_of_manifest`.
@@ -402,13 +409,14 @@ def evaluate(
       landmarks_frame: what the numbers of landmark files are.
       name: what to call the model; its own name if None.
       progress: called after each row.
+      keep: called after each pair with all rows so far, to save them.
 
     Returns:
       One row per method and pair.
 
     Raises:
-      UserError: files do not go together or options do not; all of it that headers
-        show is said before the first registration.
+      UserError: files do not go together or options do not, as far as headers show it;
+        said before the first registration.
     """
     if not pairs:
         raise UserError("there are no pairs to evaluate; list at least one")
@@ -420,29 +428,53 @@ def evaluate(
     ways = _ways(model, options, with_optimisation, name, others or {})
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
-    written = next((w.name for w in reversed(ways) if w.compiles), None)
     rows: list[results.Row] = []
-    total = len(pairs) * len(ways)
-    for number, (pair, called) in enumerate(zip(pairs, names, strict=True)):
+    for pair, called in zip(pairs, names, strict=True):
+        for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):
+            rows.append(row)
+            if progress is not None:
+                progress(len(rows), len(pairs) * len(ways), row)
+        if keep is not None:
+            keep(results.Result(_in_order(rows, ways)))
+    return results.Result(_in_order(rows, ways))
+
+
+def _rows_of(
+    pair: PairSpec,
+    name: str,
+    ways: Sequence[_Way],
+    options: register.Options,
+    labels: Sequence[int] | None,
+    frame: Frame,
+) -> Iterator[results.Row]:
+    """Yields a pair's rows; one without numbers, and a warning, where a way fails."""
+    written = next((w for w in reversed(ways) if w.compiles), None)
+    try:
+        scans = _read(pair, name, options, frame)
+    except UserError as error:
+        warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
+        yield from (results.Row(way.name, pair.task, name) for way in ways)
+        return
+    present = _labels_of(scans, labels)
+    for way in ways:
         try:
-            scans = _read(pair, called, options, landmarks_frame)
-            present = _labels_of(scans, labels)
-            for way in ways:
-                found, seconds = way.find(scans)
-                row = _measure(scans, found, way.name, present)
-                first = way.compiles and number == 0
-                rows.append(dataclasses.replace(row, seconds=seconds, first=first))
-                if way.name == written:
-                    _write_outputs(scans, found, options)
-                if progress is not None:
-                    progress(len(rows), total, rows[-1])
+            found, seconds = way.find(scans)
+            row = _measure(scans, found, way.name, present)
+            if way is written:
+                _write_outputs(scans, found, options)
+            yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
         except UserError as error:
-            raise UserError(f"pair {called}: {error}") from error
-    return results.Result(_in_order(rows, [way.name for way in ways]))
+            warnings.warn(f"pair {name}: {way.name} failed: {error}", stacklevel=3)
+            yield results.Row(way.name, pair.task, name)
 
 
-def _in_order(rows: list[results.Row], methods: list[str]) -> tuple[results.Row, ...]:
-    """Orders rows by method and gives the rows of a task the same labels."""
+def _in_order(
+    rows: Sequence[results.Row], ways: Sequence[_Way]
+) -> tuple[results.Row, ...]:
+    """Orders rows by method and gives the rows of a task the same labels.
+
+    A row is a method's first if it is the first that did not fail.
+    """
     known: dict[str, set[int]] = {}
     for row in rows:
         known.setdefault(row.task, set()).update(row.dice)
@@ -450,13 +482,19 @@ def _in_order(rows: list[results.Row], methods: list[str]) -> tuple[results.Row,
     def filled(row: results.Row, scores: Mapping[int, float]) -> dict[int, float]:
         return {n: scores.get(n, math.nan) for n in sorted(known[row.task])}
 
-    rows = [
-        dataclasses.replace(
-            row, dice=filled(row, row.dice), hd95_mm=filled(row, row.hd95_mm)
+    compiled: set[str] = set()
+    ordered: dict[str, list[results.Row]] = {way.name: [] for way in ways}
+    for row in rows:
+        ordered[row.method].append(
+            dataclasses.replace(
+                row,
+                dice=filled(row, row.dice),
+                hd95_mm=filled(row, row.hd95_mm),
+                first=row.first and row.method not in compiled,
+            )
         )
-        for row in rows
-    ]
-    return tuple(sorted(rows, key=lambda row: methods.index(row.method)))
+        compiled |= {row.method} if row.first else set()
+    return tuple(row for group in ordered.values() for row in group)
 
 
 def _ways(
@@ -621,7 +659,34 @@ def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
             f"{pair.fixed_landmarks} has {len(here)} landmarks, "
             f"{pair.moving_landmarks} {len(there)}; give the same points in one order"
         )
+    outside = _count_outside(here, fixed)
+    if outside:
+        others = [other for other in get_args(Frame) if other != frame]
+        fitting = [
+            other
+            for other in others
+            if not _count_outside(
+                read_landmarks(pair.fixed_landmarks, frame=other, grid=fixed), fixed
+            )
+        ]
+        raise UserError(
+            f"{outside} of {len(here)} points of {pair.fixed_landmarks} lie outside "
+            f"the scan {pair.fixed}, read as {frame}; "
+            + (
+                f"pass --landmarks-frame {' or '.join(fitting)}, where all are inside"
+                if fitting
+                else "no other --landmarks-frame puts all inside, check the file"
+            )
+        )
     return here, there
+
+
+def _count_outside(points_mm: np.ndarray, grid: Grid) -> int:
+    """Returns how many points, P 3 RAS+ mm, are a voxel or more off the grid."""
+    turn, origin = grid.affine_mm[:3, :3], grid.affine_mm[:3, 3]
+    voxels = (points_mm - origin) @ np.linalg.inv(turn).T
+    inside = (voxels > -1) & (voxels < np.asarray(grid.shape))
+    return int((~inside.all(axis=1)).sum())
 
 
 def _read(pair: PairSpec, name: str, options: register.Options, frame: Frame) -> _Scans:
@@ -721,8 +786,10 @@ def evaluate_files(
     out: files.PathLike,
     label_names: Mapping[str, Mapping[int, str]] | None = None,
     **settings: Any,
-) -> str:
+) -> results.Result:
     """Evaluates, writes the rows as CSV and the tables as Markdown beside it.
+
+    Both are written anew after every pair, so that an interrupt loses one at most.
 
     Args:
       pairs: see `evaluate`.
@@ -730,10 +797,10 @@ def evaluate_files(
       options: see `evaluate`.
       out: the CSV file; the Markdown gets its name with .md.
       label_names: see `results.markdown`.
-      **settings: keyword arguments of `evaluate`.
+      **settings: keyword arguments of `evaluate`, all but `keep`.
 
     Returns:
-      The Markdown, to be printed.
+      The rows.
 
     Raises:
       UserError: see `evaluate`; or a file cannot be written, which is said first.
@@ -747,9 +814,11 @@ def evaluate_files(
     tables = out.with_suffix(".md")
     for path in (out, tables):
         files.check_writable(path, "--out")
-    result = evaluate(pairs, model, options, **settings)
-    results.write_csv(out, result)
-    text = results.markdown(result, label_names=label_names)
-    with files.atomic_path(tables) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-    return text
+
+    def keep(result: results.Result) -> None:
+        results.write_csv(out, result)
+        with files.atomic_path(tables) as unfinished:
+            text = results.markdown(result, label_names=label_names)
+            unfinished.write_text(text, encoding="utf-8")
+
+    return evaluate(pairs, model, options, keep=keep, **settings)

@@ -8,6 +8,7 @@ call `register`; nothing here opens a file.
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import metrics, optimize
+from jaxreg import metrics, optimize, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
@@ -39,9 +40,10 @@ class Options:
     Attributes:
       fixed_modality: "ct" or "mri": how the fixed scan's intensities are scaled.
       moving_modality: the same for the moving scan.
-      ct_window: lowest and highest Hounsfield unit kept; -1000 to 1000 if None.
-      quantile_range: for MRI, the quantiles that become 0 and 1; if None the minimum
-        and the 0.99 quantile.
+      ct_window: lowest and highest Hounsfield unit kept; if None the model's own, or
+        -1000 to 1000 where there is none.
+      quantile_range: for MRI, the quantiles that become 0 and 1; if None the model's
+        own, or the minimum and the 0.99 quantile where there are none.
       input_masking: set preprocessed intensities outside the masks to 0.
       loss_function_masking: count similarity inside the masks only.
       io_iterations: steps of instance optimisation, for a displacement per level of
@@ -253,7 +255,7 @@ def _option(name: str) -> str:
 def register(
     moving: Volume,
     fixed: Volume,
-    model: Any | None,
+    model: zoo.LoadedModel | None,
     options: Options,
     *,
     regions: Regions | None = None,
@@ -280,6 +282,8 @@ def register(
     check_options(options)
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
+    if model is not None:
+        options = _with_rule_of(model, options)
     if not options.stored_orientation:
         moving = oriented_like(moving, fixed.grid)
         regions = dataclasses.replace(
@@ -333,6 +337,21 @@ def register(
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
+    )
+
+
+def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
+    """Returns the options with the weights' intensity rule where they have none."""
+    if model.mask_inputs and not options.input_masking:
+        warnings.warn(
+            f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
+            "and --input-masking to show it the same",
+            stacklevel=3,
+        )
+    return dataclasses.replace(
+        options,
+        ct_window=options.ct_window or model.ct_window,
+        quantile_range=options.quantile_range or model.quantile_range,
     )
 
 

@@ -64,6 +64,13 @@ class Row:
         """Mean over the labels with a distance."""
         return metrics.mean_score(self.hd95_mm)
 
+    @property
+    def failed(self) -> bool:
+        """Whether there is no number at all, because registering the pair failed."""
+        numbers = (self.mean_dice, self.mean_hd95_mm)
+        numbers += tuple(getattr(self, name) for name in _NUMBERS)
+        return all(math.isnan(number) for number in numbers)
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -85,6 +92,11 @@ class Result:
     def labels(self) -> tuple[int, ...]:
         """All labels of all rows, ascending."""
         return tuple(sorted({label for row in self.rows for label in row.dice}))
+
+    @property
+    def failed(self) -> tuple[Row, ...]:
+        """The rows without a number."""
+        return tuple(row for row in self.rows if row.failed)
 
     def select(
         self, *, method: str | None = None, task: str | None = None
@@ -355,6 +367,7 @@ def first_pair_extra(result: Result) -> dict[str, float]:
 
 
 def _footer(result: Result) -> str:
+    """Returns what the numbers are, and what they leave out."""
     lines = [
         "Mean ± standard deviation over pairs. Dice and HD95: of the mean over a "
         "pair's labels. Folding and SDlogJ: of the fixed scan's voxels. Seconds: from "
@@ -364,7 +377,27 @@ def _footer(result: Result) -> str:
     if extra:
         spent = ", ".join(f"{_escaped(m)} {s:.1f} s" for m, s in extra.items())
         lines.append(f"The first pair compiles and is left out of seconds: + {spent}.")
+    alone = _counted(result, _labels_alone)
+    if alone:
+        lines.append(f"Labels of one map alone (Dice 0, not in HD95): {alone}.")
+    failed = _counted(result, lambda row: row.failed)
+    if failed:
+        lines.append(f"Pairs that failed and are in no mean: {failed}.")
     return " ".join(lines)
+
+
+def _labels_alone(row: Row) -> int:
+    """Returns how many labels overlap with nothing, so that no distance is defined."""
+    return sum(
+        math.isnan(distance) and not math.isnan(row.dice.get(label, math.nan))
+        for label, distance in row.hd95_mm.items()
+    )
+
+
+def _counted(result: Result, count: Callable[[Row], int]) -> str:
+    """Returns how many there are by method, those without any left out."""
+    sums = {m: sum(map(count, result.select(method=m))) for m in result.methods}
+    return ", ".join(f"{_escaped(m)} {n}" for m, n in sums.items() if n)
 
 
 def summary(result: Result) -> dict[str, str]:

@@ -88,6 +88,28 @@ class LoadedModel:
         d, h, w = self.bundle.preprocessing.get("shape", (175, 175, 175))
         return int(d), int(h), int(w)
 
+    @property
+    def ct_window(self) -> tuple[float, float] | None:
+        """The Hounsfield units that were 0 and 1 in training; None: not stated."""
+        return self._range("ct_window")
+
+    @property
+    def quantile_range(self) -> tuple[float, float] | None:
+        """The quantiles of an MRI that were 0 and 1 in training; None: not stated."""
+        return self._range("mri_quantiles")
+
+    @property
+    def mask_inputs(self) -> bool:
+        """Whether it was trained on scans that are 0 outside their masks."""
+        return bool(self.bundle.preprocessing.get("mask_inputs", False))
+
+    def _range(self, name: str) -> tuple[float, float] | None:
+        stated = self.bundle.preprocessing.get(name)
+        if stated is None:
+            return None
+        low, high = stated
+        return float(low), float(high)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelRow:

@@ -85,6 +85,22 @@ def test_syn_reads_its_composite(ants):
     assert not pathlib.Path(asked["fixed"]).exists()
 
 
+def test_syn_is_seeded_where_antspyx_can_be(ants, monkeypatch):
+    module, asked = ants
+    unseeded = module.registration
+    comparison.register_syn(scan(), scan())
+    assert "random_seed" not in asked
+
+    def registration(*, random_seed=None, **options):
+        unseeded(random_seed=random_seed, **options)
+
+    monkeypatch.setattr(module, "registration", registration)
+    comparison.register_syn(scan(), scan())
+    assert asked["random_seed"] == 1
+    comparison.register_syn(scan(), scan(), seed=7)
+    assert asked["random_seed"] == 7
+
+
 @pytest.fixture
 def greedy(monkeypatch):
     """A stand-in that writes a matrix in RAS mm and a field in LPS mm."""

@@ -17,7 +17,7 @@ from jaxreg import evaluate, register, results, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.errors import UserError
 from jaxreg.evaluate import PairSpec
-from jaxreg.io import transforms, volumes
+from jaxreg.io import checkpoints, transforms, volumes
 from jaxreg.models.base import Prediction
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -107,8 +107,9 @@ class Shifting:
         return Prediction(Transform((transform_lib.Displacement(field),))), variables
 
 
-def loaded(model, name="known") -> zoo.LoadedModel:
-    return zoo.LoadedModel(name, model, {}, None)  # type: ignore[arg-type]
+def loaded(model, name="known", **preprocessing) -> zoo.LoadedModel:
+    bundle = checkpoints.Bundle({}, "known", {}, preprocessing, "a test", "none")
+    return zoo.LoadedModel(name, model, {}, bundle)
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +354,7 @@ def wrong(spec, tmp_path):
     other = make_grid(origin=(0.0, 0.0, 0.0))
     volumes.write_volume(tmp_path / "off.nii.gz", Volume(label_map(), other))
     (tmp_path / "two.csv").write_text("1,2,3\n4,5,6\n")
+    (tmp_path / "far.csv").write_text("1,2,3000\n4,5,6000\n")
     model, out = loaded(Shifting()), tmp_path / "out.h5"
 
     def pair(**fields):
@@ -368,6 +370,9 @@ def wrong(spec, tmp_path):
          spec, pair(fixed_label=tmp_path / "off.nii.gz", task="b")),
         ("has 3 landmarks, .*two.csv 2", pair(moving_landmarks=tmp_path / "two.csv")),
         ("one file of landmarks", pair(moving_landmarks=None)),
+        ("2 of 2 points of .*far.csv lie outside .*fixed.nii.gz, read as lps; no other",
+         pair(fixed_landmarks=tmp_path / "far.csv",
+              moving_landmarks=tmp_path / "far.csv")),
         ("one label map", pair(moving_label=None)),
         ("listed twice", spec, spec),
         ("out.h5 is an output twice",
@@ -395,12 +400,36 @@ def test_mistakes_are_found_before_the_first_registration(asked, spec, tmp_path)
     assert asked == []
 
 
-def test_an_error_on_the_way_names_its_pair(spec):
-    def fail(moving, fixed):
-        raise UserError("the tool is tired")
+def test_what_fails_on_one_pair_is_missing_there_alone(spec):
+    def fail_on_fixed(moving, fixed):
+        if fixed.source == str(spec.fixed):
+            raise UserError("the tool is tired")
+        return Transform(())
 
-    with pytest.raises(UserError, match="pair moving to fixed: the tool is tired"):
-        evaluate.evaluate([spec], None, OPTIONS, others={"tool": fail})
+    other = dataclasses.replace(spec, fixed=spec.moving, fixed_label=spec.moving_label)
+    with pytest.warns(UserWarning, match="pair moving to fixed: tool failed: the tool"):
+        found = evaluate.evaluate(
+            [spec, other], loaded(Shifting()), OPTIONS, others={"tool": fail_on_fixed}
+        )
+    assert [row.failed for row in found.select(method="tool")] == [True, False]
+    assert not any(row.failed for row in found.rows if row.method != "tool")
+    assert found.failed == found.select(method="tool")[:1]
+    assert list(found.failed[0].dice) == [1, 2]
+    assert "Pairs that failed and are in no mean: tool 1." in results.markdown(found)
+
+
+def test_a_pair_that_cannot_be_read_fails_in_every_way(spec, tmp_path, folder):
+    """The header is sound, the voxels are cut off."""
+    path = tmp_path / "cut.nii"
+    volumes.write_volume(path, volumes.read_volume(folder / "moving.nii.gz"))
+    path.write_bytes(path.read_bytes()[:-200])
+    cut = dataclasses.replace(spec, moving=path)
+    with pytest.warns(UserWarning, match="pair cut to fixed is left out: .*cut.nii"):
+        found = evaluate.evaluate([cut, spec], loaded(Shifting()), OPTIONS)
+    assert {row.pair for row in found.failed} == {"cut to fixed"}
+    assert len(found.failed) == 3
+    # The first pair that was registered has the seconds of compilation.
+    assert [row.first for row in found.select(method="known")] == [False, True]
 
 
 # --- lists of pairs ------------------------------------------------------------------
@@ -517,6 +546,11 @@ def test_pairs_of_a_manifest():
         ("s1x", "s1y"), ("s1y", "s1x"), ("s2x", "s2y"), ("s2y", "s2x"),
     ]  # fmt: skip
     assert {(p.fixed_modality, p.moving_modality) for p in pairs} == {("ct", "ct")}
+    several = [record("a", modality="ct"), record("b", modality="t1")]
+    pairs = of(several, across_modalities=True)
+    assert [(p.fixed_modality, p.moving_modality) for p in pairs] == [
+        ("ct", "mri"), ("mri", "ct"),
+    ]  # fmt: skip
     with pytest.raises(UserError, match='m.csv has 1 scans of the split "train"'):
         of(scans, split="train")
 
@@ -582,11 +616,12 @@ def test_landmarks_refused(tmp_path, text, message):
 
 def test_evaluate_files_writes_rows_and_tables(asked, tmp_path, spec):
     out = tmp_path / "result.csv"
-    text = evaluate.evaluate_files(
+    found = evaluate.evaluate_files(
         [spec], loaded(Shifting()), OPTIONS, out=out, name="mine",
         label_names={"boxes": {1: "large"}},
     )  # fmt: skip
-    assert (tmp_path / "result.md").read_text(encoding="utf-8") == text
+    assert results.read_csv(out) == found
+    text = (tmp_path / "result.md").read_text(encoding="utf-8")
     assert "### boxes (1 pair)" in text
     assert "| large % |" in text
     assert results.read_csv(out).methods == ("initial", "initial, resized", "mine")
@@ -594,3 +629,22 @@ def test_evaluate_files_writes_rows_and_tables(asked, tmp_path, spec):
         evaluate.evaluate_files([spec], None, OPTIONS, out=tmp_path / "result.txt")
     with pytest.raises(UserError, match="does not exist"):
         evaluate.evaluate_files([spec], None, OPTIONS, out=tmp_path / "no" / "r.csv")
+
+
+def test_an_interrupt_loses_the_pair_under_way_alone(tmp_path, spec):
+    out = tmp_path / "result.csv"
+    other = dataclasses.replace(spec, fixed=spec.moving, fixed_label=spec.moving_label)
+
+    def interrupted(moving, fixed):
+        if fixed.source == str(other.fixed):
+            raise KeyboardInterrupt
+        return Transform(())
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate_files(
+            [spec, other], None, OPTIONS, out=out, others={"tool": interrupted}
+        )
+    kept = results.read_csv(out)
+    assert {row.pair for row in kept.rows} == {"moving to fixed"}
+    assert kept.methods == ("initial", "initial, resized", "tool")
+    assert "### boxes (1 pair)" in (tmp_path / "result.md").read_text()

@@ -4,6 +4,8 @@ import importlib.util
 import json
 import pathlib
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 FOLDER = pathlib.Path(__file__).parents[1] / "colab"
@@ -71,13 +73,52 @@ def test_export_notebook(tmp_path, monkeypatch, unigradicon):
     assert (tmp_path / "out" / "weights.trch").is_file()
 
 
-def test_train_notebook(tmp_path, monkeypatch):
+def look_at(scans: pathlib.Path) -> dict:
+    """Runs the cell of the training notebook that reads and checks own scans."""
+    book = json.loads((FOLDER / "train.ipynb").read_text(encoding="utf-8"))
+    source = next(c["source"] for c in book["cells"] if c["id"] == "train-06")
+    names = {"OWN_SCANS": str(scans), "pathlib": pathlib}
+    exec(compile("".join(source), "train-06", "exec"), names)
+    return names
+
+
+def write_scans(folder: pathlib.Path, count: int) -> pathlib.Path:
+    folder.mkdir()
+    for n in range(count):
+        array = np.random.default_rng(n).uniform(size=(8, 9, 10)).astype(np.float32)
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"s{n}.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(3, 1), (4, 2), (5, 2), (9, 2), (10, 2), (15, 3)]
+)
+def test_own_scans_leave_a_pair_to_validate_with(tmp_path, count, held_out):
+    names = look_at(write_scans(tmp_path / "scans", count))
+    assert len(names["scans"].of_split("val")) == held_out
+
+
+def test_own_scans_with_errors_stop_the_notebook(tmp_path, capsys):
+    folder = write_scans(tmp_path / "scans", 4)
+    nib.save(nib.Nifti1Image(np.ones((8, 9, 10)), np.eye(4)), folder / "s1.nii.gz")
+    with pytest.raises(SystemExit, match="mend the files above"):
+        look_at(folder)
+    assert "s1.nii.gz" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("subjects", "words"),
+    [(10, ["8 train", "2 val"]), (3, ["2 train", "1 val", "no two held-out scans"])],
+)
+def test_train_notebook(tmp_path, monkeypatch, subjects, words):
     printed = run(
         "train.ipynb", tmp_path, monkeypatch,
         JAXREG_NOTEBOOK_SHAPE="10,12,8", JAXREG_NOTEBOOK_EPOCHS="2",
-        JAXREG_NOTEBOOK_PAIRS="4", JAXREG_NOTEBOOK_SUBJECTS="10",
+        JAXREG_NOTEBOOK_PAIRS="4", JAXREG_NOTEBOOK_SUBJECTS=str(subjects),
     )  # fmt: skip
     assert "lncc loss after" in printed
-    assert "8 train" in printed and "2 val" in printed
+    for word in words:
+        assert word in printed
+    assert ("no two held-out" in printed) == (subjects == 3)
     assert (tmp_path / "out" / "before_after.png").is_file()
     assert (tmp_path / "out" / "run" / "weights" / "jaxreg.json").is_file()

@@ -1,6 +1,7 @@
 """From two volumes to a transform in mm, with models whose answer is known."""
 
 import dataclasses
+import warnings
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from jaxreg import register, zoo
 from jaxreg.errors import UserError
+from jaxreg.io import checkpoints
 from jaxreg.models.base import Prediction
 from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
@@ -61,8 +63,9 @@ class Shifting:
         return Prediction(transform_lib.Transform((displacement,))), variables
 
 
-def loaded(model) -> zoo.LoadedModel:
-    return zoo.LoadedModel("known", model, {}, None)  # type: ignore[arg-type]
+def loaded(model, **preprocessing) -> zoo.LoadedModel:
+    bundle = checkpoints.Bundle({}, "known", {}, preprocessing, "a test", "none")
+    return zoo.LoadedModel("known", model, {}, bundle)
 
 
 OPTIONS = register.Options(shape=NETWORK_GRID, io_iterations=None)
@@ -168,9 +171,65 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
     monkeypatch.setattr(register, "make_pair", look)
     options = register.Options(shape=NETWORK_GRID, stored_orientation=stored)
     with pytest.raises(UserError, match="seen"):
-        register.register(moving, fixed, object(), options)
+        register.register(moving, fixed, loaded(Shifting()), options)
     expected = moving if stored else fixed
     np.testing.assert_array_equal(seen["moving"].array, expected.array)
+
+
+# --- the weights' own preprocessing ---------------------------------------------------
+
+
+def seen_range(modality, model, **options) -> np.ndarray:
+    """What the network sees of scans of 0 to about 1000, by the order of storage."""
+    scan = blobs(make_grid())
+    options = dataclasses.replace(
+        OPTIONS, fixed_modality=modality, moving_modality=modality, **options
+    )
+    return register.register(scan, scan, model, options).fixed_image
+
+
+@pytest.mark.parametrize(
+    ("modality", "own", "option"),
+    [
+        ("ct", {"ct_window": [100.0, 300.0]}, {"ct_window": (100.0, 300.0)}),
+        ("mri", {"mri_quantiles": [0.2, 0.6]}, {"quantile_range": (0.2, 0.6)}),
+    ],
+)
+def test_the_weights_intensity_rule_holds_unless_an_option_says_other(
+    modality, own, option
+):
+    usual = seen_range(modality, loaded(Shifting()))
+    wanted = seen_range(modality, loaded(Shifting()), **option)
+    assert not np.allclose(usual, wanted, atol=0.05)
+    np.testing.assert_array_equal(
+        seen_range(modality, loaded(Shifting(), **own)), wanted
+    )
+    other = {name: [0.0, 1.0] for name in own}
+    np.testing.assert_array_equal(
+        seen_range(modality, loaded(Shifting(), **other), **option), wanted
+    )
+
+
+def test_published_weights_state_the_usual_rule():
+    own = {"ct_window": [-1000.0, 1000.0], "mri_quantiles": [0.0, 0.99]}
+    for modality in ("ct", "mri"):
+        np.testing.assert_array_equal(
+            seen_range(modality, loaded(Shifting(), **own)),
+            seen_range(modality, loaded(Shifting())),
+        )
+
+
+def test_masks_that_training_had_are_asked_for():
+    scan = blobs(make_grid())
+    mask = Volume((scan.array > 100).astype(np.uint8), scan.grid, "mask")
+    model = loaded(Shifting(), mask_inputs=True)
+    with pytest.warns(UserWarning, match="known was trained on .* --input-masking"):
+        register.register(scan, scan, model, OPTIONS)
+    masked = dataclasses.replace(OPTIONS, input_masking=True)
+    regions = register.Regions(fixed_mask=mask, moving_mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register.register(scan, scan, model, masked, regions=regions)
 
 
 @pytest.mark.parametrize(("axes", "flips"), ORDERS)

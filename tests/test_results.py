@@ -40,6 +40,14 @@ def test_means_leave_out_absent_labels():
     assert math.isnan(row(dice={}).mean_dice)
 
 
+def test_labels_of_one_map_alone_are_counted_below_the_table():
+    lost = row(dice={1: 0.5, 2: 0.0, 3: NAN}, hd95_mm={1: 2.0, 2: NAN, 3: NAN})
+    whole = row(pair="c to a", dice={1: 0.5}, hd95_mm={1: 2.0})
+    said = "Labels of one map alone (Dice 0, not in HD95): net 1."
+    assert said in results.markdown(Result((lost, whole)))
+    assert "one map alone" not in results.markdown(Result((whole,)))
+
+
 def test_result_knows_methods_tasks_and_labels_in_order():
     result = Result(
         (row("initial"), row("net"), row("net", "chest", dice={7: 1.0, 3: NAN}))

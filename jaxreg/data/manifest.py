@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import files, volumes
 from jaxreg.space.grid import Grid
@@ -242,39 +243,70 @@ def hold_out(manifest: Manifest, every: int = 5) -> Manifest:
 
 
 def neighbour_pairs(
-    records: Sequence[Record], neighbours: int = 3
+    records: Sequence[Record], neighbours: int = 3, *, across_modalities: bool = False
 ) -> list[tuple[Record, Record]]:
-    """Returns pairs (fixed, moving) in which all images take part equally.
+    """Returns pairs (fixed, moving) in which all images take part about equally.
 
     Sorted by name, each subject is fixed image for the next three, cyclically, within
     its dataset, region, modality and session (its first image there, if it has
-    several). Intra pairs stay within subject and region, sorted by session.
+    several). Intra pairs stay within subject and region, sorted by session; as in
+    `pairs.sampler`, images of one session are aligned and no pair, unless the subject
+    has that session only.
 
     Args:
       records: of one split.
       neighbours: moving images per fixed image, fewer where there are no more.
+      across_modalities: inter pairs may be of two modalities: each image is fixed, and
+        the subjects that follow take turns in which of their modalities is moving.
     """
     groups: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
-        same = (
-            (record.subject,)
-            if record.pairing == "intra"
-            else (record.modality.lower(), record.session)
-        )
+        if record.pairing == "intra":
+            same = (record.subject,)
+        elif across_modalities:
+            same = (record.session,)
+        else:
+            same = (record.modality.lower(), record.session)
         key = (record.dataset, record.region, record.pairing, *same)
         groups.setdefault(key, []).append(record)
-    pairs = []
+    pairs: list[tuple[Record, Record]] = []
     for _, group in sorted(groups.items()):
         group.sort(key=lambda r: (r.subject, r.session, str(r.image)))
         if group[0].pairing == "inter":
-            firsts: dict[str, Record] = {}
-            for record in group:
-                firsts.setdefault(record.subject, record)
-            group = list(firsts.values())
-        for i, fixed in enumerate(group):
-            for step in range(1, min(neighbours, len(group) - 1) + 1):
-                pairs.append((fixed, group[(i + step) % len(group)]))
+            pairs += _inter_pairs(group, neighbours)
+        else:
+            pairs += _intra_pairs(group, neighbours)
     return pairs
+
+
+def _inter_pairs(
+    group: Sequence[Record], neighbours: int
+) -> Iterator[tuple[Record, Record]]:
+    """Yields each subject's first image of a modality with those of the next ones."""
+    subjects: dict[str, dict[str, Record]] = {}
+    for record in group:
+        images = subjects.setdefault(record.subject, {})
+        images.setdefault(record.modality.lower(), record)
+    shown = [[image for _, image in sorted(i.items())] for i in subjects.values()]
+    for i, images in enumerate(shown):
+        for place, fixed in enumerate(images):
+            for step in range(1, min(neighbours, len(shown) - 1) + 1):
+                others = shown[(i + step) % len(shown)]
+                yield fixed, others[(place + step) % len(others)]
+
+
+def _intra_pairs(
+    group: Sequence[Record], neighbours: int
+) -> Iterator[tuple[Record, Record]]:
+    """Yields each image of a subject with the next ones of its other sessions."""
+    alone = len({record.session for record in group}) == 1
+    for i, fixed in enumerate(group):
+        others = [
+            moving
+            for moving in (*group[i + 1 :], *group[:i])
+            if alone or moving.session != fixed.session
+        ]
+        yield from ((fixed, moving) for moving in others[:neighbours])
 
 
 def check(
@@ -804,7 +836,7 @@ def _record_problems(
     image = None
     for name, path in _belongings(record):
         if (path, name) not in readings:
-            readings[path, name] = _read(path, name)
+            readings[path, name] = _read(path, name, record.modality)
         reading = readings[path, name]
         yield from reading.problems
         if name == "image":
@@ -817,8 +849,8 @@ def _record_problems(
             yield from _label_problems(path, reading.values, record, labels)
 
 
-def _read(path: pathlib.Path, name: str) -> _Reading:
-    """Reads one file; `name` is its field in the record."""
+def _read(path: pathlib.Path, name: str, modality: str) -> _Reading:
+    """Reads one file; `name` is its field in the record, `modality` an image's."""
     if not path.exists():
         sentence = f"{name} {path} does not exist; check the path"
         return _Reading((Problem(str(path), "missing", sentence),))
@@ -840,6 +872,12 @@ def _read(path: pathlib.Path, name: str) -> _Reading:
         if str(path) in str(warning.message)
     )
     if name == "image":
+        try:
+            # As training will, with the intensity rule that it has by default.
+            rule = preprocess.Preprocessing(preprocess.kind(modality))
+            preprocess.normalise(volume.array, rule, source=str(path))
+        except UserError as error:
+            problems += (Problem(str(path), "values", str(error)),)
         digest = hashlib.blake2b(volume.array.tobytes(), digest_size=16)
         return _Reading(problems, volume.grid, digest.hexdigest())
     values = np.unique(volume.array) if name == "label" else None

@@ -11,6 +11,7 @@ take memory on the GPU that the run trains on.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
 import pathlib
@@ -27,7 +28,7 @@ from nibabel import orientations
 from jaxreg.data import cache as cache_lib
 from jaxreg.data import preprocess
 from jaxreg.data.manifest import Record
-from jaxreg.data.pairs import PairPlan, Task
+from jaxreg.data.pairs import PairPlan, Task, View
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
 from jaxreg.space.grid import Grid, Shape, Volume
@@ -128,7 +129,7 @@ class Loading:
     def rule(self, modality: str) -> preprocess.Preprocessing:
         """Returns the intensity rule of a modality: "ct" in any case is CT."""
         return preprocess.Preprocessing(
-            modality="ct" if modality.strip().lower() == "ct" else "mri",
+            modality=preprocess.kind(modality),
             ct_window=self.ct_window,
             quantile_range=self.quantile_range,
         )
@@ -269,9 +270,12 @@ class _ScanReader:
         for key in _SIDES:
             network, target = getattr(plan, key), getattr(plan, f"{key}_target")
             record = records[network.record]
-            yield key, self._image, record
-            if target is not None and target.record != network.record:
-                yield f"{key}_target", self._image, records[target.record]
+            yield key, self._shown(network), record
+            if target is not None and (
+                target.record != network.record
+                or self._hides(target) != self._hides(network)
+            ):
+                yield f"{key}_target", self._shown(target), records[target.record]
             if self.loading.use_labels:
                 yield f"{key}_labels", self._labels, record
             if self.loading.use_masks:
@@ -289,9 +293,19 @@ class _ScanReader:
                 out[key][...] = out[network]
             if f"{key}_inverted" in out:
                 view = getattr(plan, key) or getattr(plan, network)
-                out[f"{key}_inverted"][...] = view.inverted
+                out[f"{key}_inverted"][...] = view.inverted and not self._hides(view)
 
-    def _image(self, record: Record, out: np.ndarray | None) -> None:
+    def _hides(self, view: View) -> bool:
+        """Whether a view is inverted here: the device would turn a mask's 0 into 1."""
+        masked = self.loading.mask_inputs and self.source.records[view.record].mask
+        return view.inverted and bool(masked)
+
+    def _shown(self, view: View) -> Callable[[Record, np.ndarray | None], None]:
+        return functools.partial(self._image, inverted=self._hides(view))
+
+    def _image(
+        self, record: Record, out: np.ndarray | None, *, inverted: bool = False
+    ) -> None:
         rule = self.loading.rule(record.modality)
         mask = record.mask if self.loading.mask_inputs else None
 
@@ -301,11 +315,14 @@ class _ScanReader:
                 self.loading.shape,
                 rule,
                 mask=None if mask is None else self._volume(mask, "mask"),
+                inverted=inverted,
             )
             return stored(array[0, ..., 0], self.loading.storage), {}
 
         fields = {"kind": "image", "rule": rule.to_dict()}
         fields["storage"] = self.loading.storage
+        if inverted:
+            fields["inverted"] = True
         self._fetch(out, fields, {"image": record.image, "mask": mask}, build)
 
     def _labels(self, record: Record, out: np.ndarray | None) -> None:

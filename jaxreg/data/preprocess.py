@@ -21,6 +21,11 @@ from jaxreg.typing import Pair
 Modality = Literal["ct", "mri"]
 
 
+def kind(modality: str) -> Modality:
+    """Returns whose intensity rule holds: "ct" in any case is CT, t1, fat ... MRI."""
+    return "ct" if modality.strip().lower() == "ct" else "mri"
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """The intensity rule of one scan; travels with a model's weights.
@@ -164,7 +169,12 @@ def check_same_grid(volume: Volume, image: Volume, *, what: str = "mask") -> Non
 
 
 def network_image(
-    volume: Volume, shape: Shape, rule: Preprocessing, *, mask: Volume | None = None
+    volume: Volume,
+    shape: Shape,
+    rule: Preprocessing,
+    *,
+    mask: Volume | None = None,
+    inverted: bool = False,
 ) -> np.ndarray:
     """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
 
@@ -174,11 +184,14 @@ def network_image(
       rule: the intensity rule.
       mask: on the scan's grid; where it is not above 0 the image becomes 0, after the
         intensities of the whole scan were scaled.
+      inverted: one minus the intensities, before the mask.
 
     Raises:
       UserError: see `normalise` and `check_same_grid`; or the mask leaves nothing.
     """
     array = normalise(volume.array, rule, source=volume.source)
+    if inverted:
+        array = 1 - array
     if mask is not None:
         check_same_grid(mask, volume)
         array = np.where(mask.array > 0, array, np.float32(0))

@@ -13,8 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxreg.data import manifest as lib
+from jaxreg.data import preprocess
 from jaxreg.data.manifest import Manifest, Record, check, read_manifest
+from jaxreg.data.pipeline import Loading
 from jaxreg.errors import UserError
+from jaxreg.io import volumes
 
 
 def save(path, array, affine=None):
@@ -606,6 +609,47 @@ def test_neighbour_pairs_stay_within_their_kind():
     assert found == [("p1", "p2"), ("p2", "p1"), ("q1", "q2"), ("q2", "q1")]
 
 
+def test_neighbour_pairs_of_one_subject_are_of_two_sessions():
+    """The modalities of one session are aligned: their true map is the identity."""
+
+    def stems(*images):
+        records = [
+            Record(
+                pathlib.Path(f"/{v}{m}.nii"), "p", "d", m, pairing="intra", session=v
+            )
+            for v, m in images
+        ]
+        return [(f.image.stem, m.image.stem) for f, m in lib.neighbour_pairs(records)]
+
+    visits = [(v, m) for v in ("1", "2") for m in ("t1", "t2")]
+    assert stems(*visits) == [
+        ("1t1", "2t1"), ("1t1", "2t2"), ("1t2", "2t1"), ("1t2", "2t2"),
+        ("2t1", "1t1"), ("2t1", "1t2"), ("2t2", "1t1"), ("2t2", "1t2"),
+    ]  # fmt: skip
+    # As the sampler has it: with one session, every image is a scan by itself.
+    assert stems(("", "a"), ("", "b")) == [("a", "b"), ("b", "a")]
+
+
+def test_neighbour_pairs_across_modalities():
+    records = [
+        *plain("d", ["p", "q", "r"], modality="CT"),
+        *plain("d", ["p", "q"], modality="mr"),
+    ]
+    records = [
+        dataclasses.replace(r, image=pathlib.Path(f"/{r.subject}{r.modality}.nii"))
+        for r in records
+    ]
+    pairs = lib.neighbour_pairs(records, 2, across_modalities=True)
+    assert [(f.image.stem, m.image.stem) for f, m in pairs] == [
+        ("pCT", "qmr"), ("pCT", "rCT"), ("pmr", "qCT"), ("pmr", "rCT"),
+        ("qCT", "rCT"), ("qCT", "pCT"), ("qmr", "rCT"), ("qmr", "pmr"),
+        ("rCT", "pmr"), ("rCT", "qCT"),
+    ]  # fmt: skip
+    assert {(f.modality, m.modality) for f, m in lib.neighbour_pairs(records)} == {
+        ("CT", "CT"), ("mr", "mr"),
+    }  # fmt: skip
+
+
 # --- check ----------------------------------------------------------------------------
 
 
@@ -686,6 +730,30 @@ def test_bad_images_are_found(tmp_path, make, kind, message):
     (problem,) = check(manifest)
     assert (problem.kind, problem.level, problem.file) == (kind, "error", str(bad))
     assert message in problem.sentence and str(bad) in problem.sentence
+
+
+def almost_empty(path, modality):
+    """One voxel in 200 is not background: 0 is the 0.99 quantile and the minimum."""
+    array = np.zeros((5, 6, 7), np.float32)
+    array[2, 3, 4] = 900
+    return Record(save(path, array), "p1", "d", modality)
+
+
+def test_images_that_training_cannot_scale_are_found(tmp_path):
+    for modality, expected in (("t1", [("values", "error")]), ("CT", [])):
+        bad = almost_empty(tmp_path / modality / "x.nii.gz", modality)
+        manifest = change(healthy(tmp_path), 1, image=bad.image, modality=modality)
+        rule = Loading().rule(modality)
+        found = [p for p in check(manifest) if p.file == str(bad.image)]
+        found = [p for p in found if p.kind == "values"]
+        assert kinds(found) == expected
+        volume = volumes.read_volume(bad.image)
+        if expected:
+            assert "0 to 0.99" in found[0].sentence
+            with pytest.raises(UserError, match="constant within its intensity range"):
+                preprocess.normalise(volume.array, rule)
+        else:
+            preprocess.normalise(volume.array, rule)
 
 
 def test_unknown_extension_is_found(tmp_path):

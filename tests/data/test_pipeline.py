@@ -14,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jaxreg.data import pipeline, preprocess
+from jaxreg.data import augment, pipeline, preprocess
 from jaxreg.data.manifest import Record
 from jaxreg.data.pairs import PairPlan, Task, View, sampler
 from jaxreg.data.pipeline import Batches, Loading, PairSource
@@ -225,6 +225,23 @@ def test_targets_and_inversion(scans):
         np.testing.assert_array_equal(batch[key][0], plain[record])
         assert batch[f"{key}_inverted"].dtype == bool
         assert batch[f"{key}_inverted"].tolist() == [inverted]
+
+
+def test_masked_inversion_keeps_the_outside_zero(scans):
+    """Scan 1 has the network's shape, so that its mask needs no resize."""
+    plan = PairPlan(0, View(1, inverted=True), View(3, inverted=True), View(1), None)
+    tasks = (Task("brains", randomise="R", invert_ct=True),)
+    loading = Loading(SHAPE, mask_inputs=True, prefetch=0)
+    batch = first(PairSource(scans, Fixed(plan, tasks)), loading)
+    pair = augment.to_pair(batch, None, None)
+    inside = volumes.read_volume(scans[1].mask, kind="mask").array > 0
+    plain = preprocess.normalise(volumes.read_volume(scans[1].image).array, MRI)
+    expected = {"moving": 1 - plain, "moving_target": plain}
+    for name, image in expected.items():
+        seen = np.asarray(getattr(pair, name))[0, ..., 0]
+        np.testing.assert_allclose(seen, np.where(inside, image, 0), atol=1e-6)
+    # Without a mask, the device inverts, as ever.
+    assert batch["fixed_inverted"].tolist() == [True]
 
 
 def test_pairs_without_targets_have_the_networks_images(scans):
