@@ -2,7 +2,10 @@
 
 Paper: Demir et al., multiGradICON, WBIR 2024, section 3 (further training: 100 epochs,
 learning rate 5e-5); settings otherwise those of `unigradicon-finetune`, whose JSON
-manifests are read as they are. A manifest or a folder of scans is all that is needed:
+manifests are read as they are; each dataset has as many pairs, its weight there being
+1. Unlike there, where training images validate, every fifth subject is held out if the
+manifest has no split (--data.holdout None: nobody). A manifest or a folder of scans is
+all that is needed:
 
     python train.py --config configs/finetune.py --out runs/finetuned \
         --data.manifests my_scans.csv --train.start unigradicon
@@ -28,7 +31,7 @@ def get_config() -> Experiment:
         paper="Demir et al., multiGradICON, WBIR 2024, section 3",
         model=GradIconConfig(),
         data=DataConfig(
-            manifests=("scans.csv",), schedule="weighted", pairs_per_epoch=1000
+            manifests=("scans.csv",), schedule="per_dataset", pairs_per_epoch=1000
         ),
         loading=Loading(shape=(175, 175, 175), cache_dir="cache"),
         augment=Augmentation(noise=0.05, aligned=True),

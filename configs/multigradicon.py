@@ -13,6 +13,9 @@ region counts alike, without inverted CT and with COPDGene's lungs masked.
 
 takes one manifest per dataset, NAME.csv, from the working directory; the release's
 script draws from fewer scans and normalises some datasets twice, which is not copied.
+The order of COPDGene's scans, and that nobody is held out, are as in the recipe
+`unigradicon`. To change what the third stage has of its own, its manifests above all,
+name it: --stages.further.data.manifests a.csv,b.csv.
 """
 
 from jaxreg.data.augment import Augmentation
@@ -71,6 +74,7 @@ def get_config() -> Experiment:
         data=DataConfig(
             manifests=tuple(f"{task.dataset}.csv" for task in TASKS),
             tasks=TASKS,
+            holdout=None,
             schedule="weighted",
             pairs_per_epoch=4000,
         ),

@@ -13,7 +13,10 @@ intra and lung masks, OAI, HCP and L2R-Abdomen with pairing inter:
         --data.manifests copdgene.csv,oai.csv,hcp.csv,abdomen.csv
 
 Where the release differs from the paper: its loops run 801 and 201 epochs, and 3899
-pairs, because COPDGene has 899 subjects.
+pairs, because COPDGene has 899 subjects. Where this recipe differs from the release:
+COPDGene's two scans are drawn in either order, there always expiration first. Nobody
+is held out, as there, where training pairs validate: manifests with a split, or
+--data.holdout 5, give scores by which the best weights are kept, otherwise the last.
 """
 
 from jaxreg.data.augment import Augmentation
@@ -41,6 +44,7 @@ def get_config() -> Experiment:
                 Task("hcp", distinct=False),
                 Task("abdomen", distinct=False),
             ),
+            holdout=None,
             schedule="per_dataset",
             pairs_per_epoch=4000,
         ),

@@ -6,12 +6,33 @@ results become text. Heavy imports live inside the verbs.
 
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from jaxreg.cli_options import option, parse_shape, print_numbers
+from jaxreg.cli_options import (
+    FIXED_MODALITY,
+    MOVING_MODALITY,
+    CtWindow,
+    InputMasking,
+    IoLr,
+    IoSim,
+    IoTarget,
+    LandmarksFrame,
+    LossMasking,
+    Modality,
+    QuantileRange,
+    Seed,
+    Similarity,
+    Target,
+    choice,
+    option,
+    parse_labels,
+    parse_shape,
+    print_numbers,
+)
 from jaxreg.errors import UserError
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -73,7 +94,7 @@ def train_verb(
     changes = setting_pairs(context.args)
     if out is None and not dry_run:
         raise UserError("--out is missing; name a folder for the run, or --dry-run")
-    if distributed or coordinator is not None:
+    if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
     from jaxreg import experiment as experiment_lib
@@ -199,12 +220,31 @@ def evaluate_verb(  # noqa: PLR0913
         int,
         option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
     ] = 3,
+    across_modalities: Annotated[
+        bool,
+        option(
+            "--across-modalities",
+            "Pair scans of two modalities of a manifest as well.",
+            _WHICH,
+        ),
+    ] = False,
     count: Annotated[
         int | None, option("--count", "Only so many pairs, from the first.", _WHICH)
     ] = None,
     labels: Annotated[
         str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
     ] = None,
+    landmarks_frame: Annotated[
+        LandmarksFrame,
+        choice(
+            "--landmarks-frame",
+            "What landmark files hold: mm as in ITK (lps) or NIfTI (ras), or NIfTI's "
+            "voxel indices, as Learn2Reg's do.",
+            _WHICH,
+        ),
+    ] = LandmarksFrame.LPS,
+    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
+    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
     model: Annotated[
         str | None,
         option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
@@ -222,66 +262,100 @@ def evaluate_verb(  # noqa: PLR0913
             "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
         ),
     ] = None,
-    io_sim: Annotated[str, option("--io-sim", "Its similarity.", _HOW)] = "lncc",
-    io_lr: Annotated[
-        float | None, option("--io-lr", "Its learning rate.", _HOW)
-    ] = None,
-    ct_window: Annotated[
-        tuple[float, float] | None,
-        option("--ct-window", "Hounsfield units that become 0 and 1.", _HOW),
-    ] = None,
-    quantile_range: Annotated[
-        tuple[float, float] | None,
-        option("--quantile-range", "Quantiles that become 0 and 1 in MRI.", _HOW),
-    ] = None,
+    io_target: IoTarget = Target.NETWORK,
+    io_sim: IoSim = Similarity.LNCC,
+    io_lr: IoLr = None,
+    seed: Seed = 0,
+    input_masking: InputMasking = False,
+    loss_function_masking: LossMasking = False,
+    ct_window: CtWindow = None,
+    quantile_range: QuantileRange = None,
     others: Annotated[
         str | None,
         option("--others", "Other tools beside it: SyN, greedy.", _HOW),
     ] = None,
 ) -> None:
-    """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time."""
+    """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
+
+    A pair that names no modality takes the options', MRI without. The files of --out
+    are written anew after every pair; a pair that fails is warned about and left empty.
+    """
     if (pairs is None) == (manifest is None):
         raise UserError("give either --pairs or --manifest, to say what to evaluate")
-    from jaxreg import comparison, evaluate, register, zoo
+    from jaxreg import comparison, evaluate, register, results, zoo
     from jaxreg.data import manifest as manifest_lib
 
     tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
     comparison.check_installed(tools)
-    if (model is None or model == "none") and not tools:
-        raise UserError("give a --model, or --others SyN,greedy, to evaluate")
+    displacement = io_target is Target.DISPLACEMENT
+    if (model is None or model == "none") and not tools and not displacement:
+        raise UserError(
+            "give a --model, --others SyN,greedy or --io-target displacement, to "
+            "evaluate"
+        )
+    wanted = None if labels is None else parse_labels(labels)
     names = None
     if manifest is not None:
-        found = manifest_lib.read_manifest(manifest, holdout=holdout)
-        names = found.labels
-        chosen = evaluate.pairs_of_manifest(found, split=split, neighbours=neighbours)
+        listed = manifest_lib.read_manifest(manifest, holdout=holdout)
+        names = listed.labels
+        chosen = evaluate.pairs_of_manifest(
+            listed,
+            split=split,
+            neighbours=neighbours,
+            across_modalities=across_modalities,
+        )
     else:
         assert pairs is not None
         chosen = evaluate.read_pairs(pairs)
+    chosen = chosen if count is None else chosen[:count]
+    unknown = sum(
+        (pair.fixed_modality or fixed_modality) is None
+        or (pair.moving_modality or moving_modality) is None
+        for pair in chosen
+    )
+    if unknown:
+        warnings.warn(
+            f"{unknown} of {len(chosen)} pairs name no modality and count as MRI; "
+            "give --fixed-modality and --moving-modality, or columns of that name",
+            stacklevel=2,
+        )
     loaded = None if model in (None, "none") else zoo.load(model)
     grid = (175, 175, 175) if loaded is None else loaded.shape
     options = register.Options(
+        fixed_modality=(fixed_modality or Modality.MRI).value,
+        moving_modality=(moving_modality or Modality.MRI).value,
+        input_masking=input_masking,
+        loss_function_masking=loss_function_masking,
         io_iterations=io_iterations,
-        io_sim=io_sim,
+        io_target=io_target.value,
+        io_sim=io_sim.value,
         io_lr=io_lr,
+        seed=seed,
         ct_window=ct_window,
         quantile_range=quantile_range,
         shape=grid if shape is None else parse_shape(shape),
         inverse=False,
     )
-    text = evaluate.evaluate_files(
-        chosen if count is None else chosen[:count],
+    found = evaluate.evaluate_files(
+        chosen,
         loaded,
         options,
         out=out,
         label_names=names,
         with_optimisation=io_iterations is not None,
         others={tool: comparison.TOOLS[tool] for tool in tools},
-        labels=None if labels is None else [int(n) for n in labels.split(",")],
+        labels=wanted,
+        landmarks_frame=landmarks_frame.value,
         name=name,
         progress=_row_done,
     )
-    print(text)
+    print(results.markdown(found, label_names=names))
     print(f"wrote {out} and {out.with_suffix('.md')}")
+    if found.failed:
+        raise UserError(
+            f"{len(found.failed)} of {len(found.rows)} rows failed for the reasons "
+            "above and are empty; mend these pairs or leave them out"
+        )
 
 
 def _row_done(done: int, total: int, row) -> None:
@@ -296,7 +370,12 @@ def compare_verb(
     a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
     b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
     metric: Annotated[
-        str, option("--metric", "dice, hd95, tre, folding, sdlogj or seconds.")
+        str,
+        option(
+            "--metric",
+            "dice, hd95_mm, tre_mm, folding_percent, sdlogj or seconds; dice_N or "
+            "hd95_mm_N for label N.",
+        ),
     ] = "dice",
     method_a: Annotated[
         str | None, option("--method-a", "Which method of the first.")

@@ -4,7 +4,7 @@
     def get_config() -> Experiment: ...
 
 ``--section.field value`` on the command line changes one leaf of the tree; a stage's
-`changes` are the same, for that stage alone.
+`changes` are the same, for that stage alone: ``--stages.NAME.section.field value``.
 """
 
 import ast
@@ -31,6 +31,11 @@ from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
 
+def _at_least(least: int, value: int, name: str) -> None:
+    if value < least:
+        raise UserError(f"{name} is {value}, expected at least {least}")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Which pairs, and how they are read.
@@ -39,12 +44,13 @@ class DataConfig:
       manifests: manifest files or folders, see `data.manifest.read_manifest`.
       synthetic: names of `data.synthetic.TASKS`, instead of manifests.
       synthetic_labels: structures of the synthetic anatomies.
-      holdout: every n-th subject validates where a manifest has no splits.
+      holdout: every n-th subject validates where a manifest has no splits; None: all
+        train.
       tasks: how each dataset is trained on; one task per dataset if empty.
       schedule: see `data.pairs.sampler`.
       pairs_per_epoch: of all tasks together.
-      classes: label values of the Dice term and of validation; all of a manifest's
-        list if empty.
+      classes: label values of the Dice term; all of a manifest's list if empty.
+        Validation scores every label that it finds.
       validation_pairs: at most so many, spread over the validation split; 0 for none.
       neighbours: each validation subject is fixed image for the next few, cyclically.
     """
@@ -52,13 +58,28 @@ class DataConfig:
     manifests: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     synthetic_labels: int = 5
-    holdout: int = 5
+    holdout: int | None = 5
     tasks: tuple[Task, ...] = ()
     schedule: Schedule = "per_dataset"
     pairs_per_epoch: int = 1000
     classes: tuple[int, ...] = ()
     validation_pairs: int = 16
     neighbours: int = 3
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: a number is out of its range.
+        """
+        for name, least in (("synthetic_labels", 1), ("pairs_per_epoch", 1),
+                            ("validation_pairs", 0), ("neighbours", 1)):  # fmt: skip
+            _at_least(least, getattr(self, name), f"data.{name}")
+        if self.holdout is not None and self.holdout < 2:
+            raise UserError(
+                f"data.holdout is {self.holdout}, expected 2 or more (5: every fifth "
+                "subject), or None to train on all"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +91,7 @@ class TrainConfig:
       accumulate: the batch is worked off in this many parts.
       replicas: 0: batch statistics over all pairs worked off at once; n: in n equal
         parts with statistics of their own, as on n GPUs of the original.
-      ema: decay of the moving average of the parameters, 0 for none.
+      ema: decay of the moving average of parameters and batch statistics, 0 for none.
       parallel: see `training.parallel.make_layout`.
       space: devices per volume, split along D.
       seed: of weights, pairs, augmentation and noise.
@@ -93,11 +114,9 @@ class TrainConfig:
         Raises:
           UserError: a number is out of its range.
         """
-        for name, least in (("batch", 1), ("accumulate", 1), ("space", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"train.{name} is {getattr(self, name)}, expected at least {least}"
-                )
+        for name, least in (("batch", 1), ("accumulate", 1), ("space", 1),
+                            ("seed", 0)):  # fmt: skip
+            _at_least(least, getattr(self, name), f"train.{name}")
         if self.replicas < 0 or not 0 <= self.ema < 1:
             raise UserError(
                 f"train.replicas is {self.replicas} and train.ema {self.ema}, expected "
@@ -172,7 +191,8 @@ class Experiment:
 
         Raises:
           UserError: no stage, stages of one name, an unknown objective or synthetic
-            task, or data of two kinds.
+            task, data of two kinds, settings that synthetic data cannot have, or
+            `loading.canonical`.
         """
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
@@ -186,6 +206,25 @@ class Experiment:
             )
         for task in self.data.synthetic:
             _known(task, synthetic.TASKS, "data.synthetic")
+        ignored = {
+            "data.tasks": self.data.tasks,
+            f"data.schedule {self.data.schedule}": self.data.schedule != "per_dataset",
+            "objectives": self.objectives,
+            "loading.mask_inputs": self.loading.mask_inputs,
+        }
+        found = [name for name, given in ignored.items() if given]
+        if self.data.synthetic and found:
+            raise UserError(
+                f"synthetic pairs take no notice of {', '.join(found)}; leave that "
+                "out, or give data.manifests instead of data.synthetic"
+            )
+        if self.loading.canonical:
+            # Turned scans in training alone would spoil every registration after it.
+            raise UserError(
+                "loading.canonical is true, but weights do not tell register and "
+                "evaluate to turn scans; leave it out and store all scans in one "
+                "orientation"
+            )
         known = {"default", *dict(self.objectives)}
         for task in self.data.tasks:
             _known(task.objective, known, f"objective of task {task.dataset}")
@@ -218,20 +257,37 @@ def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Expe
 
     Args:
       experiment: stays as it is.
-      changes: ("section.field", value); text is read as the field's type.
+      changes: ("section.field", value), or ("stages.NAME.section.field", value) for one
+        stage alone; text is read as the field's type. What spans fields is checked
+        once all are changed, so their order is free.
 
     Raises:
-      UserError: no such section or field (near matches are named), or the value does
-        not fit.
+      UserError: no such section or field (near matches are named), a value does not
+        fit, or a stage would undo a change with its own.
     """
-    for name, value in changes:
-        experiment = _replaced(experiment, name.replace("-", "_").split("."), value, "")
-    return experiment
+    plain: list[_Change] = []
+    staged: dict[str, list[_Change]] = {}
+    for path, value in _paths(changes):
+        if path[0] == "stages" and len(path) > 2 and path[2] in _SECTIONS:
+            staged.setdefault(path[1], []).append((path[2:], value))
+        else:
+            plain.append((path, value))
+    for path, _ in plain:
+        _check_lasting(path, experiment.stages, staged)
+    changed = _replaced(experiment, plain, "")
+    names = [stage.name for stage in changed.stages]
+    for name in staged:
+        _known(name, names, "the stage of a change")
+    own = (_stage_changed(changed, s, staged.get(s.name, ())) for s in changed.stages)
+    return dataclasses.replace(changed, stages=tuple(own))
 
 
 def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
     """Returns each stage with the experiment as it is during it."""
-    return tuple((s, override(experiment, s.changes)) for s in experiment.stages)
+    return tuple(
+        (stage, _replaced(experiment, _paths(stage.changes), ""))
+        for stage in experiment.stages
+    )
 
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
@@ -287,6 +343,72 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
+_Change = tuple[list[str], Any]
+_OPTION = tuple[str, Any]
+# What a stage may have its own value of.
+_SECTIONS = {f.name for f in dataclasses.fields(Experiment)} - {
+    "stages", *(f.name for f in dataclasses.fields(Stage))
+}  # fmt: skip
+
+
+def _path(name: str) -> list[str]:
+    return name.replace("-", "_").split(".")
+
+
+def _paths(changes: Iterable[tuple[str, Any]]) -> list[_Change]:
+    return [(_path(name), value) for name, value in changes]
+
+
+def _check_lasting(
+    path: list[str],
+    several: Iterable[Stage],
+    staged: Mapping[str, Iterable[_Change]],
+) -> None:
+    """Checks that no stage undoes a change, unless it is given one for itself."""
+    undoing = [
+        stage.name
+        for stage in several
+        if path not in [given for given, _ in staged.get(stage.name, ())]
+        and any(_overlap(path, own) for own, _ in _paths(stage.changes))
+    ]
+    if undoing:
+        name = ".".join(path)
+        own = " ".join(f"--stages.{stage}.{name} VALUE" for stage in undoing)
+        raise UserError(
+            f"--{name} has no effect in stages that have a value of their own "
+            f"({', '.join(undoing)}); give {own}"
+        )
+
+
+def _overlap(one: list[str], other: list[str]) -> bool:
+    """Says whether one path is the other or leads to it."""
+    return all(a == b for a, b in zip(one, other, strict=False))
+
+
+def _stage_changed(
+    experiment: Experiment, stage: Stage, given: Iterable[_Change]
+) -> Stage:
+    """Returns the stage with further changes of its own, as their fields' types."""
+    new = {".".join(path): value for path, value in given}
+    if not new:
+        return stage
+    kept = [
+        (".".join(path), value)
+        for path, value in _paths(stage.changes)
+        if not any(path[: len(_path(name))] == _path(name) for name in new)
+    ]
+    above = f"stages.{stage.name}."
+    during = _replaced(experiment, _paths([*kept, *new.items()]), above)
+    read = [(name, _leaf(during, _path(name))) for name in new]
+    return dataclasses.replace(stage, changes=(*kept, *read))
+
+
+def _leaf(tree: Any, path: list[str]) -> Any:
+    for name in path:
+        tree = dict(tree)[name] if isinstance(tree, tuple) else getattr(tree, name)
+    return tree
+
+
 def _near(word: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(choices), n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -301,53 +423,59 @@ def _known(word: str, choices: Iterable[str], what: str) -> None:
         )
 
 
-def _replaced(tree: Any, path: list[str], value: Any, above: str) -> Any:
-    name, rest = path[0], path[1:]
-    here = f"{above}{name}"
+def _replaced(tree: Any, changes: Iterable[_Change], above: str) -> Any:
+    """Returns the tree with all changes made at once, so that it is checked once."""
+    inside: dict[str, list[_Change]] = {}
+    for path, value in changes:
+        inside.setdefault(path[0], []).append((path[1:], value))
     fields = {f.name for f in dataclasses.fields(tree)}
-    if name not in fields:
-        raise UserError(
-            f"there is no setting --{here}{_near(name, fields)}; "
-            f"{above.rstrip('.') or 'an experiment'} has {', '.join(sorted(fields))}"
-        )
-    if rest:
-        child = getattr(tree, name)
-        if name in ("stages", "objectives") and isinstance(child, tuple):
-            return _rebuilt(tree, name, _named_replaced(child, rest, value, here))
-        if not dataclasses.is_dataclass(child):
+    made: dict[str, Any] = {}
+    for name, given in inside.items():
+        here = f"{above}{name}"
+        if name not in fields:
             raise UserError(
-                f"--{here}.{'.'.join(rest)}: {here} is {child!r} and has no fields"
+                f"there is no setting --{here}{_near(name, fields)}; "
+                f"{above.rstrip('.') or 'an experiment'} has "
+                f"{', '.join(sorted(fields))}"
             )
-        return _rebuilt(tree, name, _replaced(child, rest, value, f"{here}."))
-    kind = typing.get_type_hints(type(tree))[name]
-    return _rebuilt(tree, name, _read(value, kind, here))
+        child = getattr(tree, name)
+        for value in (value for rest, value in given if not rest):
+            child = _read(value, typing.get_type_hints(type(tree))[name], here)
+        below = [(rest, value) for rest, value in given if rest]
+        if below and name in ("stages", "objectives") and isinstance(child, tuple):
+            child = _named_replaced(child, below, here)
+        elif below and not dataclasses.is_dataclass(child):
+            raise UserError(
+                f"--{here}.{'.'.join(below[0][0])}: {here} is {child!r} and has no "
+                "fields"
+            )
+        elif below:
+            child = _replaced(child, below, f"{here}.")
+        made[name] = child
+    return dataclasses.replace(tree, **made)
 
 
-def _named_replaced(items: tuple, path: list[str], value: Any, here: str) -> tuple:
-    """Changes one of the stages, or of the (name, objective) pairs, by its name."""
+def _named_replaced(items: tuple, changes: Iterable[_Change], here: str) -> tuple:
+    """Changes some of the stages, or of the (name, objective) pairs, by their names."""
     names = [item[0] if isinstance(item, tuple) else item.name for item in items]
-    name, rest = path[0], path[1:]
-    if name not in names or not rest:
-        raise UserError(
-            f"there is no setting --{here}.{'.'.join(path)}; {here} has "
-            f"{', '.join(names) or 'no entries'}, each with fields of its own"
-            f"{_near(name, names)}"
-        )
-    below = f"{here}.{name}."
+    inside: dict[str, list[_Change]] = {name: [] for name in names}
+    for path, value in changes:
+        name, rest = path[0], path[1:]
+        if name not in names or not rest:
+            raise UserError(
+                f"there is no setting --{here}.{'.'.join(path)}; {here} has "
+                f"{', '.join(names) or 'no entries'}, each with fields of its own"
+                f"{_near(name, names)}"
+            )
+        inside[name].append((rest, value))
 
-    def changed(item):
+    def changed(item, name):
+        below = f"{here}.{name}."
         if isinstance(item, tuple):
-            return item[0], _replaced(item[1], rest, value, below)
-        return _replaced(item, rest, value, below)
+            return item[0], _replaced(item[1], inside[name], below)
+        return _replaced(item, inside[name], below)
 
-    return tuple(
-        changed(item) if called == name else item
-        for called, item in zip(names, items, strict=True)
-    )
-
-
-def _rebuilt(tree: Any, name: str, value: Any) -> Any:
-    return dataclasses.replace(tree, **{name: value})
+    return tuple(changed(i, name) for i, name in zip(items, names, strict=True))
 
 
 def _read(value: Any, kind: Any, name: str) -> Any:
@@ -396,6 +524,8 @@ def _read_scalar(value: Any, kind: type, wrong: UserError) -> Any:
 
 
 def _read_tuple(value: Any, arguments: tuple, name: str, wrong: UserError) -> tuple:
+    if isinstance(value, str) and arguments[0] == _OPTION:
+        return _read_options(value, wrong)
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("()[] ").split(",") if part]
     if not isinstance(value, Iterable):
@@ -408,6 +538,23 @@ def _read_tuple(value: Any, arguments: tuple, name: str, wrong: UserError) -> tu
     return tuple(_read(i, k, name) for i, k in zip(items, kinds, strict=True))
 
 
+def _read_options(text: str, wrong: UserError) -> tuple[tuple[str, Any], ...]:
+    """Reads ``sigma=2, bins=32`` as Python reads arguments; "None" is no option."""
+    inside = text.strip()
+    if inside.lower() in ("", "()", "none"):
+        return ()
+    try:
+        call = ast.parse(f"f({inside})", mode="eval").body
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+            raise wrong
+        names = [keyword.arg for keyword in call.keywords]
+        if call.args or None in names or len(set(names)) < len(names):
+            raise wrong
+        return tuple((str(k.arg), ast.literal_eval(k.value)) for k in call.keywords)
+    except (ValueError, SyntaxError):
+        raise wrong from None
+
+
 def _spelled(kind: Any) -> str:
     """Says in words what a field takes."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -416,6 +563,8 @@ def _spelled(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_spelled(a) for a in arguments)
     if origin is tuple:
+        if arguments[0] == _OPTION:
+            return "NAME=VALUE, with commas, or None"
         if len(arguments) == 2 and arguments[1] is Ellipsis:
             return f"a list of {_spelled(arguments[0])}, with commas"
         return f"{len(arguments)} values, with commas"

@@ -1,15 +1,18 @@
 """From an experiment to trained weights: where data, model and training loop meet.
 
 OUT/experiment.json   the settings
+OUT/scans.txt         what manifests listed when the run was started
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,12 +32,13 @@ from jaxreg.space import fields, sampling
 from jaxreg.training import loop, optimizer, parallel, state, step
 from jaxreg.training.logging import RunLog
 from jaxreg.training.parallel import Layout
-from jaxreg.typing import Pair, Variables
+from jaxreg.typing import Key, Pair, Variables
 
 Source = pipeline.PairSource | pipeline.ReadyPairs
 Say = Callable[[str], None]
 _VALIDATION_SEED = 1
 _SETTINGS = "experiment.json"
+_SCANS = "scans.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,14 +131,18 @@ def read_manifests(experiment: Experiment) -> Manifest:
     return Manifest(records=tuple(records), source=source, labels=labels)
 
 
-def make_sources(experiment: Experiment) -> Sources:
+def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
     """Returns the pairs to train and to validate on.
+
+    Args:
+      experiment: as it is during the stage.
+      number: of the stage, from 0; each draws training pairs of its own.
 
     Raises:
       UserError: there are no data, or they do not fit the tasks and objectives.
     """
     if experiment.data.synthetic:
-        return _synthetic_sources(experiment)
+        return _synthetic_sources(experiment, number)
     if not experiment.data.manifests:
         raise UserError(
             "the experiment names no data; give --data.manifests PATH (a manifest or a "
@@ -152,7 +160,7 @@ def make_sources(experiment: Experiment) -> Sources:
         tasks,
         pairs_per_epoch=data.pairs_per_epoch,
         schedule=data.schedule,
-        seed=experiment.train.seed,
+        seed=_pairs_seed(experiment.train.seed, number),
     )
     plans, held_out = _validation_plans(whole, tasks, experiment)
     classes = data.classes or tuple(
@@ -171,7 +179,25 @@ def make_sources(experiment: Experiment) -> Sources:
     )
 
 
-def _synthetic_sources(experiment: Experiment) -> Sources:
+def _pairs_seed(seed: int, number: int) -> int:
+    """Returns the seed of a stage's training pairs.
+
+    A sum would give the second stage of one run the pairs of another's first.
+    """
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _weights_key(seed: int) -> Key:
+    """Returns the key of fresh weights; layers tell themselves apart by their names."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def _steps_key(seed: int, number: int) -> Key:
+    """Returns the root key of a stage's steps; independent of the weights' key."""
+    return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)
+
+
+def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
     data = experiment.data
     configs = [
         dataclasses.replace(
@@ -183,7 +209,10 @@ def _synthetic_sources(experiment: Experiment) -> Sources:
     ]
     train, validation = (
         synthetic.SyntheticPairs(configs, seed, data.pairs_per_epoch)
-        for seed in (experiment.train.seed, experiment.train.seed + _VALIDATION_SEED)
+        for seed in (
+            _pairs_seed(experiment.train.seed, number),
+            experiment.train.seed + _VALIDATION_SEED,
+        )
     )
     return Sources(
         train=train,
@@ -197,8 +226,17 @@ def _synthetic_sources(experiment: Experiment) -> Sources:
 def _validation_plans(
     whole: Manifest, tasks: Sequence[pairs.Task], experiment: Experiment
 ) -> tuple[tuple[pairs.PairPlan, ...], tuple[Record, ...]]:
-    """Returns at most as many pairs as asked for, spread over the split."""
-    held_out = whole.of_split("val")
+    """Returns at most as many pairs as asked for, spread over the split.
+
+    Of several tasks of one dataset, the first has its pairs.
+    """
+    pairing_of = {task.dataset: task.pairing for task in reversed(tasks)}
+    held_out = tuple(
+        dataclasses.replace(
+            record, pairing=pairing_of.get(record.dataset) or record.pairing
+        )
+        for record in whole.of_split("val")
+    )
     number = {record: i for i, record in enumerate(held_out)}
     task_of = {task.dataset: i for i, task in reversed(list(enumerate(tasks)))}
     found = [
@@ -208,7 +246,9 @@ def _validation_plans(
             fixed=pairs.View(number[fixed]),
         )
         for fixed, moving in manifest.neighbour_pairs(
-            held_out, experiment.data.neighbours
+            held_out,
+            experiment.data.neighbours,
+            across_modalities=True,  # as the sampler draws them
         )
         if fixed.dataset in task_of
     ]
@@ -241,6 +281,14 @@ def _check_annotations(
                 f"dataset {task.dataset} is to be trained with labels, but the "
                 "manifest does not list them; give --data.classes 1,2,3"
             )
+    datasets = {task.dataset for task in tasks}
+    if experiment.loading.mask_inputs and not any(
+        record.mask for record in train if record.dataset in datasets
+    ):
+        raise UserError(
+            "loading.mask_inputs is true, but no training image has a mask; add the "
+            "column mask to a manifest or give --loading.mask_inputs false"
+        )
 
 
 def loading_of(experiment: Experiment, *, validation: bool) -> pipeline.Loading:
@@ -271,12 +319,23 @@ def make_prepare(
     return prepare
 
 
+def _one_volume(layout: Layout) -> Layout:
+    """Returns the layout of one pair: as many devices as share a volume in training.
+
+    They are this process' first, since each process works on pairs of its own.
+    """
+    if layout.space == 1:
+        return Layout("single")
+    mine = jax.local_devices()[: layout.space]
+    return parallel.make_layout("mesh", space=layout.space, devices=mine)
+
+
 def make_validation(
-    experiment: Experiment, sources: Sources, model: Any
+    experiment: Experiment, sources: Sources, model: Any, layout: Layout
 ) -> Callable[[Variables], loop.Validation] | None:
     """Returns ``validate(variables)``, or None where there is nothing to score on.
 
-    Each process scores its share of the pairs on one device. Scores are means over the
+    Each process scores its share of the pairs, one at a time. Scores are means over the
     pairs: the parts of the objective in evaluation mode with fixed noise, "dice" (mean
     over a pair's labels, nearest, on the network grid), and "folding_percent".
     """
@@ -288,13 +347,14 @@ def make_validation(
     lookup = jnp.asarray(sources.objectives, jnp.int32)
     supervised = any(o.dice_weight > 0 for o in several)
     noise = jax.random.normal(jax.random.key(0), (1, *loading.shape, 3))
+    one = _one_volume(layout)
 
-    @jax.jit
     def score(variables, batch):
         classes = sources.classes if supervised else ()
         pair = augment.to_pair(batch, None, None, classes=classes)
         if len(several) > 1:
             pair = dataclasses.replace(pair, task=lookup[pair.task])
+        pair = parallel.constrain(pair, one)
         _, (parts, forward, _, _) = step.evaluate(
             model, variables, pair, noise, objective=objective
         )
@@ -305,66 +365,113 @@ def make_validation(
         labels = batch.get("moving_labels")
         if labels is not None:
             labels = sampling.sample(labels.astype(jnp.float32), points, order=0)
-        return parts, points, labels, pair, fields.warp(pair.moving, points)
+        shown = {"fixed": pair.fixed, "moving": pair.moving}
+        shown["warped"] = fields.warp(pair.moving, points)
+        return parts, (points, labels, shown)
+
+    compiled = parallel.compile_step(score, one, donate=False)
+    mine = _own_share(sources.validation_count)
 
     def validate(variables):
-        mine = range(jax.process_index(), sources.validation_count, jax.process_count())
         rows, images = [], {}
-        for i in mine:
-            with pipeline.Batches(
-                source, loading, batch_size=1, start=i, stop=i + 1
-            ) as batches:
-                batch = next(batches)
-            parts, points, warped, pair, image = jax.device_get(score(variables, batch))
-            row = {name: float(value) for name, value in parts.items()}
-            cells = metrics.cell_determinant(np.asarray(points))
-            row["folding_percent"] = metrics.folding_fraction(cells)
-            if warped is not None and np.any(batch["fixed_labels"]):
-                overlap = metrics.dice(warped.astype(int), batch["fixed_labels"])
-                row["dice"] = metrics.mean_score(overlap)
-            rows.append(row)
-            if i == 0:
-                shown = {"fixed": pair.fixed, "moving": pair.moving, "warped": image}
-                images = {name: a[0, ..., 0] for name, a in shown.items()}
+        placed = parallel.place_state(variables, one)
+        # One reader for all of them: worker processes take seconds to start.
+        with pipeline.Batches(
+            source, loading, batch_size=1, start=mine.start, stop=mine.stop
+        ) as batches:
+            for i, batch in zip(mine, batches, strict=True):
+                parts, (points, warped, shown) = jax.device_get(
+                    compiled(placed, parallel.place_batch(batch, one))
+                )
+                row = {name: float(value) for name, value in parts.items()}
+                cells = metrics.cell_determinant(np.asarray(points))
+                row["folding_percent"] = metrics.folding_fraction(cells)
+                row |= _overlap(warped, batch)
+                if "dice" in row and not np.isfinite(points).all():
+                    row["dice"] = np.nan
+                rows.append(row)
+                _warn_if_not_finite(row, _pair_name(source, i))
+                if i == 0:
+                    images = {name: a[0, ..., 0] for name, a in shown.items()}
         return loop.Validation(_means(rows), images)
 
     return validate
 
 
+def _own_share(count: int) -> range:
+    """Returns this process' part of the first `count` numbers; process 0 has 0."""
+    share = -(-count // jax.process_count())
+    start = min(share * jax.process_index(), count)
+    return range(start, min(start + share, count))
+
+
+def _overlap(warped: np.ndarray | None, batch: pipeline.Batch) -> dict[str, float]:
+    """Returns the Dice score of a pair; none unless both scans have labels."""
+    # A scan without a label map has zeros.
+    sides = ("moving_labels", "fixed_labels")
+    if warped is None or not all(np.any(batch[side]) for side in sides):
+        return {}
+    overlap = metrics.dice(warped.astype(int), batch["fixed_labels"])
+    return {"dice": metrics.mean_score(overlap)}
+
+
+def _pair_name(source: Source, index: int) -> str:
+    named = isinstance(source, pipeline.PairSource)
+    return f"pair {index} ({source.named(index)})" if named else f"pair {index}"
+
+
+def _warn_if_not_finite(row: Mapping[str, float], pair: str) -> None:
+    broken = [f"{n} {value:g}" for n, value in row.items() if not np.isfinite(value)]
+    if broken:
+        warnings.warn(
+            f"validation {pair} gives {', '.join(broken)}, so that the means are not "
+            "finite and never the best; look at the pair, or start anew with a lower "
+            "optimizer.learning_rate",
+            stacklevel=3,
+        )
+
+
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over all pairs of all processes; a pair without a score is left out."""
+    """Means over all pairs of all processes; a pair without a score is left out.
+
+    A score that is not finite makes its mean infinite, which is never the best.
+    """
     names = ("loss", "inverse_consistency", "similarity", "transform_magnitude",
              "folds", "dice_loss", "folding_percent", "dice")  # fmt: skip
     sums = np.zeros((2, len(names)))
     for row in rows:
         for i, name in enumerate(names):
-            if np.isfinite(row.get(name, np.nan)):
-                sums[:, i] += row[name], 1
+            if name in row:
+                sums[:, i] += row[name] if np.isfinite(row[name]) else np.inf, 1
     total, count = loop.sum_over_processes(sums)
     return {n: float(t / c) for n, t, c in zip(names, total, count, strict=True) if c}
 
 
 def make_blame(
-    experiment: Experiment, sources: Sources, model: Any
+    experiment: Experiment, sources: Sources, model: Any, layout: Layout
 ) -> Callable[[Variables, Mapping[str, np.ndarray]], list[int]]:
     """Returns ``blame(variables, batch)``: which pairs alone give no finite loss."""
-    objective = loss_of(experiment)
-    prepare = make_prepare(
-        dataclasses.replace(experiment, augment=None), sources, Layout("single")
-    )
+    objective, one = loss_of(experiment), _one_volume(layout)
+    prepare = make_prepare(dataclasses.replace(experiment, augment=None), sources, one)
 
-    @jax.jit
     def loss(variables, batch):
         pair = prepare(batch, None)
         noise = jnp.zeros((1, *pair.fixed.shape[1:4], 3))
-        return step.evaluate(model, variables, pair, noise, objective=objective)[0]
+        value, (parts, *_) = step.evaluate(
+            model, variables, pair, noise, objective=objective
+        )
+        return value, parts
+
+    compiled = parallel.compile_step(loss, one, donate=False)
 
     def blame(variables, batch):
-        found = []
+        found, placed = [], parallel.place_state(variables, one)
         for i in range(len(batch["index"])):
-            one = {name: array[i : i + 1] for name, array in batch.items()}
-            broken = not all(np.isfinite(a).all() for a in one.values())
-            if broken or not np.isfinite(loss(variables, one)):
+            pair = {name: array[i : i + 1] for name, array in batch.items()}
+            broken = not all(np.isfinite(a).all() for a in pair.values())
+            if broken or not np.isfinite(
+                compiled(placed, parallel.place_batch(pair, one))[0]
+            ):
                 found.append(i)
         return found
 
@@ -385,7 +492,7 @@ def initial_variables(
     Raises:
       UserError: the weights to start from have other sizes or nothing in common.
     """
-    key = jax.random.key(experiment.train.seed)
+    key = _weights_key(experiment.train.seed)
     fresh = jax.tree.map(np.asarray, model.init(key))
     start = experiment.train.start
     if before is None and start is None:
@@ -446,7 +553,7 @@ def run(
         if experiment.train.start is not None:
             first = stage_runs[0]
             initial_variables(first.experiment, first.model, None, lambda _: None)
-    _open_folder(experiment, out, resume=resume)
+    _open_folder(experiment, out, _scans_of(stage_runs), resume=resume)
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
@@ -475,25 +582,59 @@ def bundle_of(experiment: Experiment, variables: Variables) -> checkpoints.Bundl
             "shape": list(loading.shape),
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
+            "mask_inputs": loading.mask_inputs,
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,
     )
 
 
-def _open_folder(experiment: Experiment, out: pathlib.Path, *, resume: bool) -> None:
-    settings = out / _SETTINGS
+def _scans_of(stage_runs: Sequence["_StageRun"]) -> list[str]:
+    """Returns a line for each scan of each stage: their order decides the pairs."""
+    found = []
+    for trainer in stage_runs:
+        for source in (trainer.sources.train, trainer.sources.validation):
+            if isinstance(source, pipeline.PairSource):
+                found += [_line(trainer.stage.name, r) for r in source.records]
+    return found
+
+
+def _line(stage: str, record: Record) -> str:
+    values = dataclasses.asdict(record)
+    for name, value in values.items():
+        # The same scans may lie elsewhere when a run goes on.
+        if isinstance(value, pathlib.Path):
+            values[name] = "/".join(value.parts[-2:])
+    told = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+    return f"{stage}: {told}"
+
+
+def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
+    before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else scans
+    for was, now in itertools.zip_longest(before, scans, fillvalue="nothing"):
+        if was != now:
+            raise UserError(
+                f"the run in {path.parent} was started with other scans, the first "
+                f"difference is {was} -> {now}; put the manifest back as it was, or "
+                "give another --out"
+            )
+
+
+def _open_folder(
+    experiment: Experiment, out: pathlib.Path, scans: Sequence[str], *, resume: bool
+) -> None:
     problem = None
     if jax.process_index() == 0:
-        problem = _folder_problem(experiment, out, settings, resume=resume)
+        problem = _folder_problem(experiment, out, scans, resume=resume)
     problems = parallel.from_first_process(problem or "")
     if problems:
         raise UserError(problems)
 
 
 def _folder_problem(
-    experiment: Experiment, out: pathlib.Path, settings: pathlib.Path, *, resume: bool
+    experiment: Experiment, out: pathlib.Path, scans: Sequence[str], *, resume: bool
 ) -> str | None:
+    settings = out / _SETTINGS
     try:
         if settings.is_file():
             if not resume:
@@ -502,16 +643,61 @@ def _folder_problem(
                     "or give another folder"
                 )
             experiment_lib.check_same(settings, experiment)
+            _check_scans(out / _SCANS, scans)
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             return f"--out {out} exists and holds no run; give another folder"
         out.mkdir(parents=True, exist_ok=True)
         experiment_lib.write(settings, experiment)
+        if scans:
+            with files.atomic_path(out / _SCANS) as temporary:
+                text = "\n".join(scans) + "\n"
+                pathlib.Path(temporary).write_text(text, encoding="utf-8")
     except OSError as error:
         return f"--out {out} cannot be written ({error.strerror}); give another folder"
     except UserError as error:
         return str(error)
     return None
+
+
+def _shared_out(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
+    """Returns steps per epoch, the devices, and what `parallel.check_batch` does."""
+    train, pairs_per_epoch = experiment.train, experiment.data.pairs_per_epoch
+    if pairs_per_epoch < train.batch:
+        raise UserError(
+            f"data.pairs_per_epoch is {pairs_per_epoch}, less than train.batch "
+            f"{train.batch}; raise it"
+        )
+    layout = parallel.make_layout(train.parallel, space=train.space)
+    shares = parallel.check_batch(
+        train.batch, layout, accumulate=train.accumulate, replicas=train.replicas
+    )
+    return pairs_per_epoch // train.batch, layout, shares
+
+
+def _metric(experiment: Experiment, sources: Sources) -> str | None:
+    """Returns the score by which a checkpoint is best; None without validation."""
+    wanted, source = experiment.loop.metric, sources.validation
+    if source is None:
+        if wanted != "auto":
+            raise UserError(
+                f"loop.metric is {wanted}, but no pair validates; give validation "
+                "images or --loop.metric auto, which then takes the last checkpoint"
+            )
+        return None
+    labelled = not isinstance(source, pipeline.PairSource) or any(
+        source.records[plan.moving.record].label
+        and source.records[plan.fixed.record].label
+        for plan in map(source.plan, range(sources.validation_count))
+    )
+    if wanted == "dice" and not labelled:
+        raise UserError(
+            "loop.metric is dice, but no validation pair has label maps of both "
+            "images; add the column label or give --loop.metric loss"
+        )
+    if wanted == "auto":
+        return "dice" if labelled else "loss"
+    return wanted
 
 
 class _StageRun:
@@ -527,34 +713,13 @@ class _StageRun:
         self.experiment, self.stage, self.say = experiment, stage, say
         self.out = out / stage.name
         self.model = GradIcon(experiment.model)
-        self.sources = make_sources(experiment)
-        batch = experiment.train.batch
-        self.per_epoch = experiment.data.pairs_per_epoch // batch
-        if not self.per_epoch:
-            raise UserError(
-                f"data.pairs_per_epoch is {experiment.data.pairs_per_epoch}, less than "
-                f"train.batch {batch}; raise it"
-            )
-        train = experiment.train
-        self.layout = parallel.make_layout(train.parallel, space=train.space)
-        self.replicas = parallel.check_batch(
-            batch, self.layout, accumulate=train.accumulate, replicas=train.replicas
-        )
+        self.number = experiment.stages.index(stage)
+        self.sources = make_sources(experiment, number=self.number)
+        self.per_epoch, self.layout, shares = _shared_out(experiment)
+        self.replicas, self.span = shares
         self.steps = self.per_epoch * stage.epochs
         self.optimizer = optimizer.make_optimizer(experiment.optimizer, self.steps)
-        self.metric = self._metric()
-
-    def _metric(self) -> str | None:
-        wanted = self.experiment.loop.metric
-        if self.sources.validation is None:
-            return None
-        if wanted != "auto":
-            return wanted
-        source = self.sources.validation
-        labelled = not isinstance(source, pipeline.PairSource) or any(
-            record.label is not None for record in source.records
-        )
-        return "dice" if labelled else "loss"
+        self.metric = _metric(experiment, self.sources)
 
     def run(
         self, before: Variables | None, *, resume: bool
@@ -575,27 +740,34 @@ class _StageRun:
         ) as kept:
             start, record = self._start(kept, before, resume=resume)
             scores = record.get("scores", {})
-            if int(start.step) < self.steps:
+            # A run may have been stopped in its last validation.
+            unscored = self.sources.validation is not None and not scores
+            if int(start.step) < self.steps or unscored:
                 scores = self._train(start, kept, record)
-            best = kept.best_step() if self.metric else kept.latest_step()
-            like = state.to_tree(start)
-            tree = kept.restore(like, step=best).state
-        return state.averaged(state.from_tree(tree)), scores, self.steps
+            found = kept.restore(state.to_tree(start), best=True)
+        for sentence in found.skipped:
+            self.say(sentence)
+        if found.skipped:
+            self.say(f"the weights are those of step {found.step} of {self.steps}")
+        return state.averaged(state.from_tree(found.state)), scores, self.steps
 
     def _start(
         self, kept: runs.RunCheckpoints, before: Variables | None, *, resume: bool
     ) -> tuple[state.TrainState, Mapping[str, Any]]:
         """Returns the state to go on from, and the record of its checkpoint."""
-        seed = jax.random.key(self.experiment.train.seed)
+        seed = self.experiment.train.seed
         going_on = resume and kept.latest_step() is not None
         # What a run started from need not be there any more when it goes on.
         variables = (
-            jax.tree.map(np.asarray, self.model.init(seed))
+            jax.tree.map(np.asarray, self.model.init(_weights_key(seed)))
             if going_on
             else initial_variables(self.experiment, self.model, before, self.say)
         )
         fresh = state.start(
-            variables, self.optimizer, seed, ema=self.experiment.train.ema > 0
+            variables,
+            self.optimizer,
+            _steps_key(seed, self.number),
+            ema=self.experiment.train.ema > 0,
         )
         if not going_on:
             return fresh, {}
@@ -619,10 +791,12 @@ class _StageRun:
             loss_of(experiment),
             self.optimizer,
             make_prepare(experiment, self.sources, layout),
-            step.StepConfig(train.accumulate, self.replicas, train.ema, layout.axis),
+            step.StepConfig(
+                train.accumulate, self.replicas, train.ema, layout.axis, self.span
+            ),
         )
         last: dict[str, float] = {}
-        validate = make_validation(experiment, self.sources, self.model)
+        validate = make_validation(experiment, self.sources, self.model, layout)
 
         def remembered(variables):
             assert validate is not None
@@ -652,7 +826,7 @@ class _StageRun:
                 steps_per_epoch=self.per_epoch,
                 learning_rate=optimizer.make_schedule(experiment.optimizer, self.steps),
                 validate=None if validate is None else remembered,
-                blame=make_blame(experiment, self.sources, self.model),
+                blame=make_blame(experiment, self.sources, self.model, layout),
                 checkpoints=kept,
                 log=log,
                 record={"stage": self.stage.name},
@@ -675,7 +849,7 @@ class DryRun:
       activation_bytes: of one step, scaled up by voxels and batch from the small grid.
       small: the grid that the step was compiled at.
       compile_seconds: for that.
-      data: a sentence about each manifest.
+      data: a sentence about each manifest of any stage.
     """
 
     parameters: int
@@ -706,24 +880,23 @@ def _gigabytes(count: float) -> str:
 def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     """Builds the last stage of an experiment and compiles one step on a small grid.
 
-    The data need not be there: what their manifests would give is made up.
+    The data need not be there: what their manifests would give is made up. What
+    training asks of settings and manifests before it starts is asked of every stage.
 
     Args:
       experiment: what to try.
       small: longest axis of the small grid.
 
     Raises:
-      UserError: settings or data do not fit together.
+      UserError: settings, devices or data do not fit together.
     """
-    for _, changed in experiment_lib.stages(experiment):
-        optimizer.make_optimizer(changed.optimizer, 1)
+    # What is quickly found comes before what takes minutes.
+    data = tuple(_quick_checks(experiment))
     last = experiment_lib.stages(experiment)[-1][1]
     shape = last.loading.shape
     factor = min(1.0, small / max(shape))
     grid = tuple(max(8, round(n * factor)) for n in shape)
     grid = (grid[0], grid[1], grid[2])
-    # What is quickly found comes before what takes minutes.
-    data = tuple(_data_sentences(experiment))
     began = time.perf_counter()
     compiled = _lowered(last, grid, 1).compile()
     seconds = time.perf_counter() - began
@@ -736,7 +909,9 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     temporary = 0 if memory is None else memory.temp_size_in_bytes
     gradient = 4 * parameters
     # The native form, since XLA counts the body of a loop over slabs only once.
-    native = experiment_lib.override(last, [("model.form", "native")])
+    native = dataclasses.replace(
+        last, model=dataclasses.replace(last.model, form="native")
+    )
     cost = _lowered(native, shape, 1).cost_analysis() or {}
     start = jax.eval_shape(lambda: _abstract_state(last, variables))
     held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(start))
@@ -806,7 +981,27 @@ def _check_cache(folder: pathlib.Path) -> None:
     files.check_writable(there / "entry", "loading.cache_dir")
 
 
-def _data_sentences(experiment: Experiment):
+def _quick_checks(experiment: Experiment) -> list[str]:
+    """Checks each stage as training does before it starts, as far as its data exist.
+
+    Returns:
+      A sentence about each manifest.
+    """
+    said: list[str] = []
+    for stage, changed in experiment_lib.stages(experiment):
+        GradIcon(changed.model)
+        per_epoch, *_ = _shared_out(changed)
+        optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
+        said.extend(_data_sentences(changed))
+        data = changed.data
+        there = all(pathlib.Path(path).exists() for path in data.manifests)
+        if data.synthetic or (data.manifests and there):
+            _metric(changed, make_sources(changed))
+    # Most stages share their data.
+    return list(dict.fromkeys(said))
+
+
+def _data_sentences(experiment: Experiment) -> Iterator[str]:
     if experiment.data.synthetic:
         yield f"synthetic: {', '.join(experiment.data.synthetic)}"
     for path in experiment.data.manifests:

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from jaxreg import cli, cli_training, experiment, trainer
+from jaxreg import (
+    cli,
+    cli_training,
+    comparison,
+    experiment,
+    register,
+    results,
+    trainer,
+    zoo,
+)
 from jaxreg.data import synthetic
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, runs
@@ -178,12 +187,94 @@ def first_use(config, manifest):
          ["pairs_per_epoch is 12", "train.batch 13"]),
         (["--objective.dice_weight", "-1"], ["dice_weight is -1"]),
         (["--coordinator", "localhost:1"], ["--processes", "belong together"]),
+        (["--processes", "2", "--process", "1"], ["--coordinator", "belong together"]),
+        (["--process", "0"], ["--coordinator", "belong together"]),
+        (["--data.synthetic", "inter_mono", "--train.seed", "-1"],
+         ["train.seed is -1", "at least 0"]),
+        (["--data.synthetic", "inter_mono", "--data.schedule", "weighted"],
+         ["data.schedule weighted", "data.synthetic"]),
+        (["--data.synthetic", "inter_mono", "--loop.metric", "dice"],
+         ["loop.metric is dice", "no pair validates"]),
+        (["--objective.similarity_options", "sigma=2"],
+         ["mse takes no option sigma", "--objective.similarity_options None"]),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_said_and_leave_no_folder(train, tmp_path, options, words):
     is_mistake(train(*options), *words)
     assert not (tmp_path / "run").exists()
     # The next try with better settings is not in its own way.
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--train.replicas", "3"], ["replicas is 3"]),
+        (["--train.batch", "3", "--train.accumulate", "2"], ["batch is 3"]),
+        (["--train.space", "2"], ["space is 2"]),
+        (["--train.batch", "13"], ["pairs_per_epoch is 12", "train.batch 13"]),
+        (["--stages.one.train.batch", "13"], ["train.batch 13"]),
+        (["--data.synthetic", "inter_mono", "--loading.shape", "4,4,4"],
+         ["synthetic task inter_mono", "(4, 4, 4)"]),
+        (["--data.synthetic", "inter_mono", "--loop.metric", "loss"],
+         ["loop.metric is loss", "no pair validates"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_refuses_what_training_refuses(train, options, words):
+    is_mistake(train("--dry-run", *options, out=None), *words)
+
+
+def test_a_dry_run_looks_into_the_data_of_every_stage(train, config, scans, original):
+    two = config.with_name("two_stages.py")
+    stages = (
+        f"stages=(Stage('one', 1, (('data.manifests', ({str(original)!r},)),)), "
+        f"Stage('two', 1, (('data.manifests', ({str(scans)!r},)),))),"
+    )
+    two.write_text(TINY.replace('stages=(Stage("one", 1),),', stages))
+    # Of the second stage's manifest nothing trains.
+    write_rows(scans, [row | {"split": "test"} for row in rows_of(scans)])
+    options = ["--config", two, "--dry-run"]
+    is_mistake(train(*options, out=None), "shapes", "no records")
+    # A manifest that is not there yet hides nothing of the other stage.
+    options = [*options, "--stages.one.data.manifests", "nowhere.csv"]
+    is_mistake(train(*options, out=None), "shapes", "no records")
+
+
+def test_masked_inputs_need_masks(train, scans):
+    options = ["--data.manifests", scans, "--loading.mask_inputs", "true"]
+    for more in ([], ["--dry-run"]):
+        is_mistake(train(*options, *more), "loading.mask_inputs", "the column mask")
+
+
+def test_the_best_by_dice_needs_labels_of_both_images(train, scans, tmp_path):
+    options = ["--data.manifests", scans, "--data.validation_pairs", "4"]
+    options += ["--loop.metric", "dice"]
+    # Two subjects validate, and one of them has no labels.
+    rows = rows_of(scans)
+    for row in rows[:2]:
+        row["split"] = "val"
+    for row in rows[2:]:
+        row["split"] = "train"
+    rows[0]["label"] = ""
+    write_rows(scans, rows)
+    is_mistake(train(*options), "loop.metric is dice", "label maps of both images")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_manifest_without_a_split_trains_whole(scans, config):
+    rows = [{k: v for k, v in row.items() if k != "split"} for row in rows_of(scans)]
+    write_rows(scans, rows)
+    for holdout, counts in (("None", (8, 0)), ("5", (7, 1))):
+        chosen = experiment.override(
+            experiment.load(config),
+            [("data.manifests", str(scans)), ("data.holdout", holdout),
+             ("data.validation_pairs", "4")],
+        )  # fmt: skip
+        found = trainer.read_manifests(chosen)
+        assert tuple(len(found.of_split(s)) for s in ("train", "val")) == counts
+        sources = trainer.make_sources(chosen)
+        assert len(sources.train.records) == counts[0]
+        # One subject has nobody to be registered with.
+        assert sources.validation is None
 
 
 def test_the_folder_must_be_named(train):
@@ -273,6 +364,26 @@ def test_resume_with_other_settings_names_them(train, original, finished, tmp_pa
     )
     is_mistake(result, "optimizer.learning_rate 0.001 -> 0.5")
     assert saved(tmp_path / "run") == (1, 2, 3, 4, 5, 6)
+
+
+def test_resume_with_another_manifest_names_the_first_difference(
+    train, config, scans, tmp_path
+):
+    path, step = first_use(config, scans)
+    aside = path.with_suffix(".aside")
+    path.rename(aside)  # so that the run stops half-way
+    is_mistake(train("--data.manifests", scans), str(path))
+    aside.rename(path)
+    rows = rows_of(scans)
+    write_rows(scans, rows[1:])
+    error = is_mistake(
+        train("--data.manifests", scans, "--resume"), "other scans", "-> one: image"
+    )
+    assert rows[0]["image"] in error and rows[1]["image"] in error
+    write_rows(scans, rows)
+    status, said, _ = train("--data.manifests", scans, "--resume")
+    assert status == 0
+    assert f"resumed at step {step - 1} of 6" in said
 
 
 def test_resume_where_nothing_is_starts_anew_and_says_so(train, original, finished):
@@ -555,6 +666,109 @@ def test_evaluate_of_an_unknown_model_or_split(scored, tmp_path, capsys):
     assert "unigradicon" in capsys.readouterr().err
     assert cli.main([*base, "--model", str(scored / "random"), "--split", "vall"]) == 2
     assert "vall" in capsys.readouterr().err
+
+
+@pytest.fixture
+def evaluated(scored, tmp_path, capsys, monkeypatch):
+    """Runs ``jaxreg evaluate`` on one pair; returns (status, stdout, stderr, options).
+
+    The options are those of the last registration. `columns` are of the pairs file.
+    """
+    asked = []
+    original = register.register
+
+    def noting(moving, fixed, model, options, **rest):
+        asked.append(options)
+        return original(moving, fixed, model, options, **rest)
+
+    monkeypatch.setattr(register, "register", noting)
+    scans = [row["image"] for row in rows_of(scored / "manifest.csv")]
+
+    def run(*arguments, **columns):
+        cells = {"fixed": scans[0], "moving": scans[1], **columns}
+        write_rows(tmp_path / "pairs.csv", [cells])
+        status = cli.main(
+            ["evaluate", "--pairs", str(tmp_path / "pairs.csv"), "--out",
+             str(tmp_path / "r.csv"), "--model", str(scored / "random"), *arguments]
+        )  # fmt: skip
+        said = capsys.readouterr()
+        return status, said.out, said.err, asked[-1] if asked else None
+
+    return run
+
+
+def test_evaluate_takes_the_options_of_register(evaluated, scored):
+    mask = rows_of(scored / "manifest.csv")[0]["label"]
+    status, _, error, options = evaluated(
+        "--fixed-modality", "CT", "--moving-modality", "mri", "--input-masking",
+        "--io-target", "displacement", "--io-iterations", "1", "--seed", "3",
+        "--ct-window", "0", "900", fixed_mask=mask,
+    )  # fmt: skip
+    assert status == 0, error
+    assert (options.fixed_modality, options.moving_modality) == ("ct", "mri")
+    assert (options.io_target, options.seed) == ("displacement", 3)
+    assert options.ct_window == (0, 900)
+    assert options.input_masking and not options.loss_function_masking
+    assert "modality" not in error
+
+
+def test_evaluate_warns_of_pairs_without_a_modality(evaluated):
+    status, _, error, options = evaluated("--fixed-modality", "ct")
+    assert status == 0
+    assert (options.fixed_modality, options.moving_modality) == ("ct", "mri")
+    assert "1 of 1 pairs name no modality and count as MRI" in error
+    _, _, error, options = evaluated(fixed_modality="ct", moving_modality="ct")
+    assert options.moving_modality == "ct"
+    assert "no modality" not in error
+
+
+@pytest.mark.parametrize("labels", ["1,x", "0", "", "1;2", "-1"])
+def test_evaluate_says_which_labels_it_wants(evaluated, labels):
+    result = evaluated(f"--labels={labels}")
+    is_mistake(result[:3], f"--labels is {labels}, expected positive whole numbers")
+
+
+def test_evaluate_reads_landmarks_in_the_frame_that_is_asked_for(evaluated, tmp_path):
+    for side in ("fixed", "moving"):
+        (tmp_path / f"{side}.csv").write_text("x,y,z\n11,9,8\n")
+    points = {
+        f"{side}_landmarks": str(tmp_path / f"{side}.csv")
+        for side in ("fixed", "moving")
+    }
+    known = ["--fixed-modality", "mri", "--moving-modality", "mri"]
+    result = evaluated(*known, **points)
+    is_mistake(
+        result[:3], "1 of 1 points", "fixed.csv", "read as lps", "--landmarks-frame"
+    )
+    status, _, error, _ = evaluated("--landmarks-frame", "voxel", *known, **points)
+    assert status == 0, error
+    initial = rows_of(tmp_path / "r.csv")[0]
+    assert float(initial["tre_mm"]) < 20
+
+
+def test_evaluate_goes_on_after_a_pair_that_fails_and_says_so(
+    evaluated, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(zoo, "load", lambda name: None)
+
+    def fail(moving, fixed):
+        raise UserError("the tool is tired")
+
+    monkeypatch.setattr(comparison, "TOOLS", {"SyN": fail})
+    monkeypatch.setattr(comparison, "check_installed", lambda tools: None)
+    status, said, error, _ = evaluated("--others", "SyN")
+    assert status == 2
+    assert "SyN failed: the tool is tired" in error
+    assert "1 of 3 rows failed" in error.splitlines()[-1]
+    assert "| initial |" in said
+    assert [row["method"] for row in rows_of(tmp_path / "r.csv")][-1] == "SyN"
+
+
+def test_the_metrics_that_compare_names_are_those_that_it_takes(capsys):
+    assert cli.main(["compare", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name in results.MEASURES:
+        assert name in said
 
 
 def test_compare_of_a_file_that_is_not_there(scored, capsys):

@@ -7,7 +7,8 @@ import types
 import jax
 import pytest
 
-from jaxreg import cli, experiment
+from jaxreg import cli, experiment, trainer
+from jaxreg.errors import UserError
 from jaxreg.models.gradicon import GradIcon
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -73,6 +74,8 @@ def test_unigradicon_has_the_papers_numbers():
     assert chosen.data.schedule == "per_dataset"
     assert chosen.loading.mask_inputs
     assert chosen.loop.validate_every == 20
+    # Training pairs validate in the original, so every subject trains.
+    assert chosen.data.holdout is None
 
 
 def test_multigradicon_has_the_papers_numbers():
@@ -90,6 +93,7 @@ def test_multigradicon_has_the_papers_numbers():
     assert (chosen.train.batch, chosen.train.replicas) == (16, 4)
     assert chosen.data.schedule == "weighted"
     assert chosen.data.pairs_per_epoch == 4000
+    assert chosen.data.holdout is None
     tasks = {task.dataset: task for task in chosen.data.tasks}
     # Dataset: modalities with inverted CT, regions, randomised (the spec's table).
     table = {
@@ -142,6 +146,29 @@ def test_finetuning_has_the_original_tools_defaults():
     assert chosen.objective.dice_weight == 0
     assert chosen.augment.aligned
     assert chosen.loop.validate_every == 10
+    # Weight 1 each, whatever modalities a dataset has.
+    assert chosen.data.schedule == "per_dataset"
+    assert chosen.data.holdout == 5
+
+
+def test_what_a_stage_of_a_recipe_has_of_its_own_is_changed_by_its_name():
+    chosen = load("unigradicon")
+    with pytest.raises(UserError, match=r"--stages\.stage_2\.model\.refinements VALUE"):
+        experiment.override(chosen, [("model.refinements", "0")])
+    changed = experiment.override(chosen, [("stages.stage_2.model.refinements", "0")])
+    assert [during.model.refinements for _, during in experiment.stages(changed)] == [
+        0,
+        0,
+    ]
+    own = [("data.manifests", "a.csv"), ("stages.further.data.manifests", "b.csv")]
+    with pytest.raises(UserError, match="has no effect in stages .*further"):
+        experiment.override(load("multigradicon"), own[:1])
+    changed = experiment.override(load("multigradicon"), own)
+    assert [during.data.manifests for _, during in experiment.stages(changed)] == [
+        ("a.csv",),
+        ("a.csv",),
+        ("b.csv",),
+    ]
 
 
 def test_the_large_recipes_share_the_released_network():
@@ -160,10 +187,20 @@ def test_the_large_recipes_share_the_released_network():
 
 
 class Uncompiled:
-    """What `Lowered.compile` would return."""
+    """What `Lowered.compile` would return: the gradient and a megabyte besides."""
 
     def memory_analysis(self):
-        return types.SimpleNamespace(temp_size_in_bytes=10**9)
+        return types.SimpleNamespace(temp_size_in_bytes=4 * PARAMETERS + 10**6)
+
+
+class Unlowered:
+    """What `trainer._lowered` would return, where its numbers do not matter."""
+
+    def compile(self):
+        return Uncompiled()
+
+    def cost_analysis(self):
+        return {"flops": 1e12}
 
 
 def dry_run(name, capsys, *options):
@@ -207,7 +244,6 @@ def check_full_size(rows):
     held = number(rows["memory of parameters, gradient, optimiser"])
     assert held == pytest.approx(16 * PARAMETERS / 1e9, abs=0.02)
     assert number(rows["arithmetic of a step"]) > 1
-    assert number(rows["memory of activations (estimate)"]) > 1
     assert "is not there yet" in rows["data 1"]
 
 
@@ -217,7 +253,31 @@ def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
     # Built, traced and lowered, at 175^3 too. XLA's part takes more than a minute for
     # each; the slow test below does it.
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Uncompiled())
-    check_full_size(dry_run(name, capsys))
+    rows = dry_run(name, capsys)
+    check_full_size(rows)
+    # The megabyte of one pair of 32^3 voxels, for the batch at full size.
+    expected = 1e-3 * load(name).train.batch * (175 / 32) ** 3
+    activations = number(rows["memory of activations (estimate)"])
+    assert activations == pytest.approx(expected, abs=0.006)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_accumulated_parts_share_the_memory_of_activations(capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "_lowered", lambda *_: Unlowered())
+    rows = dry_run("finetune", capsys, "--train.accumulate", "4")
+    activations = number(rows["memory of activations (estimate)"])
+    assert activations == pytest.approx(1e-3 * (175 / 32) ** 3, abs=0.006)
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_dry_run_looks_at_the_manifests_of_every_stage(capsys, monkeypatch):
+    monkeypatch.setattr(trainer, "_lowered", lambda *_: Unlowered())
+    rows = dry_run("multigradicon", capsys)
+    said = [text for name, text in rows.items() if name.startswith("data ")]
+    names = [text.split(" ")[0] for text in said]
+    stages = [during for _, during in experiment.stages(load("multigradicon"))]
+    assert sorted(names) == sorted({p for s in stages for p in s.data.manifests})
+    assert "thorax_cbct.csv" in names and "ukb.csv" in names
 
 
 def test_a_cache_that_cannot_be_made_is_said_before_the_work(tmp_path, capsys):
@@ -232,4 +292,7 @@ def test_a_cache_that_cannot_be_made_is_said_before_the_work(tmp_path, capsys):
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_a_large_recipe_compiles(name, capsys):
-    check_full_size(dry_run(name, capsys))
+    rows = dry_run(name, capsys)
+    check_full_size(rows)
+    # As XLA plans it for the small grid; a U-Net level alone has more than this.
+    assert number(rows["memory of activations (estimate)"]) > 1

@@ -7,6 +7,7 @@ import pytest
 from jaxreg import experiment as lib
 from jaxreg.data.augment import Augmentation
 from jaxreg.data.pairs import Task
+from jaxreg.data.pipeline import Loading
 from jaxreg.errors import UserError
 from jaxreg.experiment import DataConfig, Experiment, Stage
 from jaxreg.losses.objective import Objective
@@ -31,6 +32,9 @@ PLAIN = Experiment(name="plain", stages=(Stage("one", 3),))
         ("loading.quantile_range", "0.01,0.9", "loading", (0.01, 0.9)),
         ("loop.metric", "loss", "loop", "loss"),
         ("train.parallel", "pmap", "train", "pmap"),
+        ("data.holdout", "None", "data", None),
+        ("data.holdout", "3", "data", 3),
+        ("objective.similarity_options", "sigma=2", "objective", (("sigma", 2),)),
     ],
 )
 def test_text_becomes_the_fields_type(name, text, section, value):
@@ -61,11 +65,79 @@ def test_text_becomes_the_fields_type(name, text, section, value):
         ("objective.similarity", "ssim", "unknown similarity"),
         ("name.first", "x", "has no fields"),
         ("data.synthetic", "inter_mno", "did you mean inter_mono"),
+        ("data.holdout", "1", "data.holdout is 1, expected 2 or more"),
+        ("data.holdout", "0", "or None to train on all"),
+        ("data.validation_pairs", "-1", "data.validation_pairs is -1, expected at"),
+        ("data.pairs_per_epoch", "0", "data.pairs_per_epoch is 0"),
+        ("data.neighbours", "0", "data.neighbours is 0, expected at least 1"),
+        ("data.synthetic_labels", "0", "data.synthetic_labels is 0"),
+        ("train.seed", "-1", "train.seed is -1, expected at least 0"),
+        ("loading.canonical", "true", "do not tell register and evaluate"),
+        ("objective.similarity_options", "radius=1", "takes no option radius, only s"),
+        ("objective.similarity_options", "sigma=0", "sigma of similarity lncc is 0"),
+        ("stages.one.model.refinments", "1", r"--stages\.one\.model\.refinments; did"),
+        ("stages.one.train.batch", "0", "train.batch is 0"),
+        ("stages.one.train.batch", "x", "--stages.one.train.batch is 'x'"),
+        ("stages.on.train.batch", "2", 'is "on", expected one of one'),
     ],
 )
 def test_wrong_settings_are_answered(name, text, message):
     with pytest.raises(UserError, match=message):
         lib.override(PLAIN, [(name, text)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sigma,2", "sigma", "sigma=", "=2", "**{}", "sigma=2)(x=1", "sigma=2,sigma=3",
+     "sigma=open", "similarity.sigma=2"],
+)  # fmt: skip
+def test_what_is_no_list_of_options_is_answered(text):
+    with pytest.raises(UserError, match=r"expected NAME=VALUE, with commas, or None"):
+        lib.override(PLAIN, [("objective.similarity_options", text)])
+
+
+@pytest.mark.parametrize("text", ["None", "none", "()", ""])
+def test_options_are_cleared(text):
+    blurred = dataclasses.replace(
+        PLAIN, objective=Objective(similarity_options=(("sigma", 2),))
+    )
+    changed = lib.override(blurred, [("objective.similarity_options", text)])
+    assert changed.objective == Objective()
+
+
+def test_several_options_and_values_are_read():
+    text = "bins=16, intensity_range=(0.1, 0.9)"
+    changes = [("objective.similarity", "nmi"), ("objective.similarity_options", text)]
+    for ordered in (changes, changes[::-1]):
+        options = lib.override(PLAIN, ordered).objective.similarity_options
+        assert options == (("bins", 16), ("intensity_range", (0.1, 0.9)))
+
+
+def test_another_similarity_asks_for_options_of_its_own():
+    mind = dataclasses.replace(
+        PLAIN, objective=Objective("mind", (("radius", 1), ("dilation", 1)))
+    )
+    with pytest.raises(UserError) as caught:
+        lib.override(mind, [("objective.similarity", "lncc")])
+    assert str(caught.value) == (
+        "similarity lncc takes no option radius, only sigma; give "
+        "--objective.similarity_options sigma=5 or None"
+    )
+    changes = [("objective.similarity", "lncc"), ("objective.similarity_options",
+               "sigma=3")]  # fmt: skip
+    for ordered in (changes, changes[::-1]):
+        changed = lib.override(mind, ordered).objective
+        assert (changed.similarity, changed.similarity_options) == (
+            "lncc",
+            (("sigma", 3),),
+        )
+
+
+def test_changes_that_only_fit_together_come_in_any_order():
+    changes = [("data.manifests", "a.csv"), ("data.synthetic", "()")]
+    made = dataclasses.replace(PLAIN, data=DataConfig(synthetic=("inter_mono",)))
+    for ordered in (changes, changes[::-1]):
+        assert lib.override(made, ordered).data.manifests == ("a.csv",)
 
 
 def test_a_section_that_is_off_has_no_fields():
@@ -86,6 +158,70 @@ def test_stages_change_only_themselves():
     assert (first.model.refinements, second.model.refinements) == (0, 1)
     assert second.optimizer.learning_rate == 0.5
     assert first.optimizer == PLAIN.optimizer
+
+
+STAGED = dataclasses.replace(
+    PLAIN,
+    stages=(
+        Stage("a", 1, (("model.refinements", 0), ("train.batch", 3))),
+        Stage("b", 2, (("model.refinements", 1),)),
+        Stage("c", 2),
+    ),
+)
+
+
+def test_a_change_that_stages_would_undo_is_refused():
+    with pytest.raises(UserError) as caught:
+        lib.override(STAGED, [("model.refinements", "2")])
+    assert str(caught.value) == (
+        "--model.refinements has no effect in stages that have a value of their own "
+        "(a, b); give --stages.a.model.refinements VALUE "
+        "--stages.b.model.refinements VALUE"
+    )
+    # A value of all of a section counts, and one within a section that is replaced.
+    quiet = dataclasses.replace(STAGED, stages=(Stage("a", 1, (("augment", None),)),))
+    with pytest.raises(UserError, match=r"--stages\.a\.augment\.noise VALUE"):
+        lib.override(quiet, [("augment.noise", "0.1")])
+    # Neighbours in the section are free.
+    assert lib.override(STAGED, [("model.halvings", "1")]).model.halvings == 1
+
+
+def test_a_stage_is_given_values_of_its_own():
+    changed = lib.override(
+        STAGED,
+        [("stages.a.model.refinements", "2"), ("stages.c.augment.noise", "1")],
+    )
+    a, b, c = (during for _, during in lib.stages(changed))
+    assert [during.model.refinements for during in (a, b, c)] == [2, 1, 1]
+    assert [during.augment.noise for during in (a, b, c)] == [
+        PLAIN.augment.noise,
+        PLAIN.augment.noise,
+        1.0,
+    ]
+    # Read as the field's type, so that a resumed run finds the same settings.
+    assert changed.stages[0].changes == (("train.batch", 3), ("model.refinements", 2))
+    assert type(changed.stages[2].changes[0][1]) is float
+    # Given for the stages that have their own, it may be given for the others too.
+    everywhere = lib.override(
+        STAGED,
+        [("train.batch", "8"), ("stages.a.train.batch", "4")],
+    )
+    batches = [during.train.batch for _, during in lib.stages(everywhere)]
+    assert batches == [4, 8, 8]
+
+
+def test_values_of_a_stage_may_need_each_other():
+    changes = [("stages.c.objective.similarity", "mind"),
+               ("stages.c.objective.similarity_options", "radius=1")]  # fmt: skip
+    blurred = dataclasses.replace(
+        STAGED, objective=Objective(similarity_options=(("sigma", 2),))
+    )
+    for ordered in (changes, changes[::-1]):
+        last = lib.stages(lib.override(blurred, ordered))[-1][1]
+        assert last.objective == Objective("mind", (("radius", 1),))
+    named = dataclasses.replace(STAGED, objectives=(("x", Objective()),))
+    named = lib.override(named, [("stages.c.objectives.x.dice_weight", "0.5")])
+    assert named.stages[2].changes == (("objectives.x.dice_weight", 0.5),)
 
 
 def test_stages_and_objectives_are_changed_by_name():
@@ -124,6 +260,21 @@ def test_inconsistent_experiments_are_refused():
         data=DataConfig(tasks=(Task("lung", objective="x"),)),
     )
     assert named.objectives[0][0] == "x"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {"tasks": (Task("inter_mono"),)}}, "no notice of data.tasks"),
+        ({"data": {"schedule": "weighted"}}, "no notice of data.schedule weighted"),
+        ({"objectives": (("x", Objective()),)}, "no notice of objectives"),
+        ({"loading": Loading(mask_inputs=True)}, "no notice of loading.mask_inputs"),
+    ],
+)
+def test_what_synthetic_pairs_would_ignore_is_refused(changes, message):
+    data = DataConfig(synthetic=("inter_mono",), **changes.get("data", {}))
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(PLAIN, **{**changes, "data": data})
 
 
 def test_a_configuration_file_is_run(tmp_path):

@@ -7,6 +7,7 @@ compared with never stops. All are of `training/programs/two_stages.py`.
 import csv
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import random
@@ -22,8 +23,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from jaxreg import cli, experiment, trainer
-from jaxreg.data import synthetic
+from jaxreg import cli, experiment, trainer, zoo
+from jaxreg.data import pairs, pipeline, synthetic
+from jaxreg.data.manifest import Manifest, Record
 from jaxreg.data.pipeline import Loading
 from jaxreg.errors import UserError
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
@@ -32,6 +34,7 @@ from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
+from jaxreg.training.parallel import Layout
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "training" / "programs" / "two_stages.py"
@@ -362,25 +365,21 @@ def test_stage_two_starts_from_stage_one_and_a_fresh_refinement(reference):
     ) as kept:
         best = kept.best_step()
     before = state_of(reference, "stage_1", best)
-    ema = {
-        name.removeprefix("ema/"): leaf
-        for name, leaf in before.items()
-        if name.startswith("ema/")
-    }
-    # The tree of the first stage's best, in which the moving average is the parameters.
-    source = {"params": nested(ema)}
-    stats = {
-        name.removeprefix("variables/batch_stats/"): leaf
-        for name, leaf in before.items()
-        if name.startswith("variables/batch_stats/")
-    }
-    source["batch_stats"] = nested(stats)
+    # What the first stage hands on is the moving average of its best state.
+    source = nested(
+        {
+            name.removeprefix("ema/"): leaf
+            for name, leaf in before.items()
+            if name.startswith("ema/")
+        }
+    )
     said = []
     start = trainer.initial_variables(changed, model, source, said.append)
     assert said == [
         "started from the previous stage: 11 arrays loaded, 11 fresh, 0 not used"
     ]
-    fresh = without_leaf(model.init(jax.random.key(changed.train.seed)))
+    weights_key = jax.random.split(jax.random.key(changed.train.seed))[0]
+    fresh = without_leaf(model.init(weights_key))
     got = without_leaf(start)
     wanted = without_leaf(source)
     for name, leaf in got.items():
@@ -404,6 +403,242 @@ def nested(flat):
             place = place.setdefault(part, {})
         place[last] = leaf
     return tree
+
+
+# --- stages of their own, damage and interrupts at the end ----------------------------
+
+
+DICE = {"one": (0.0, 0.1, 0.2, 0.3), "two": (0.0, 0.5, 0.9, 0.1)}
+
+
+def scoring(*dice):
+    """In place of `trainer._means`: one score after the other; None interrupts."""
+    left = list(dice)
+
+    def means(rows):
+        assert len(rows) == 2
+        score = left.pop(0)
+        if score is None:
+            raise KeyboardInterrupt
+        return {"dice": score, "loss": 1.0}
+
+    return means
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory):
+    """Two stages of three steps, each scored as in DICE: (experiment, folder)."""
+    chosen = tiny(
+        data=DataConfig(
+            synthetic=("inter_mono",),
+            synthetic_labels=2,
+            pairs_per_epoch=2,
+            validation_pairs=2,
+        ),
+        loop=LoopConfig(validate_every=1, keep_latest=9),
+        stages=(Stage("one", 3), Stage("two", 3)),
+    )
+    out = tmp_path_factory.mktemp("brief") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "_means", scoring(*DICE["one"], *DICE["two"]))
+        trainer.run(chosen, out, say=lambda _: None)
+    return chosen, out
+
+
+def test_each_stage_draws_numbers_of_its_own(brief):
+    chosen, out = brief
+    keys = [state_of(out, stage)["key"] for stage in ("one", "two")]
+    of_seed = jax.random.key(chosen.train.seed)
+    weights = jax.random.key_data(jax.random.split(of_seed)[0])
+    # Nor are the weights drawn from what the steps draw from.
+    several = [*keys, np.asarray(weights), np.asarray(jax.random.key_data(of_seed))]
+    assert len({tuple(key.tolist()) for key in several}) == 4
+    first, again, second, other_run = (
+        trainer.make_sources(
+            experiment.override(chosen, [("train.seed", seed)]), number=number
+        )
+        for seed, number in ((0, 0), (0, 0), (0, 1), (1, 0))
+    )
+    np.testing.assert_array_equal(first.train[0]["fixed"], again.train[0]["fixed"])
+    assert np.any(first.train[0]["fixed"] != second.train[0]["fixed"])
+    assert np.any(second.train[0]["fixed"] != other_run.train[0]["fixed"])
+    # Scores of all stages are of the same pairs.
+    np.testing.assert_array_equal(
+        first.validation[0]["fixed"], second.validation[0]["fixed"]
+    )
+
+
+def test_scans_are_paired_anew_in_each_stage(overfit):
+    _, path, _ = overfit
+    chosen = tiny(data=DataConfig(manifests=(str(path),), pairs_per_epoch=20))
+    plans = [
+        [trainer.make_sources(chosen, number=number).train.plan(i) for i in range(20)]
+        for number in (0, 0, 1)
+    ]
+    assert plans[0] == plans[1] != plans[2]
+
+
+def test_a_damaged_best_checkpoint_gives_way_to_the_next(brief, tmp_path):
+    chosen, whole = brief
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    best = out / "two" / "checkpoints" / "2"
+    files = [path for path in (best / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    said = []
+    trainer.run(chosen, out, resume=True, say=said.append)
+    assert any(str(best) in text and "skipped" in text for text in said)
+    assert "the weights are those of step 1 of 3" in said
+    assert_weights_of(out, state_of(out, "two", 1))
+
+
+def assert_weights_of(out, state):
+    weights = {
+        name.removeprefix("variables/"): leaf
+        for name, leaf in state.items()
+        if name.startswith("variables/")
+    }
+    bundle = checkpoints.load_bundle(out / "weights")
+    assert_identical(weights, without_leaf(bundle.variables))
+
+
+def test_an_interrupted_last_validation_is_made_up_for(brief, tmp_path, monkeypatch):
+    chosen, whole = brief
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("two", "weights"))
+    # The second stage runs to its end, but for its last score.
+    monkeypatch.setattr(trainer, "_means", scoring(*DICE["two"][:-1], None))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(chosen, out, resume=True, say=lambda _: None)
+    assert saved(out, "two") == [1, 2, 3]
+    monkeypatch.setattr(trainer, "_means", scoring(0.95))
+    outcome = trainer.run(chosen, out, resume=True, say=lambda _: None)
+    assert outcome.scores["dice"] == 0.95
+    assert log_of(out, "two")[-1]["validation_dice"] == "0.95"
+    # It is the best by now.
+    assert_weights_of(out, state_of(whole, "two", 3))
+    # Nothing is scored a second time.
+    monkeypatch.setattr(trainer, "_means", scoring())
+    trainer.run(chosen, out, resume=True, say=lambda _: None)
+
+
+# --- validation -----------------------------------------------------------------------
+
+
+class HalfLabelled(synthetic.SyntheticPairs):
+    """The moving scan of every second pair has no labels."""
+
+    def __getitem__(self, index):
+        pair = super().__getitem__(index)
+        if index % 2:
+            pair["moving_labels"] = np.zeros_like(pair["moving_labels"])
+        return pair
+
+
+def test_one_reader_serves_all_pairs_and_dice_is_of_those_with_labels(monkeypatch):
+    chosen = tiny(loading=Loading(shape=(8, 8, 8), workers=1))
+    config = dataclasses.replace(
+        synthetic.TASKS["inter_mono"], shape=(8, 8, 8), labels=2
+    )
+    source = HalfLabelled([config], seed=3)
+    readers = []
+
+    class Counted(pipeline.Batches):
+        def __init__(self, *args, **options):
+            readers.append(options)
+            # As many processes would do nothing but take time.
+            loading = dataclasses.replace(args[1], workers=0)
+            super().__init__(args[0], loading, **options)
+
+    monkeypatch.setattr(trainer.pipeline, "Batches", Counted)
+    model = trainer.GradIcon(chosen.model)
+    variables = model.init(jax.random.key(0))
+    scores = []
+    for count in (1, 2, 3):
+        sources = trainer.Sources(source, source, count, (0,), (1, 2))
+        validate = trainer.make_validation(chosen, sources, model, Layout("single"))
+        assert validate is not None
+        scores.append(validate(variables).scores)
+    assert len(readers) == 3
+    assert 0 < scores[0]["dice"] == scores[1]["dice"] != scores[2]["dice"]
+    assert scores[0]["loss"] != scores[1]["loss"]
+
+
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
+def test_a_pair_without_a_finite_loss_is_no_success(spoilt):
+    rows = [{"loss": 0.5, "dice": 0.9}, {"loss": spoilt}, {"loss": 0.5}]
+    means = trainer._means(rows)
+    assert means["loss"] == math.inf
+    assert means["dice"] == 0.9  # of the one pair with labels
+    assert "dice_loss" not in means
+
+
+def test_a_diverged_network_is_never_the_best_and_its_pairs_are_named():
+    chosen = tiny(loading=Loading(shape=(8, 8, 8), prefetch=0))
+    source = synthetic.SyntheticPairs(
+        [synthetic.SyntheticConfig("shapes", shape=(8, 8, 8), labels=2)], 0, 4
+    )
+    sources = trainer.Sources(source, source, 2, (0,), (1, 2))
+    model = trainer.GradIcon(chosen.model)
+    validate = trainer.make_validation(chosen, sources, model, Layout("single"))
+    assert validate is not None
+    diverged = jax.tree.map(lambda a: a * np.nan, model.init(jax.random.key(0)))
+    with pytest.warns(UserWarning, match="pair 0 gives .*loss nan") as caught:
+        scores = validate(diverged).scores
+    assert any("pair 1" in str(warning.message) for warning in caught)
+    assert not np.isfinite(scores["loss"]) and not np.isfinite(scores["dice"])
+
+
+def test_validation_pairs_are_of_all_modalities_of_a_task():
+    records = tuple(
+        Record(pathlib.Path(f"{s}.nii"), s, "body", modality, split="val")
+        for s, modality in (("a", "ct"), ("b", "mr"))
+    )
+    plans, _ = trainer._validation_plans(
+        Manifest(records, "here"), (pairs.Task("body"),),
+        experiment.override(tiny(), [("data.validation_pairs", 9)]),
+    )  # fmt: skip
+    assert [(p.fixed.record, p.moving.record) for p in plans] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_weights_say_how_their_scans_were_scaled(masked):
+    loading = Loading((8, 8, 8), ct_window=(0.0, 80.0), quantile_range=(0.1, 0.9),
+                      mask_inputs=masked)  # fmt: skip
+    data = DataConfig(manifests=("scans.csv",))
+    stored = trainer.bundle_of(tiny(loading=loading, data=data), {})
+    model = zoo.LoadedModel("known", trainer.GradIcon(), {}, stored)
+    assert model.ct_window == (0.0, 80.0)
+    assert model.quantile_range == (0.1, 0.9)
+    assert model.mask_inputs == masked
+
+
+def test_validation_pairs_are_those_of_the_task():
+    records = tuple(
+        Record(pathlib.Path(f"{subject}{scan}.nii"), subject, "lungs", split="val",
+               session=str(scan))
+        for subject in "ab"
+        for scan in (1, 2)
+    )  # fmt: skip
+    chosen = tiny()
+    chosen = experiment.override(chosen, [("data.validation_pairs", 9)])
+    found = {}
+    for pairing in (None, "inter", "intra"):
+        task = pairs.Task("lungs", pairing=pairing)
+        plans, held_out = trainer._validation_plans(
+            Manifest(records, "here"), (task,), chosen
+        )
+        found[pairing] = {
+            (held_out[p.fixed.record].image.stem, held_out[p.moving.record].image.stem)
+            for p in plans
+        }
+    assert found[None] == found["inter"]
+    assert found["inter"] == {("a1", "b1"), ("b1", "a1"), ("a2", "b2"), ("b2", "a2")}
+    assert found["intra"] == {("a1", "a2"), ("a2", "a1"), ("b1", "b2"), ("b2", "b1")}
+
+
+# --- warm starts ----------------------------------------------------------------------
 
 
 def test_training_starts_from_given_weights(reference):
@@ -485,15 +720,7 @@ def test_the_best_checkpoint_by_dice_becomes_the_weights(overfit):
         if row["validation_dice"] and row["step"] != "0"
     }
     best = max(scores, key=lambda step: (scores[step], step))
-    state = state_of(out, "one", best)
-    weights = {
-        name.removeprefix("variables/"): leaf
-        for name, leaf in state.items()
-        if name.startswith("variables/")
-    }
-    assert_identical(
-        weights, without_leaf(checkpoints.load_bundle(out / "weights").variables)
-    )
+    assert_weights_of(out, state_of(out, "one", best))
     bundle = checkpoints.load_bundle(out / "weights")
     assert tuple(bundle.preprocessing["shape"]) == (12, 12, 12)
     assert bundle.config["channels_down"] == [2, 8, 8]

@@ -7,6 +7,7 @@ with T the forward transform (fixed to moving points) and T' the backward one.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class Objective:
 
     Attributes:
       similarity: a name in `similarity.SIMILARITIES`.
-      similarity_options: (name, value) pairs passed on to it, such as ("sigma", 5).
+      similarity_options: (name, value) pairs passed on to it, such as ("sigma", 5);
+        "sigma=5" on the command line.
       inverse_consistency_weight: the paper's lambda.
       dice_weight: 0 leaves the Dice term out.
       loss_masking: similarity counts only inside the target's mask.
@@ -60,7 +62,8 @@ class Objective:
         """Checks the choices.
 
         Raises:
-          UserError: an unknown similarity or a negative weight.
+          UserError: an unknown similarity, an option that it does not take, or a
+            negative weight.
         """
         if self.similarity not in similarity.SIMILARITIES:
             raise UserError(
@@ -70,6 +73,7 @@ class Objective:
         for name in ("inverse_consistency_weight", "dice_weight"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, it must be >= 0")
+        _check_options(self.similarity, self.similarity_options)
 
     def __call__(
         self,
@@ -183,6 +187,46 @@ class TaskObjective:
         if not any(objective.dice_weight for objective in self.objectives):
             del parts["dice"]
         return parts["loss"], parts
+
+
+def _check_options(name: str, options: tuple[tuple[str, Any], ...]) -> None:
+    taken = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(
+            similarity.SIMILARITIES[name]
+        ).parameters.values()
+        # The mask and the mapped axis are the caller's, not options.
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.name not in ("mask", "axis")
+    }
+    for option, value in options:
+        if option not in taken:
+            known = f", only {', '.join(taken)}" if taken else ""
+            better = [f"{first}={default}" for first, default in taken.items()][:1]
+            raise UserError(
+                f"similarity {name} takes no option {option}{known}; give "
+                f"--objective.similarity_options {' or '.join([*better, 'None'])}"
+            )
+        if option == "intensity_range":
+            fits, expected = _increasing(value), "two numbers, the lower first"
+        else:
+            least = 4 if option == "bins" else 1  # a window of nmi spans four bins
+            fits = type(value) is int and value >= least
+            expected = f"a whole number of at least {least}"
+        if not fits:
+            raise UserError(
+                f"option {option} of similarity {name} is {value!r}, expected "
+                f"{expected}"
+            )
+
+
+def _increasing(value: Any) -> bool:
+    return (
+        isinstance(value, tuple)
+        and len(value) == 2
+        and all(isinstance(number, int | float) for number in value)
+        and value[0] < value[1]
+    )
 
 
 def _check_pair(objective: Objective, pair: Pair) -> None:

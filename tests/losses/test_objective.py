@@ -411,6 +411,25 @@ def test_objective_is_a_static_argument():
         ({"similarity": "lcc"}, "unknown similarity 'lcc'; choose one of lncc, lncc2"),
         ({"dice_weight": -1.0}, "dice_weight is -1.0"),
         ({"inverse_consistency_weight": float("nan")}, "must be >= 0"),
+        (
+            {"similarity_options": (("radius", 2),)},
+            "lncc takes no option radius, only sigma; give .* sigma=5 or None",
+        ),
+        (
+            {"similarity": "ncc", "similarity_options": (("sigma", 5),)},
+            "ncc takes no option sigma; give --objective.similarity_options None",
+        ),
+        (
+            {"similarity": "mind", "similarity_options": (("axis", "data"),)},
+            "no option axis, only radius, dilation",
+        ),
+        ({"similarity_options": (("sigma", 2.5),)}, "sigma .* is 2.5, .* at least 1"),
+        ({"similarity_options": (("sigma", True),)}, "sigma .* is True"),
+        ({"similarity": "nmi", "similarity_options": (("bins", 3),)}, "at least 4"),
+        (
+            {"similarity": "nmi", "similarity_options": (("intensity_range", (1, 0)),)},
+            "two numbers, the lower first",
+        ),
     ],
 )
 def test_choices_are_checked(options, message):
