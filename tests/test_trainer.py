@@ -265,6 +265,7 @@ def test_killed_at_random_and_resumed_on_one_device(tmp_path, cache, reference):
     assert_same_run(reference, out)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_eight_devices(tmp_path, cache, reference_of_eight):
     out, draw = tmp_path / "run", random.Random(5)
     killed(
@@ -286,6 +287,7 @@ def test_killed_and_resumed_on_eight_devices(tmp_path, cache, reference_of_eight
     assert_same_run(reference_of_eight, out)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_devices(
     tmp_path, cache, reference, reference_of_eight
 ):
