@@ -59,8 +59,8 @@ _KERNEL_3 = (3, 3, 3)
 _KERNEL_4 = (4, 4, 4)
 # D H W I O from PyTorch's O I D H W, and from its I O D H W for the transposed ones,
 # whose taps stay in PyTorch's order: they are not flipped.
-_FROM_OI = (2, 3, 4, 1, 0)
-_FROM_IO = (2, 3, 4, 0, 1)
+FROM_OI = (2, 3, 4, 1, 0)
+FROM_IO = (2, 3, 4, 0, 1)
 
 # Rows of one layer stand together, in the order in which PyTorch stores them; a layer
 # with {level} repeats for every level before the next layer begins.
@@ -70,7 +70,7 @@ GRADICON = (
         "weight",
         ("params", "down_{level}", "kernel"),
         ("down_out", "down_in", *_KERNEL_3),
-        _FROM_OI,
+        FROM_OI,
     ),
     Row("downConvs.{level}", "bias", ("params", "down_{level}", "bias"), ("down_out",)),
     Row(
@@ -78,7 +78,7 @@ GRADICON = (
         "weight",
         ("params", "up_{level}", "kernel"),
         ("up_in", "up_out", *_KERNEL_4),
-        _FROM_IO,
+        FROM_IO,
     ),
     Row("upConvs.{level}", "bias", ("params", "up_{level}", "bias"), ("up_out",)),
     Row(
@@ -109,7 +109,7 @@ GRADICON = (
         "weight",
         ("params", "last", "kernel"),
         (3, "last_in", *_KERNEL_3),
-        _FROM_OI,
+        FROM_OI,
     ),
     Row("lastConv", "bias", ("params", "last", "bias"), (3,)),
 )

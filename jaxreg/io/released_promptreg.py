@@ -13,12 +13,10 @@ import numpy as np
 
 from jaxreg.errors import UserError
 from jaxreg.io import released
-from jaxreg.io.released import Entry, State
+from jaxreg.io.released import FROM_IO, FROM_OI, Entry, State
 from jaxreg.typing import Variables
 
 _DIVISOR = 8  # of the network grid by the bank's
-_FROM_OI = (2, 3, 4, 1, 0)
-_FROM_IO = (2, 3, 4, 0, 1)
 _PROMPT = (0, 2, 3, 4, 1)
 _GENERATOR = ("params", "bottleneck", "generator")
 
@@ -98,7 +96,7 @@ def _all_entries(sizes: Sizes) -> Iterator[Entry]:
         width = c * 2 ** (level - 1)
         path = (f"up_{level}", "conv")
         yield from _layer(
-            f"upconv{level}.upconv", path, (below, width, 4, 4, 4), _FROM_IO
+            f"upconv{level}.upconv", path, (below, width, 4, 4, 4), FROM_IO
         )
         below = 3 * width
         yield from _blocks(f"cconv_{level}.conv", (f"join_{level}",), below, below)
@@ -137,7 +135,7 @@ def _prompts(k: int, sizes: Sizes) -> Iterator[Entry]:
     yield from block("fusion.0", "join_0", 2 * k)
     yield from block("fusion.3", "join_1", k, 1)
     shape = (k, 2 * k, 1, 1, 1)
-    yield from _layer(f"{name}.x_proj", ("x_proj",), shape, _FROM_OI, "unused")
+    yield from _layer(f"{name}.x_proj", ("x_proj",), shape, FROM_OI, "unused")
     for layer, path, collection in (
         ("q", ("query",), "unused"),
         ("k", ("key",), "unused"),
@@ -149,13 +147,13 @@ def _prompts(k: int, sizes: Sizes) -> Iterator[Entry]:
 
 def _layer(key, path, shape, axes, collection="params") -> Iterator[Entry]:
     """A layer's weight and bias; PyTorch's transposed kernels have I O in front."""
-    outputs = shape[1] if axes == _FROM_IO else shape[0]
+    outputs = shape[1] if axes == FROM_IO else shape[0]
     yield Entry(f"{key}.weight", (collection, *path, "kernel"), shape, axes, False)
     yield Entry(f"{key}.bias", (collection, *path, "bias"), (outputs,), (0,), False)
 
 
 def _conv(key, path, inputs, outputs, size=3) -> Iterator[Entry]:
-    return _layer(key, path, (outputs, inputs, size, size, size), _FROM_OI)
+    return _layer(key, path, (outputs, inputs, size, size, size), FROM_OI)
 
 
 def _blocks(key, path, inputs, outputs) -> Iterator[Entry]:

@@ -14,7 +14,6 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from flax import linen as nn
 
 from jaxreg.models.base import Prediction
 from jaxreg.nn import conv
-from jaxreg.nn.layers import Convolution, instance_norm_leaky, normal
+from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
 from jaxreg.space import fields, sampling
 from jaxreg.space.grid import Shape, unit_scale
 from jaxreg.space.transform import Displacement, Transform
@@ -51,31 +50,6 @@ class RdpConfig:
     image_channels: int = 1
     slope: float = 0.01
     form: conv.Form = "auto"
-
-
-def convolution(
-    function: Callable, inputs: int, outputs: int, name: str, form: conv.Form, **options
-) -> Convolution:
-    """Returns a layer of `jaxreg.nn.conv` with its kernel's size from its function."""
-    size = {conv.conv1: 1, conv.conv4_transpose2: 4}.get(function, 3)
-    shape = (size, size, size, inputs, outputs)
-    return Convolution(function, shape, form=form, name=name, **options)
-
-
-class ConvBlock(nn.Module):
-    """Convolution, instance normalisation, leaky ReLU; N D H W C, or parts of it."""
-
-    inputs: int
-    outputs: int
-    slope: float = 0.01
-    form: conv.Form = "auto"
-    function: Callable = conv.conv3
-
-    @nn.compact
-    def __call__(self, x) -> Image:
-        """Returns N D' H' W' outputs."""
-        layer = convolution(self.function, self.inputs, self.outputs, "conv", self.form)
-        return instance_norm_leaky(layer(x), self.slope)
 
 
 class ConvBlocks(nn.Module):

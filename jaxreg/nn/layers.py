@@ -104,3 +104,28 @@ def instance_norm_leaky(x: Image, slope: float) -> Image:
     variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
     normal = (wide - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
     return leaky(normal, slope).astype(x.dtype)
+
+
+def convolution(
+    function: Callable, inputs: int, outputs: int, name: str, form: conv.Form, **options
+) -> Convolution:
+    """Returns a layer of `jaxreg.nn.conv` with its kernel's size from its function."""
+    size = {conv.conv1: 1, conv.conv4_transpose2: 4}.get(function, 3)
+    shape = (size, size, size, inputs, outputs)
+    return Convolution(function, shape, form=form, name=name, **options)
+
+
+class ConvBlock(nn.Module):
+    """Convolution, instance normalisation, leaky ReLU; N D H W C, or parts of it."""
+
+    inputs: int
+    outputs: int
+    slope: float = 0.01
+    form: conv.Form = "auto"
+    function: Callable = conv.conv3
+
+    @nn.compact
+    def __call__(self, x) -> Image:
+        """Returns N D' H' W' outputs."""
+        layer = convolution(self.function, self.inputs, self.outputs, "conv", self.form)
+        return instance_norm_leaky(layer(x), self.slope)

@@ -11,7 +11,6 @@ References:
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -21,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.nn import conv
-from jaxreg.nn.layers import Convolution, instance_norm_leaky, normal, uniform
+from jaxreg.nn.layers import ConvBlock, normal, uniform
 from jaxreg.typing import Image
 
 Bank = Float[Array, "Z D H W C"]
@@ -119,23 +118,6 @@ def task_distance(prompt: Image, bank: Bank, task: Int[Array, " N"]) -> jax.Arra
     return (1.0 - jnp.sum(a * b, -1)) ** 2
 
 
-class PromptBlock(nn.Module):
-    """Convolution, instance normalisation, leaky ReLU with slope 0.01."""
-
-    function: Callable
-    inputs: int
-    outputs: int
-    form: conv.Form = "auto"
-
-    @nn.compact
-    def __call__(self, x) -> Image:
-        """Maps N D H W inputs, or parts of it, to N D H W outputs."""
-        size = 1 if self.function is conv.conv1 else 3
-        shape = (size, size, size, self.inputs, self.outputs)
-        layer = Convolution(self.function, shape, form=self.form, name="conv")
-        return instance_norm_leaky(layer(x), 0.01)
-
-
 class Linear(nn.Module):
     """Kernel I O and bias, started as PyTorch's."""
 
@@ -180,7 +162,7 @@ class PromptGenerator(nn.Module):
         config, c = self.config, features.shape[-1]
 
         def block(function, inputs, name):
-            return PromptBlock(function, inputs, c, self.form, name=name)
+            return ConvBlock(inputs, c, form=self.form, function=function, name=name)
 
         deviation = math.sqrt(2.0 / (1.0 + 0.01**2)) / math.sqrt(
             c * math.prod(self.grid)
