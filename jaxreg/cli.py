@@ -187,6 +187,15 @@ StoredOrientation = Annotated[
         _MODEL,
     ),
 ]
+TaskName = Annotated[
+    str,
+    option(
+        "--task",
+        "For a network with a prompt bank: auto weighs all its domains, NAME[,NAME] "
+        "these alone. The closest domains are printed.",
+        _MODEL,
+    ),
+]
 FixedSegmentation = Annotated[
     Path | None,
     option("--fixed-segmentation", "Label map of the fixed scan.", REGIONS),
@@ -231,6 +240,7 @@ def register_verb(  # noqa: PLR0913
     shape: ShapeText = None,
     precision: PrecisionName = Precision.FLOAT32,
     stored_orientation: StoredOrientation = False,
+    task: TaskName = "auto",
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -272,6 +282,7 @@ def register_verb(  # noqa: PLR0913
         shape=parse_shape(shape or "175,175,175"),
         precision=precision.value,
         stored_orientation=stored_orientation,
+        task=task,
         seed=seed,
         inverse=inverse_out is not None,
     )
@@ -527,8 +538,13 @@ def convert_verb(
         Path, option("--to", "The other of the two; replaced if it exists.")
     ],
     model: Annotated[
-        str, option("--model", "Kind of network, or a name of jaxreg models.")
-    ] = "gradicon",
+        str | None,
+        option(
+            "--model",
+            "Kind of network (gradicon, promptreg, rdp), or a name of jaxreg models. "
+            "Default: whose names the tensors have.",
+        ),
+    ] = None,
 ) -> None:
     """Convert weights between a checkpoint folder and a PyTorch file.
 

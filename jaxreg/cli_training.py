@@ -97,12 +97,12 @@ def train_verb(
     if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
+    from jaxreg import dryrun, trainer
     from jaxreg import experiment as experiment_lib
-    from jaxreg import trainer
 
     chosen = experiment_lib.override(experiment_lib.load(config), changes)
     if dry_run:
-        print_numbers(trainer.dry_run(chosen).rows())
+        print_numbers(dryrun.dry_run(chosen).rows())
         return
     assert out is not None
     outcome = trainer.run(chosen, out, resume=resume, say=_say)

@@ -26,6 +26,7 @@ from jaxreg.data.pipeline import Loading
 from jaxreg.errors import UserError
 from jaxreg.io import files
 from jaxreg.losses.objective import Objective
+from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
@@ -47,6 +48,8 @@ class DataConfig:
       holdout: every n-th subject validates where a manifest has no splits; None: all
         train.
       tasks: how each dataset is trained on; one task per dataset if empty.
+      exclude: datasets, or kinds of synthetic pair, that take no part: a domain left
+        out to see how the others serve it.
       schedule: see `data.pairs.sampler`.
       pairs_per_epoch: of all tasks together.
       classes: label values of the Dice term; all of a manifest's list if empty.
@@ -60,6 +63,7 @@ class DataConfig:
     synthetic_labels: int = 5
     holdout: int | None = 5
     tasks: tuple[Task, ...] = ()
+    exclude: tuple[str, ...] = ()
     schedule: Schedule = "per_dataset"
     pairs_per_epoch: int = 1000
     classes: tuple[int, ...] = ()
@@ -97,6 +101,8 @@ class TrainConfig:
       seed: of weights, pairs, augmentation and noise.
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
+      only: which parameters change: all, a bank's static prompts, or those of tasks
+        that the weights to start from do not know.
     """
 
     batch: int = 4
@@ -107,6 +113,7 @@ class TrainConfig:
     space: int = 1
     seed: int = 0
     start: str | None = None
+    only: Literal["all", "prompts", "new_prompts"] = "all"
 
     def __post_init__(self):
         """Checks the values.
@@ -176,7 +183,7 @@ class Experiment:
     stages: tuple[Stage, ...]
     paper: str = ""
     licence: str = "not stated; that of the training data and of the starting weights"
-    model: GradIconConfig = GradIconConfig()
+    model: kinds.Config = GradIconConfig()
     data: DataConfig = DataConfig()
     loading: Loading = Loading()
     augment: Augmentation | None = Augmentation()

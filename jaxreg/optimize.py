@@ -45,8 +45,24 @@ class Optimized:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _predict(model, variables, pair):
-    forward, backward, _ = step_lib.predict_both(model, variables, pair)
-    return forward, backward
+    maps, _ = step_lib.predict(model, variables, pair)
+    return maps.forward, maps.backward
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _auxiliaries(model, variables, pair):
+    return model.apply(variables, pair.moving, pair.fixed)[0].aux
+
+
+def auxiliaries(
+    model: Registration, variables: Variables, pair: Pair
+) -> dict[str, np.ndarray]:
+    """Returns what the model says of moving and fixed besides their transform.
+
+    Only that is computed: the compiler leaves out the rest of the network.
+    """
+    found = _auxiliaries(model, variables, pair)
+    return {name: np.asarray(value) for name, value in found.items()}
 
 
 def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
@@ -94,15 +110,13 @@ def _network_loop(
     def iterate(carry, index):
         variables, state, _ = carry
         draw = _noise(key, index, shape, noise)
-        variables, state, parts, *maps = step(variables, state, pair, draw)
+        variables, state, parts, maps = step(variables, state, pair, draw)
         if progress is not None:
             jax.debug.callback(progress, index, parts, ordered=True)
-        return (variables, state, tuple(maps)), parts
+        return (variables, state, (maps.forward, maps.backward)), parts
 
     # The carry starts with maps of the right shape; no iteration reads them.
-    maps = jax.eval_shape(
-        lambda v: step_lib.predict_both(model, v, pair)[:2], variables
-    )
+    maps = jax.eval_shape(lambda v: step_lib.predict(model, v, pair)[0][:2], variables)
     maps = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), maps)
     start = (variables, optimizer.init(variables["params"]), maps)
     final, history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))

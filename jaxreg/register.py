@@ -6,10 +6,11 @@ call `register`; nothing here opens a file.
 """
 
 import dataclasses
+import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -22,6 +23,7 @@ from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
+from jaxreg.models.promptreg import PromptReg, bank_of, choose_rows
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
@@ -59,6 +61,10 @@ class Options:
         instead of in the fixed scan's axis order; see `oriented_like`.
       seed: of the noise in the inverse consistency term.
       inverse: compute the inverse transform as well.
+      task: for a network with a prompt bank: "auto" weighs all its domains, names (with
+        commas) these alone; other networks know no tasks.
+      placement: how scans become arrays on the network grid; if None the model's own,
+        or GradICON's where there is none.
     """
 
     fixed_modality: Modality = "mri"
@@ -78,6 +84,8 @@ class Options:
     stored_orientation: bool = False
     seed: int = 0
     inverse: bool = True
+    task: str = "auto"
+    placement: preprocess.Placement | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +116,8 @@ class Registration:
       similarity_after: with the moving scan warped by the transform.
       folding_percent: share of network cells whose Jacobian determinant is negative,
         0 to 100.
+      domains: share of each domain of a prompt bank in this pair's prompt, by name;
+        empty for other networks.
       seconds: wall time by phase.
       fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
@@ -124,6 +134,7 @@ class Registration:
     similarity_before: float
     similarity_after: float
     folding_percent: float
+    domains: Mapping[str, float]
     seconds: Mapping[str, float]
     fixed_image: np.ndarray
     warped_before: np.ndarray
@@ -284,16 +295,18 @@ def register(
     check_volumes(moving, fixed, regions)
     if model is not None:
         options = _with_rule_of(model, options)
-    if not options.stored_orientation:
-        moving = oriented_like(moving, fixed.grid)
-        regions = dataclasses.replace(
-            regions,
-            **{
-                name: oriented_like(volume, fixed.grid)
-                for name in ("moving_mask", "moving_segmentation")
-                if (volume := getattr(regions, name)) is not None
-            },
+        model = _with_chosen_tasks(model, options.task)
+    elif options.task != "auto":
+        raise UserError(
+            f"--task is {options.task}, but no network takes part; leave it out"
         )
+    if not options.stored_orientation:
+        turn = functools.partial(oriented_like, reference=fixed.grid)
+        moving = turn(moving)
+        regions = _each(regions, turn, ("moving_mask", "moving_segmentation"))
+    placement = options.placement or preprocess.AS_GRADICON
+    moving, fixed = placement.turned(moving), placement.turned(fixed)
+    regions = _each(regions, placement.turned)
     if model is None and options.io_target == "network":
         raise UserError(
             "--io-target network needs a model; name one with --model, or pass "
@@ -302,12 +315,13 @@ def register(
     seconds: dict[str, float] = {}
 
     with _Clock(seconds, "preprocess"):
-        grids = fixed.grid.resized(options.shape), moving.grid.resized(options.shape)
+        grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
         pair = make_pair(moving, fixed, options, regions)
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(_MATMUL[options.precision]):
             found = _optimise(pair, model, options, grids, progress)
+            domains = _domains(pair, model)
         forward = transform_lib.flatten(found.forward, options.shape)
         backward = transform_lib.flatten(found.backward, options.shape)
         _check_finite(forward, options)
@@ -333,6 +347,7 @@ def register(
         similarity_before=before,
         similarity_after=after,
         folding_percent=folding,
+        domains=domains,
         seconds=seconds,
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
@@ -351,8 +366,61 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
     return dataclasses.replace(
         options,
         ct_window=options.ct_window or model.ct_window,
+        placement=options.placement
+        or preprocess.Placement.of_weights(model.bundle.preprocessing),
         quantile_range=options.quantile_range or model.quantile_range,
     )
+
+
+def _with_chosen_tasks(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
+    """Returns the network with some of its bank's prompts alone."""
+    if task == "auto":
+        return model
+    if not isinstance(model.model, PromptReg):
+        raise UserError(
+            f"--task is {task}, but {model.name} has no prompt bank; leave it out"
+        )
+    known, names = _domain_names(model), [name.strip() for name in task.split(",")]
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"--task names {name}, which is not among the domains of {model.name} "
+                f"({', '.join(known)}); give some of these, or auto"
+            )
+    rows = [known.index(name) for name in names]
+    return dataclasses.replace(
+        model,
+        variables=choose_rows(model.variables, rows),
+        bundle=dataclasses.replace(
+            model.bundle, preprocessing={**model.bundle.preprocessing, "tasks": names}
+        ),
+    )
+
+
+def _domain_names(model: zoo.LoadedModel) -> list[str]:
+    """Returns the names of a bank's prompts; numbers where the weights have none."""
+    count = len(bank_of(model.variables))
+    names = model.tasks
+    return list(names) if len(names) == count else [f"task {i}" for i in range(count)]
+
+
+def _domains(pair: Pair, model: zoo.LoadedModel | None) -> dict[str, float]:
+    if model is None or not isinstance(model.model, PromptReg):
+        return {}
+    found = optimize.auxiliaries(model.model, model.variables, pair)
+    shares = found["task_weights"][0].tolist()
+    return dict(zip(_domain_names(model), shares, strict=True))
+
+
+def _each(
+    regions: Regions,
+    function: Callable[[Volume], Volume],
+    names: Iterable[str] | None = None,
+) -> Regions:
+    """Returns the regions with a function applied to some of them, or to all."""
+    given = {n: getattr(regions, n) for n in names or vars(regions)}
+    changed = {n: function(v) for n, v in given.items() if v is not None}
+    return dataclasses.replace(regions, **changed)
 
 
 def summary(result: Registration) -> dict[str, str]:
@@ -363,6 +431,10 @@ def summary(result: Registration) -> dict[str, str]:
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
     }
+    if result.domains:
+        nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
+        text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)
+        rows["closest domains"] = text
     if result.inverse_residual_mm is not None:
         mean, largest = result.inverse_residual_mm
         rows["inverse residual"] = f"{mean:.4f} mm mean, {largest:.3f} mm at most"
@@ -425,9 +497,13 @@ def make_pair(
 ) -> Pair:
     """Returns both scans on the network grid, with what the objective needs of them.
 
+    The volumes have their axes in the network's order already, see
+    `preprocess.Placement.turned`.
+
     Raises:
       UserError: see `preprocess.network_pair`; or the segmentations share no label.
     """
+    placement = options.placement or preprocess.AS_GRADICON
     rules = [
         preprocess.Preprocessing(
             modality=modality,
@@ -446,12 +522,13 @@ def make_pair(
         fixed_mask=regions.fixed_mask,
         mask_inputs=options.input_masking,
         mask_loss=options.loss_function_masking,
+        placement=placement,
     )
     segmentations = (regions.moving_segmentation, regions.fixed_segmentation)
     if options.dice_loss_weight == 0 or None in segmentations:
         return pair
     labels = [
-        preprocess.network_labels(volume, options.shape)
+        preprocess.network_labels(volume, options.shape, placement=placement)
         for volume in segmentations
         if volume is not None
     ]

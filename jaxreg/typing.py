@@ -87,6 +87,7 @@ ONE_CALL = Batching()
         "moving_target",
         "fixed_target",
         "task",
+        "objective",
     ],
     meta_fields=[],
 )
@@ -105,7 +106,8 @@ class Pair:
       moving_target: image for the similarity instead of `moving` (loss
         randomisation), N D H W C.
       fixed_target: the same for the fixed scan.
-      task: which of several objectives each pair is trained by, N, integer.
+      task: number of each pair's task, N; its row in a bank of prompts.
+      objective: which of several objectives each pair is trained by, N.
     """
 
     moving: Image
@@ -118,3 +120,4 @@ class Pair:
     moving_target: Image | None = None
     fixed_target: Image | None = None
     task: Int[Array, " N"] | None = None
+    objective: Int[Array, " N"] | None = None

@@ -9,6 +9,7 @@ PyTorch's format to a checkpoint (`io.checkpoints`), and read from there afterwa
 
 import dataclasses
 import difflib
+import functools
 import http.client
 import os
 import pathlib
@@ -21,10 +22,10 @@ from typing import Any
 import platformdirs
 
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released
+from jaxreg.io import checkpoints, files, released, released_promptreg
 from jaxreg.io.checkpoints import Bundle
+from jaxreg.models import kinds
 from jaxreg.models.base import Registration
-from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
@@ -103,6 +104,11 @@ class LoadedModel:
         """Whether it was trained on scans that are 0 outside their masks."""
         return bool(self.bundle.preprocessing.get("mask_inputs", False))
 
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks it was trained on, in the order of its prompt bank."""
+        return tuple(self.bundle.preprocessing.get("tasks", ()))
+
     def _range(self, name: str) -> tuple[float, float] | None:
         stated = self.bundle.preprocessing.get(name)
         if stated is None:
@@ -127,35 +133,24 @@ class ModelRow:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How networks of one architecture are built and converted.
+    """How networks of one architecture are converted.
 
     Attributes:
-      build: config fields -> the network.
       read_config: PyTorch's tensors -> config fields.
       to_variables: PyTorch's tensors, config fields -> variables.
       from_variables: the reverse.
       check_variables: raises UserError where variables do not fit config fields.
-      preprocessing: of weights that do not say their own.
+      preprocessing: variables -> that of weights that do not say their own.
+      wrapper: the entry of a PyTorch file that holds the tensors, if they are not
+        all of it.
     """
 
-    build: Callable[[Mapping[str, Any]], Registration]
     read_config: Callable[..., dict[str, Any]]
     to_variables: Callable[..., Variables]
     from_variables: Callable[..., dict[str, Any]]
     check_variables: Callable[..., None]
-    preprocessing: Mapping[str, Any]
-
-
-def _gradicon(config: Mapping[str, Any]) -> Registration:
-    """Builds a GradICON network from JSON, which has lists where config has tuples."""
-    known = [field.name for field in dataclasses.fields(GradIconConfig)]
-    unknown = [name for name in config if name not in known]
-    if unknown:
-        raise UserError(
-            f"the network's config has the fields {', '.join(unknown)}, which this "
-            f"jaxreg does not know (it knows {', '.join(known)}); install a newer one"
-        )
-    return GradIcon(GradIconConfig(**_frozen(config)))
+    preprocessing: Callable[[Variables], Mapping[str, Any]]
+    wrapper: str | None = None
 
 
 _GRADICON_CONFIG = {
@@ -164,7 +159,7 @@ _GRADICON_CONFIG = {
     "halvings": 2,
     "refinements": 1,
 }
-_GRADICON_PREPROCESSING = {
+GRADICON_PREPROCESSING = {
     "shape": [175, 175, 175],
     "axes": "D H W: NIfTI's i, j, k reversed; the image's direction is not used",
     "resize": "linear, half-pixel",
@@ -172,18 +167,43 @@ _GRADICON_PREPROCESSING = {
     "ct_window": [-1000.0, 1000.0],
     "mri_quantiles": [0.0, 0.99],
 }
+PROMPTREG_PREPROCESSING = {
+    "axes": "I J K: NIfTI's order; the image's direction is not used",
+    "resize": "linear, aligned",
+    "resize_labels": "nearest, aligned",
+    "ct_window": [-1024.0, 1024.0],
+    "mri_quantiles": [0.01, 0.99],
+}
+
+
+def _promptreg_preprocessing(variables: Variables) -> dict[str, Any]:
+    """Returns the released code's, on the grid that the bank of prompts is made for."""
+    shape = released_promptreg.network_shape(variables)
+    return {**PROMPTREG_PREPROCESSING, "shape": list(shape)}
+
+
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
 _UNIGRADICON_LICENCE = "Apache-2.0"
 
 KINDS = {
     "gradicon": Kind(
-        build=_gradicon,
         read_config=released.gradicon_config,
         to_variables=released.to_variables,
         from_variables=released.from_variables,
         check_variables=released.check_variables,
-        preprocessing=_GRADICON_PREPROCESSING,
+        preprocessing=lambda _: GRADICON_PREPROCESSING,
     ),
+    **{
+        name: Kind(
+            read_config=functools.partial(released_promptreg.read_config, kind=name),
+            to_variables=released_promptreg.to_variables,
+            from_variables=released_promptreg.from_variables,
+            check_variables=released_promptreg.check_variables,
+            preprocessing=_promptreg_preprocessing,
+            wrapper="model_state_dict",
+        )
+        for name in ("promptreg", "rdp")
+    },
 }
 
 # No digest of the two files is published with the release, so none is stated here.
@@ -192,7 +212,7 @@ ZOO = {
         title="uniGradICON",
         model="gradicon",
         config=_GRADICON_CONFIG,
-        preprocessing=_GRADICON_PREPROCESSING,
+        preprocessing=GRADICON_PREPROCESSING,
         parameters=70_680_916,
         tasks="lung CT, knee MR, brain MR, abdomen CT; two scans of one modality",
         licence=_UNIGRADICON_LICENCE,
@@ -203,7 +223,7 @@ ZOO = {
         title="multiGradICON",
         model="gradicon",
         config=_GRADICON_CONFIG,
-        preprocessing=_GRADICON_PREPROCESSING,
+        preprocessing=GRADICON_PREPROCESSING,
         parameters=70_680_916,
         tasks="lung, knee, brain, abdomen; CT, CBCT, MR, also across modalities",
         licence=_UNIGRADICON_LICENCE,
@@ -255,16 +275,18 @@ def load(
         bundle = _from_path(name)
     kind = _kind(bundle.model, name)
     kind.check_variables(bundle.variables, bundle.config, source=name)
-    return LoadedModel(name, kind.build(bundle.config), bundle.variables, bundle)
+    model = kinds.build(kinds.config_of(bundle.model, bundle.config))
+    return LoadedModel(name, model, bundle.variables, bundle)
 
 
-def convert(source: PathLike, target: PathLike, *, model: str = "gradicon") -> None:
+def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
     """Converts weights between a checkpoint folder and a PyTorch file.
 
     Args:
       source: a checkpoint folder, or a PyTorch file (.trch, .pth, .pt).
       target: the other of the two; replaced if it exists.
-      model: kind of network, or a name of `ZOO`. The tensors decide the sizes.
+      model: kind of network, or a name of `ZOO`; by the tensors' names if None. The
+        tensors decide the sizes.
 
     Raises:
       UserError: both are of the same kind, the model is unknown, the weights are
@@ -272,8 +294,9 @@ def convert(source: PathLike, target: PathLike, *, model: str = "gradicon") -> N
         left half-written.
     """
     source, target = pathlib.Path(source), pathlib.Path(target)
-    model = ZOO[model].model if model in ZOO else model
-    kind = _kind(model, "--model")
+    if model is not None:
+        model = ZOO[model].model if model in ZOO else model
+        _kind(model, "--model")
     from_torch, to_torch = _is_torch(source), target.suffix.lower() in TORCH_SUFFIXES
     if from_torch == to_torch:
         what = "PyTorch files" if to_torch else "checkpoint folders"
@@ -293,13 +316,14 @@ def convert(source: PathLike, target: PathLike, *, model: str = "gradicon") -> N
     files.check_writable(target, "the target")
     released.require_torch(f"write {target}")
     bundle = checkpoints.load_bundle(source)
-    if bundle.model != model:
+    if model not in (None, bundle.model):
         raise UserError(
             f"{source} holds a {bundle.model} network, --model says {model}; "
             f"give --model {bundle.model}"
         )
+    kind = _kind(bundle.model, str(source))
     state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
-    released.write_state_dict(target, state)
+    released.write_state_dict(target, state, wrapper=kind.wrapper)
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
@@ -329,11 +353,6 @@ def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
             )
         )
     return tuple(rows)
-
-
-def _frozen(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config fields with tuples where JSON has lists."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
 def _cache(folder: PathLike | None) -> pathlib.Path:
@@ -466,7 +485,8 @@ def _published(card: ModelCard, file: pathlib.Path, source: str, origin: str) ->
 
 def _check_sizes(card: ModelCard, config: Mapping[str, Any], source: str) -> None:
     """Raises UserError where a network is not of the published sizes."""
-    got = {name: _frozen(config).get(name) for name in card.config}
+    known = dataclasses.asdict(kinds.config_of(card.model, config))
+    got = {name: known[name] for name in card.config}
     if got != dict(card.config):
         raise UserError(
             f"{source} holds a network of the sizes {got}, {card.title} has "
@@ -499,20 +519,33 @@ def _from_path(name: str) -> Bundle:
             f"{', '.join(ZOO)}, a checkpoint folder or a PyTorch file"
         )
     if _is_torch(path):
-        return _from_torch(path, "gradicon")
+        return _from_torch(path, None)
     return checkpoints.load_bundle(path)
 
 
-def _from_torch(path: pathlib.Path, model: str) -> Bundle:
+def _kind_of(state: Mapping[str, Any]) -> str:
+    """Says whose network the names of a PyTorch file are."""
+    if any(key.startswith("prompt_generator.") for key in state):
+        return "promptreg"
+    return (
+        "rdp"
+        if any(key.startswith("encoder_moving.") for key in state)
+        else ("gradicon")
+    )
+
+
+def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:
     """Reads a user's own PyTorch file."""
-    kind = KINDS[model]
     state = released.read_state_dict(path)
+    model = model or _kind_of(state)
+    kind = KINDS[model]
     config = kind.read_config(state, source=str(path))
+    variables = kind.to_variables(state, config, source=str(path))
     return Bundle(
-        variables=kind.to_variables(state, config, source=str(path)),
+        variables=variables,
         model=model,
         config=config,
-        preprocessing=kind.preprocessing,
+        preprocessing=kind.preprocessing(variables),
         source=f"{path.name}; sha256 {files.sha256(path)}",
         licence="not stated by the file",
     )

@@ -26,6 +26,8 @@ from jaxreg import (
     trainer,
     zoo,
 )
+from jaxreg import sources as sources_lib
+from jaxreg import validation as validation_lib
 from jaxreg.data import synthetic
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, runs
@@ -153,7 +155,7 @@ def first_use(config, manifest):
     chosen = experiment.override(
         experiment.load(config), [("data.manifests", str(manifest))]
     )
-    source = trainer.make_sources(chosen).train
+    source = sources_lib.make_sources(chosen).train
     first = {}
     for index in range(2 * STEPS):
         plan = source.plan(index)
@@ -269,9 +271,9 @@ def test_a_manifest_without_a_split_trains_whole(scans, config):
             [("data.manifests", str(scans)), ("data.holdout", holdout),
              ("data.validation_pairs", "4")],
         )  # fmt: skip
-        found = trainer.read_manifests(chosen)
+        found = sources_lib.read_manifests(chosen)
         assert tuple(len(found.of_split(s)) for s in ("train", "val")) == counts
-        sources = trainer.make_sources(chosen)
+        sources = sources_lib.make_sources(chosen)
         assert len(sources.train.records) == counts[0]
         # One subject has nobody to be registered with.
         assert sources.validation is None
@@ -438,7 +440,7 @@ def test_nan_that_reaches_the_loss_names_the_pair(
 ):
     # As from a fault that reading does not see, such as a damaged cache.
     path, step = first_use(config, scans)
-    original = trainer.pipeline.preprocess.network_image
+    original = validation_lib.pipeline.preprocess.network_image
 
     def spoilt(volume, *args, **options):
         image = original(volume, *args, **options).copy()
@@ -446,7 +448,7 @@ def test_nan_that_reaches_the_loss_names_the_pair(
             image[0, 1, 2, 3] = np.nan
         return image
 
-    monkeypatch.setattr(trainer.pipeline.preprocess, "network_image", spoilt)
+    monkeypatch.setattr(validation_lib.pipeline.preprocess, "network_image", spoilt)
     error = is_mistake(
         train("--data.manifests", scans),
         f"at step {step} the loss is nan",

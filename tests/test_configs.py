@@ -7,7 +7,7 @@ import types
 import jax
 import pytest
 
-from jaxreg import cli, experiment, trainer
+from jaxreg import cli, dryrun, experiment
 from jaxreg.errors import UserError
 from jaxreg.models.gradicon import GradIcon
 
@@ -194,7 +194,7 @@ class Uncompiled:
 
 
 class Unlowered:
-    """What `trainer._lowered` would return, where its numbers do not matter."""
+    """What `dryrun._lowered` would return, where its numbers do not matter."""
 
     def compile(self):
         return Uncompiled()
@@ -263,7 +263,7 @@ def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_accumulated_parts_share_the_memory_of_activations(capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "_lowered", lambda *_: Unlowered())
+    monkeypatch.setattr(dryrun, "_lowered", lambda *_: Unlowered())
     rows = dry_run("finetune", capsys, "--train.accumulate", "4")
     activations = number(rows["memory of activations (estimate)"])
     assert activations == pytest.approx(1e-3 * (175 / 32) ** 3, abs=0.006)
@@ -271,7 +271,7 @@ def test_accumulated_parts_share_the_memory_of_activations(capsys, monkeypatch):
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_dry_run_looks_at_the_manifests_of_every_stage(capsys, monkeypatch):
-    monkeypatch.setattr(trainer, "_lowered", lambda *_: Unlowered())
+    monkeypatch.setattr(dryrun, "_lowered", lambda *_: Unlowered())
     rows = dry_run("multigradicon", capsys)
     said = [text for name, text in rows.items() if name.startswith("data ")]
     names = [text.split(" ")[0] for text in said]

@@ -83,7 +83,10 @@ TABLE = {
     "demo": Room(_TOP),
 }
 # Nothing below imports these, so they may have anything.
-_JOINING = ("experiment", "trainer", "cli_training", "cli_options")
+_JOINING = (
+    "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
+    "cli_options",
+)  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
 

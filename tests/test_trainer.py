@@ -24,6 +24,8 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxreg import cli, experiment, trainer, zoo
+from jaxreg import sources as sources_lib
+from jaxreg import validation as validation_lib
 from jaxreg.data import pairs, pipeline, synthetic
 from jaxreg.data.manifest import Manifest, Record
 from jaxreg.data.pipeline import Loading
@@ -31,7 +33,7 @@ from jaxreg.errors import UserError
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import checkpoints, runs
 from jaxreg.losses.objective import Objective
-from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
@@ -360,7 +362,7 @@ def without_leaf(tree):
 def test_stage_two_starts_from_stage_one_and_a_fresh_refinement(reference):
     chosen = experiment.load(CONFIG)
     changed = experiment.stages(chosen)[1][1]
-    model = trainer.GradIcon(changed.model)
+    model = GradIcon(changed.model)
     # Validated last at step 6 of stage 1, which is the best or shares its place.
     with runs.RunCheckpoints(
         reference / "stage_1" / "checkpoints", metric="dice", read_only=True
@@ -414,7 +416,7 @@ DICE = {"one": (0.0, 0.1, 0.2, 0.3), "two": (0.0, 0.5, 0.9, 0.1)}
 
 
 def scoring(*dice):
-    """In place of `trainer._means`: one score after the other; None interrupts."""
+    """In place of `validation._means`: one score after the other; None interrupts."""
     left = list(dice)
 
     def means(rows):
@@ -442,7 +444,7 @@ def brief(tmp_path_factory):
     )
     out = tmp_path_factory.mktemp("brief") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "_means", scoring(*DICE["one"], *DICE["two"]))
+        patch.setattr(validation_lib, "_means", scoring(*DICE["one"], *DICE["two"]))
         trainer.run(chosen, out, say=lambda _: None)
     return chosen, out
 
@@ -456,7 +458,7 @@ def test_each_stage_draws_numbers_of_its_own(brief):
     several = [*keys, np.asarray(weights), np.asarray(jax.random.key_data(of_seed))]
     assert len({tuple(key.tolist()) for key in several}) == 4
     first, again, second, other_run = (
-        trainer.make_sources(
+        sources_lib.make_sources(
             experiment.override(chosen, [("train.seed", seed)]), number=number
         )
         for seed, number in ((0, 0), (0, 0), (0, 1), (1, 0))
@@ -474,7 +476,10 @@ def test_scans_are_paired_anew_in_each_stage(overfit):
     _, path, _ = overfit
     chosen = tiny(data=DataConfig(manifests=(str(path),), pairs_per_epoch=20))
     plans = [
-        [trainer.make_sources(chosen, number=number).train.plan(i) for i in range(20)]
+        [
+            sources_lib.make_sources(chosen, number=number).train.plan(i)
+            for i in range(20)
+        ]
         for number in (0, 0, 1)
     ]
     assert plans[0] == plans[1] != plans[2]
@@ -510,18 +515,18 @@ def test_an_interrupted_last_validation_is_made_up_for(brief, tmp_path, monkeypa
     out = tmp_path / "run"
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("two", "weights"))
     # The second stage runs to its end, but for its last score.
-    monkeypatch.setattr(trainer, "_means", scoring(*DICE["two"][:-1], None))
+    monkeypatch.setattr(validation_lib, "_means", scoring(*DICE["two"][:-1], None))
     with pytest.raises(KeyboardInterrupt):
         trainer.run(chosen, out, resume=True, say=lambda _: None)
     assert saved(out, "two") == [1, 2, 3]
-    monkeypatch.setattr(trainer, "_means", scoring(0.95))
+    monkeypatch.setattr(validation_lib, "_means", scoring(0.95))
     outcome = trainer.run(chosen, out, resume=True, say=lambda _: None)
     assert outcome.scores["dice"] == 0.95
     assert log_of(out, "two")[-1]["validation_dice"] == "0.95"
     # It is the best by now.
     assert_weights_of(out, state_of(whole, "two", 3))
     # Nothing is scored a second time.
-    monkeypatch.setattr(trainer, "_means", scoring())
+    monkeypatch.setattr(validation_lib, "_means", scoring())
     trainer.run(chosen, out, resume=True, say=lambda _: None)
 
 
@@ -553,13 +558,15 @@ def test_one_reader_serves_all_pairs_and_dice_is_of_those_with_labels(monkeypatc
             loading = dataclasses.replace(args[1], workers=0)
             super().__init__(args[0], loading, **options)
 
-    monkeypatch.setattr(trainer.pipeline, "Batches", Counted)
-    model = trainer.GradIcon(chosen.model)
+    monkeypatch.setattr(validation_lib.pipeline, "Batches", Counted)
+    model = GradIcon(chosen.model)
     variables = model.init(jax.random.key(0))
     scores = []
     for count in (1, 2, 3):
-        sources = trainer.Sources(source, source, count, (0,), (1, 2))
-        validate = trainer.make_validation(chosen, sources, model, Layout("single"))
+        sources = sources_lib.Sources(source, source, count, (0,), (1, 2))
+        validate = validation_lib.make_validation(
+            chosen, sources, model, Layout("single")
+        )
         assert validate is not None
         scores.append(validate(variables).scores)
     assert len(readers) == 3
@@ -570,7 +577,7 @@ def test_one_reader_serves_all_pairs_and_dice_is_of_those_with_labels(monkeypatc
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
 def test_a_pair_without_a_finite_loss_is_no_success(spoilt):
     rows = [{"loss": 0.5, "dice": 0.9}, {"loss": spoilt}, {"loss": 0.5}]
-    means = trainer._means(rows)
+    means = validation_lib._means(rows)
     assert means["loss"] == math.inf
     assert means["dice"] == 0.9  # of the one pair with labels
     assert "dice_loss" not in means
@@ -581,9 +588,9 @@ def test_a_diverged_network_is_never_the_best_and_its_pairs_are_named():
     source = synthetic.SyntheticPairs(
         [synthetic.SyntheticConfig("shapes", shape=(8, 8, 8), labels=2)], 0, 4
     )
-    sources = trainer.Sources(source, source, 2, (0,), (1, 2))
-    model = trainer.GradIcon(chosen.model)
-    validate = trainer.make_validation(chosen, sources, model, Layout("single"))
+    sources = sources_lib.Sources(source, source, 2, (0,), (1, 2))
+    model = GradIcon(chosen.model)
+    validate = validation_lib.make_validation(chosen, sources, model, Layout("single"))
     assert validate is not None
     diverged = jax.tree.map(lambda a: a * np.nan, model.init(jax.random.key(0)))
     with pytest.warns(UserWarning, match="pair 0 gives .*loss nan") as caught:
@@ -597,7 +604,7 @@ def test_validation_pairs_are_of_all_modalities_of_a_task():
         Record(pathlib.Path(f"{s}.nii"), s, "body", modality, split="val")
         for s, modality in (("a", "ct"), ("b", "mr"))
     )
-    plans, _ = trainer._validation_plans(
+    plans, _ = sources_lib._validation_plans(
         Manifest(records, "here"), (pairs.Task("body"),),
         experiment.override(tiny(), [("data.validation_pairs", 9)]),
     )  # fmt: skip
@@ -610,7 +617,7 @@ def test_weights_say_how_their_scans_were_scaled(masked):
                       mask_inputs=masked)  # fmt: skip
     data = DataConfig(manifests=("scans.csv",))
     stored = trainer.bundle_of(tiny(loading=loading, data=data), {})
-    model = zoo.LoadedModel("known", trainer.GradIcon(), {}, stored)
+    model = zoo.LoadedModel("known", GradIcon(), {}, stored)
     assert model.ct_window == (0.0, 80.0)
     assert model.quantile_range == (0.1, 0.9)
     assert model.mask_inputs == masked
@@ -628,7 +635,7 @@ def test_validation_pairs_are_those_of_the_task():
     found = {}
     for pairing in (None, "inter", "intra"):
         task = pairs.Task("lungs", pairing=pairing)
-        plans, held_out = trainer._validation_plans(
+        plans, held_out = sources_lib._validation_plans(
             Manifest(records, "here"), (task,), chosen
         )
         found[pairing] = {
@@ -647,7 +654,7 @@ def test_training_starts_from_given_weights(reference):
     chosen = tiny(train=TrainConfig(batch=2, start=str(reference / "weights")))
     chosen = experiment.override(chosen, [("model.refinements", "1")])
     said = []
-    model = trainer.GradIcon(chosen.model)
+    model = GradIcon(chosen.model)
     start = trainer.initial_variables(chosen, model, None, said.append)
     assert "22 arrays loaded, 0 fresh" in said[0] and "train.start" in said[0]
     loaded = checkpoints.load_bundle(reference / "weights").variables

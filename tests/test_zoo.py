@@ -18,6 +18,7 @@ from jaxreg import zoo
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, files, released
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 
 SMALL = {
     "channels_down": (2, 3, 5),
@@ -393,7 +394,7 @@ def test_another_architecture_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": "rdp"}, "'rdp' is not a kind of network"),
+        ({"model": "voxelmorph"}, "'voxelmorph' is not a kind of network"),
         ({"config": SMALL | {"halvings": 2}}, "missing: params/step_4"),
         ({"config": SMALL | {"depth": 2}}, "depth.*does not know"),
         ({"config": {}}, "fields"),
@@ -481,5 +482,52 @@ def test_convert_refuses_other_models(tmp_path):
     bundle = checkpoints.Bundle({"params": {}}, "rdp", {}, {}, "", "")
     checkpoints.save_bundle(tmp_path / "b", bundle)
     with pytest.raises(UserError, match="holds a rdp network"):
-        zoo.convert(tmp_path / "b", tmp_path / "z.pt")
+        zoo.convert(tmp_path / "b", tmp_path / "z.pt", model="gradicon")
     assert sorted(os.listdir(tmp_path)) == ["a.trch", "b"]
+
+
+# --- PromptReg ----------------------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.golden
+def test_released_promptreg_goes_both_ways(golden, tmp_path):
+    torch = pytest.importorskip("torch")
+    g = golden("promptreg_small")
+    state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
+    tensors = {k: torch.from_numpy(v) for k, v in state.items()}
+    content = {"epoch": 3, "model_state_dict": tensors, "optimizer_state_dict": {}}
+    torch.save(content, tmp_path / "released.pth")
+    zoo.convert(tmp_path / "released.pth", tmp_path / "weights")
+    model = zoo.load(tmp_path / "weights")
+    assert model.bundle.model == "promptreg"
+    assert model.shape == tuple(g["inshape"])
+    assert model.model.config.channels == g["channels"]
+    assert model.model.config.tasks == g["task_total_number"]
+    assert model.model.config.temperature == 0.5
+    zoo.convert(tmp_path / "weights", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model_state_dict"]
+    for key, tensor in tensors.items():
+        assert torch.equal(back[key], tensor), key
+    assert {k.split(".")[-1] for k in set(back) - set(tensors)} == {"grid"}
+
+
+@pytest.mark.torch
+def test_forms_that_the_released_code_lacks_are_not_exported(tmp_path):
+    pytest.importorskip("torch")
+    config = PromptRegConfig(channels=2, tasks=2, readout="spatial", temperature=0.1)
+    variables = PromptReg(config).init(jax.random.key(0), (16, 16, 16))
+    bundle = checkpoints.Bundle(
+        jax.tree.map(np.asarray, variables),
+        "promptreg",
+        dataclasses.asdict(config),
+        {"shape": [16, 16, 16], "tasks": ["brain", "hip"]},
+        "",
+        "",
+    )
+    checkpoints.save_bundle(tmp_path / "spatial", bundle)
+    loaded = zoo.load(tmp_path / "spatial")
+    assert loaded.model == PromptReg(config) and loaded.tasks == ("brain", "hip")
+    with pytest.raises(UserError, match=r"temperature 0\.1, readout spatial, which"):
+        zoo.convert(tmp_path / "spatial", tmp_path / "spatial.pth")
+    assert not (tmp_path / "spatial.pth").exists()

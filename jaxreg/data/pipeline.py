@@ -69,6 +69,8 @@ class Loading:
       canonical: turn every scan to the axis order and directions closest to RAS+ first
         (D towards superior, H anterior, W right), so that scans stored in different
         orders look alike; no voxel moves in the world.
+      resize: see `preprocess.Placement`.
+      axes: see `preprocess.Placement`.
       workers: processes that preprocess (or make pairs); 0 for threads of this process
         alone.
       read_threads: batches read at a time in this process, at most `prefetch`.
@@ -86,6 +88,8 @@ class Loading:
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
     canonical: bool = False
+    resize: Literal["half_pixel", "aligned"] = "half_pixel"
+    axes: Literal["kji", "ijk"] = "kji"
     workers: int = 0
     read_threads: int = 2
     prefetch: int = 2
@@ -125,6 +129,11 @@ class Loading:
                 "leave cache_dir out to cache nothing"
             )
         self.rule("mri")
+
+    @property
+    def placement(self) -> preprocess.Placement:
+        """How scans become arrays on the network grid."""
+        return preprocess.Placement(self.resize, self.axes)
 
     def rule(self, modality: str) -> preprocess.Preprocessing:
         """Returns the intensity rule of a modality: "ct" in any case is CT."""
@@ -316,6 +325,7 @@ class _ScanReader:
                 rule,
                 mask=None if mask is None else self._volume(mask, "mask"),
                 inverted=inverted,
+                placement=self.loading.placement,
             )
             return stored(array[0, ..., 0], self.loading.storage), {}
 
@@ -334,7 +344,9 @@ class _ScanReader:
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
             volume = self._on_image_grid(label, "labels", record)
-            array = preprocess.network_labels(volume, self.loading.shape)[0, ..., 0]
+            array = preprocess.network_labels(
+                volume, self.loading.shape, placement=self.loading.placement
+            )[0, ..., 0]
             values = [int(value) for value in np.unique(array)]
             return array.astype(_label_type(values[-1])), {"values": values}
 
@@ -359,7 +371,9 @@ class _ScanReader:
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
             volume = self._on_image_grid(mask, "mask", record)
-            inside = preprocess.network_mask(volume, self.loading.shape)[0, ..., 0]
+            inside = preprocess.network_mask(
+                volume, self.loading.shape, placement=self.loading.placement
+            )[0, ..., 0]
             return inside.astype(np.uint8), {}
 
         sources = {"mask": mask, "image": record.image}
@@ -406,11 +420,14 @@ class _ScanReader:
             "canonical": self.loading.canonical,
             "sources": digests,
         }
+        if self.loading.placement != preprocess.AS_GRADICON:
+            settings |= dataclasses.asdict(self.loading.placement)
         return cache_lib.entry_name({**fields, **settings})
 
     def _volume(self, path: pathlib.Path, kind: volumes.Kind) -> Volume:
         volume = volumes.read_volume(path, kind=kind)
-        return canonical(volume) if self.loading.canonical else volume
+        volume = canonical(volume) if self.loading.canonical else volume
+        return self.loading.placement.turned(volume)
 
     def _on_image_grid(
         self, path: pathlib.Path, kind: volumes.Kind, record: Record
@@ -421,6 +438,7 @@ class _ScanReader:
         header = Volume(np.broadcast_to(False, grid.shape), grid, str(record.image))
         if self.loading.canonical:
             header = canonical(header)
+        header = self.loading.placement.turned(header)
         what = {"labels": "label map"}.get(kind, kind)
         preprocess.check_same_grid(volume, header, what=what)
         return volume

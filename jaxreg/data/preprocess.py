@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxreg.data import resize
 from jaxreg.errors import UserError
-from jaxreg.space.grid import Shape, Volume
+from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
 
 Modality = Literal["ct", "mri"]
@@ -24,6 +24,63 @@ Modality = Literal["ct", "mri"]
 def kind(modality: str) -> Modality:
     """Returns whose intensity rule holds: "ct" in any case is CT, t1, fat ... MRI."""
     return "ct" if modality.strip().lower() == "ct" else "mri"
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """How a scan's voxels become those of the network; travels with a model's weights.
+
+    Attributes:
+      resize: "half_pixel" keeps the scan's extent (GradICON); "aligned" the centres of
+        its corner voxels (PromptReg).
+      axes: order of the network's array axes: "kji", as `Volume` has them, or "ijk",
+        NIfTI's own (PromptReg).
+    """
+
+    resize: Literal["half_pixel", "aligned"] = "half_pixel"
+    axes: Literal["kji", "ijk"] = "kji"
+
+    @classmethod
+    def of_weights(cls, preprocessing: Mapping[str, Any]) -> "Placement":
+        """Returns what weights say of it, GradICON's where they say nothing."""
+        aligned = str(preprocessing.get("resize", "")).endswith("aligned")
+        ijk = str(preprocessing.get("axes", "")).startswith("I J K")
+        return cls("aligned" if aligned else "half_pixel", "ijk" if ijk else "kji")
+
+    def to_dict(self) -> dict[str, str]:
+        """Returns what `of_weights` reads, in words."""
+        aligned, ijk = self.resize == "aligned", self.axes == "ijk"
+        order = "I J K: NIfTI's order" if ijk else "D H W: NIfTI's i, j, k reversed"
+        return {
+            "axes": f"{order}; the image's direction is not used",
+            "resize": f"linear, {'aligned' if aligned else 'half-pixel'}",
+            "resize_labels": f"nearest, {'aligned' if aligned else 'floor'}",
+        }
+
+    def turned(self, volume: Volume) -> Volume:
+        """Returns the scan with its array axes in the network's order."""
+        return volume.transposed() if self.axes == "ijk" else volume
+
+    def grid(self, grid: Grid, shape: Shape) -> Grid:
+        """Returns the network grid over a turned scan's grid."""
+        if self.resize == "aligned":
+            return grid.resized_aligned(shape)
+        return grid.resized(shape)
+
+    def image(self, array: np.ndarray, shape: Shape) -> np.ndarray:
+        """Resizes D H W, float32, linearly."""
+        linear = resize.aligned if self.resize == "aligned" else resize.half_pixel
+        return linear(array, shape)
+
+    def labels(self, array: np.ndarray, shape: Shape) -> np.ndarray:
+        """Resizes D H W of any type to the nearest voxel."""
+        aligned = self.resize == "aligned"
+        return (resize.nearest_aligned if aligned else resize.nearest_floor)(
+            array, shape
+        )
+
+
+AS_GRADICON = Placement()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +232,7 @@ def network_image(
     *,
     mask: Volume | None = None,
     inverted: bool = False,
+    placement: Placement = AS_GRADICON,
 ) -> np.ndarray:
     """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
 
@@ -185,6 +243,7 @@ def network_image(
       mask: on the scan's grid; where it is not above 0 the image becomes 0, after the
         intensities of the whole scan were scaled.
       inverted: one minus the intensities, before the mask.
+      placement: how the scan, turned by it, is resized.
 
     Raises:
       UserError: see `normalise` and `check_same_grid`; or the mask leaves nothing.
@@ -200,20 +259,24 @@ def network_image(
                 f"mask {mask.source} leaves nothing of its image {volume.source} (all "
                 "voxels become 0); check that they belong together"
             )
-    return resize.half_pixel(array, shape)[None, ..., None]  # N D H W C
+    return placement.image(array, shape)[None, ..., None]  # N D H W C
 
 
-def network_mask(volume: Volume, shape: Shape) -> np.ndarray:
+def network_mask(
+    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+) -> np.ndarray:
     """Returns a mask on the network grid, 1 D H W 1, float32: 1 where it is above 0.
 
-    Source index ``floor(i n_in / n_out)``, so up to half a voxel off the image: the
-    rule of the original.
+    Half-pixel: source index ``floor(i n_in / n_out)``, so up to half a voxel off the
+    image, the rule of the original. Aligned: the nearest voxel.
     """
     inside = (volume.array > 0).astype(np.float32)
-    return _nearest(inside, shape)
+    return placement.labels(inside, shape)[None, ..., None]  # N D H W C
 
 
-def network_labels(volume: Volume, shape: Shape) -> np.ndarray:
+def network_labels(
+    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+) -> np.ndarray:
     """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
 
     Raises:
@@ -231,11 +294,7 @@ def network_labels(volume: Volume, shape: Shape) -> np.ndarray:
             f"label map {volume.source} has labels up to {high}, expected at most "
             f"{np.iinfo(np.int32).max}; renumber it"
         )
-    return _nearest(labels.astype(np.int32), shape)
-
-
-def _nearest(array: np.ndarray, shape: Shape) -> np.ndarray:
-    return resize.nearest_floor(array, shape)[None, ..., None]  # N D H W C
+    return placement.labels(labels.astype(np.int32), shape)[None, ..., None]
 
 
 def network_pair(
@@ -249,6 +308,7 @@ def network_pair(
     fixed_mask: Volume | None = None,
     mask_inputs: bool = False,
     mask_loss: bool = False,
+    placement: Placement = AS_GRADICON,
 ) -> Pair:
     """Returns both scans as model and objective see them.
 
@@ -264,6 +324,7 @@ def network_pair(
       fixed_mask: on the fixed scan's grid.
       mask_inputs: set each image to 0 outside its mask.
       mask_loss: put the masks into the pair; needs both.
+      placement: how all of them, turned by it, are resized.
 
     Raises:
       UserError: see `network_image`; or a mask is missing that was asked for.
@@ -283,14 +344,20 @@ def network_pair(
         if mask is not None:
             check_same_grid(mask, image)
     images = [
-        network_image(image, shape, rule, mask=mask if mask_inputs else None)
+        network_image(
+            image,
+            shape,
+            rule,
+            mask=mask if mask_inputs else None,
+            placement=placement,
+        )
         for image, rule, mask in (
             (moving, moving_rule, moving_mask),
             (fixed, fixed_rule, fixed_mask),
         )
     ]
     on_network = [
-        jnp.asarray(network_mask(mask, shape))
+        jnp.asarray(network_mask(mask, shape, placement=placement))
         if mask is not None and mask_loss
         else None
         for mask in masks

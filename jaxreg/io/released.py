@@ -371,7 +371,8 @@ def read_state_dict(
     registration network is accepted as well as its `regis_net`: where every other name
     starts with `regis_net.`, that prefix is removed. Buffers called `identity_map`,
     which older versions of icon_registration store, are coordinates and are left out.
-    No other name is changed or dropped.
+    No other name is changed or dropped. Of a training checkpoint, the entry
+    "model_state_dict" is read.
 
     Args:
       path: a file written by torch.save, in its zip or its older format.
@@ -403,19 +404,25 @@ def read_state_dict(
             f"{source} cannot be read as PyTorch tensors ({_shorten(reason)}); "
             "save net.regis_net.state_dict() alone, or download the file again"
         ) from error
+    if isinstance(content, Mapping) and "model_state_dict" in content:
+        content = content["model_state_dict"]  # beside the optimiser's, as PromptReg's
     _check_content(source, content, torch)
     state = {key: _to_numpy(tensor, torch) for key, tensor in content.items()}
     return _strip(state)
 
 
 def write_state_dict(
-    path: str | os.PathLike[str], state: Mapping[str, np.ndarray]
+    path: str | os.PathLike[str],
+    state: Mapping[str, np.ndarray],
+    *,
+    wrapper: str | None = None,
 ) -> None:
     """Writes names and arrays as torch.save does, all at once or not at all.
 
     Args:
       path: the file to write; an existing one is replaced.
       state: PyTorch's names to arrays, in the order in which they are to be stored.
+      wrapper: the file holds one entry of this name, which holds them.
 
     Raises:
       UserError: torch is not installed, or the file cannot be written.
@@ -425,7 +432,7 @@ def write_state_dict(
     tensors = {k: torch.from_numpy(np.array(v, order="C")) for k, v in state.items()}
     # Through a handle, since torch writes a path's name into the file.
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save(tensors, file)
+        torch.save({wrapper: tensors} if wrapper else tensors, file)
 
 
 def require_torch(purpose: str) -> Any:

@@ -8,6 +8,7 @@ here and back; a network trained here has none of them, and gets zeros when expo
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -178,13 +179,49 @@ def _buffers(sizes: Sizes) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{name}.{level}.{middle}grid", grid
 
 
+def read_config(
+    state: Mapping[str, np.ndarray], *, source: str = "the state dict", kind: str
+) -> dict[str, Any]:
+    """Reads the fields of PromptRegConfig or RdpConfig off the tensors.
+
+    Temperature and forms are not among them; they are the released code's.
+
+    Args:
+      state: PyTorch's names to arrays.
+      source: what the arrays came from, for the error.
+      kind: "promptreg" or "rdp".
+
+    Raises:
+      UserError: the tensors are not those of such a network.
+    """
+    sizes = sizes_of(state, source=source)
+    if (kind == "promptreg") != bool(sizes.tasks):
+        raise UserError(
+            f"{source} has {'a' if sizes.tasks else 'no'} prompt bank; give --model "
+            f"{'promptreg' if sizes.tasks else 'rdp'}"
+        )
+    found = {"channels": sizes.channels, "image_channels": sizes.image_channels}
+    return found | ({"tasks": sizes.tasks} if sizes.tasks else {})
+
+
+def network_shape(variables: Variables) -> tuple[int, int, int]:
+    """Returns the network grid that a bank is made for; 160^3 without a bank."""
+    sizes = variable_sizes(variables, source="the weights")
+    d, h, w = sizes.grid if sizes.tasks else (20, 20, 20)
+    return d * _DIVISOR, h * _DIVISOR, w * _DIVISOR
+
+
 def to_variables(
-    state: Mapping[str, np.ndarray], *, source: str = "the state dict"
+    state: Mapping[str, np.ndarray],
+    config: Mapping[str, Any] | None = None,
+    *,
+    source: str = "the state dict",
 ) -> Variables:
     """Converts PyTorch's tensors to the variables of models.promptreg or models.rdp.
 
     Args:
       state: the released code's names to arrays; grids of indices are left out.
+      config: not looked at, the tensors say it all.
       source: what the arrays came from, for the error.
 
     Returns:
@@ -194,24 +231,43 @@ def to_variables(
       UserError: tensors are unknown, missing, misshapen, of the wrong type or not
         finite; they are named.
     """
+    del config
     state = {key: array for key, array in state.items() if not _is_buffer(key)}
     table = entries(sizes_of(state, source=source))
     return released.tree_of(state, table, source=source, network=_NAME)
 
 
-def from_variables(variables: Variables, *, source: str = "the checkpoint") -> State:
+def from_variables(
+    variables: Variables,
+    config: Mapping[str, Any] | None = None,
+    *,
+    source: str = "the checkpoint",
+) -> State:
     """Converts variables of models.promptreg or models.rdp to PyTorch's tensors.
 
     Args:
       variables: {"params": ...} and perhaps "unused", of host or device arrays.
+      config: fields of the network; the released code has the released forms alone.
       source: what the variables came from, for the error.
 
     Returns:
       The released code's names, grids of indices among them, to float32 host arrays.
 
     Raises:
-      UserError: leaves are unknown, missing, misshapen or of the wrong type.
+      UserError: the network has a form that the released code has not, or leaves are
+        unknown, missing, misshapen or of the wrong type.
     """
+    other = [
+        f"{name} {value}"
+        for name, value in (config or {}).items()
+        if name in _RELEASED and value != _RELEASED[name]
+    ]
+    if other:
+        raise UserError(
+            f"{source} has {', '.join(other)}, which the released code cannot hold "
+            f"({', '.join(f'{n} {v}' for n, v in _RELEASED.items())}); train with "
+            "these to export"
+        )
     sizes = variable_sizes(variables, source=source)
     table = entries(sizes)
     tree = {name: dict(leaves) for name, leaves in variables.items()}
@@ -222,15 +278,35 @@ def from_variables(variables: Variables, *, source: str = "the checkpoint") -> S
     return state | dict(_buffers(sizes)) if sizes.tasks else state
 
 
-def check_variables(variables: Variables, *, source: str = "the checkpoint") -> None:
+def check_variables(
+    variables: Variables,
+    config: Mapping[str, Any] | None = None,
+    *,
+    source: str = "the checkpoint",
+) -> None:
     """Checks that variables are exactly those of a PromptReg or RDP network.
+
+    Args:
+      variables: {"params": ...} and perhaps "unused".
+      config: fields of the network; the released forms if None.
+      source: what the variables came from, for the error.
 
     Raises:
       UserError: leaves are unknown, missing, misshapen, of the wrong type or not
         finite; they are named.
     """
+    config = config or {}
+    absent = set()
+    if config.get("readout", "pooled_attention") == "spatial":
+        absent |= {"value", "out"}
+    if not config.get("static_block", True):
+        absent |= {"static"}
     sizes = variable_sizes(variables, source=source)
-    table = entries(sizes, unused="unused" in variables)
+    table = [
+        entry
+        for entry in entries(sizes, unused="unused" in variables)
+        if not (entry.path[:3] == _GENERATOR and entry.path[3] in absent)
+    ]
     released.check_tree(variables, table, source=source, network=_NAME)
 
 
@@ -256,3 +332,10 @@ def variable_sizes(variables: Variables, *, source: str) -> Sizes:
 
 
 _NAME = "PromptReg"
+_RELEASED = {
+    "slope": 0.01,
+    "temperature": 0.5,
+    "readout": "pooled_attention",
+    "static_block": True,
+}
+"""What the released code computes whatever the tensors say."""

@@ -1,14 +1,17 @@
 """The weighted sum that training and instance optimisation minimise.
 
     loss = w_ic * inverse consistency + S(moving o T, fixed) + S(fixed o T', moving)
-           + w_dice * dice
+           + w_dice * dice + w_smooth * smoothness
+           + w_ort * orthogonality + w_task * task similarity
 
-with T the forward transform (fixed to moving points) and T' the backward one.
+with T the forward transform (fixed to moving points) and T' the backward one, without
+whose terms an objective of one direction goes. The last two terms are a prompt bank's.
 """
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax
@@ -17,8 +20,21 @@ import jax.numpy as jnp
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, regularity, similarity
 from jaxreg.space import fields, sampling
+from jaxreg.space.grid import unit_scale
 from jaxreg.space.transform import Transform
 from jaxreg.typing import Image, Labels, Pair, Points
+
+_OPTIONAL = MappingProxyType(
+    {
+        "dice": "dice_weight",
+        "smoothness": "smoothness_weight",
+        "orthogonality": "orthogonality_weight",
+        "task_similarity": "task_weight",
+    }
+)
+"""Parts that are there only with a weight, and the weight's name."""
+_WEIGHTS = ("inverse_consistency_weight", *_OPTIONAL.values())
+_SHARE = "pairs with "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +49,11 @@ class Objective:
         "sigma=5" on the command line.
       inverse_consistency_weight: the paper's lambda.
       dice_weight: 0 leaves the Dice term out.
+      smoothness_weight: of `regularity.smoothness`, in voxels.
+      orthogonality_weight: of the model's auxiliary "orthogonality".
+      task_weight: of the model's auxiliary "task_similarity".
+      directions: "forward" scores moving onto fixed alone; then there can be no inverse
+        consistency.
       loss_masking: similarity counts only inside the target's mask.
       intensity_conservation: multiply the warped image by the Jacobian determinant
         (mass conservation, for CT of the lung).
@@ -51,6 +72,10 @@ class Objective:
     similarity_options: tuple[tuple[str, Any], ...] = ()
     inverse_consistency_weight: float = 1.5
     dice_weight: float = 0.0
+    smoothness_weight: float = 0.0
+    orthogonality_weight: float = 0.0
+    task_weight: float = 0.0
+    directions: Literal["both", "forward"] = "both"
     loss_masking: bool = False
     intensity_conservation: bool = False
     original_conservation_offset: bool = True
@@ -70,27 +95,35 @@ class Objective:
                 f"unknown similarity {self.similarity!r}; choose one of "
                 f"{', '.join(similarity.SIMILARITIES)}"
             )
-        for name in ("inverse_consistency_weight", "dice_weight"):
+        for name in _WEIGHTS:
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} is {getattr(self, name)}, it must be >= 0")
+        if self.directions == "forward" and self.inverse_consistency_weight > 0:
+            raise UserError(
+                "inverse consistency needs both directions; set "
+                "inverse_consistency_weight to 0 or directions to both"
+            )
         _check_options(self.similarity, self.similarity_options)
 
     def __call__(
         self,
         forward: Transform,
-        backward: Transform,
+        backward: Transform | None,
         pair: Pair,
         noise: Points,
         *,
+        aux: Mapping[str, jax.Array] = MappingProxyType({}),
         axis: str | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the loss and its parts.
 
         Args:
           forward: fixed to moving points, unit.
-          backward: moving to fixed points, unit.
+          backward: moving to fixed points, unit; not looked at, and None if need be,
+            where only the forward direction counts.
           pair: the images and what else the chosen terms need.
           noise: standard normal, 1 D H W 3, see `regularity.gradicon_points`.
+          aux: auxiliary values of the model, one entry per pair.
           axis: name of the mapped axis (pmap, shard_map) over which the batch is split,
             if it is. Everything returned is then of the whole batch.
 
@@ -98,11 +131,13 @@ class Objective:
           (loss, parts) with the scalars "loss", "inverse_consistency" and
           "similarity" (both unweighted), "transform_magnitude" (mean squared
           displacement of forward, unit), "folds" (voxels where the backward map's
-          Jacobian determinant is negative, per sample) and, with a Dice weight,
-          "dice" (unweighted, both directions).
+          Jacobian determinant is negative, per sample; the forward map's in one
+          direction) and, with a weight, "dice", "smoothness", "orthogonality" and
+          "task_similarity" (unweighted, the first two of all directions).
 
         Raises:
-          UserError: a mask or label map that the objective needs is missing.
+          UserError: a mask, a label map or an auxiliary value that the objective needs
+            is missing.
 
         References:
           unigradicon 1.0.6, __init__.py: GradientICONSparse.forward.
@@ -111,23 +146,36 @@ class Objective:
         _, *spatial, _ = pair.fixed.shape
         shape = (spatial[0], spatial[1], spatial[2])
         grid = sampling.identity(shape)
-        map_forward, map_backward = _mapper(forward), _mapper(backward)
-        to_moving, to_fixed = map_forward(grid), map_backward(grid)
-        points = regularity.gradicon_points(
-            shape, noise, stride=self.stride, noise_scale=self.noise_scale
-        )
-        consistency = regularity.gradicon(map_forward, map_backward, points)
+        map_forward = _mapper(forward)
+        to_moving, to_fixed = map_forward(grid), None
+        consistency = jnp.zeros(())
+        if self.directions == "both":
+            assert backward is not None  # the caller's promise
+            map_backward = _mapper(backward)
+            to_fixed = map_backward(grid)
+            points = regularity.gradicon_points(
+                shape, noise, stride=self.stride, noise_scale=self.noise_scale
+            )
+            consistency = regularity.gradicon(map_forward, map_backward, points)
         alike = _similarity(self, pair, to_moving, to_fixed, axis)
-        loss = self.inverse_consistency_weight * consistency + alike
         parts = {
             "inverse_consistency": consistency,
             "similarity": alike,
             "transform_magnitude": jnp.mean((grid - to_moving) ** 2),
-            "folds": _folds(to_fixed),
+            "folds": _folds(to_moving if to_fixed is None else to_fixed),
         }
+        loss = self.inverse_consistency_weight * consistency + alike
         if self.dice_weight > 0:
             parts["dice"] = _dice(pair, to_moving, to_fixed, axis)
-            loss = loss + self.dice_weight * parts["dice"]
+        if self.smoothness_weight > 0:
+            parts["smoothness"] = _smoothness(to_moving, to_fixed)
+        if self.orthogonality_weight > 0:
+            parts["orthogonality"] = _mean_of(aux, "orthogonality")
+        if self.task_weight > 0:
+            parts["task_similarity"] = _mean_of(aux, "task_similarity")
+        for name, weight in _OPTIONAL.items():
+            if name in parts:
+                loss = loss + getattr(self, weight) * parts[name]
         parts = {"loss": loss, **parts}
         if axis is not None:
             parts = jax.lax.pmean(parts, axis)
@@ -139,53 +187,66 @@ class TaskObjective:
     """Several objectives in one batch: each pair by the one that its task asks for.
 
     Attributes:
-      objectives: `Pair.task` is an index into them.
+      objectives: `Pair.objective` is an index into them.
     """
 
     objectives: tuple[Objective, ...]
 
+    @property
+    def directions(self) -> Literal["both", "forward"]:
+        """Both, unless no objective looks at the backward transform."""
+        several = {objective.directions for objective in self.objectives}
+        return "both" if "both" in several else "forward"
+
     def __call__(
         self,
         forward: Transform,
-        backward: Transform,
+        backward: Transform | None,
         pair: Pair,
         noise: Points,
         *,
+        aux: Mapping[str, jax.Array] = MappingProxyType({}),
         axis: str | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns the mean loss and its parts; arguments as `Objective`.
 
-        Pairs are scored one by one, so only a pair's own objective is computed. The
-        part "dice" is the mean over the pairs that have a Dice term.
+        Pairs are scored one by one, so only a pair's own objective is computed. Parts
+        that only some objectives have are means over the pairs that have them.
 
         Raises:
-          ValueError: the pair says no task.
+          ValueError: the pair does not say which objective is its own.
           UserError: see `Objective`.
         """
-        if pair.task is None:
-            raise ValueError("TaskObjective needs Pair.task, the pair has none")
+        if pair.objective is None:
+            raise ValueError("TaskObjective needs Pair.objective, the pair has none")
+        optional = [
+            name
+            for name, weight in _OPTIONAL.items()
+            if any(getattr(objective, weight) > 0 for objective in self.objectives)
+        ]
 
         def scored_by(objective):
-            def score(forward, backward, pair):
-                _, parts = objective(forward, backward, pair, noise)
-                count = jnp.float32("dice" in parts)
-                return {"dice": jnp.float32(0), **parts, "with_dice": count}
+            def score(forward, backward, pair, aux):
+                _, parts = objective(forward, backward, pair, noise, aux=aux)
+                for name in optional:
+                    parts[_SHARE + name] = jnp.float32(name in parts)
+                    parts.setdefault(name, jnp.float32(0))
+                return parts
 
             return score
 
         def score_one(sample):
             one = jax.tree.map(lambda leaf: leaf[None], sample)
             branches = [scored_by(objective) for objective in self.objectives]
-            return jax.lax.switch(sample[2].task, branches, *one)
+            return jax.lax.switch(sample[2].objective, branches, *one)
 
-        scores = jax.lax.map(score_one, (forward, backward, pair))
+        scores = jax.lax.map(score_one, (forward, backward, pair, dict(aux)))
         parts = jax.tree.map(jnp.mean, scores)
         if axis is not None:
             parts = jax.lax.pmean(parts, axis)
-        share = parts.pop("with_dice")
-        parts["dice"] = parts["dice"] / jnp.maximum(share, 1e-12)
-        if not any(objective.dice_weight for objective in self.objectives):
-            del parts["dice"]
+        for name in optional:
+            share = parts.pop(_SHARE + name)
+            parts[name] = parts[name] / jnp.maximum(share, 1e-12)
         return parts["loss"], parts
 
 
@@ -258,10 +319,10 @@ def _similarity(
     objective: Objective,
     pair: Pair,
     to_moving: Points,
-    to_fixed: Points,
+    to_fixed: Points | None,
     axis: str | None,
 ) -> jax.Array:
-    """Both directions; each mask is that of the image compared with."""
+    """All directions; each mask is that of the image compared with."""
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
     options = dict(objective.similarity_options)
     if objective.similarity == "mind":  # the others see one sample at a time
@@ -287,16 +348,42 @@ def _similarity(
     masks = (
         (pair.fixed_mask, pair.moving_mask) if objective.loss_masking else (None, None)
     )
-    return one_way(moving, to_moving, fixed, masks[0]) + one_way(
-        fixed, to_fixed, moving, masks[1]
-    )
+    alike = one_way(moving, to_moving, fixed, masks[0])
+    if to_fixed is None:
+        return alike
+    return alike + one_way(fixed, to_fixed, moving, masks[1])
 
 
 def _dice(
-    pair: Pair, to_moving: Points, to_fixed: Points, axis: str | None
+    pair: Pair, to_moving: Points, to_fixed: Points | None, axis: str | None
 ) -> jax.Array:
     moving, fixed = pair.moving_onehot, pair.fixed_onehot
     assert moving is not None and fixed is not None  # _check_pair
-    return overlap.dice_loss(
+    loss = overlap.dice_loss(
         fields.warp(moving, to_moving), fixed, pair.valid, axis=axis
-    ) + overlap.dice_loss(fields.warp(fixed, to_fixed), moving, pair.valid, axis=axis)
+    )
+    if to_fixed is None:
+        return loss
+    warped = fields.warp(fixed, to_fixed)
+    return loss + overlap.dice_loss(warped, moving, pair.valid, axis=axis)
+
+
+def _smoothness(*maps: Points | None) -> jax.Array:
+    """Of all directions."""
+    total = jnp.zeros(())
+    for points in maps:
+        if points is not None:
+            d, h, w = points.shape[1:4]
+            moved = points - sampling.identity((d, h, w))
+            total += regularity.smoothness(moved * unit_scale((d, h, w)))
+    return total
+
+
+def _mean_of(aux: Mapping[str, jax.Array], name: str) -> jax.Array:
+    if name not in aux:
+        raise UserError(
+            f"the objective has a weight for {name}, which this network does not give; "
+            "set the weight to 0, or take a network with a prompt bank and pairs with "
+            "a task"
+        )
+    return jnp.mean(aux[name])

@@ -96,6 +96,22 @@ def diffusion(field: Field) -> jax.Array:
     return total
 
 
+def smoothness(displacement: Field) -> jax.Array:
+    """Returns the mean squared forward difference of a displacement in voxels.
+
+    The mean over the three axes of the means over batch, components and voxels; the
+    spacing of the voxels does not enter.
+
+    Args:
+      displacement: N D H W 3, voxels; 2 or more along each axis.
+
+    References:
+      Balakrishnan et al., VoxelMorph, IEEE TMI 2019, equation 8.
+    """
+    per_axis = [jnp.mean(jnp.diff(displacement, axis=axis) ** 2) for axis in (1, 2, 3)]
+    return jnp.mean(jnp.stack(per_axis))
+
+
 def bending(field: Field) -> jax.Array:
     """Returns the mean squared second derivative of a displacement field.
 

@@ -14,6 +14,7 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Int
 
 from jaxreg.models import multires
 from jaxreg.models.base import Prediction
@@ -113,6 +114,7 @@ class GradIcon:
         moving: Image,
         fixed: Image,
         *,
+        task: Int[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -122,6 +124,7 @@ class GradIcon:
           variables: {"params", "batch_stats"}.
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
+          task: makes no difference.
           train: use batch statistics, and move the running ones once per call.
           batching: see `jaxreg.models.base.Registration.apply`.
 

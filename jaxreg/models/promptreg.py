@@ -6,10 +6,12 @@ References:
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Int
 
@@ -37,7 +39,8 @@ class PromptRegConfig:
       image_channels: of each image.
       slope: of the leaky ReLU after normalised convolutions.
       form: convolution form, see `jaxreg.nn.conv`.
-      tasks: static prompts, see `prompts.PromptConfig`, as all that follow.
+      tasks: static prompts, see `prompts.PromptConfig`, as all that follow. Training
+        puts the number of its tasks here.
       temperature: of the softmax over the bank.
       readout: what of the prompt reaches the decoder.
       static_block: whether the weighted sum of prompts passes a block of its own.
@@ -112,7 +115,7 @@ class PromptReg:
         is about 0.01 voxel.
 
         Raises:
-          ValueError: see `rdp.check_shape`.
+          UserError: see `rdp.check_shape`.
         """
         rdp.check_shape(shape)
         d, h, w = (n // rdp.DIVISOR for n in shape)
@@ -147,12 +150,14 @@ class PromptReg:
           The prediction's aux is that of `PromptGenerator`.
 
         Raises:
-          ValueError: see `rdp.check_shape`.
+          UserError: see `rdp.check_shape`.
         """
         rdp.check_shape(moving.shape[1:4])
         d, h, w = (n // rdp.DIVISOR for n in moving.shape[1:4])
         params = {"params": resize_bank(variables, (d, h, w))["params"]}
-        network = self._network((d, h, w))
+        # Some of the prompts may have been chosen.
+        config = dataclasses.replace(self.config, tasks=len(bank_of(variables)))
+        network = PromptReg(config)._network((d, h, w))
         field, aux = network.apply(params, moving, fixed, task=task)
         return Prediction(rdp.as_transform(field), aux), variables
 
@@ -160,6 +165,13 @@ class PromptReg:
 def bank_of(variables: Variables) -> Bank:
     """Returns the static prompts, Z D H W C."""
     return variables["params"]["bottleneck"]["generator"]["bank"]
+
+
+def _with_prompts(variables: Variables, **changed: Any) -> Variables:
+    params = variables["params"]
+    generator = {**params["bottleneck"]["generator"], **changed}
+    bottleneck = {**params["bottleneck"], "generator": generator}
+    return {**variables, "params": {**params, "bottleneck": bottleneck}}
 
 
 def resize_bank(variables: Variables, grid: tuple[int, int, int]) -> Variables:
@@ -174,9 +186,33 @@ def resize_bank(variables: Variables, grid: tuple[int, int, int]) -> Variables:
     """
     if bank_of(variables).shape[1:4] == grid:
         return variables
-    bottleneck = variables["params"]["bottleneck"]
-    generator = dict(bottleneck["generator"])
-    for name in ("bank", "template"):
-        generator[name] = sampling.resize_half_pixel(jnp.asarray(generator[name]), grid)
-    bottleneck = {**bottleneck, "generator": generator}
-    return {**variables, "params": {**variables["params"], "bottleneck": bottleneck}}
+    generator = variables["params"]["bottleneck"]["generator"]
+    resized = {
+        name: sampling.resize_half_pixel(jnp.asarray(generator[name]), grid)
+        for name in ("bank", "template")
+    }
+    return _with_prompts(variables, **resized)
+
+
+def choose_rows(variables: Variables, rows: Sequence[int]) -> Variables:
+    """Returns the variables with some static prompts alone, in the order of `rows`.
+
+    A bank that was extended answers as before when the rows from before are chosen.
+    """
+    return _with_prompts(variables, bank=bank_of(variables)[np.asarray(rows)])
+
+
+def take_rows(
+    variables: Variables, old: Variables, rows: Mapping[int, int]
+) -> Variables:
+    """Returns old variables with a bank of another size.
+
+    Args:
+      variables: fresh ones, whose static prompts stay where no old one takes its place.
+      old: of any number of static prompts on the same grid.
+      rows: new row to old row.
+    """
+    bank = np.array(bank_of(variables))
+    for new, before in rows.items():
+        bank[new] = bank_of(old)[before]
+    return _with_prompts(old, bank=bank)

@@ -18,7 +18,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Int
 
+from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
 from jaxreg.nn import conv
 from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
@@ -176,12 +178,13 @@ def check_shape(shape: Shape) -> None:
     """Checks a network grid.
 
     Raises:
-      ValueError: an axis is below 16 voxels or no multiple of 8.
+      UserError: an axis is below 16 voxels or no multiple of 8.
     """
     if any(n < 2 * DIVISOR or n % DIVISOR for n in shape):
-        raise ValueError(
-            f"every axis needs a multiple of {DIVISOR} voxels, at least "
-            f"{2 * DIVISOR}, got {tuple(shape)}"
+        raise UserError(
+            f"the network grid is {' x '.join(map(str, shape))}, PromptReg and RDP "
+            f"need a multiple of {DIVISOR} and at least {2 * DIVISOR} voxels along "
+            "each axis; round the shape to that"
         )
 
 
@@ -213,13 +216,22 @@ class Rdp:
         moving: Image,
         fixed: Image,
         *,
+        task: Int[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
         """Returns the prediction for moving onto fixed, and the same variables.
 
+        Args:
+          variables: as from `init`.
+          moving: N D H W C, [0, 1].
+          fixed: N D H W C, [0, 1].
+          task: makes no difference.
+          train: makes no difference.
+          batching: makes no difference: nothing is shared by a batch.
+
         Raises:
-          ValueError: see `check_shape`.
+          UserError: see `check_shape`.
         """
         check_shape(moving.shape[1:4])
         field, _ = RdpNetwork(self.config).apply(variables, moving, fixed)

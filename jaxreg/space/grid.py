@@ -69,6 +69,18 @@ class Grid:
         """Returns the grid of a half-pixel resize to `shape`: the same extent in mm."""
         return Grid(shape, self.affine_mm @ resize_to_source(self.shape, shape))
 
+    def resized_aligned(self, shape: Shape) -> "Grid":
+        """Returns the grid of a resize to `shape` that keeps the corners' centres.
+
+        On an axis with one voxel, here or there, the first centre stays.
+        """
+        ratio = unit_scale(self.shape) / unit_scale(shape)
+        return Grid(shape, self.affine_mm @ np.diag([*ratio, 1.0]))
+
+    def transposed(self) -> "Grid":
+        """Returns the grid of the array with its axes in reverse order."""
+        return Grid(self.shape[::-1], self.affine_mm[:, [2, 1, 0, 3]])
+
     def matches(self, other: "Grid", *, tolerance_mm: float = 1e-2) -> bool:
         """Whether both grids have one shape and corners closer than `tolerance_mm`."""
         if self.shape != other.shape:
@@ -101,3 +113,7 @@ class Volume:
             raise ValueError(
                 f"array has shape {self.array.shape}, its grid {self.grid.shape}"
             )
+
+    def transposed(self) -> "Volume":
+        """Returns the same scan with its array axes in reverse order; a view."""
+        return Volume(self.array.T, self.grid.transposed(), self.source)

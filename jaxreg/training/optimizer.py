@@ -6,7 +6,8 @@ AMSGrad is our own, because optax keeps the maximum of another quantity.
 
 import dataclasses
 import math
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,27 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         parts.append(optax.add_decayed_weights(config.weight_decay))
     parts.append(optax.scale_by_learning_rate(make_schedule(config, steps)))
     return optax.chain(*parts)
+
+
+def only(
+    rule: optax.GradientTransformation, mask_of: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+    """Returns an optimiser that leaves parameters alone where their mask is 0.
+
+    Args:
+      rule: sees zeros as their gradient, and its updates of them are dropped, so they
+        keep every bit.
+      mask_of: parameters to a tree of arrays of 0 and 1 that broadcast to them.
+    """
+
+    def masked(tree):
+        return jax.tree.map(lambda a, keep: a * keep, tree, mask_of(tree))
+
+    def update(updates, state, params=None):
+        updates, state = rule.update(masked(updates), state, params)
+        return masked(updates), state
+
+    return optax.GradientTransformation(rule.init, update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

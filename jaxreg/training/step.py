@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,29 +20,50 @@ Batch = Mapping[str, jax.Array]
 class Loss(Protocol):
     """What is minimised: `losses.objective.Objective` or one like it."""
 
+    @property
+    def directions(self) -> Literal["both", "forward"]:
+        """Which transforms it looks at."""
+        ...
+
     def __call__(
         self,
         forward: Transform,
-        backward: Transform,
+        backward: Transform | None,
         pair: Pair,
         noise: Points,
         *,
+        aux: Mapping[str, jax.Array] = ...,
         axis: str | None = None,
     ) -> tuple[jax.Array, Parts]:
         """Returns (loss, parts), of the whole batch where `axis` splits it."""
         ...
 
 
-def predict_both(
+class Maps(NamedTuple):
+    """What a model says about a batch of pairs.
+
+    Attributes:
+      forward: fixed to moving points, unit.
+      backward: moving to fixed points, unit; None if it was not asked for.
+      aux: the model's auxiliary values, one entry per pair; of two directions the mean.
+    """
+
+    forward: Transform
+    backward: Transform | None
+    aux: dict[str, jax.Array]
+
+
+def predict(
     model: Registration,
     variables: Variables,
     pair: Pair,
     *,
+    directions: Literal["both", "forward"] = "both",
     train: bool = False,
     replicas: int = 0,
     axis: str | None = None,
     span: int = 1,
-) -> tuple[Transform, Transform, Variables]:
+) -> tuple[Maps, Variables]:
     """Returns the forward and backward transforms, and the variables after both.
 
     One call of the network on both directions, end to end in the batch: moving onto
@@ -53,20 +74,33 @@ def predict_both(
       model: the network.
       variables: its variables.
       pair: the two images.
+      directions: "forward" leaves the backward transform out, and half the work.
       train: batch statistics instead of running ones.
       replicas: see `jaxreg.typing.Batching`.
       axis: see `jaxreg.typing.Batching`.
       span: see `jaxreg.typing.Batching`.
     """
-    both, variables = model.apply(
+    calls = 2 if directions == "both" else 1
+    views = [(pair.moving, pair.fixed), (pair.fixed, pair.moving)][:calls]
+    moving, fixed = (jnp.concatenate(images) for images in zip(*views, strict=True))
+    found, variables = model.apply(
         variables,
-        jnp.concatenate([pair.moving, pair.fixed]),
-        jnp.concatenate([pair.fixed, pair.moving]),
+        moving,
+        fixed,
+        task=None if pair.task is None else jnp.tile(pair.task, calls),
         train=train,
-        batching=Batching(calls=2, replicas=replicas, axis=axis, span=span),
+        batching=Batching(calls=calls, replicas=replicas, axis=axis, span=span),
     )
-    forward, backward = both.transform.split(2)
-    return forward, backward, variables
+    count = len(pair.moving)
+
+    def per_pair(value):
+        if value.ndim == 0:
+            return jnp.broadcast_to(value, count)
+        return value.reshape(calls, count, *value.shape[1:]).mean(0)
+
+    aux = {name: per_pair(value) for name, value in found.aux.items()}
+    forward, *backward = found.transform.split(calls)
+    return Maps(forward, backward[0] if backward else None, aux), variables
 
 
 def evaluate(
@@ -80,8 +114,8 @@ def evaluate(
     replicas: int = 0,
     axis: str | None = None,
     span: int = 1,
-) -> tuple[jax.Array, tuple[Parts, Transform, Transform, Variables]]:
-    """Returns (loss, (parts, forward, backward, variables after it)).
+) -> tuple[jax.Array, tuple[Parts, Maps, Variables]]:
+    """Returns (loss, (parts, maps, variables after it)).
 
     Args:
       model: the network.
@@ -94,11 +128,20 @@ def evaluate(
       axis: the mapped axis over which the batch is split; the loss is the whole one's.
       span: see `jaxreg.typing.Batching`.
     """
-    forward, backward, variables = predict_both(
-        model, variables, pair, train=train, replicas=replicas, axis=axis, span=span
+    maps, variables = predict(
+        model,
+        variables,
+        pair,
+        directions=objective.directions,
+        train=train,
+        replicas=replicas,
+        axis=axis,
+        span=span,
     )
-    loss, parts = objective(forward, backward, pair, noise, axis=axis)
-    return loss, (parts, forward, backward, variables)
+    loss, parts = objective(
+        maps.forward, maps.backward, pair, noise, aux=maps.aux, axis=axis
+    )
+    return loss, (parts, maps, variables)
 
 
 def make_step(
@@ -110,8 +153,8 @@ def make_step(
 ) -> Callable:
     """Returns ``step(variables, opt_state, pair, noise)``, to be jitted by the caller.
 
-    The step returns (variables, opt_state, parts, forward, backward); parts and
-    transforms are those before the update. All parameters are trained; in training
+    The step returns (variables, opt_state, parts, maps); parts and maps are those
+    before the update. All parameters are trained; in training
     mode the running statistics move twice.
     """
 
@@ -128,10 +171,10 @@ def make_step(
 
         params = variables["params"]
         gradient, aux = jax.grad(loss_of, has_aux=True)(params)
-        parts, forward, backward, after = aux
+        parts, maps, after = aux
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         params = optax.apply_updates(params, updates)
-        return {**after, "params": params}, opt_state, parts, forward, backward
+        return {**after, "params": params}, opt_state, parts, maps
 
     return step
 
@@ -250,7 +293,7 @@ def _accumulated(model, objective: Loss, prepare, config: StepConfig):
             # Each device differentiated the global loss by its own copy of the
             # parameters; the collectives' transposes make their mean the gradient.
             gradient = jax.lax.pmean(gradient, config.axis)
-        return gradient, aux[0], aux[3]
+        return gradient, aux[0], aux[2]
 
     def accumulated(variables, batch, key):
         n = config.accumulate

@@ -56,8 +56,9 @@ def close(a, b):
 @pytest.mark.parametrize("train", [False, True])
 def test_both_directions_equal_two_calls(train):
     variables, pair = random_variables(), blobs()
-    run = jax.jit(step_lib.predict_both, static_argnums=0, static_argnames="train")
-    forward, backward, after = run(MODEL, variables, pair, train=train)
+    run = jax.jit(step_lib.predict, static_argnums=0, static_argnames="train")
+    (forward, backward, aux), after = run(MODEL, variables, pair, train=train)
+    assert aux == {}
     first, between = apply(MODEL, variables, pair.moving, pair.fixed, train)
     second, last = apply(MODEL, between, pair.fixed, pair.moving, train)
     close(forward, first)
@@ -86,8 +87,8 @@ def trained():
     calls = []
     for _ in range(6):
         before = variables
-        variables, state, parts, forward, backward = step(variables, state, pair, noise)
-        calls.append((before, variables, parts, forward, backward))
+        variables, state, parts, maps = step(variables, state, pair, noise)
+        calls.append((before, variables, parts, maps))
     return calls
 
 
@@ -118,8 +119,8 @@ def test_every_parameter_is_trained(trained):
 
 
 def test_parts_and_maps_are_those_before_the_update(trained):
-    before, after, parts, forward, backward = trained[0]
-    for transform in (forward, backward):  # a fresh network is the identity
+    before, after, parts, maps = trained[0]
+    for transform in (maps.forward, maps.backward):  # a fresh network is the identity
         np.testing.assert_array_equal(transform.steps[0].field, 0)
     assert parts["transform_magnitude"] == 0
     np.testing.assert_array_equal(before["params"]["step_1"]["last"]["kernel"], 0)

@@ -346,7 +346,7 @@ def test_half_precision_keeps_parameters_and_maps_in_single(network):
     assert 1e-4 < gap < 0.15, gap
     assert found["loss"] != parts["loss"]
     shapes = jax.eval_shape(
-        lambda v, b: step_lib.predict_both(model, v, pair_of(b, None))[0],
+        lambda v, b: step_lib.predict(model, v, pair_of(b, None))[0],
         start.variables,
         batch,
     )
@@ -360,7 +360,7 @@ def test_each_task_is_scored_by_its_own_objective():
     images = batch_of(3)
     pair = Pair(
         **images,
-        task=jnp.array([1, 0, 1]),
+        objective=jnp.array([1, 0, 1]),
         moving_onehot=jnp.asarray(labels[0]),
         fixed_onehot=jnp.asarray(labels[1]),
         valid=jnp.ones((3, 2), bool),
@@ -392,6 +392,6 @@ def test_each_task_is_scored_by_its_own_objective():
     assert len(dice) == 2
     np.testing.assert_allclose(parts["dice"], np.mean(dice), rtol=1e-5)
     # With the tasks exchanged it would be another loss.
-    turned = dataclasses.replace(pair, task=1 - pair.task)
+    turned = dataclasses.replace(pair, objective=1 - pair.objective)
     other = score(TaskObjective(several), *given(fields, turned))
     assert abs(other["loss"] - parts["loss"]) > 1e-3

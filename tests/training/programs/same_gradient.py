@@ -39,12 +39,12 @@ class WeightedByData(Objective):
     def __post_init__(self):
         """Checks nothing: a traced weight has no value yet."""
 
-    def __call__(self, forward, backward, pair, noise, *, axis=None):
+    def __call__(self, forward, backward, pair, noise, *, aux=None, axis=None):
         """Returns the loss and its parts, see `Objective`."""
         weight = pair.task[0]
         weighted = dataclasses.replace(self, inverse_consistency_weight=weight)
         return super(WeightedByData, weighted).__call__(
-            forward, backward, pair, noise, axis=axis
+            forward, backward, pair, noise, aux=aux or {}, axis=axis
         )
 
 
@@ -163,7 +163,7 @@ def tasks() -> dict:
             ),
         )
     )
-    batch = batch_of(4) | {"task": np.arange(4) % 2}
+    batch = batch_of(4) | {"objective": np.arange(4) % 2}
     return compare(objective, {"tasks": batch}, [("mesh", 1)])
 
 

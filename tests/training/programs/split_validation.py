@@ -14,7 +14,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 
 import numpy as np  # noqa: E402
 
-from jaxreg import trainer  # noqa: E402
+from jaxreg import sources as sources_lib  # noqa: E402
+from jaxreg import validation as validation_lib  # noqa: E402
 from jaxreg.data.pipeline import Batches, Loading  # noqa: E402
 from jaxreg.experiment import DataConfig, Experiment, Stage  # noqa: E402
 from jaxreg.losses.objective import Objective  # noqa: E402
@@ -40,12 +41,12 @@ EXPERIMENT = Experiment(
 def main() -> None:
     """Prints one JSON object."""
     rng = np.random.default_rng(0)
-    model, sources = GradIcon(EXPERIMENT.model), trainer.make_sources(EXPERIMENT)
+    model, sources = GradIcon(EXPERIMENT.model), sources_lib.make_sources(EXPERIMENT)
     variables = jax.tree.map(
         lambda a: np.asarray(a + 0.05 * rng.normal(size=a.shape), a.dtype),
         model.init(jax.random.key(0)),
     )
-    loading = trainer.loading_of(EXPERIMENT, validation=False)
+    loading = sources_lib.loading_of(EXPERIMENT, validation=False)
     with Batches(sources.train, loading, batch_size=2) as batches:
         batch = next(batches)
     batch["fixed"][1, 2, 3, 4] = np.inf
@@ -70,10 +71,10 @@ def main() -> None:
         )
         settings = EXPERIMENT, sources, model, layout
         exchanges.clear()
-        validate = trainer.make_validation(*settings)
+        validate = validation_lib.make_validation(*settings)
         assert validate is not None
         scores = dict(validate(variables).scores)
-        blamed = trainer.make_blame(*settings)(variables, batch)
+        blamed = validation_lib.make_blame(*settings)(variables, batch)
         found[space] = {"scores": scores, "blamed": blamed, "exchanges": exchanges[:]}
     print(json.dumps(found))
 

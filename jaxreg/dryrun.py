@@ -1,0 +1,219 @@
+"""Trying an experiment: its checks, one compiled step, and what it will cost."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg import experiment as experiment_lib
+from jaxreg.data import manifest, synthetic
+from jaxreg.experiment import Experiment
+from jaxreg.io import files
+from jaxreg.models import kinds
+from jaxreg.sources import (
+    Sources,
+    loss_of,
+    make_prepare,
+    make_sources,
+    objectives_of,
+    with_tasks,
+)
+from jaxreg.trainer import metric_of, shared_out
+from jaxreg.training import optimizer, state, step
+from jaxreg.training.parallel import Layout
+
+_SOME_TASKS = ("",) * 5  # where a dry run cannot know
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a dry run found; see `dry_run`.
+
+    Attributes:
+      parameters: trained numbers.
+      flops: of one step at the full grid and batch, as XLA counts them before it
+        optimises.
+      state_bytes: parameters, gradient and optimiser state.
+      activation_bytes: of one step, scaled up by voxels and batch from the small grid.
+      small: the grid that the step was compiled at.
+      compile_seconds: for that.
+      data: a sentence about each manifest of any stage.
+    """
+
+    parameters: int
+    flops: float
+    state_bytes: int
+    activation_bytes: float
+    small: tuple[int, int, int]
+    compile_seconds: float
+    data: tuple[str, ...]
+
+    def rows(self) -> dict[str, str]:
+        """Returns what to print, name to value."""
+        return {
+            "parameters": f"{self.parameters:,}",
+            "arithmetic of a step": f"{self.flops / 1e12:.3g} TFLOP",
+            "memory of parameters, gradient, optimiser": _gigabytes(self.state_bytes),
+            "memory of activations (estimate)": _gigabytes(self.activation_bytes),
+            "compiled at": " x ".join(map(str, self.small)),
+            "seconds to compile": f"{self.compile_seconds:.1f}",
+            **{f"data {i + 1}": text for i, text in enumerate(self.data)},
+        }
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"
+
+
+def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
+    """Builds the last stage of an experiment and compiles one step on a small grid.
+
+    The data need not be there: what their manifests would give is made up. What
+    training asks of settings and manifests before it starts is asked of every stage.
+
+    Args:
+      experiment: what to try.
+      small: longest axis of the small grid.
+
+    Raises:
+      UserError: settings, devices or data do not fit together.
+    """
+    # What is quickly found comes before what takes minutes.
+    data = tuple(_quick_checks(experiment))
+    last = _with_likely_tasks(experiment_lib.stages(experiment)[-1][1])
+    shape = last.loading.shape
+    factor = min(1.0, small / max(shape))
+    # What every network takes.
+    grid = tuple(max(16, 8 * math.ceil(n * factor / 8)) for n in shape)
+    grid = (grid[0], grid[1], grid[2])
+    began = time.perf_counter()
+    compiled = _lowered(last, grid, 1).compile()
+    seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    batch = last.train.batch
+    model = kinds.build(last.model)
+    variables = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    scale = np.prod(shape) / np.prod(grid) * batch / last.train.accumulate
+    temporary = 0 if memory is None else memory.temp_size_in_bytes
+    gradient = 4 * parameters
+    # The native form, since XLA counts the body of a loop over slabs only once.
+    native = dataclasses.replace(
+        last, model=dataclasses.replace(last.model, form="native")
+    )
+    cost = _lowered(native, shape, 1).cost_analysis() or {}
+    start = jax.eval_shape(lambda: _abstract_state(last, variables))
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(start))
+    return DryRun(
+        parameters=parameters,
+        flops=float(cost.get("flops", 0.0)) * batch,
+        state_bytes=held + gradient,
+        activation_bytes=max(temporary - gradient, 0) * float(scale),
+        small=grid,
+        compile_seconds=seconds,
+        data=data,
+    )
+
+
+def _with_likely_tasks(experiment: Experiment) -> Experiment:
+    """Returns the experiment with a prompt for each task that its settings name."""
+    data = experiment.data
+    names = [task.dataset for task in data.tasks] or list(data.synthetic)
+    left = [name for name in names if name not in data.exclude]
+    return with_tasks(experiment, left or _SOME_TASKS)
+
+
+def _abstract_state(experiment: Experiment, variables: Any) -> dict[str, Any]:
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), variables)
+    rule = optimizer.make_optimizer(experiment.optimizer, 1)
+    made = state.start(zeros, rule, jax.random.key(0), ema=experiment.train.ema > 0)
+    return state.to_tree(made)
+
+
+def _lowered(experiment: Experiment, grid, count: int):
+    """Returns the step of `count` pairs on a grid, traced on shapes alone."""
+    supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
+    names = ("moving", "fixed")
+    image = jax.ShapeDtypeStruct((count, *grid, 1), jnp.float32)
+    batch: dict[str, Any] = dict.fromkeys(names, image)
+    number = jax.ShapeDtypeStruct((count,), jnp.int32)
+    batch |= {"task": number, "index": number}
+    if any(task.randomise != "B" for task in experiment.data.tasks):
+        batch |= {f"{name}_target": image for name in names}
+    for suffix, needed in (
+        ("labels", supervised),
+        ("mask", any(o.loss_masking for o in objectives_of(experiment))),
+    ):
+        if needed:
+            whole = jax.ShapeDtypeStruct(image.shape, jnp.int32)
+            batch |= {f"{name}_{suffix}": whole for name in names}
+    sources = Sources(
+        train=synthetic.SyntheticPairs([synthetic.SyntheticConfig()]),
+        validation=None,
+        validation_count=0,
+        objectives=(0,) * max(len(experiment.data.tasks), 1),
+        classes=experiment.data.classes or (1, 2),
+    )
+    model = kinds.build(experiment.model)
+    rule = optimizer.make_optimizer(experiment.optimizer, 1)
+    one = Layout("single")
+    train_step = step.make_train_step(
+        model,
+        loss_of(experiment),
+        rule,
+        make_prepare(experiment, sources, one),
+        step.StepConfig(ema=experiment.train.ema),
+    )
+    variables = jax.eval_shape(lambda key: model.init(key, grid), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda v: state.start(v, rule, jax.random.key(0), ema=experiment.train.ema > 0),
+        variables,
+    )
+    return jax.jit(train_step, donate_argnums=0).lower(shapes, batch)
+
+
+def _check_cache(folder: pathlib.Path) -> None:
+    """Checks that the folder is there or that training can make it; makes nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    files.check_writable(there / "entry", "loading.cache_dir")
+
+
+def _quick_checks(experiment: Experiment) -> list[str]:
+    """Checks each stage as training does before it starts, as far as its data exist.
+
+    Returns:
+      A sentence about each manifest.
+    """
+    said: list[str] = []
+    for stage, changed in experiment_lib.stages(experiment):
+        kinds.build(changed.model)
+        per_epoch, *_ = shared_out(changed)
+        optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
+        said.extend(_data_sentences(changed))
+        data = changed.data
+        there = all(pathlib.Path(path).exists() for path in data.manifests)
+        if data.synthetic or (data.manifests and there):
+            metric_of(changed, make_sources(changed))
+    # Most stages share their data.
+    return list(dict.fromkeys(said))
+
+
+def _data_sentences(experiment: Experiment) -> Iterator[str]:
+    if experiment.data.synthetic:
+        yield f"synthetic: {', '.join(experiment.data.synthetic)}"
+    for path in experiment.data.manifests:
+        if not pathlib.Path(path).exists():
+            yield f"{path} is not there yet; training will need it"
+            continue
+        found = manifest.read_manifest(path, holdout=experiment.data.holdout)
+        counts = [f"{len(found.of_split(s))} {s}" for s in ("train", "val", "test")]
+        yield f"{path}: {', '.join(counts)}"
+    cache = experiment.loading.cache_dir
+    if cache is not None:
+        _check_cache(pathlib.Path(cache).absolute())

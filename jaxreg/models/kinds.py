@@ -1,0 +1,99 @@
+"""The kinds of network by name: from a configuration to the network, and back."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.errors import UserError
+from jaxreg.models.base import Registration
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.models.promptreg import PromptReg, PromptRegConfig, resize_bank, take_rows
+from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig
+from jaxreg.space.grid import Shape
+from jaxreg.typing import Variables
+
+Config = GradIconConfig | RdpConfig | PromptRegConfig
+
+_KINDS: Mapping[str, tuple[Any, Any]] = MappingProxyType(
+    {
+        "gradicon": (GradIconConfig, GradIcon),
+        "rdp": (RdpConfig, Rdp),
+        "promptreg": (PromptRegConfig, PromptReg),
+    }
+)
+NAMES = tuple(_KINDS)
+
+
+def name_of(config: Config) -> str:
+    """Returns the kind's name, as weights carry it."""
+    return next(n for n, (known, _) in _KINDS.items() if type(config) is known)
+
+
+def build(config: Config) -> Registration:
+    """Returns the network of a configuration."""
+    return _KINDS[name_of(config)][1](config)
+
+
+def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
+    """Returns a configuration from its fields, lists in place of tuples welcome.
+
+    Args:
+      kind: one of `NAMES`.
+      fields: by name; the others have their defaults.
+
+    Raises:
+      UserError: a field is unknown, or its value is refused.
+    """
+    known = _KINDS[kind][0]
+    names = [field.name for field in dataclasses.fields(known)]
+    unknown = [name for name in fields if name not in names]
+    if unknown:
+        raise UserError(
+            f"the network's config has the fields {', '.join(unknown)}, which this "
+            f"jaxreg does not know (it knows {', '.join(names)}); install a newer one"
+        )
+    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return known(**frozen)
+
+
+def fitted(
+    config: Config,
+    variables: Variables,
+    shape: Shape,
+    fresh: Variables,
+    rows: Mapping[int, int],
+) -> Variables:
+    """Returns weights from elsewhere as a network takes them.
+
+    A bank of prompts is resized to the network grid, and its rows follow their tasks;
+    weights of every other kind stay as they are.
+
+    Args:
+      config: of the network that takes them.
+      variables: its own, or of another kind.
+      shape: the network grid, D H W.
+      fresh: variables of the network, for prompts that are new.
+      rows: of the network's bank to those of `variables`; the rest is new.
+    """
+    bottleneck = variables["params"].get("bottleneck", {})
+    if not isinstance(config, PromptRegConfig) or "generator" not in bottleneck:
+        return variables
+    d, h, w = (n // DIVISOR for n in shape)
+    return take_rows(fresh, resize_bank(variables, (d, h, w)), rows)
+
+
+def prompt_mask(params: Any, *, rows: Sequence[int]) -> Any:
+    """Returns 1 for some static prompts of a bank and 0 for all other parameters."""
+
+    def mask(path, leaf):
+        names = [getattr(part, "key", None) for part in path]
+        if names != ["bottleneck", "generator", "bank"]:
+            return jnp.zeros((1,) * leaf.ndim, leaf.dtype)
+        chosen = jnp.isin(jnp.arange(len(leaf)), jnp.asarray(rows))
+        return chosen.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree_util.tree_map_with_path(mask, params)

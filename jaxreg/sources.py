@@ -1,0 +1,309 @@
+"""An experiment's data: manifests or synthetic anatomies to pairs on the device."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.data import augment, manifest, pairs, pipeline, synthetic
+from jaxreg.data.manifest import Manifest, Record
+from jaxreg.errors import UserError
+from jaxreg.experiment import Experiment
+from jaxreg.losses.objective import Objective, TaskObjective
+from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.training import parallel, step
+from jaxreg.training.parallel import Layout
+from jaxreg.typing import Pair
+
+Source = pipeline.PairSource | pipeline.ReadyPairs
+T = TypeVar("T")
+_VALIDATION_SEED = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+    """The pairs of an experiment.
+
+    Attributes:
+      train: endless.
+      validation: a few, or None.
+      validation_count: how many.
+      objectives: which objective scores each task, as an index into `objectives_of`.
+      classes: label values of the Dice term.
+      tasks: names of the tasks, as `Pair.task` counts them.
+    """
+
+    train: Source
+    validation: Source | None
+    validation_count: int
+    objectives: tuple[int, ...]
+    classes: tuple[int, ...]
+    tasks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedPlans:
+    """A list of pairs in place of a sampler.
+
+    Attributes:
+      tasks: what `PairPlan.task` counts.
+      plans: pair i is the i-th.
+    """
+
+    tasks: tuple[pairs.Task, ...]
+    plans: tuple[pairs.PairPlan, ...]
+
+    def __getitem__(self, index: int, /) -> pairs.PairPlan:
+        """Returns pair `index`."""
+        return self.plans[index]
+
+
+def objectives_of(experiment: Experiment) -> tuple[Objective, ...]:
+    """Returns the default objective and the named ones, in order."""
+    return (experiment.objective, *(o for _, o in experiment.objectives))
+
+
+def loss_of(experiment: Experiment) -> Objective | TaskObjective:
+    """Returns what is minimised: one objective, or each task's own."""
+    if experiment.objectives:
+        return TaskObjective(objectives_of(experiment))
+    return experiment.objective
+
+
+def read_manifests(experiment: Experiment) -> Manifest:
+    """Returns all manifests of an experiment as one, with a validation split.
+
+    Raises:
+      UserError: one cannot be read, or two hold a dataset of the same name.
+    """
+    found: list[Manifest] = []
+    for path in experiment.data.manifests:
+        found.append(manifest.read_manifest(path, holdout=experiment.data.holdout))
+    records: list[Record] = []
+    labels: dict[str, Mapping[int, str]] = {}
+    for one in found:
+        names = {record.dataset for record in one.records}
+        twice = sorted(names & {record.dataset for record in records})
+        if twice:
+            raise UserError(
+                f"{one.source} has a dataset {twice[0]}, and so has another manifest; "
+                "give one of them another name in its dataset column"
+            )
+        records.extend(one.records)
+        labels |= one.labels
+    source = ", ".join(one.source for one in found)
+    return Manifest(records=tuple(records), source=source, labels=labels)
+
+
+def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
+    """Returns the pairs to train and to validate on.
+
+    Args:
+      experiment: as it is during the stage.
+      number: of the stage, from 0; each draws training pairs of its own.
+
+    Raises:
+      UserError: there are no data, or they do not fit the tasks and objectives.
+    """
+    if experiment.data.synthetic:
+        return _synthetic_sources(experiment, number)
+    if not experiment.data.manifests:
+        raise UserError(
+            "the experiment names no data; give --data.manifests PATH (a manifest or a "
+            "folder of scans) or --data.synthetic inter_mono"
+        )
+    data = experiment.data
+    whole = read_manifests(experiment)
+    tasks = _left(
+        data.tasks
+        or tuple(
+            pairs.Task(name) for name in sorted({r.dataset for r in whole.records})
+        ),
+        data.exclude,
+        lambda task: task.dataset,
+    )
+    names = ["default", *(name for name, _ in experiment.objectives)]
+    train = whole.of_split("train")
+    sampler = pairs.sampler(
+        train,
+        tasks,
+        pairs_per_epoch=data.pairs_per_epoch,
+        schedule=data.schedule,
+        seed=_pairs_seed(experiment.train.seed, number),
+    )
+    plans, held_out = _validation_plans(whole, tasks, experiment)
+    classes = data.classes or tuple(
+        sorted({value for named in whole.labels.values() for value in named} - {0})
+    )
+    _check_annotations(experiment, train, tasks, classes)
+    validation = FixedPlans(tasks, plans)
+    return Sources(
+        train=pipeline.PairSource(train, sampler, whole.labels),
+        validation=(
+            pipeline.PairSource(held_out, validation, whole.labels) if plans else None
+        ),
+        validation_count=len(plans),
+        objectives=tuple(names.index(task.objective) for task in tasks),
+        classes=classes,
+        tasks=tuple(task.dataset for task in tasks),
+    )
+
+
+def _left(items: Sequence[T], exclude: Sequence[str], name: Callable[[T], str]):
+    """Returns the items without the excluded ones.
+
+    Raises:
+      UserError: an excluded name is not there, or nothing is left.
+    """
+    names = [name(item) for item in items]
+    unknown = [word for word in exclude if word not in names]
+    left = tuple(item for item in items if name(item) not in exclude)
+    if unknown or not left:
+        what = f"{unknown[0]} is not among" if unknown else "leaves nothing of"
+        raise UserError(
+            f"data.exclude {what} the datasets {', '.join(dict.fromkeys(names))}; "
+            "name one or more of them, not all"
+        )
+    return left
+
+
+def _pairs_seed(seed: int, number: int) -> int:
+    """Returns the seed of a stage's training pairs.
+
+    A sum would give the second stage of one run the pairs of another's first.
+    """
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+
+
+def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
+    data = experiment.data
+    configs = [
+        dataclasses.replace(
+            synthetic.TASKS[name],
+            shape=experiment.loading.shape,
+            labels=data.synthetic_labels,
+        )
+        for name in _left(data.synthetic, data.exclude, str)
+    ]
+    train, validation = (
+        synthetic.SyntheticPairs(configs, seed, data.pairs_per_epoch)
+        for seed in (
+            _pairs_seed(experiment.train.seed, number),
+            experiment.train.seed + _VALIDATION_SEED,
+        )
+    )
+    return Sources(
+        train=train,
+        validation=validation if data.validation_pairs else None,
+        validation_count=data.validation_pairs,
+        objectives=(0,) * len(configs),
+        classes=data.classes or tuple(range(1, data.synthetic_labels + 1)),
+        tasks=tuple(config.name for config in configs),
+    )
+
+
+def _validation_plans(
+    whole: Manifest, tasks: Sequence[pairs.Task], experiment: Experiment
+) -> tuple[tuple[pairs.PairPlan, ...], tuple[Record, ...]]:
+    """Returns at most as many pairs as asked for, spread over the split.
+
+    Of several tasks of one dataset, the first has its pairs.
+    """
+    pairing_of = {task.dataset: task.pairing for task in reversed(tasks)}
+    held_out = tuple(
+        dataclasses.replace(
+            record, pairing=pairing_of.get(record.dataset) or record.pairing
+        )
+        for record in whole.of_split("val")
+    )
+    number = {record: i for i, record in enumerate(held_out)}
+    task_of = {task.dataset: i for i, task in reversed(list(enumerate(tasks)))}
+    found = [
+        pairs.PairPlan(
+            task_of[fixed.dataset],
+            moving=pairs.View(number[moving]),
+            fixed=pairs.View(number[fixed]),
+        )
+        for fixed, moving in manifest.neighbour_pairs(
+            held_out,
+            experiment.data.neighbours,
+            across_modalities=True,  # as the sampler draws them
+        )
+        if fixed.dataset in task_of
+    ]
+    count = min(len(found), experiment.data.validation_pairs)
+    chosen = np.linspace(0, len(found), count, endpoint=False).astype(int)
+    return tuple(found[i] for i in chosen), held_out
+
+
+def _check_annotations(
+    experiment: Experiment,
+    train: Sequence[Record],
+    tasks: Sequence[pairs.Task],
+    classes: tuple[int, ...],
+) -> None:
+    named = {"default": experiment.objective, **dict(experiment.objectives)}
+    for task in tasks:
+        objective = named[task.objective]
+        members = [record for record in train if record.dataset == task.dataset]
+        for needed, what, weight in (
+            ("label", "a Dice term", objective.dice_weight > 0),
+            ("mask", "loss masking", objective.loss_masking),
+        ):
+            if weight and not any(getattr(record, needed) for record in members):
+                raise UserError(
+                    f"dataset {task.dataset} has no {needed} in its manifest, but its "
+                    f"objective has {what}; add the column {needed} or switch it off"
+                )
+        if objective.dice_weight > 0 and not classes:
+            raise UserError(
+                f"dataset {task.dataset} is to be trained with labels, but the "
+                "manifest does not list them; give --data.classes 1,2,3"
+            )
+    datasets = {task.dataset for task in tasks}
+    if experiment.loading.mask_inputs and not any(
+        record.mask for record in train if record.dataset in datasets
+    ):
+        raise UserError(
+            "loading.mask_inputs is true, but no training image has a mask; add the "
+            "column mask to a manifest or give --loading.mask_inputs false"
+        )
+
+
+def loading_of(experiment: Experiment, *, validation: bool) -> pipeline.Loading:
+    """Returns how scans are read, with the annotations that are needed."""
+    several = objectives_of(experiment)
+    return dataclasses.replace(
+        experiment.loading,
+        use_labels=validation or any(o.dice_weight > 0 for o in several),
+        use_masks=any(o.loss_masking for o in several),
+    )
+
+
+def make_prepare(
+    experiment: Experiment, sources: Sources, layout: Layout
+) -> Callable[[step.Batch, Any], Pair]:
+    """Returns the device side of the data, for `step.make_train_step`."""
+    several = objectives_of(experiment)
+    supervised = any(o.dice_weight > 0 for o in several)
+    classes = sources.classes if supervised else ()
+    lookup = np.asarray(sources.objectives, np.int32)
+
+    def prepare(batch, key):
+        pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
+        if len(several) > 1:
+            number = jnp.asarray(lookup)[pair.task]
+            pair = dataclasses.replace(pair, objective=number)
+        return parallel.constrain(pair, layout)
+
+    return prepare
+
+
+def with_tasks(experiment: Experiment, tasks: Sequence[str]) -> Experiment:
+    """Returns the experiment with a bank of one prompt per task, if it has a bank."""
+    if not isinstance(experiment.model, PromptRegConfig):
+        return experiment
+    model = dataclasses.replace(experiment.model, tasks=len(tasks))
+    return dataclasses.replace(experiment, model=model)
