@@ -1,8 +1,9 @@
 """PromptReg on the hippocampus set (Task04), at the size of hippocampus_gradicon.
 
-Method: PromptReg, MICCAI 2025; a pyramid of 8 channels on 32 x 48 x 32 voxels, which
-two CPU cores can train. Similarity, inverse consistency, augmentation and data as in
-configs/hippocampus_gradicon.py, so that the networks alone differ.
+Method: Xie et al., PromptReg, MICCAI 2025, section 2; a pyramid of 8 channels on grids
+of 32 x 48 x 32 voxels, which two CPU cores can train. Similarity, inverse consistency,
+augmentation and data as in configs/hippocampus_gradicon.py, so that the networks alone
+differ.
 
     python train.py --config configs/hippocampus_promptreg.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus_promptreg
@@ -22,7 +23,7 @@ def get_config() -> Experiment:
     return dataclasses.replace(
         whole,
         name="hippocampus_promptreg",
-        paper="PromptReg, MICCAI 2025",
+        paper="Xie et al., PromptReg, MICCAI 2025, section 2",
         model=PromptRegConfig(
             channels=8,
             temperature=0.1,

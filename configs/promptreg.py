@@ -1,9 +1,9 @@
 """PromptReg: one network for several domains, with a bank of prompts.
 
-Method: PromptReg, MICCAI 2025, section 3: Adam with AMSGrad, 1e-4 falling with power
-0.9, 300 epochs of 100 pairs per dataset, batch 1, 160 x 160 x 160, MIND-SSC, smoothness
-0.1, orthogonality and task similarity 0.001 each, moving onto fixed alone. Intensities
-as in the paper: CT from -1000 to 1000 HU, others to the 0.99 quantile.
+Method: Xie et al., PromptReg, MICCAI 2025, section 3: Adam with AMSGrad, 1e-4 falling
+with power 0.9, 300 epochs of 100 pairs per dataset, batch 1, 160 x 160 x 160, MIND-SSC,
+smoothness 0.1, orthogonality and task similarity 0.001 each, moving onto fixed alone.
+Intensities as in the paper: CT from -1000 to 1000 HU, others to the 0.99 quantile.
 
 The prompt has the paper's spatial form, which reaches the decoder; the released code's
 pooled one is almost without effect (--model.readout pooled_attention
@@ -35,7 +35,7 @@ def get_config() -> Experiment:
     """Returns the experiment."""
     return Experiment(
         name="promptreg",
-        paper="PromptReg, MICCAI 2025, section 3",
+        paper="Xie et al., PromptReg, MICCAI 2025, section 3",
         model=PromptRegConfig(
             temperature=0.1,
             readout="spatial",

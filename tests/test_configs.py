@@ -1,5 +1,7 @@
 """The recipes: each names its paper, has its numbers, and dry-runs."""
 
+import dataclasses
+import functools
 import pathlib
 import re
 import types
@@ -8,8 +10,11 @@ import jax
 import pytest
 
 from jaxreg import cli, dryrun, experiment
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
+from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIcon
+from jaxreg.models.rdp import RdpConfig
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -136,6 +141,37 @@ def test_multigradicon_is_trained_further_with_regions_alike():
     assert further.optimizer.schedule == "constant"
 
 
+def test_promptreg_has_the_papers_numbers():
+    chosen = load("promptreg")
+    assert chosen.loading.shape == (160, 160, 160)
+    assert chosen.loading.placement == preprocess.Placement("aligned", "ijk")
+    assert chosen.loading.ct_window == (-1000.0, 1000.0)
+    assert chosen.loading.quantile_range is None  # the minimum to the 0.99 quantile
+    objective = chosen.objective
+    assert (objective.similarity, objective.directions) == ("mind", "forward")
+    assert objective.similarity_options == () and chosen.augment is None
+    weights = ("inverse_consistency_weight", "smoothness_weight",
+               "orthogonality_weight", "task_weight")  # fmt: skip
+    assert [getattr(objective, name) for name in weights] == [0, 0.1, 0.001, 0.001]
+    rule = chosen.optimizer
+    assert (rule.name, rule.learning_rate) == ("amsgrad", 1e-4)
+    assert (rule.schedule, rule.power, rule.final) == ("polynomial", 0.9, 0.0)
+    assert chosen.train.batch == 1 and chosen.stages[0].epochs == 300
+    assert chosen.data.pairs_per_epoch == 100 * 5
+    assert chosen.model.channels == 16 and chosen.model.temperature == 0.1
+
+
+def test_rdp_is_promptreg_without_prompts():
+    whole, without = load("promptreg"), load("rdp")
+    objective = without.objective
+    assert objective.orthogonality_weight == objective.task_weight == 0
+    same = dataclasses.replace(
+        without, name=whole.name, model=whole.model, objective=whole.objective
+    )
+    assert same == whole
+    assert isinstance(without.model, RdpConfig)
+
+
 def test_finetuning_has_the_original_tools_defaults():
     chosen = load("finetune")
     assert [stage.epochs for stage in chosen.stages] == [100]
@@ -228,8 +264,20 @@ def number(text):
 @pytest.mark.parametrize("name", ["demo", "hippocampus_gradicon"])
 def test_a_small_recipe_dry_runs(name, capsys):
     rows = dry_run(name, capsys)
-    expected = load(name)
-    variables = jax.eval_shape(GradIcon(expected.model).init, jax.random.key(0))
+    check_small(rows, load(name))
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("name", ["promptreg", "rdp", "hippocampus_promptreg"])
+def test_a_pyramid_dry_runs(name, capsys, monkeypatch):
+    # XLA's part takes minutes; training compiles it in test_trainer.py.
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Uncompiled())
+    check_small(dry_run(name, capsys), load(name))
+
+
+def check_small(rows, expected):
+    build = functools.partial(kinds.build(expected.model).init, jax.random.key(0))
+    variables = jax.eval_shape(lambda: build(expected.loading.shape))
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert number(rows["parameters"]) == count
     assert number(rows["arithmetic of a step"]) > 0

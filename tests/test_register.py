@@ -3,14 +3,17 @@
 import dataclasses
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxreg import register, zoo
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints
 from jaxreg.models.base import Prediction
+from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -333,3 +336,90 @@ def test_displacement_finds_a_shift():
     assert result.similarity_after < 0.5 * result.similarity_before
     assert seen
     assert seen[-1][0] == seen[-1][1]
+
+
+# --- other networks' views ------------------------------------------------------------
+
+
+def test_weights_that_see_nifti_order_and_aligned_corners():
+    """A shift by s along the network's first axis is along NIfTI's first, i."""
+    scan = blobs(make_grid())
+    stated = preprocess.Placement("aligned", "ijk").to_dict()
+    model = loaded(Shifting((0.1, 0.0, 0.0)), **stated)
+    result = register.register(scan, scan, model, OPTIONS)
+    np.testing.assert_allclose(  # the corners of both grids coincide
+        result.fixed_grid.affine_mm[:3, 3], scan.grid.affine_mm[:3, 3], atol=1e-9
+    )
+    moved = transform_lib.displacement_mm(result.transform, scan.grid)
+    # i is the last axis of our arrays; 0.1 of the way from its first to last centre.
+    step = scan.grid.affine_mm[:3, 2]
+    expected = 0.1 * (SHAPE[2] - 1) * step
+    assert result.fixed_image.shape == NETWORK_GRID
+    inner = moved[5:-5, 5:-5, 5:-5]
+    sign = np.sign(inner[0, 0, 0] @ expected)
+    np.testing.assert_allclose(inner - sign * expected, 0.0, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def prompted():
+    """A small network with a bank, as trained on two named tasks."""
+    config = PromptRegConfig(channels=2, tasks=2, temperature=0.1)
+    model = PromptReg(config)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda a: np.asarray(a) + 0.1 * rng.normal(size=a.shape).astype("f4"),
+        dict(model.init(jax.random.key(0), (16, 16, 16))),
+    )
+    bundle = checkpoints.Bundle(
+        variables, "promptreg", {}, {"tasks": ["brain", "hip"]}, "a test", "none"
+    )
+    return zoo.LoadedModel("small", model, variables, bundle)
+
+
+WITH_PROMPTS = dataclasses.replace(OPTIONS, shape=(16, 24, 16), inverse=False)
+
+
+def test_closest_domains_are_shares_of_the_bank(prompted):
+    scans = blobs(make_grid()), blobs(make_grid(), (1.0, 0.0, 0.0))
+    result = register.register(*scans, prompted, WITH_PROMPTS)
+    assert set(result.domains) == {"brain", "hip"}
+    assert sum(result.domains.values()) == pytest.approx(1.0, abs=1e-5)
+    nearest = max(result.domains, key=result.domains.__getitem__)
+    text = register.summary(result)["closest domains"]
+    assert text.startswith(f"{nearest} {100 * result.domains[nearest]:.0f} %")
+
+
+def test_named_tasks_are_the_only_prompts(prompted):
+    scan = blobs(make_grid())
+    only = dataclasses.replace(WITH_PROMPTS, task="hip")
+    result = register.register(scan, scan, prompted, only)
+    assert result.domains == {"hip": pytest.approx(1.0)}
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("liver", r"liver, which is not .*\(brain, hip\)"),
+        ("0", "0, which is not"),
+    ],
+)
+def test_unknown_tasks_are_refused(prompted, task, said):
+    scan = blobs(make_grid())
+    with pytest.raises(UserError, match=said):
+        register.register(
+            scan, scan, prompted, dataclasses.replace(WITH_PROMPTS, task=task)
+        )
+
+
+def test_tasks_are_for_banks():
+    scan = blobs(make_grid())
+    options = dataclasses.replace(OPTIONS, task="hip")
+    with pytest.raises(UserError, match="known has no prompt bank"):
+        register.register(scan, scan, loaded(Shifting()), options)
+
+
+def test_a_grid_that_does_not_halve_three_times_is_refused(prompted):
+    scan = blobs(make_grid())
+    options = dataclasses.replace(WITH_PROMPTS, shape=(16, 20, 16))
+    with pytest.raises(UserError, match="multiple of 8"):
+        register.register(scan, scan, prompted, options)

@@ -1,8 +1,8 @@
 """PromptReg: RDP with a prompt bank at its bottleneck.
 
 References:
-  PromptReg: Universal medical image registration via task prompt learning and domain
-  knowledge transfer, MICCAI 2025; its released code decides the defaults.
+  Xie et al., PromptReg: Universal medical image registration via task prompt learning
+  and domain knowledge transfer, MICCAI 2025; its released code decides the defaults.
 """
 
 import dataclasses

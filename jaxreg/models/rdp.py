@@ -10,7 +10,7 @@ in RDP as published.
 
 References:
   Wang et al., Recursive deformable pyramid network for unsupervised medical image
-  registration, IEEE TMI 2024; PromptReg, MICCAI 2025, section 2.
+  registration, IEEE TMI 2024; Xie et al., PromptReg, MICCAI 2025, section 2.
 """
 
 import dataclasses

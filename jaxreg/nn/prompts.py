@@ -5,8 +5,9 @@ the bank; their softmax-weighted sum, joined with the dynamic prompt, is the pro
 the decoder sees. No task needs to be named, and an unknown one finds its relatives.
 
 References:
-  PromptReg: Universal medical image registration via task prompt learning and domain
-  knowledge transfer, MICCAI 2025, section 2.2, and its released code, which differs.
+  Xie et al., PromptReg: Universal medical image registration via task prompt learning
+  and domain knowledge transfer, MICCAI 2025, section 2.2, and its released code, which
+  differs.
 """
 
 import dataclasses

@@ -87,7 +87,7 @@ def predict(
         variables,
         moving,
         fixed,
-        task=None if pair.task is None else jnp.tile(pair.task, calls),
+        **({} if pair.task is None else {"task": jnp.tile(pair.task, calls)}),
         train=train,
         batching=Batching(calls=calls, replicas=replicas, axis=axis, span=span),
     )

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from jaxreg.data import preprocess
 from jaxreg.data.preprocess import Preprocessing
@@ -285,3 +286,58 @@ def test_pair_checks_its_masks(options, expected):
         preprocess.network_pair(
             scan, scan, (5, 5, 5), moving_rule=MRI, fixed_rule=MRI, **options
         )
+
+
+# --- where the network's voxels lie ---------------------------------------------------
+
+
+def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
+    rng = np.random.default_rng(5)
+    array = rng.uniform(size=(5, 7, 6)).astype("f4")
+    shape = (9, 4, 6)
+    found = preprocess.Placement("aligned").image(array, shape)
+    at = [np.linspace(0, n - 1, m) for n, m in zip(array.shape, shape, strict=True)]
+    at = np.stack(np.meshgrid(*at, indexing="ij"))
+    expected = ndimage.map_coordinates(array.astype(np.float64), at, order=1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_aligned_labels_are_the_nearest_voxels():
+    labels = np.arange(4 * 5 * 3).reshape(4, 5, 3)
+    shape = (7, 5, 2)
+    found = preprocess.Placement("aligned").labels(labels, shape)
+    at = [np.linspace(0, n - 1, m) for n, m in zip(labels.shape, shape, strict=True)]
+    index = [np.floor(a + 0.5).astype(int) for a in at]
+    np.testing.assert_array_equal(found, labels[np.ix_(*index)])
+
+
+@pytest.mark.parametrize("resize", ["half_pixel", "aligned"])
+@pytest.mark.parametrize("axes", ["kji", "ijk"])
+def test_network_voxels_lie_where_they_were_read(resize, axes):
+    # An image whose intensity is a world coordinate keeps it on every grid.
+    affine = np.eye(4)
+    affine[:3, :3] = [[0, 0.2, 2.0], [0.1, 1.5, 0], [1.2, 0, 0.3]]
+    affine[:3, 3] = (-5.0, 4.0, 10.0)
+    grid = Grid((9, 11, 8), affine)
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
+    world = index @ affine[:3, :3].T + affine[:3, 3]
+    placement = preprocess.Placement(resize, axes)
+    volume = placement.turned(Volume(world[..., 0].astype("f4"), grid))
+    shape = (6, 5, 7)
+    found = placement.image(volume.array, shape)
+    network = placement.grid(volume.grid, shape)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
+    expected = (index @ network.affine_mm[:3, :3].T + network.affine_mm[:3, 3])[..., 0]
+    inside = (slice(1, -1),) * 3  # beyond the outermost centres, half-pixel clamps
+    np.testing.assert_allclose(found[inside], expected[inside], atol=1e-4)
+    if resize == "aligned":
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert volume.array.shape == (grid.shape[::-1] if axes == "ijk" else grid.shape)
+
+
+@pytest.mark.parametrize("resize", ["half_pixel", "aligned"])
+@pytest.mark.parametrize("axes", ["kji", "ijk"])
+def test_placement_survives_in_words(resize, axes):
+    placement = preprocess.Placement(resize, axes)
+    assert preprocess.Placement.of_weights(placement.to_dict()) == placement
+    assert preprocess.Placement.of_weights({}) == preprocess.AS_GRADICON

@@ -448,3 +448,64 @@ def test_missing_parts_of_the_pair_are_named(objective, message):
     case = random_case(6)
     with pytest.raises(UserError, match=message):
         objective(*transforms(case), pair_of(case), case["noise"])
+
+
+# --- one direction, smoothness, a prompt bank's terms ---------------------------------
+
+
+def test_forward_alone_is_the_first_half_and_needs_no_backward():
+    case = random_case(20)
+    forward, backward = transforms(case)
+    pair = pair_of(case)
+    one = Objective(
+        similarity="mse", inverse_consistency_weight=0.0, directions="forward"
+    )
+    loss, parts = evaluate(one, forward, None, pair, case["noise"])
+    warped = fields.warp(pair.moving, forward.on_grid(SHAPE), outside="zeros")
+    np.testing.assert_allclose(loss, similarity.mse(warped, pair.fixed), rtol=1e-5)
+    turned = Pair(pair.fixed, pair.moving)
+    other = evaluate(one, backward, None, turned, case["noise"])[0]
+    both = dataclasses.replace(one, directions="both")
+    whole = evaluate(both, forward, backward, pair, case["noise"])[0]
+    np.testing.assert_allclose(whole, loss + other, rtol=1e-5)
+    assert parts["inverse_consistency"] == 0
+
+
+def test_smoothness_is_the_mean_squared_difference_in_voxels():
+    case = random_case(21)
+    forward, backward = transforms(case)
+    noise = case["noise"]
+    plain = Objective(similarity="mse", inverse_consistency_weight=0.0)
+    smooth_one = dataclasses.replace(plain, smoothness_weight=0.25)
+    before = evaluate(plain, forward, backward, pair_of(case), noise)[0]
+    loss, parts = evaluate(smooth_one, forward, backward, pair_of(case), noise)
+    expected = 0.0
+    for way in ("AB", "BA"):
+        voxels = case[f"disp_{way}"].astype(np.float64) * (np.array(SHAPE) - 1)
+        squares = [np.mean(np.diff(voxels, axis=axis) ** 2) for axis in (1, 2, 3)]
+        expected += np.mean(squares)
+    np.testing.assert_allclose(parts["smoothness"], expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, before + 0.25 * expected, rtol=1e-5)
+
+
+def test_a_models_own_terms_enter_with_their_weights():
+    case = random_case(22, batch=2)
+    objective = Objective(similarity="mse", orthogonality_weight=0.5, task_weight=2.0)
+    aux = {
+        "orthogonality": jnp.array([0.4, 0.4]),
+        "task_similarity": jnp.array([1.0, 3.0]),
+        "task_weights": jnp.ones((2, 3)) / 3,
+    }
+    arguments = (*transforms(case), pair_of(case), case["noise"])
+    plain = evaluate(Objective(similarity="mse"), *arguments)[0]
+    loss, parts = objective(*arguments, aux=aux)
+    np.testing.assert_allclose(parts["orthogonality"], 0.4, rtol=1e-6)
+    np.testing.assert_allclose(parts["task_similarity"], 2.0, rtol=1e-6)
+    np.testing.assert_allclose(loss, plain + 0.5 * 0.4 + 2.0 * 2.0, rtol=1e-5)
+    with pytest.raises(UserError, match="weight for orthogonality"):
+        objective(*arguments)
+
+
+def test_inverse_consistency_in_one_direction_is_refused():
+    with pytest.raises(UserError, match="inverse consistency needs both"):
+        Objective(directions="forward")

@@ -7,7 +7,12 @@ import optax
 import pytest
 
 from jaxreg.errors import UserError
-from jaxreg.training.optimizer import OptimizerConfig, make_optimizer, make_schedule
+from jaxreg.training.optimizer import (
+    OptimizerConfig,
+    make_optimizer,
+    make_schedule,
+    only,
+)
 
 START = np.array([1.0, -2.0, 0.5, 3.0], np.float32)
 # Large gradients first, so that AMSGrad's maximum differs from the moment.
@@ -147,3 +152,19 @@ def test_warm_up_grows_linearly_and_the_rest_decays_to_the_end():
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(UserError, match=rf"optimizer\.{next(iter(wrong))}"):
         OptimizerConfig(**wrong)
+
+
+def test_only_some_parameters_change_and_the_others_keep_every_bit():
+    # A decay would move parameters whose gradient is zero.
+    config = OptimizerConfig("adam", learning_rate=0.1, weight_decay=0.5)
+    params = {"bank": jnp.ones((3, 2)), "kernel": jnp.full((2, 2), 1.3)}
+    mask = {"bank": jnp.array([[0.0], [1.0], [0.0]]), "kernel": jnp.zeros((1, 1))}
+    rule = only(make_optimizer(config, 5), lambda _: mask)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    state, moved = rule.init(params), params
+    for _ in range(3):
+        updates, state = rule.update(gradient, state, moved)
+        moved = optax.apply_updates(moved, updates)
+    np.testing.assert_array_equal(moved["kernel"], params["kernel"])
+    np.testing.assert_array_equal(moved["bank"][::2], params["bank"][::2])
+    assert (moved["bank"][1] < 0.8).all()
