@@ -8,7 +8,7 @@ import pytest
 from jaxreg.errors import UserError
 from jaxreg.io import released_promptreg
 from jaxreg.losses import similarity
-from jaxreg.models import promptreg
+from jaxreg.models import kinds, promptreg
 from jaxreg.nn import prompts
 from jaxreg.space import fields, sampling
 from jaxreg.space.grid import unit_scale
@@ -240,6 +240,27 @@ def test_an_extended_bank_answers_as_before_with_its_old_rows(small):
     chosen = promptreg.choose_rows(extended, [0, 2, 3])
     after, _ = run(wider, chosen, moving, fixed)
     np.testing.assert_array_equal(before, after)
+
+
+def test_prompts_alone_are_masked_by_their_rows(small):
+    mask = kinds.prompt_mask(small[1]["params"], rows=(1,))
+    chosen = mask["bottleneck"]["generator"].pop("bank")
+    np.testing.assert_array_equal(chosen[:, 0, 0, 0, 0], [0, 1, 0])
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(mask))
+
+
+def test_weights_follow_grid_and_tasks_when_they_start_another_run(small):
+    model, variables, _ = small
+    wider = promptreg.PromptRegConfig(channels=2, tasks=4)
+    fresh = promptreg.PromptReg(wider).init(jax.random.key(3), (32, 16, 24))
+    found = kinds.fitted(wider, variables, (32, 16, 24), fresh, {0: 2, 3: 0})
+    bank = promptreg.bank_of(found)
+    resized = promptreg.bank_of(promptreg.resize_bank(variables, (4, 2, 3)))
+    np.testing.assert_array_equal(bank[[0, 3]], resized[np.array([2, 0])])
+    np.testing.assert_array_equal(bank[1:3], promptreg.bank_of(fresh)[1:3])
+    assert found["params"]["head_1"] is variables["params"]["head_1"]
+    other = kinds.fitted(model.config, {"params": {"step_1": {}}}, SHAPE, fresh, {})
+    assert other == {"params": {"step_1": {}}}
 
 
 @pytest.mark.parametrize(
