@@ -48,13 +48,19 @@ class Shift:
         return Prediction(Transform((Displacement(field),))), after
 
 
-def squares(forward, backward, pair, noise, *, axis=None):
+def loss(function):
+    """Makes a function a `step.Loss` of both directions."""
+    function.directions = "both"
+    return function
+
+
+@loss
+def squares(forward, backward, pair, noise, *, aux, axis=None):
     """A loss by hand: the mean square of both displacements and of a bit of noise."""
-    del axis
-    del pair
+    del axis, aux, pair
     a, b = (t.steps[0].field for t in (forward, backward))
-    loss = jnp.mean((a + 0.01 * noise) ** 2) + jnp.mean((b - 1) ** 2)
-    return loss, {"loss": loss}
+    value = jnp.mean((a + 0.01 * noise) ** 2) + jnp.mean((b - 1) ** 2)
+    return value, {"loss": value}
 
 
 def pair_of(batch, key):
@@ -240,11 +246,12 @@ def test_a_bad_pair_leaves_everything_but_the_step_as_it_was(value):
 
 
 def test_a_gradient_that_is_not_finite_counts_even_if_the_loss_is():
-    def root(forward, backward, pair, noise, *, axis=None):
-        del backward, pair, noise, axis
+    @loss
+    def root(forward, backward, pair, noise, *, aux, axis=None):
+        del backward, pair, noise, aux, axis
         # Finite at 0, but its slope is not.
-        loss = jnp.sqrt(jnp.sum((forward.steps[0].field * 0) ** 2))
-        return loss, {"loss": loss}
+        value = jnp.sqrt(jnp.sum((forward.steps[0].field * 0) ** 2))
+        return value, {"loss": value}
 
     model, sgd = Shift(), descent()
     start = started(model, sgd)
@@ -319,9 +326,10 @@ def test_whole_networks_may_be_computed_again(network):
     assert_close(again.variables["batch_stats"], after.variables["batch_stats"])
 
 
-def inner_product(forward, backward, pair, noise, *, axis=None):
+@loss
+def inner_product(forward, backward, pair, noise, *, aux, axis=None):
     """A loss that is linear in the displacements: its gradient has no kinks."""
-    del pair, noise, axis
+    del pair, noise, aux, axis
     a, b = (t.steps[0].field for t in (forward, backward))
     rng = np.random.default_rng(4)
     factors = ndimage.gaussian_filter(
