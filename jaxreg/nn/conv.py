@@ -31,6 +31,7 @@ Form = Literal["auto", "native", "slab"]
 Parts = tuple[jax.Array, ...]
 
 _ROWS = 2048  # rows of a slab's matrix product: enough to amortise reading the kernel
+_THIN = 8  # channels below which 27 copies cost less than two sets of copies
 
 
 # --- the primitive: stride 1, no padding ---------------------------------------------
@@ -87,8 +88,9 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
     planes, slabs, depth = _planes(xs, kd)
     xs = tuple(_pad_end(x, planes * slabs - depth) for x in xs)
     width = xs[0].shape[3] - kw + 1
-    # Few output channels: gather fewer taps, and add the rest after the product.
-    after = sum(x.shape[-1] for x in xs) > out
+    # Taps along two axes gathered, those along the third added after the product:
+    # 9 copies of the inputs and 3 of the outputs instead of 27 of the inputs.
+    after = out < 3 * sum(x.shape[-1] for x in xs)
     if after:
         # rows (kd kh I), columns (kw O)
         ws = tuple(jnp.moveaxis(w, 2, 3).reshape(-1, kw * out) for w in ws)
@@ -120,17 +122,28 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
         swapped = _kernel_gradient(jnp.pad(dy, margin), x, (kd, kh, kw, o, i))
         return jnp.swapaxes(jnp.flip(swapped, (0, 1, 2)), 3, 4)
     x, dy = _pad_end(x, extra), _pad_end(dy, extra)
+    # As in `_slab`: 9 copies of x and 3 of dy, unless the copies of x are thin anyway.
+    shifts = kw if i >= _THIN else 1
 
     def add(total, first):
         slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
-        columns = jnp.concatenate(_columns(slab, (kd, kh, kw)), -1)
+        columns = _columns(slab, (kd, kh, kw), along_w=shifts == 1)
         rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
-        product = columns.reshape(-1, kd * kh * kw * i).T @ rows.reshape(-1, o)
+        if shifts > 1:
+            rows = jnp.concatenate(
+                [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
+            )
+        columns = jnp.concatenate(columns, -1)
+        product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(
+            -1, rows.shape[-1]
+        )
         return total + product, None
 
-    zero = jnp.zeros((kd * kh * kw * i, o), dy.dtype)
+    zero = jnp.zeros((kd * kh * kw // shifts * i, shifts * o), dy.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
-    return total.reshape(kernel_shape)
+    if shifts == 1:
+        return total.reshape(kernel_shape)
+    return jnp.moveaxis(total.reshape(kd, kh, i, kw, o), 3, 2)
 
 
 def _by_platform(form: Form, slab, native, *args):

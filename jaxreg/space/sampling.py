@@ -102,6 +102,7 @@ def sample_voxels(
 # the eight taps of each channel on its own; here the points' gradient only gathers.
 
 _CHUNK = 2**15
+_UNROLLED = 16  # channels gathered one by one on CPU; more would swell the program
 
 
 def _over_batch(function, *arrays, loop: bool):
@@ -130,14 +131,18 @@ def _in_chunks(*arrays):
     )
 
 
-def _per_point(function, values, *per_point):
-    """Applies ``function(values, *per_point)``, in chunks of points on CPU."""
+def _per_point(function, values, *per_point, cpu=None):
+    """Applies ``function(values, *per_point)``, in chunks of points on CPU.
+
+    With `cpu`, that is the function there.
+    """
+    on_cpu = cpu or function
 
     def chunked(values, *arrays):
         count = arrays[0].shape[0]
         if count <= _CHUNK:
-            return function(values, *arrays)
-        out = jax.lax.map(lambda c: function(values, *c), _in_chunks(*arrays))
+            return on_cpu(values, *arrays)
+        out = jax.lax.map(lambda c: on_cpu(values, *c), _in_chunks(*arrays))
         return out.reshape(-1, out.shape[-1])[:count]
 
     return jax.lax.platform_dependent(
@@ -212,14 +217,36 @@ def _product(weights, offset, skip=None):
 def _index_gradient(values, index, dy, *, zeros: bool):
     """The gradient with respect to the indices: N P 3, by gathering."""
 
-    def gradient(values, at, dy):
+    def by_rows(values, corners, dy):
         taps = values.reshape(-1, values.shape[-1])
+        return [
+            jnp.sum(taps.at[at].get(mode="promise_in_bounds") * dy, axis=-1)
+            for at in corners
+        ]
+
+    # XLA's CPU backend would gather anew for each of the three slopes: a stacked array
+    # behind a barrier is computed once.
+    def by_channels(values, corners, dy):
+        if values.shape[-1] > _UNROLLED:
+            return by_rows(values, corners, dy)
+        channels = [values[..., c].reshape(-1) for c in range(values.shape[-1])]
+        along = [
+            sum(
+                taps.at[at].get(mode="promise_in_bounds") * dy[:, c]
+                for c, taps in enumerate(channels)
+            )
+            for at in corners
+        ]
+        stacked = jax.lax.optimization_barrier(jnp.stack(along, axis=-1))
+        return [stacked[:, i] for i in range(len(corners))]
+
+    def gradient(products, values, at, dy):
         flat, weights, inside = _corners(at, values.shape, zeros=zeros)
         slopes = [jnp.zeros_like(at[:, 0])] * 3
         offsets = np.ndindex(2, 2, 2)
-        for offset, corner, valid in zip(offsets, flat, inside, strict=True):
-            tap = taps.at[corner].get(mode="promise_in_bounds")
-            along = jnp.where(valid, jnp.sum(tap * dy, axis=-1), 0.0)
+        taps = products(values, flat, dy)
+        for offset, tap, valid in zip(offsets, taps, inside, strict=True):
+            along = jnp.where(valid, tap, 0.0)
             for axis in range(3):
                 signed = along if offset[axis] else -along
                 slopes[axis] += signed * _product(weights, offset, skip=axis)
@@ -230,7 +257,13 @@ def _index_gradient(values, index, dy, *, zeros: bool):
         last = jnp.asarray(np.asarray(values.shape[:3]) - 1, at.dtype)
         return jnp.where((at > 0) & (at < last), slope, 0.0)
 
-    return _per_point(gradient, values, index, dy)
+    return _per_point(
+        functools.partial(gradient, by_rows),
+        values,
+        index,
+        dy,
+        cpu=functools.partial(gradient, by_channels),
+    )
 
 
 def _values_gradient(values, index, dy, *, zeros: bool):
