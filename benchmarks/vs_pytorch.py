@@ -1,17 +1,22 @@
 """jaxreg against the PyTorch original, in turn, in one process tree.
 
     python benchmarks/vs_pytorch.py --size 96
+    python benchmarks/vs_pytorch.py --size 64 --network promptreg --channels 16
 
 Prints, per task, the median time of each library, their ratio and the ratio of peak
-memory. Both run the full uniGradICON network (four U-Nets, 70.7 M parameters) with the
-same random weights on the same random images. Each library has a worker process per
-task; the workers take turns, one run each, so that a busy machine hurts both alike.
-Compilation and first runs are not timed; compilation is shown on its own.
+memory. Both run the same network with the same random weights on the same random
+images: the full uniGradICON (four U-Nets, 70.7 M parameters), PyTorch's side being
+unigradicon's own; or PromptReg in its released form, PyTorch's side being
+pytorch_promptreg.py beside this file, since the released program is no package. Each
+library has a worker process per task; the workers take turns, one run each, so that a
+busy machine hurts both alike. Compilation and first runs are not timed; compilation is
+shown on its own.
 
-Tasks: forward (one direction: network and its map on the grid), train (loss of both
-directions, gradient, Adam; batch statistics), io (the same with running statistics, as
-in instance optimisation). Peak memory is that of the process after warming up (CPU:
-its resident set; GPU: the allocator's peak).
+Tasks: forward (one direction: network and its map on the grid), train (loss, gradient,
+Adam; batch statistics; uniGradICON's loss is of both directions, PromptReg's of one),
+io (uniGradICON alone: the same with running statistics, as in instance optimisation).
+Peak memory is that of the process after warming up (CPU: its resident set; GPU: the
+allocator's peak).
 
 Needs: pip install "jaxreg[torch]"
 """
@@ -33,7 +38,7 @@ import types
 
 import numpy as np
 
-TASKS = ("forward", "train", "io")
+TASKS = {"unigradicon": ("forward", "train", "io"), "promptreg": ("forward", "train")}
 
 
 def main() -> None:
@@ -42,9 +47,15 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96, help="voxels per axis")
     parser.add_argument("--runs", type=int, default=5, help="timed runs per library")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--network", choices=list(TASKS), default="unigradicon")
+    parser.add_argument("--channels", type=int, default=16, help="PromptReg's width")
+    parser.add_argument("--tasks", nargs="+", choices=("forward", "train", "io"))
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    offered = TASKS[arguments.network]
+    arguments.tasks = arguments.tasks or list(offered)
+    if not set(arguments.tasks) <= set(offered):
+        parser.error(f"--tasks: {arguments.network} has {', '.join(offered)}")
     if arguments.worker:
         library, task, folder = arguments.worker
         work(library, task, pathlib.Path(folder), arguments.threads)
@@ -93,14 +104,16 @@ class Worker:
 
 def compare(arguments, folder: pathlib.Path) -> None:
     """Runs all tasks and prints the table."""
-    prepare(folder, arguments.size)
+    prepare(folder, arguments)
     versions = [
         f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch", "unigradicon")
     ]
+    prompted = arguments.network == "promptreg"
+    width = f" of {arguments.channels} channels" if prompted else ""
     print(
-        f"{arguments.size}^3, {arguments.runs} alternating runs, {os.cpu_count()} "
-        f"cores ({platform.machine()}), PyTorch threads {arguments.threads}, "
-        f"{', '.join(versions)}"
+        f"{arguments.network}{width}, {arguments.size}^3, {arguments.runs} "
+        f"alternating runs, {os.cpu_count()} cores ({platform.machine()}), "
+        f"PyTorch threads {arguments.threads}, {', '.join(versions)}"
     )
     print(
         "task     jaxreg s (range)        PyTorch s (range)       time  memory  ",
@@ -131,31 +144,40 @@ def compare(arguments, folder: pathlib.Path) -> None:
         )
 
 
-def prepare(folder: pathlib.Path, size: int) -> None:
+def prepare(folder: pathlib.Path, arguments) -> None:
     """Writes random images and weights that both libraries load."""
     import jax
-
-    from jaxreg import zoo
-    from jaxreg.io import released
-    from jaxreg.models.gradicon import GradIcon
-
-    generator = np.random.default_rng(0)
-    model = GradIcon()
-    variables = jax.tree.map(np.array, model.init(jax.random.key(0)))
-    for step in variables["params"].values():
-        step["last"]["kernel"] = generator.normal(
-            scale=0.01, size=step["last"]["kernel"].shape
-        ).astype(np.float32)
-    released.write_state_dict(
-        folder / "weights.trch",
-        released.from_variables(variables, dataclasses.asdict(model.config)),
-    )
-    zoo.convert(folder / "weights.trch", folder / "weights")
-    coarse = generator.uniform(size=(2, 1, 12, 12, 12)).astype(np.float32)
     import torch
 
+    from jaxreg import zoo
+    from jaxreg.io import released, released_promptreg
+    from jaxreg.models import kinds
+    from jaxreg.models.gradicon import GradIconConfig
+    from jaxreg.models.promptreg import PromptRegConfig
+
+    generator = np.random.default_rng(0)
+    prompted = arguments.network == "promptreg"
+    config = PromptRegConfig(arguments.channels) if prompted else GradIconConfig()
+    convert = released_promptreg if prompted else released
+    model, shape = kinds.build(config), (arguments.size,) * 3
+    variables = jax.tree.map(np.array, model.init(jax.random.key(0), shape))
+    # Fresh networks move nothing: the last layers get weights that do.
+    if prompted:
+        heads = [variables["params"][f"head_{level}"] for level in (1, 2, 3, 4)]
+    else:
+        heads = [step["last"] for step in variables["params"].values()]
+    for head in heads:
+        head["kernel"] = generator.normal(scale=0.01, size=head["kernel"].shape).astype(
+            np.float32
+        )
+    released.write_state_dict(
+        folder / "weights.pth",
+        convert.from_variables(variables, dataclasses.asdict(config)),
+    )
+    zoo.convert(folder / "weights.pth", folder / "weights")
+    coarse = generator.uniform(size=(2, 1, 12, 12, 12)).astype(np.float32)
     images = torch.nn.functional.interpolate(
-        torch.tensor(coarse), (size,) * 3, mode="trilinear"
+        torch.tensor(coarse), shape, mode="trilinear"
     )
     np.savez(folder / "images.npz", moving=images[:1], fixed=images[1:])
 
@@ -218,6 +240,7 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
 
     from jaxreg import zoo
     from jaxreg.losses.objective import Objective
+    from jaxreg.models.promptreg import PromptReg
     from jaxreg.training.step import make_step
     from jaxreg.typing import Pair
 
@@ -246,12 +269,22 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
 
         return once, np.moveaxis(np.asarray(once()), -1, 1), peak
 
-    optimizer = optax.adam(2e-5)
-    step = make_step(model, Objective(), optimizer, train=task == "train")
+    optimizer, objective, row = optax.adam(2e-5), Objective(), None
+    if isinstance(model, PromptReg):
+        row = jnp.zeros(1, jnp.int32)
+        objective = Objective(
+            similarity="mind",
+            inverse_consistency_weight=0.0,
+            smoothness_weight=0.1,
+            orthogonality_weight=0.001,
+            task_weight=0.001,
+            directions="forward",
+        )
+    step = make_step(model, objective, optimizer, train=task == "train")
     # No maps among the results, as in a training loop.
     program = jax.jit(lambda *a: step(*a)[:3], donate_argnums=(0, 1))
     state = [variables, optimizer.init(variables["params"])]
-    pair = Pair(moving, fixed)
+    pair = Pair(moving, fixed, task=row)
     noise = jax.random.normal(jax.random.key(0), (1, *shape, 3))
     program = program.lower(*state, pair, 0 * noise).compile()
 
@@ -263,16 +296,8 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
 
 
 def build_pytorch(task: str, folder: pathlib.Path, threads: int):
-    """Returns (run, first result, device peak) of unigradicon's own network."""
+    """Returns (run, first result, device peak) of the network in PyTorch."""
     import torch
-
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # imported by icon_registration, never used
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = types.ModuleType("torchvision")
-    import unigradicon
 
     torch.set_num_threads(threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -280,12 +305,10 @@ def build_pytorch(task: str, folder: pathlib.Path, threads: int):
         moving, fixed = (
             torch.tensor(images[k], device=device) for k in ("moving", "fixed")
         )
-    net = unigradicon.make_network(moving.shape, include_last_step=True)
-    weights = torch.load(folder / "weights.trch", weights_only=True)
-    net.regis_net.load_state_dict(weights)
+    weights = torch.load(folder / "weights.pth", weights_only=True)
+    build = promptreg_in_pytorch if "defconv1.bias" in weights else unigradicon_itself
+    forward, loss, parameters = build(weights, moving, fixed, task)
     del weights  # a second copy
-    net.to(device)
-    net.train(task == "train")
 
     def wait():
         if device == "cuda":
@@ -298,27 +321,75 @@ def build_pytorch(task: str, folder: pathlib.Path, threads: int):
 
         def once():
             with torch.no_grad():
-                result = net.regis_net(moving, fixed)(net.identity_map)
+                result = forward()
             wait()
             return result
 
         return once, once().cpu().numpy(), peak
 
-    optimizer = torch.optim.Adam(net.parameters(), lr=2e-5)
+    optimizer = torch.optim.Adam(parameters, lr=2e-5)
 
     def once():
         optimizer.zero_grad()
-        loss = net(moving, fixed).all_loss
-        loss.backward()
+        value = loss()
+        value.backward()
         optimizer.step()
         wait()
-        return float(loss)
+        return float(value)
 
     # Without jitter, so that both libraries' first loss is the same number.
     jittered, torch.randn = torch.randn, lambda *a, **k: torch.zeros(*a, **k)
     first = once()
     torch.randn = jittered
     return once, first, peak
+
+
+def unigradicon_itself(weights, moving, fixed, task: str):
+    """Returns (forward, loss, parameters) of unigradicon's own network."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):  # imported by icon_registration, never used
+        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        sys.modules["torchvision"] = types.ModuleType("torchvision")
+    import unigradicon
+
+    net = unigradicon.make_network(moving.shape, include_last_step=True)
+    net.regis_net.load_state_dict(weights)
+    net.to(moving.device)
+    net.train(task == "train")
+    return (
+        lambda: net.regis_net(moving, fixed)(net.identity_map),
+        lambda: net(moving, fixed).all_loss,
+        list(net.parameters()),
+    )
+
+
+def promptreg_in_pytorch(weights, moving, fixed, _task: str):
+    """Returns (forward, loss, parameters) of pytorch_promptreg.py's network."""
+    import pytorch_promptreg
+    import torch
+
+    # What has no effect is stored by the released program; it is not trained here.
+    idle = ("prompt_mlp", "x_proj", "cross_attention.q", "cross_attention.k", "grid")
+    state = {
+        name: tensor.to(moving.device).requires_grad_()
+        for name, tensor in weights.items()
+        if not any(word in name for word in idle)
+    }
+    scale = torch.tensor(moving.shape[2:], device=moving.device) - 1.0
+
+    def forward():  # as a map in unit coordinates, for the comparison
+        field = pytorch_promptreg.network(state, moving, fixed)[0]
+        axes = [torch.arange(n, device=field.device) for n in field.shape[2:]]
+        places = torch.stack(torch.meshgrid(axes, indexing="ij")) + field
+        return places / scale.view(1, 3, 1, 1, 1)
+
+    return (
+        forward,
+        lambda: pytorch_promptreg.loss(state, moving, fixed),
+        list(state.values()),
+    )
 
 
 if __name__ == "__main__":
