@@ -142,9 +142,10 @@ def net(golden):
 
 def evaluated(net, train):
     run = evaluation(net.model, PLAIN, train=train)
-    gradient, (parts, forward, backward, after) = run(
+    gradient, (parts, found, after) = run(
         net.variables["params"], net.variables, pair_of(net.g), net.noise
     )
+    forward, backward = found.forward, found.backward
     return types.SimpleNamespace(
         gradient=as_torch(gradient, net.model, net.variables),
         parts=parts,
