@@ -1,6 +1,7 @@
 """Trying an experiment: its checks, one compiled step, and what it will cost."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import time
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxreg import experiment as experiment_lib
 from jaxreg.data import manifest, synthetic
-from jaxreg.experiment import Experiment
+from jaxreg.experiment import DataConfig, Experiment
 from jaxreg.io import files
 from jaxreg.models import kinds
 from jaxreg.sources import (
@@ -22,9 +23,10 @@ from jaxreg.sources import (
     make_prepare,
     make_sources,
     objectives_of,
+    with_bank,
     with_tasks,
 )
-from jaxreg.trainer import metric_of, shared_out
+from jaxreg.trainer import metric_of, shared_out, tasks_of_start, trained_rows
 from jaxreg.training import optimizer, state, step
 from jaxreg.training.parallel import Layout
 
@@ -98,11 +100,17 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     memory = compiled.memory_analysis()
     batch = last.train.batch
     model = kinds.build(last.model)
-    variables = jax.eval_shape(lambda key: model.init(key, shape), jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    variables, at_small = (
+        jax.eval_shape(functools.partial(model.init, shape=size), jax.random.key(0))
+        for size in (shape, grid)
+    )
+    # A prompt bank grows with the grid.
+    parameters, small_parameters = (
+        sum(leaf.size for leaf in jax.tree.leaves(found["params"]))
+        for found in (variables, at_small)
+    )
     scale = np.prod(shape) / np.prod(grid) * batch / last.train.accumulate
     temporary = 0 if memory is None else memory.temp_size_in_bytes
-    gradient = 4 * parameters
     # The native form, since XLA counts the body of a loop over slabs only once.
     native = dataclasses.replace(
         last, model=dataclasses.replace(last.model, form="native")
@@ -113,8 +121,8 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     return DryRun(
         parameters=parameters,
         flops=float(cost.get("flops", 0.0)) * batch,
-        state_bytes=held + gradient,
-        activation_bytes=max(temporary - gradient, 0) * float(scale),
+        state_bytes=held + 4 * parameters,
+        activation_bytes=max(temporary - 4 * small_parameters, 0) * float(scale),
         small=grid,
         compile_seconds=seconds,
         data=data,
@@ -124,9 +132,17 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
 def _with_likely_tasks(experiment: Experiment) -> Experiment:
     """Returns the experiment with a prompt for each task that its settings name."""
     data = experiment.data
-    names = [task.dataset for task in data.tasks] or list(data.synthetic)
+    if _is_there(data):
+        return with_tasks(experiment, make_sources(experiment).tasks)
+    names = [task.dataset for task in data.tasks]
     left = [name for name in names if name not in data.exclude]
     return with_tasks(experiment, left or _SOME_TASKS)
+
+
+def _is_there(data: DataConfig) -> bool:
+    """Whether pairs can be drawn now."""
+    manifests = [pathlib.Path(path) for path in data.manifests]
+    return bool(data.synthetic or manifests) and all(p.exists() for p in manifests)
 
 
 def _abstract_state(experiment: Experiment, variables: Any) -> dict[str, Any]:
@@ -196,10 +212,14 @@ def _quick_checks(experiment: Experiment) -> list[str]:
         per_epoch, *_ = shared_out(changed)
         optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
         said.extend(_data_sentences(changed))
-        data = changed.data
-        there = all(pathlib.Path(path).exists() for path in data.manifests)
-        if data.synthetic or (data.manifests and there):
-            metric_of(changed, make_sources(changed))
+        kinds.check_grid(changed.model, changed.loading.shape)
+        if _is_there(changed.data):
+            known = tasks_of_start(changed)
+            sources = with_bank(make_sources(changed), known)
+            metric_of(changed, sources)
+            if changed.train.only != "all":
+                first = stage == experiment.stages[0]
+                trained_rows(changed, sources, known, first=first)
     # Most stages share their data.
     return list(dict.fromkeys(said))
 

@@ -28,6 +28,7 @@ from jaxreg.io import files
 from jaxreg.losses.objective import Objective
 from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
@@ -101,6 +102,8 @@ class TrainConfig:
       seed: of weights, pairs, augmentation and noise.
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
+      start_tasks: names of the prompts in the bank of `start`, in their order, where
+        the weights do not tell (PyTorch files) or call the datasets otherwise.
       only: which parameters change: all, a bank's static prompts, or those of tasks
         that the weights to start from do not know.
     """
@@ -113,6 +116,7 @@ class TrainConfig:
     space: int = 1
     seed: int = 0
     start: str | None = None
+    start_tasks: tuple[str, ...] = ()
     only: Literal["all", "prompts", "new_prompts"] = "all"
 
     def __post_init__(self):
@@ -198,8 +202,8 @@ class Experiment:
 
         Raises:
           UserError: no stage, stages of one name, an unknown objective or synthetic
-            task, data of two kinds, settings that synthetic data cannot have, or
-            `loading.canonical`.
+            task, losses of prompts without a bank, data of two kinds, settings that
+            synthetic data cannot have, or `loading.canonical`.
         """
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
@@ -232,6 +236,14 @@ class Experiment:
                 "evaluate to turn scans; leave it out and store all scans in one "
                 "orientation"
             )
+        for objective in (self.objective, *dict(self.objectives).values()):
+            prompted = objective.orthogonality_weight, objective.task_weight
+            if any(prompted) and not isinstance(self.model, PromptRegConfig):
+                raise UserError(
+                    "objective.orthogonality_weight or objective.task_weight is above "
+                    "0, but the network has no prompt bank; set both to 0, or give a "
+                    "PromptReg model"
+                )
         known = {"default", *dict(self.objectives)}
         for task in self.data.tasks:
             _known(task.objective, known, f"objective of task {task.dataset}")

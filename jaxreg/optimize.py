@@ -210,7 +210,7 @@ def _coarser(pair: Pair, factor: int) -> Pair:
         )
 
     def resize(name, value):
-        if value is None or name in ("valid", "task"):
+        if value is None or name in ("valid", "task", "objective"):
             return value
         if name.endswith("mask"):
             return sampling.resize_nearest_floor(value, shape)

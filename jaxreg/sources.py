@@ -32,7 +32,9 @@ class Sources:
       validation_count: how many.
       objectives: which objective scores each task, as an index into `objectives_of`.
       classes: label values of the Dice term.
-      tasks: names of the tasks, as `Pair.task` counts them.
+      tasks: names of the tasks, as batches count them.
+      bank: names of a prompt bank's rows, see `with_bank`.
+      rows: of each task in the bank, which `Pair.task` then is.
     """
 
     train: Source
@@ -41,6 +43,8 @@ class Sources:
     objectives: tuple[int, ...]
     classes: tuple[int, ...]
     tasks: tuple[str, ...] = ()
+    bank: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,19 +290,35 @@ def make_prepare(
     experiment: Experiment, sources: Sources, layout: Layout
 ) -> Callable[[step.Batch, Any], Pair]:
     """Returns the device side of the data, for `step.make_train_step`."""
-    several = objectives_of(experiment)
-    supervised = any(o.dice_weight > 0 for o in several)
+    supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
     classes = sources.classes if supervised else ()
-    lookup = np.asarray(sources.objectives, np.int32)
 
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
-        if len(several) > 1:
-            number = jnp.asarray(lookup)[pair.task]
-            pair = dataclasses.replace(pair, objective=number)
-        return parallel.constrain(pair, layout)
+        return parallel.constrain(addressed(pair, experiment, sources), layout)
 
     return prepare
+
+
+def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
+    """Returns the pair with its own objective, and its row in the bank as its task."""
+    if len(objectives_of(experiment)) > 1:
+        objectives = jnp.asarray(sources.objectives, jnp.int32)
+        pair = dataclasses.replace(pair, objective=objectives[pair.task])
+    if sources.rows:
+        rows = jnp.asarray(sources.rows, jnp.int32)
+        pair = dataclasses.replace(pair, task=rows[pair.task])
+    return pair
+
+
+def with_bank(sources: Sources, known: Sequence[str]) -> Sources:
+    """Returns the sources with a bank: the known tasks' rows, then the new ones'.
+
+    A known task whose data are not there keeps its row; tasks of one dataset share one.
+    """
+    bank = tuple(dict.fromkeys((*known, *sources.tasks)))
+    rows = tuple(bank.index(name) for name in sources.tasks)
+    return dataclasses.replace(sources, bank=bank, rows=rows)
 
 
 def with_tasks(experiment: Experiment, tasks: Sequence[str]) -> Experiment:

@@ -2,6 +2,7 @@
 
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
+OUT/start_tasks.txt   names of the prompts in the bank that it started from
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
@@ -33,6 +34,7 @@ from jaxreg.sources import (
     loss_of,
     make_prepare,
     make_sources,
+    with_bank,
     with_tasks,
 )
 from jaxreg.training import loop, optimizer, parallel, state, step
@@ -44,6 +46,7 @@ from jaxreg.validation import make_blame, make_validation
 Say = Callable[[str], None]
 _SETTINGS = "experiment.json"
 _SCANS = "scans.txt"
+_START_TASKS = "start_tasks.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +76,35 @@ def _steps_key(seed: int, number: int) -> Key:
     return jax.random.fold_in(jax.random.split(jax.random.key(seed))[1], number)
 
 
+def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the names of the prompts in the bank that training starts from.
+
+    Raises:
+      UserError: the weights do not name them and `train.start_tasks` does not either,
+        or it has another number of names.
+    """
+    start, names = experiment.train.start, experiment.train.start_tasks
+    if start is None or not isinstance(experiment.model, PromptRegConfig):
+        return ()
+    loaded = zoo.load(start)
+    count = kinds.prompts_in(loaded.variables)
+    names = (names or loaded.tasks) if count else ()
+    if len(set(names)) != count:
+        raise UserError(
+            f"{start} has a bank of {count} prompts, but the names of their tasks are "
+            f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
+            "with a name for each, in their order"
+        )
+    return tuple(names)
+
+
 def initial_variables(
     experiment: Experiment,
     model: Any,
     before: Variables | None,
     say: Say,
-    tasks: Sequence[str] = (),
+    bank: Sequence[str] = (),
+    known: Sequence[str] = (),
 ) -> Variables:
     """Returns the variables that a stage starts with.
 
@@ -87,38 +113,68 @@ def initial_variables(
       model: the network.
       before: of the previous stage, or None.
       say: takes a sentence about what was loaded.
-      tasks: names of the tasks; the prompts of a bank to start from follow theirs.
+      bank: names of the prompts of the network's bank.
+      known: those of the bank to start from.
 
     Raises:
-      UserError: the weights to start from have other sizes or nothing in common.
+      UserError: the weights to start from have other sizes, nothing in common, or,
+        where only prompts are trained, not all that the network needs.
     """
-    key = _weights_key(experiment.train.seed)
-    fresh = jax.tree.map(np.asarray, model.init(key, experiment.loading.shape))
-    start = experiment.train.start
-    if before is None and start is None:
+    train, shape = experiment.train, experiment.loading.shape
+    fresh = jax.tree.map(np.asarray, model.init(_weights_key(train.seed), shape))
+    if before is None and train.start is None:
         return fresh
-    known = tasks
     if before is not None:
         source, name = before, "the previous stage"
     else:
-        assert start is not None
-        loaded = zoo.load(start)
-        source, name, known = loaded.variables, f"train.start {start}", loaded.tasks
-    source = kinds.fitted(
-        experiment.model, source, experiment.loading.shape, fresh, _rows(tasks, known)
-    )
+        assert train.start is not None
+        loaded = zoo.load(train.start)
+        source, name = loaded.variables, f"train.start {train.start}"
+        _compare_meaning(experiment, loaded, say)
+    rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
+    source = kinds.fitted(experiment.model, source, shape, fresh, rows)
     merged = runs.merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
         raise UserError(
             f"{name} does not fit the network ({wrong}); give the model's section "
-            "(such as --model.channels_down) the sizes of the weights"
+            "(such as --model.channels_down or --model.channels) the sizes of the "
+            "weights"
+        )
+    if train.only != "all" and merged.missing:
+        raise UserError(
+            f"train.only is {train.only}, but {name} lacks {merged.missing[0]}, which "
+            "would stay untrained; start from weights of the same network, or give "
+            "--train.only all"
         )
     say(
         f"started from {name}: {len(merged.loaded)} arrays loaded, "
         f"{len(merged.missing)} fresh, {len(merged.unexpected)} not used"
     )
+    if known:
+        new = [task for task in bank if task not in known]
+        say(f"prompts kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
     return merged.variables
+
+
+def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
+    """Says what makes the same weights mean something else; refuses it for frozen ones.
+
+    Raises:
+      UserError: only prompts are trained, in a network of another form.
+    """
+    other = kinds.unlike(experiment.model, loaded.bundle.config)
+    if not other:
+        return
+    start = experiment.train.start
+    told = ", ".join(f"{name} {value}" for name, value in other.items())
+    if experiment.train.only != "all":
+        options = " ".join(f"--model.{name} {value}" for name, value in other.items())
+        raise UserError(
+            f"{start} was trained with {told}, so its frozen part would mean something "
+            f"else here; give {options}"
+        )
+    say(f"{start} was trained with {told}; this run differs")
 
 
 def run(
@@ -148,10 +204,15 @@ def run(
             "command but for --process"
         )
     # All before the folder: a mistake in the last stage must not leave half a run.
-    stage_runs = [
-        _StageRun(changed, stage, out, say)
-        for stage, changed in experiment_lib.stages(experiment)
-    ]
+    started_with = _recorded_tasks(out)
+    if started_with is None:
+        started_with = tasks_of_start(experiment)
+    stage_runs: list[_StageRun] = []
+    for stage, changed in experiment_lib.stages(experiment):
+        before = stage_runs[-1].sources.bank if stage_runs else started_with
+        # New is what the weights of the run's start do not know, in every stage.
+        known = before if experiment.train.start is None else started_with
+        stage_runs.append(_StageRun(changed, stage, out, say, before, known))
     if not (out / _SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
@@ -162,9 +223,11 @@ def run(
                 first.model,
                 None,
                 lambda _: None,
-                first.sources.tasks,
+                first.sources.bank,
+                started_with,
             )
-    _open_folder(experiment, out, _scans_of(stage_runs), resume=resume)
+    records = {_SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
+    _open_folder(experiment, out, records, resume=resume)
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
@@ -175,7 +238,7 @@ def run(
     if jax.process_index() == 0:
         assert variables is not None  # an experiment has a stage
         last = stage_runs[-1]
-        bundle = bundle_of(last.experiment, variables, last.sources.tasks)
+        bundle = bundle_of(last.experiment, variables, last.sources.bank)
         checkpoints.save_bundle(weights, bundle)
     parallel.barrier("weights written")
     return Outcome(weights, scores, steps, time.perf_counter() - began)
@@ -184,7 +247,8 @@ def run(
 def bundle_of(
     experiment: Experiment, variables: Variables, tasks: Sequence[str] = ()
 ) -> checkpoints.Bundle:
-    """Returns trained weights as they are stored, with the names of their tasks."""
+    """Returns trained weights as they are stored, with the names of their prompts."""
+    prompted = isinstance(experiment.model, PromptRegConfig)
     config = dataclasses.asdict(experiment.model)
     loading = experiment.loading
     return checkpoints.Bundle(
@@ -197,7 +261,7 @@ def bundle_of(
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
             "mask_inputs": loading.mask_inputs,
-            "tasks": list(tasks),
+            **({"tasks": list(tasks)} if prompted else {}),
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,
@@ -224,6 +288,17 @@ def _line(stage: str, record: Record) -> str:
     return f"{stage}: {told}"
 
 
+def _recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
+    """Returns what a run in the folder started from; None if there is no run.
+
+    What it started from need not be there any more when it goes on.
+    """
+    if not (out / _SETTINGS).is_file():
+        return None
+    path = out / _START_TASKS
+    return tuple(path.read_text("utf-8").splitlines()) if path.is_file() else ()
+
+
 def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
     before = path.read_text(encoding="utf-8").splitlines() if path.is_file() else scans
     for was, now in itertools.zip_longest(before, scans, fillvalue="nothing"):
@@ -236,18 +311,26 @@ def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
 
 
 def _open_folder(
-    experiment: Experiment, out: pathlib.Path, scans: Sequence[str], *, resume: bool
+    experiment: Experiment,
+    out: pathlib.Path,
+    records: Mapping[str, Sequence[str]],
+    *,
+    resume: bool,
 ) -> None:
     problem = None
     if jax.process_index() == 0:
-        problem = _folder_problem(experiment, out, scans, resume=resume)
+        problem = _folder_problem(experiment, out, records, resume=resume)
     problems = parallel.from_first_process(problem or "")
     if problems:
         raise UserError(problems)
 
 
 def _folder_problem(
-    experiment: Experiment, out: pathlib.Path, scans: Sequence[str], *, resume: bool
+    experiment: Experiment,
+    out: pathlib.Path,
+    records: Mapping[str, Sequence[str]],
+    *,
+    resume: bool,
 ) -> str | None:
     settings = out / _SETTINGS
     try:
@@ -258,16 +341,17 @@ def _folder_problem(
                     "or give another folder"
                 )
             experiment_lib.check_same(settings, experiment)
-            _check_scans(out / _SCANS, scans)
+            _check_scans(out / _SCANS, records[_SCANS])
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             return f"--out {out} exists and holds no run; give another folder"
         out.mkdir(parents=True, exist_ok=True)
         experiment_lib.write(settings, experiment)
-        if scans:
-            with files.atomic_path(out / _SCANS) as temporary:
-                text = "\n".join(scans) + "\n"
-                pathlib.Path(temporary).write_text(text, encoding="utf-8")
+        for name, lines in records.items():
+            if lines:
+                with files.atomic_path(out / name) as temporary:
+                    text = "\n".join(lines) + "\n"
+                    pathlib.Path(temporary).write_text(text, encoding="utf-8")
     except OSError as error:
         return f"--out {out} cannot be written ({error.strerror}); give another folder"
     except UserError as error:
@@ -275,17 +359,19 @@ def _folder_problem(
     return None
 
 
-def _rows(tasks: Sequence[str], known: Sequence[str]) -> dict[int, int]:
-    """Returns the row of each task in a new bank, and where an old one has it."""
-    old = list(known)
-    return {i: old.index(name) for i, name in enumerate(tasks) if name in old}
-
-
-def _trained_rows(experiment: Experiment, tasks: Sequence[str]) -> tuple[int, ...]:
+def trained_rows(
+    experiment: Experiment, sources: Sources, known: Sequence[str], *, first: bool
+) -> tuple[int, ...]:
     """Returns the prompts that change where `train.only` restricts training.
 
+    Args:
+      experiment: as it is during the stage.
+      sources: with their bank.
+      known: tasks of the bank that training starts from.
+      first: whether no stage came before.
+
     Raises:
-      UserError: the network has no bank, or no prompt would change.
+      UserError: the network has no bank, nothing to start from, or no prompt to change.
     """
     only, start = experiment.train.only, experiment.train.start
     if not isinstance(experiment.model, PromptRegConfig):
@@ -293,19 +379,19 @@ def _trained_rows(experiment: Experiment, tasks: Sequence[str]) -> tuple[int, ..
             f"train.only is {only}, but the network has no prompt bank; give "
             "--train.only all, or a PromptReg model"
         )
-    if only == "prompts":
-        return tuple(range(len(tasks)))
-    known = zoo.load(start).tasks if start is not None else ()
-    rows = tuple(i for i, name in enumerate(tasks) if name not in known)
-    if start is None or not rows:
+    if first and start is None:
         raise UserError(
-            "train.only is new_prompts, but "
-            + (
-                "there are no weights to start from; give --train.start"
-                if start is None
-                else f"{start} knows all tasks already ({', '.join(tasks)}); add a "
-                "dataset, or give --train.only prompts"
-            )
+            f"train.only is {only}, but there are no weights to start from and the "
+            "rest would stay untrained; give --train.start"
+        )
+    if only == "prompts":
+        return tuple(sorted(set(sources.rows)))
+    rows = tuple(i for i, name in enumerate(sources.bank) if name not in known)
+    if not rows:
+        raise UserError(
+            "train.only is new_prompts, but the weights to start from know all tasks "
+            f"already ({', '.join(sources.tasks)}); add a dataset, or give "
+            "--train.only prompts"
         )
     return rows
 
@@ -359,19 +445,23 @@ class _StageRun:
         stage: Stage,
         out: pathlib.Path,
         say: Say,
+        before: Sequence[str],
+        known: Sequence[str],
     ):
-        self.stage, self.say = stage, say
+        self.stage, self.say, self.before = stage, say, before
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
-        self.sources = make_sources(experiment, number=self.number)
-        experiment = with_tasks(experiment, self.sources.tasks)
+        kinds.check_grid(experiment.model, experiment.loading.shape)
+        found = make_sources(experiment, number=self.number)
+        self.sources = with_bank(found, before)
+        experiment = with_tasks(experiment, self.sources.bank)
         self.experiment, self.model = experiment, kinds.build(experiment.model)
         self.per_epoch, self.layout, shares = shared_out(experiment)
         self.replicas, self.span = shares
         self.steps = self.per_epoch * stage.epochs
         self.optimizer = optimizer.make_optimizer(experiment.optimizer, self.steps)
         if experiment.train.only != "all":
-            rows = _trained_rows(experiment, self.sources.tasks)
+            rows = trained_rows(experiment, self.sources, known, first=self.number == 0)
             self.optimizer = optimizer.only(
                 self.optimizer, functools.partial(kinds.prompt_mask, rows=rows)
             )
@@ -418,7 +508,12 @@ class _StageRun:
             jax.tree.map(np.asarray, self.model.init(_weights_key(seed), shape))
             if going_on
             else initial_variables(
-                self.experiment, self.model, before, self.say, self.sources.tasks
+                self.experiment,
+                self.model,
+                before,
+                self.say,
+                self.sources.bank,
+                self.before,
             )
         )
         fresh = state.start(

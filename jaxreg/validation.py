@@ -15,6 +15,7 @@ from jaxreg.experiment import Experiment
 from jaxreg.sources import (
     Source,
     Sources,
+    addressed,
     loading_of,
     loss_of,
     make_prepare,
@@ -50,18 +51,15 @@ def make_validation(
     if source is None:
         return None
     loading = loading_of(experiment, validation=True)
-    objective, several = loss_of(experiment), objectives_of(experiment)
-    lookup = jnp.asarray(sources.objectives, jnp.int32)
-    supervised = any(o.dice_weight > 0 for o in several)
+    objective = loss_of(experiment)
+    supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
     noise = jax.random.normal(jax.random.key(0), (1, *loading.shape, 3))
     one = _one_volume(layout)
 
     def score(variables, batch):
         classes = sources.classes if supervised else ()
         pair = augment.to_pair(batch, None, None, classes=classes)
-        if len(several) > 1:
-            pair = dataclasses.replace(pair, objective=lookup[pair.task])
-        pair = parallel.constrain(pair, one)
+        pair = parallel.constrain(addressed(pair, experiment, sources), one)
         _, (parts, maps, _) = step.evaluate(
             model, variables, pair, noise, objective=objective
         )
@@ -144,7 +142,8 @@ def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     A score that is not finite makes its mean infinite, which is never the best.
     """
     names = ("loss", "inverse_consistency", "similarity", "transform_magnitude",
-             "folds", "dice_loss", "folding_percent", "dice")  # fmt: skip
+             "folds", "dice_loss", "smoothness", "orthogonality", "task_similarity",
+             "folding_percent", "dice")  # fmt: skip
     sums = np.zeros((2, len(names)))
     for row in rows:
         for i, name in enumerate(names):

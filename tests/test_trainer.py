@@ -33,9 +33,7 @@ from jaxreg.errors import UserError
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import checkpoints, runs
 from jaxreg.losses.objective import Objective
-from jaxreg.models import promptreg
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
-from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
@@ -808,87 +806,3 @@ def test_without_labels_the_best_is_that_of_the_least_loss(overfit, tmp_path):
         out / "one" / "checkpoints", metric="loss", read_only=True
     ) as kept:
         assert kept.best_step() == 1
-
-
-# --- a bank of prompts ----------------------------------------------------------------
-
-
-def prompted(*domains: str, **train) -> Experiment:
-    return tiny(
-        model=PromptRegConfig(
-            channels=1,
-            temperature=0.1,
-            readout="spatial",
-            static_block=False,
-            task_loss_on="weighted",
-        ),
-        data=DataConfig(
-            synthetic=domains,
-            synthetic_labels=2,
-            pairs_per_epoch=2,
-            validation_pairs=0,
-        ),
-        loading=Loading(shape=(16, 16, 16)),
-        objective=Objective(
-            similarity="mse",
-            inverse_consistency_weight=0.0,
-            smoothness_weight=0.1,
-            orthogonality_weight=0.1,
-            task_weight=0.1,
-            directions="forward",
-        ),
-        train=TrainConfig(batch=1, **train),
-    )
-
-
-@pytest.mark.slow
-def test_a_domain_is_added_to_a_trained_bank(tmp_path):
-    old = trainer.run(prompted("inter_mono", "intra_mono"), tmp_path / "old")
-    before = zoo.load(old.weights)
-    assert before.tasks == ("inter_mono", "intra_mono")
-    # The new one comes between the old ones.
-    chosen = prompted(
-        "inter_mono", "inter_multi", "intra_mono",
-        start=str(old.weights), only="new_prompts",
-    )  # fmt: skip
-    said = []
-    new = trainer.run(chosen, tmp_path / "new", say=said.append)
-    after = zoo.load(new.weights)
-    assert after.tasks == ("inter_mono", "inter_multi", "intra_mono")
-    bank = promptreg.bank_of(after.variables)
-    np.testing.assert_array_equal(bank[[0, 2]], promptreg.bank_of(before.variables))
-    fresh = after.model.init(trainer._weights_key(0), (16, 16, 16))
-    assert np.any(bank[1] != promptreg.bank_of(fresh)[1])
-    kept, changed = (
-        {k: v for k, v in without_leaf(m.variables).items() if not k.endswith("bank")}
-        for m in (before, after)
-    )
-    assert set(kept) == set(changed)
-    for name, leaf in kept.items():
-        np.testing.assert_array_equal(leaf, changed[name], err_msg=name)
-
-
-def test_an_excluded_domain_takes_no_part():
-    chosen = experiment.override(
-        prompted("inter_mono", "inter_multi", "intra_mono"),
-        [("data.exclude", "inter_multi")],
-    )
-    sources = sources_lib.make_sources(chosen)
-    assert sources.tasks == ("inter_mono", "intra_mono")
-    assert sources_lib.with_tasks(chosen, sources.tasks).model.tasks == 2
-    wrong = experiment.override(chosen, [("data.exclude", "liver")])
-    with pytest.raises(UserError, match="liver is not among"):
-        sources_lib.make_sources(wrong)
-
-
-@pytest.mark.parametrize(
-    ("only", "said"),
-    [("new_prompts", "no weights to start from"), ("prompts", "no prompt bank")],
-)
-def test_prompts_alone_need_a_bank_and_a_start(tmp_path, only, said):
-    chosen = prompted("inter_mono", only=only)
-    if only == "prompts":
-        chosen = dataclasses.replace(chosen, model=tiny().model)
-    with pytest.raises(UserError, match=said):
-        trainer.run(chosen, tmp_path / "run")
-    assert not (tmp_path / "run").exists()

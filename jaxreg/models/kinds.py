@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from jaxreg.errors import UserError
 from jaxreg.models.base import Registration
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
-from jaxreg.models.promptreg import PromptReg, PromptRegConfig, resize_bank, take_rows
-from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig
+from jaxreg.models.promptreg import (
+    PromptReg,
+    PromptRegConfig,
+    bank_of,
+    resize_bank,
+    take_rows,
+)
+from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig, check_shape
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Variables
 
@@ -26,6 +32,7 @@ _KINDS: Mapping[str, tuple[Any, Any]] = MappingProxyType(
     }
 )
 NAMES = tuple(_KINDS)
+_MEANING = ("slope", "temperature", "readout", "static_block")
 
 
 def name_of(config: Config) -> str:
@@ -70,7 +77,7 @@ def fitted(
     """Returns weights from elsewhere as a network takes them.
 
     A bank of prompts is resized to the network grid, and its rows follow their tasks;
-    weights of every other kind stay as they are.
+    weights of every other kind, or of other widths, stay as they are.
 
     Args:
       config: of the network that takes them.
@@ -79,11 +86,45 @@ def fitted(
       fresh: variables of the network, for prompts that are new.
       rows: of the network's bank to those of `variables`; the rest is new.
     """
-    bottleneck = variables["params"].get("bottleneck", {})
-    if not isinstance(config, PromptRegConfig) or "generator" not in bottleneck:
+    if not isinstance(config, PromptRegConfig) or not prompts_in(variables):
+        return variables
+    if bank_of(variables).shape[-1] != bank_of(fresh).shape[-1]:
         return variables
     d, h, w = (n // DIVISOR for n in shape)
     return take_rows(fresh, resize_bank(variables, (d, h, w)), rows)
+
+
+def prompts_in(variables: Variables) -> int:
+    """Returns how many static prompts weights of any kind hold."""
+    bottleneck = variables["params"].get("bottleneck", {})
+    return len(bank_of(variables)) if "generator" in bottleneck else 0
+
+
+def unlike(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields that give the same weights another meaning in a network.
+
+    Args:
+      config: of the network that takes them.
+      fields: of the network that they were trained in.
+
+    Returns:
+      Name to what it was there.
+    """
+    return {
+        name: fields[name]
+        for name in _MEANING
+        if name in fields and getattr(config, name, fields[name]) != fields[name]
+    }
+
+
+def check_grid(config: Config, shape: Shape) -> None:
+    """Checks a network grid.
+
+    Raises:
+      UserError: see `rdp.check_shape`, for the networks that it is about.
+    """
+    if not isinstance(config, GradIconConfig):
+        check_shape(shape)
 
 
 def prompt_mask(params: Any, *, rows: Sequence[int]) -> Any:

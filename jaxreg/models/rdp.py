@@ -204,7 +204,11 @@ class Rdp:
         """Returns fresh variables; they do not depend on the grid's shape.
 
         A fresh network's field is about 0.01 voxel.
+
+        Raises:
+          UserError: see `check_shape`.
         """
+        check_shape(shape)
         image = jax.ShapeDtypeStruct(
             (1, *shape, self.config.image_channels), jnp.float32
         )

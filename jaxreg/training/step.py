@@ -262,7 +262,8 @@ def _averaged(average: Variables, newest: Variables, decay: float) -> Variables:
     def moved(old, new):
         if jnp.issubdtype(new.dtype, jnp.integer):
             return new
-        return decay * old + (1.0 - decay) * new
+        # What does not change stays to the bit.
+        return old + (1.0 - decay) * (new - old)
 
     return jax.tree.map(moved, average, newest)
 
