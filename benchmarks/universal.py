@@ -201,22 +201,32 @@ def calibrate(
     """Returns the steps of a whole run of each method, measured once."""
     path = out / "steps.json"
     if path.is_file():
-        return json.loads(path.read_text())["steps"]
+        found = json.loads(path.read_text())
+        if found["minutes"] != minutes:
+            raise SystemExit(
+                f"{path} is of --minutes {found['minutes']}; give that, or a new --out"
+            )
+        return found["steps"]
     seconds = {}
     for method in METHODS:
         run = Run(method, tuple(manifests), 0)
         experiment = experiment_of(run, manifests, CALIBRATION_STEPS)
         folder = out / "calibration" / run.name
         trainer.run(experiment, folder, resume=True)
-        with open(folder / "stage_1" / "log.csv", newline="") as file:
-            rates = [float(row["pairs_per_s"]) for row in csv.DictReader(file)]
-        # The first row has the compiler's time in it.
-        seconds[method] = METHODS[method].batch / statistics.median(rates[1:])
+        seconds[method] = METHODS[method].batch * seconds_per_pair(folder)
     steps = {m: max(4, round(60 * minutes / s / 4) * 4) for m, s in seconds.items()}
     with files.atomic_path(path) as temporary:
         text = {"minutes": minutes, "seconds": seconds, "steps": steps}
         pathlib.Path(temporary).write_text(json.dumps(text, indent=2) + "\n")
     return steps
+
+
+def seconds_per_pair(folder: pathlib.Path) -> float:
+    """Returns the median over the rows of a run's log."""
+    with open(folder / "stage_1" / "log.csv", newline="") as file:
+        rates = [float(row["pairs_per_s"]) for row in csv.DictReader(file)]
+    # The first row has the compiler's time in it.
+    return 1 / statistics.median(rates[1:])
 
 
 def carry_out(
@@ -228,13 +238,13 @@ def carry_out(
         return
     share = len(run.domains) / len(manifests)
     count = round(steps[run.method] * share)
-    outcome = trainer.run(
-        experiment_of(run, manifests, count), out / run.name, resume=True
-    )
+    folder = out / run.name
+    outcome = trainer.run(experiment_of(run, manifests, count), folder, resume=True)
+    pairs = count * METHODS[run.method].batch
     result = {
         **dataclasses.asdict(run),
         "steps": count,
-        "seconds": outcome.seconds,
+        "seconds": pairs * seconds_per_pair(folder),
         "domains_scored": {
             domain: score(run, outcome.weights, manifests, domain)
             for domain in manifests
@@ -323,7 +333,7 @@ def print_tables(out: pathlib.Path) -> None:
     for result in whole_runs(results, domains):
         print(
             f"{result['method']}, seed {result['seed']}: {result['steps']} steps, "
-            f"{result['seconds'] / 60:.1f} minutes"
+            f"{result['seconds'] / 60:.1f} minutes without compilation"
         )
 
 

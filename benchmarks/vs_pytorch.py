@@ -105,10 +105,9 @@ class Worker:
 def compare(arguments, folder: pathlib.Path) -> None:
     """Runs all tasks and prints the table."""
     prepare(folder, arguments)
-    versions = [
-        f"{n} {importlib.metadata.version(n)}" for n in ("jax", "torch", "unigradicon")
-    ]
     prompted = arguments.network == "promptreg"
+    packages = ["jax", "torch", *([] if prompted else ["unigradicon"])]
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     width = f" of {arguments.channels} channels" if prompted else ""
     print(
         f"{arguments.network}{width}, {arguments.size}^3, {arguments.runs} "

@@ -147,8 +147,9 @@ ShapeText = Annotated[
     str | None,
     option(
         "--shape",
-        "Network grid in voxels, stored volume's slowest axis first. Default: the grid "
-        "that the weights were trained on, 175,175,175 for the published ones.",
+        "Network grid in voxels, stored volume's slowest axis first (its fastest for "
+        "weights that see NIfTI's order, as PromptReg's). Default: the grid that the "
+        "weights were trained on, 175,175,175 for the published ones.",
         _MODEL,
         metavar="D,H,W",
     ),

@@ -507,9 +507,16 @@ def _ways(
             "there is nothing to evaluate; name a model with --model, pass --io-target "
             "displacement, or name another tool"
         )
+    placement = options.placement or preprocess.Placement.of_weights(
+        {} if model is None else model.bundle.preprocessing
+    )
+
+    def resized(scans):
+        return _resized(scans, options, placement), math.nan
+
     ways = [
         _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
-        _Way(results.RESIZED, lambda scans: (_resized(scans, options), math.nan)),
+        _Way(results.RESIZED, resized),
     ]
     ways += [_Way(other, _timed(method)) for other, method in others.items()]
     if model is not None:
@@ -537,15 +544,18 @@ def _ways(
     return ways
 
 
-def _resized(scans: _Scans, options: register.Options) -> Transform:
+def _resized(
+    scans: _Scans, options: register.Options, placement: preprocess.Placement
+) -> Transform:
     """The identity of both unit cubes: what a network that does nothing answers."""
     moving = scans.moving
     if not options.stored_orientation:
         moving = register.oriented_like(moving, scans.fixed.grid)
-    grids = scans.fixed.grid, moving.grid
-    return transform_lib.in_world(
-        Transform(()), *(grid.resized(options.shape) for grid in grids)
+    grids = (
+        placement.grid(placement.turned(volume).grid, options.shape)
+        for volume in (scans.fixed, moving)
     )
+    return transform_lib.in_world(Transform(()), *grids)
 
 
 def _timed(method: Method):

@@ -55,7 +55,8 @@ class Options:
       io_lr: learning rate of Adam; the target's own default if None.
       dice_loss_weight: weight of the Dice term; needs both segmentations.
       intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
-      shape: the network grid, (D, H, W) voxels.
+      shape: the network grid, voxels along the network's array axes: (D, H, W), or
+        the reverse where its placement has NIfTI's order.
       precision: of the network's arithmetic; coordinates and losses stay float32.
       stored_orientation: feed the moving scan as it is stored, as the original does,
         instead of in the fixed scan's axis order; see `oriented_like`.
@@ -170,7 +171,7 @@ def check_options(options: Options) -> None:
     if min(options.shape) < 8:
         raise UserError(
             f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
-            "of at least 8; the weights were trained at 175,175,175"
+            "of at least 8; leave it out for the grid of the weights"
         )
     if options.io_iterations is None:
         for name, used in (

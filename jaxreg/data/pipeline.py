@@ -58,7 +58,8 @@ class Loading:
     batches over in shared memory (/dev/shm), about four per worker.
 
     Attributes:
-      shape: the network grid, (D, H, W) voxels.
+      shape: the network grid, voxels along the network's array axes: (D, H, W), or
+        the reverse with `axes` "ijk".
       cache_dir: folder of preprocessed volumes; None preprocesses each time.
       cache_limit_gb: size of the cache (10^9 bytes), None for what the disk takes.
       storage: of images in cache and batch: "uint16" is ``round(65535 x)``, half the
