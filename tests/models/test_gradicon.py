@@ -444,12 +444,12 @@ def test_loss_and_gradients_match_the_original(unigradicon, monkeypatch, size):
     losses.all_loss.backward()
 
     run = evaluation(model, PLAIN)
-    gradient, (parts, forward, *_) = run(
+    gradient, (parts, maps, _) = run(
         variables["params"], variables, Pair(*images), noise
     )
     wanted = channels_last(net.phi_AB_vectorfield.detach().cpu().numpy())
     assert np.abs(wanted - channels_last(net.identity_map.cpu().numpy())).max() > 0.01
-    points = jax.jit(lambda t: t.on_grid(size.shape))(forward)
+    points = jax.jit(lambda t: t.on_grid(size.shape))(maps.forward)
     np.testing.assert_allclose(points, wanted, rtol=0, atol=1e-4)
     check_live_parts(parts, original_parts(losses), 1e-4)
 
