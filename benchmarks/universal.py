@@ -38,7 +38,7 @@ from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import files
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
-from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models.promptreg import AS_PAPER, PromptRegConfig
 from jaxreg.models.rdp import RdpConfig
 from jaxreg.space import sampling
 from jaxreg.training import step
@@ -67,13 +67,7 @@ _PYRAMID = dataclasses.replace(
     _LNCC, inverse_consistency_weight=0.0, smoothness_weight=0.3, directions="forward"
 )
 _PROMPTS = dataclasses.replace(_PYRAMID, orthogonality_weight=0.001, task_weight=0.001)
-_PAPER = PromptRegConfig(
-    channels=4,
-    temperature=0.1,
-    readout="spatial",
-    static_block=False,
-    task_loss_on="weighted",
-)
+_PAPER = dataclasses.replace(AS_PAPER, channels=4)
 
 
 @dataclasses.dataclass(frozen=True)

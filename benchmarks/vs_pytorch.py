@@ -237,7 +237,7 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
     import jax.numpy as jnp
     import optax
 
-    from jaxreg import zoo
+    from jaxreg import experiment, zoo
     from jaxreg.losses.objective import Objective
     from jaxreg.models.promptreg import PromptReg
     from jaxreg.training.step import make_step
@@ -271,14 +271,8 @@ def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
     optimizer, objective, row = optax.adam(2e-5), Objective(), None
     if isinstance(model, PromptReg):
         row = jnp.zeros(1, jnp.int32)
-        objective = Objective(
-            similarity="mind",
-            inverse_consistency_weight=0.0,
-            smoothness_weight=0.1,
-            orthogonality_weight=0.001,
-            task_weight=0.001,
-            directions="forward",
-        )
+        configs = pathlib.Path(__file__).parents[1] / "configs"
+        objective = experiment.load(configs / "promptreg.py").objective
     step = make_step(model, objective, optimizer, train=task == "train")
     # No maps among the results, as in a training loop.
     program = jax.jit(lambda *a: step(*a)[:3], donate_argnums=(0, 1))

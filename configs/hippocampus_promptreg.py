@@ -14,7 +14,7 @@ import pathlib
 
 from jaxreg import experiment
 from jaxreg.experiment import Experiment, Stage, TrainConfig
-from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models.promptreg import AS_PAPER
 from jaxreg.training.optimizer import OptimizerConfig
 
 
@@ -25,13 +25,7 @@ def get_config() -> Experiment:
         whole,
         name="hippocampus_promptreg",
         paper="Xie et al., PromptReg, MICCAI 2025, section 2",
-        model=PromptRegConfig(
-            channels=4,
-            temperature=0.1,
-            readout="spatial",
-            static_block=False,
-            task_loss_on="weighted",
-        ),
+        model=dataclasses.replace(AS_PAPER, channels=4),
         objective=dataclasses.replace(
             whole.objective,
             inverse_consistency_weight=0.0,

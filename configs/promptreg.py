@@ -24,7 +24,7 @@ Table 2, without the two regularisers: --objective.orthogonality_weight 0
 from jaxreg.data.pipeline import Loading
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models.promptreg import AS_PAPER
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
@@ -36,12 +36,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="promptreg",
         paper="Xie et al., PromptReg, MICCAI 2025, section 3",
-        model=PromptRegConfig(
-            temperature=0.1,
-            readout="spatial",
-            static_block=False,
-            task_loss_on="weighted",
-        ),
+        model=AS_PAPER,
         data=DataConfig(pairs_per_epoch=100 * DATASETS, holdout=None),
         loading=Loading(shape=(160, 160, 160), resize="aligned", axes="ijk"),
         augment=None,

@@ -17,7 +17,6 @@ from jaxreg.io import checkpoints
 from jaxreg.losses.objective import Objective
 from jaxreg.models import kinds, promptreg
 from jaxreg.models.gradicon import GradIconConfig
-from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.rdp import RdpConfig
 from jaxreg.typing import Pair
 
@@ -34,13 +33,7 @@ def prompted(*domains: str, **train) -> Experiment:
         name="bank",
         stages=(Stage("one", epochs=1),),
         augment=None,
-        model=PromptRegConfig(
-            channels=1,
-            temperature=0.1,
-            readout="spatial",
-            static_block=False,
-            task_loss_on="weighted",
-        ),
+        model=dataclasses.replace(promptreg.AS_PAPER, channels=1),
         data=DataConfig(
             synthetic=domains,
             synthetic_labels=2,

@@ -81,6 +81,12 @@ class PromptRegConfig:
         )
 
 
+AS_PAPER = PromptRegConfig(
+    temperature=0.1, readout="spatial", static_block=False, task_loss_on="weighted"
+)
+"""The paper's forms, where the released code differs; for training new networks."""
+
+
 class PromptBottleneck(nn.Module):
     """Features with the prompt made for them: N D H W C to N D H W C."""
 
