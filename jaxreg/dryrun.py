@@ -130,10 +130,11 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
 
 
 def _with_likely_tasks(experiment: Experiment) -> Experiment:
-    """Returns the experiment with a prompt for each task that its settings name."""
+    """Returns the experiment with a prompt for each task it starts with or names."""
     data = experiment.data
     if _is_there(data):
-        return with_tasks(experiment, make_sources(experiment).tasks)
+        known = tasks_of_start(experiment)
+        return with_tasks(experiment, with_bank(make_sources(experiment), known).bank)
     names = [task.dataset for task in data.tasks]
     left = [name for name in names if name not in data.exclude]
     return with_tasks(experiment, left or _SOME_TASKS)

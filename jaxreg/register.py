@@ -388,6 +388,10 @@ def _with_chosen_tasks(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
                 f"--task names {name}, which is not among the domains of {model.name} "
                 f"({', '.join(known)}); give some of these, or auto"
             )
+    if len(set(names)) < len(names):
+        raise UserError(
+            f"--task is {task}, which names a domain twice; name each of them once"
+        )
     rows = [known.index(name) for name in names]
     return dataclasses.replace(
         model,

@@ -459,7 +459,9 @@ class _StageRun:
         self.per_epoch, self.layout, shares = shared_out(experiment)
         self.replicas, self.span = shares
         self.steps = self.per_epoch * stage.epochs
-        self.optimizer = optimizer.make_optimizer(experiment.optimizer, self.steps)
+        schedule = (experiment.optimizer, self.steps, self.per_epoch)
+        self.optimizer = optimizer.make_optimizer(*schedule)
+        self.learning_rate = optimizer.make_schedule(*schedule)
         if experiment.train.only != "all":
             rows = trained_rows(experiment, self.sources, known, first=self.number == 0)
             self.optimizer = optimizer.only(
@@ -577,7 +579,7 @@ class _StageRun:
                 batch_size=train.batch,
                 steps=self.steps,
                 steps_per_epoch=self.per_epoch,
-                learning_rate=optimizer.make_schedule(experiment.optimizer, self.steps),
+                learning_rate=self.learning_rate,
                 validate=None if validate is None else remembered,
                 blame=make_blame(experiment, self.sources, self.model, layout),
                 checkpoints=kept,

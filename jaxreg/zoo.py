@@ -527,11 +527,8 @@ def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
-    return (
-        "rdp"
-        if any(key.startswith("encoder_moving.") for key in state)
-        else ("gradicon")
-    )
+    pyramid = any(key.startswith("encoder_moving.") for key in state)
+    return "rdp" if pyramid else "gradicon"
 
 
 def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:

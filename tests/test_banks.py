@@ -186,6 +186,42 @@ def test_a_domain_is_added_to_a_trained_bank(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, kept["params"], changed["params"])
 
 
+@pytest.mark.slow
+def test_a_bank_run_goes_on_without_what_it_started_from(tmp_path):
+    start = tmp_path / "old"
+    chosen = prompted("inter_mono", start=str(start), only="new_prompts")
+    chosen = dataclasses.replace(
+        chosen, stages=(Stage("one", epochs=1), Stage("two", epochs=1))
+    )
+    old = promptreg.bank_of(saved_bank(start, chosen, ("brain", "hip")))
+
+    def stop(sentence):
+        if sentence.startswith("stage two"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(chosen, tmp_path / "run", say=stop)
+    start.rename(tmp_path / "elsewhere")
+    said = []
+    done = trainer.run(chosen, tmp_path / "run", resume=True, say=said.append)
+    after = zoo.load(done.weights)
+    assert after.tasks == ("brain", "hip", "inter_mono")
+    np.testing.assert_array_equal(promptreg.bank_of(after.variables)[:2], old)
+    # The second stage goes on with the first one's prompt.
+    whole = trainer.run(
+        dataclasses.replace(
+            chosen,
+            train=dataclasses.replace(chosen.train, start=str(tmp_path / "elsewhere")),
+        ),
+        tmp_path / "whole",
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        zoo.load(whole.weights).variables,
+        after.variables,
+    )
+
+
 def test_an_excluded_domain_takes_no_part():
     chosen = experiment.override(
         prompted("inter_mono", "inter_multi", "intra_mono"),

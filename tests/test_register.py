@@ -399,6 +399,7 @@ def test_named_tasks_are_the_only_prompts(prompted):
     [
         ("liver", r"liver, which is not .*\(brain, hip\)"),
         ("0", "0, which is not"),
+        ("hip,brain,hip", "names a domain twice"),
     ],
 )
 def test_unknown_tasks_are_refused(prompted, task, said):

@@ -19,6 +19,7 @@ from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, files, released
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
+from jaxreg.models.rdp import Rdp, RdpConfig
 
 SMALL = {
     "channels_down": (2, 3, 5),
@@ -510,6 +511,25 @@ def test_released_promptreg_goes_both_ways(golden, tmp_path):
     for key, tensor in tensors.items():
         assert torch.equal(back[key], tensor), key
     assert {k.split(".")[-1] for k in set(back) - set(tensors)} == {"grid"}
+
+
+@pytest.mark.torch
+def test_rdp_goes_both_ways(tmp_path):
+    torch = pytest.importorskip("torch")
+    config = RdpConfig(channels=2)
+    variables = jax.tree.map(np.asarray, Rdp(config).init(jax.random.key(3)))
+    bundle = checkpoints.Bundle(
+        variables, "rdp", dataclasses.asdict(config), {"shape": [16, 24, 16]}, "", ""
+    )
+    checkpoints.save_bundle(tmp_path / "rdp", bundle)
+    zoo.convert(tmp_path / "rdp", tmp_path / "rdp.pth")
+    written = torch.load(tmp_path / "rdp.pth", weights_only=True)["model_state_dict"]
+    assert not any(key.startswith("prompt_") for key in written)
+    loaded = zoo.load(tmp_path / "rdp.pth")
+    assert isinstance(loaded.model, Rdp) and loaded.model.config == config
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
+    with pytest.raises(UserError, match="has no prompt bank; give --model rdp"):
+        zoo.convert(tmp_path / "rdp.pth", tmp_path / "bank", model="promptreg")
 
 
 @pytest.mark.torch

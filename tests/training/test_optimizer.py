@@ -1,5 +1,7 @@
 """Update rules beside PyTorch's, schedules beside their formulas."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +124,25 @@ def test_schedules_follow_their_formulas():
     wanted = 2.0 * (1 - steps / 100) ** 0.9
     np.testing.assert_allclose(
         [polynomial(s) for s in steps], wanted, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_rate_of_an_epoch_is_that_of_its_beginning_to_8_decimals():
+    # Released PromptReg: numpy.round(base * (1 - epoch / epochs) ** 0.9, 8).
+    config = OptimizerConfig(
+        learning_rate=1e-4, schedule="polynomial", decay_every="epoch"
+    )
+    schedule = make_schedule(config, 30, per_epoch=10)
+    wanted = np.round(1e-4 * (1 - np.arange(3) / 3) ** 0.9, 8)
+    np.testing.assert_allclose(
+        [float(schedule(s)) for s in range(30)], np.repeat(wanted, 10), rtol=1e-6
+    )
+    warm = dataclasses.replace(config, warm_up=4)
+    found = [float(make_schedule(warm, 30, per_epoch=10)(s)) for s in (2, 4, 9, 10, 19)]
+    np.testing.assert_allclose(
+        found,
+        np.round(1e-4 * np.array([0.5, 1, 1, *[(1 - 6 / 26) ** 0.9] * 2]), 8),
+        rtol=1e-6,
     )
 
 
