@@ -487,14 +487,10 @@ def oriented_like(volume: Volume, reference: Grid) -> Volume:
     arrays alone: two scans stored in different orders would look rotated or mirrored
     to it (the original feeds them as they are stored).
     """
-    change = orientations.ornt_transform(
-        orientations.io_orientation(volume.grid.affine_mm),
-        orientations.io_orientation(reference.affine_mm),
+    turned = preprocess.oriented(
+        volume, orientations.io_orientation(reference.affine_mm)
     )
-    array = orientations.apply_orientation(volume.array, change)
-    back = orientations.inv_ornt_aff(change, volume.grid.shape)
-    grid = Grid(array.shape, volume.grid.affine_mm @ back)
-    return Volume(np.ascontiguousarray(array), grid, volume.source)
+    return dataclasses.replace(turned, array=np.ascontiguousarray(turned.array))
 
 
 def make_pair(

@@ -23,7 +23,6 @@ from typing import Any, Literal, Protocol, Self
 import grain
 import numpy as np
 from absl import flags
-from nibabel import orientations
 
 from jaxreg.data import cache as cache_lib
 from jaxreg.data import preprocess
@@ -31,7 +30,7 @@ from jaxreg.data.manifest import Record
 from jaxreg.data.pairs import PairPlan, Task, View
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
-from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.grid import Shape, Volume
 
 Storage = Literal["float32", "uint16"]
 Batch = dict[str, np.ndarray]
@@ -44,7 +43,7 @@ _SIDES = ("moving", "fixed")
 _ENDLESS = 2**40
 _AHEAD = 2
 """Batches that each worker prepares ahead; they lie in the cache, not in memory."""
-_SUPERIOR_ANTERIOR_RIGHT = np.array([[2, 1], [1, 1], [0, 1]])
+_SUPERIOR_ANTERIOR_RIGHT = ((2, 1), (1, 1), (0, 1))
 """Array axes (d, h, w) towards z, y, x of RAS+, as nibabel counts orientations."""
 
 
@@ -72,6 +71,7 @@ class Loading:
         orders look alike; no voxel moves in the world.
       resize: see `preprocess.Placement`.
       axes: see `preprocess.Placement`.
+      spacing_mm: see `preprocess.Placement`.
       workers: processes that preprocess (or make pairs); 0 for threads of this process
         alone.
       read_threads: batches read at a time in this process, at most `prefetch`.
@@ -89,8 +89,9 @@ class Loading:
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
     canonical: bool = False
-    resize: Literal["half_pixel", "aligned"] = "half_pixel"
-    axes: Literal["kji", "ijk"] = "kji"
+    resize: preprocess.Resize = "half_pixel"
+    axes: preprocess.Axes = "kji"
+    spacing_mm: float = 2.0
     workers: int = 0
     read_threads: int = 2
     prefetch: int = 2
@@ -130,11 +131,12 @@ class Loading:
                 "leave cache_dir out to cache nothing"
             )
         self.rule("mri")
+        _ = self.placement  # which checks its own
 
     @property
     def placement(self) -> preprocess.Placement:
         """How scans become arrays on the network grid."""
-        return preprocess.Placement(self.resize, self.axes)
+        return preprocess.Placement(self.resize, self.axes, self.spacing_mm)
 
     def rule(self, modality: str) -> preprocess.Preprocessing:
         """Returns the intensity rule of a modality: "ct" in any case is CT."""
@@ -452,16 +454,8 @@ def _listed(values: Any) -> str:
 
 
 def canonical(volume: Volume) -> Volume:
-    """Returns the volume with D towards superior, H anterior, W right, as it can be.
-
-    Voxels are permuted and flipped only. The array is a view.
-    """
-    change = orientations.ornt_transform(
-        orientations.io_orientation(volume.grid.affine_mm), _SUPERIOR_ANTERIOR_RIGHT
-    )
-    array = orientations.apply_orientation(volume.array, change)
-    back = orientations.inv_ornt_aff(change, volume.grid.shape)
-    return Volume(array, Grid(array.shape, volume.grid.affine_mm @ back), volume.source)
+    """Returns the volume with D towards superior, H anterior, W right, as it can be."""
+    return preprocess.oriented(volume, _SUPERIOR_ANTERIOR_RIGHT)
 
 
 def stored(image: np.ndarray, storage: Storage) -> np.ndarray:
