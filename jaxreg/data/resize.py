@@ -46,7 +46,7 @@ def aligned(array: np.ndarray, shape: Shape) -> np.ndarray:
 
 
 def centred(
-    array: np.ndarray, shape: Shape, ratio: Sequence[float], *, outside: float
+    array: np.ndarray, shape: Shape, ratio: np.ndarray, *, outside: float
 ) -> np.ndarray:
     """Trilinear resampling about the common centre: pads and crops.
 
@@ -68,7 +68,7 @@ def centred(
 
 
 def nearest_centred(
-    array: np.ndarray, shape: Shape, ratio: Sequence[float]
+    array: np.ndarray, shape: Shape, ratio: np.ndarray
 ) -> np.ndarray:
     """Nearest resampling about the common centre, 0 outside, D H W of any type."""
     positions = _centred_positions(array.shape, shape, ratio)
@@ -84,7 +84,7 @@ def _aligned_positions(source: Shape, target: Shape) -> list[np.ndarray]:
 
 
 def _centred_positions(
-    source: Shape, target: Shape, ratio: Sequence[float]
+    source: Shape, target: Shape, ratio: np.ndarray
 ) -> list[np.ndarray]:
     return [
         (np.arange(m) - (m - 1) / 2) * r + (n - 1) / 2
