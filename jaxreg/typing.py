@@ -88,6 +88,7 @@ ONE_CALL = Batching()
         "fixed_target",
         "task",
         "objective",
+        "smoothness",
     ],
     meta_fields=[],
 )
@@ -108,6 +109,8 @@ class Pair:
       fixed_target: the same for the fixed scan.
       task: number of each pair's task, N; its row in a bank of prompts.
       objective: which of several objectives each pair is trained by, N.
+      smoothness: each pair's own weight of the smoothness term, N, in place of the
+        objective's; shown to networks that are conditioned on it.
     """
 
     moving: Image
@@ -121,3 +124,4 @@ class Pair:
     fixed_target: Image | None = None
     task: Int[Array, " N"] | None = None
     objective: Int[Array, " N"] | None = None
+    smoothness: Float[Array, " N"] | None = None

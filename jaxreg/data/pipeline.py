@@ -138,12 +138,18 @@ class Loading:
         """How scans become arrays on the network grid."""
         return preprocess.Placement(self.resize, self.axes, self.spacing_mm)
 
-    def rule(self, modality: str) -> preprocess.Preprocessing:
-        """Returns the intensity rule of a modality: "ct" in any case is CT."""
+    def rule(self, modality: str, task: Task | None = None) -> preprocess.Preprocessing:
+        """Returns the intensity rule of a modality: "ct" in any case is CT.
+
+        Args:
+          modality: of the scan.
+          task: whose own ranges come first.
+        """
+        own = (task.ct_window, task.quantile_range) if task else (None, None)
         return preprocess.Preprocessing(
             modality=preprocess.kind(modality),
-            ct_window=self.ct_window,
-            quantile_range=self.quantile_range,
+            ct_window=own[0] or self.ct_window,
+            quantile_range=own[1] or self.quantile_range,
         )
 
 
@@ -278,16 +284,16 @@ class _ScanReader:
 
     def _parts(self, plan: PairPlan) -> Iterator[tuple[str, Callable, Record]]:
         """Yields what is read for a pair: its key, how, and of which record."""
-        records = self.source.records
+        records, task = self.source.records, self.source.sampler.tasks[plan.task]
         for key in _SIDES:
             network, target = getattr(plan, key), getattr(plan, f"{key}_target")
             record = records[network.record]
-            yield key, self._shown(network), record
+            yield key, self._shown(network, task), record
             if target is not None and (
                 target.record != network.record
                 or self._hides(target) != self._hides(network)
             ):
-                yield f"{key}_target", self._shown(target), records[target.record]
+                yield f"{key}_target", self._shown(target, task), records[target.record]
             if self.loading.use_labels:
                 yield f"{key}_labels", self._labels, record
             if self.loading.use_masks:
@@ -312,13 +318,15 @@ class _ScanReader:
         masked = self.loading.mask_inputs and self.source.records[view.record].mask
         return view.inverted and bool(masked)
 
-    def _shown(self, view: View) -> Callable[[Record, np.ndarray | None], None]:
-        return functools.partial(self._image, inverted=self._hides(view))
+    def _shown(
+        self, view: View, task: Task
+    ) -> Callable[[Record, np.ndarray | None], None]:
+        return functools.partial(self._image, task=task, inverted=self._hides(view))
 
     def _image(
-        self, record: Record, out: np.ndarray | None, *, inverted: bool = False
+        self, record: Record, out: np.ndarray | None, *, task: Task, inverted: bool
     ) -> None:
-        rule = self.loading.rule(record.modality)
+        rule = self.loading.rule(record.modality, task)
         mask = record.mask if self.loading.mask_inputs else None
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:

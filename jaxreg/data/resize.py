@@ -67,9 +67,7 @@ def centred(
     return _filled(result, positions, array.shape, outside)
 
 
-def nearest_centred(
-    array: np.ndarray, shape: Shape, ratio: np.ndarray
-) -> np.ndarray:
+def nearest_centred(array: np.ndarray, shape: Shape, ratio: np.ndarray) -> np.ndarray:
     """Nearest resampling about the common centre, 0 outside, D H W of any type."""
     positions = _centred_positions(array.shape, shape, ratio)
     index = [

@@ -18,7 +18,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
@@ -221,6 +221,7 @@ class Rdp:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -231,6 +232,7 @@ class Rdp:
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
           task: makes no difference.
+          smoothness: makes no difference.
           train: makes no difference.
           batching: makes no difference: nothing is shared by a batch.
 

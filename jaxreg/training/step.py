@@ -87,7 +87,7 @@ def predict(
         variables,
         moving,
         fixed,
-        **({} if pair.task is None else {"task": jnp.tile(pair.task, calls)}),
+        **_told(pair, calls),
         train=train,
         batching=Batching(calls=calls, replicas=replicas, axis=axis, span=span),
     )
@@ -101,6 +101,14 @@ def predict(
     aux = {name: per_pair(value) for name, value in found.aux.items()}
     forward, *backward = found.transform.split(calls)
     return Maps(forward, backward[0] if backward else None, aux), variables
+
+
+def _told(pair: Pair, calls: int) -> dict[str, jax.Array]:
+    """Returns what a network is told of each pair besides the images."""
+    given = {"task": pair.task, "smoothness": pair.smoothness}
+    return {
+        n: jnp.tile(value, calls) for n, value in given.items() if value is not None
+    }
 
 
 def evaluate(
