@@ -205,7 +205,7 @@ class UniRegRpnNetwork(nn.Module):
         return fields.compose_voxels(field, displacement, outside=outside)
 
 
-# --- repetition of a level, ruled by the images' correlation ---------------------------
+# --- repetition of a level, ruled by the images' correlation --------------------------
 
 
 class Ruled(NamedTuple):
@@ -289,7 +289,7 @@ def _repeat(step, judge, start, config: UniRegRpnConfig) -> _Level:
 def _while_going(once, start, config: UniRegRpnConfig) -> _Level:
     zero = jnp.zeros((), jnp.int32)
     trace = jnp.full(config.iterations, jnp.nan, jnp.float32)
-    state = _Level(start, jnp.zeros(()), zero, zero, jnp.asarray(True), trace)  # noqa: FBT003
+    state = _Level(start, jnp.zeros(()), zero, zero, jnp.asarray(True), trace)
     return lax.while_loop(
         lambda s: s.going & (s.index < config.iterations), once, state
     )

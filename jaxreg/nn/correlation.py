@@ -1,8 +1,8 @@
 """Local correlation of two feature maps: how well a voxel fits the other's neighbours.
 
 References:
-  Sun et al., PWC-Net, CVPR 2018, section 3 (the correlation layer); Tian et al., SAME++,
-  Medical Image Analysis 2025, with whose code channels, borders and floors agree.
+  Sun et al., PWC-Net, CVPR 2018, section 3; Tian et al., SAME++, 2023, with whose code
+  the order of channels, the border and the floors agree.
 """
 
 import itertools

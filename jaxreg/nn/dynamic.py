@@ -124,7 +124,8 @@ def split(
     parts = jnp.split(parameters, np.cumsum(sizes)[:-1], axis=-1)
     layers = len(pairs)
     kernels = [
-        part.reshape(n, o, i) for part, (i, o) in zip(parts[:layers], pairs, strict=True)
+        part.reshape(n, o, i)
+        for part, (i, o) in zip(parts[:layers], pairs, strict=True)
     ]
     return kernels, parts[layers:]
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxreg.space import sampling
 from jaxreg.typing import Field, Image, Points
 
-
 Differences = Literal["backward", "forward", "central"]
 _CELLS = {
     "backward": (slice(1, None), slice(None, -1), slice(1, None)),

@@ -54,7 +54,9 @@ def test_config_of_six_and_of_other_regions():
     assert static == {"channels": 8, "image_channels": 1, "head": "static"}
 
 
-@pytest.mark.parametrize("prefix", ["net.", "base_model.net.", "module.", "module.net."])
+@pytest.mark.parametrize(
+    "prefix", ["net.", "base_model.net.", "module.", "module.net."]
+)
 def test_prefixes_and_grids_are_left_out(prefix):
     state = random_state(SIZES[2])
     wrapped = {prefix + key: array for key, array in state.items()}
