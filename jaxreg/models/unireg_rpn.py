@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -152,6 +153,7 @@ class Decoder(nn.Module):
         x = layer(width, width // 2, 4)(x)
         if config.head == "static":
             return layer(width // 2, 3, 5, kernel_init=nn.initializers.zeros)(x)
+        assert known is not None
         head = DynamicHead(width // 2, config.hidden, pool_norm=True, name="head")
         return head(x, known)
 
@@ -388,7 +390,7 @@ class UniRegRpn:
         if config.head == "static":
             return None
         region, pairing = dynamic.one_hot_tasks(config.tasks, config.regions, TYPES)
-        table = jnp.concatenate([pairing, region], -1)
+        table = np.concatenate([pairing, region], -1)
         return dynamic.look_up(table, task, config.tasks)
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
@@ -80,7 +81,7 @@ def look_up(
             "UniReg makes its head for a task and was given none; give each pair's "
             f"task number ({known})"
         )
-    if not isinstance(task, jax.core.Tracer):
+    if not isinstance(task, Tracer):
         numbers = np.asarray(task)
         if numbers.size and not (0 <= numbers.min() <= numbers.max() < len(tasks)):
             raise UserError(

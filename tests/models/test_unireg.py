@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from jaxreg.errors import UserError
-from jaxreg.models import unireg
-from jaxreg.models.unireg import Features, UniReg, UniRegConfig
+from jaxreg.models import unireg, unireg_features
+from jaxreg.models.unireg import UniReg, UniRegConfig
+from jaxreg.models.unireg_features import Features
+from jaxreg.nn import conv
+from jaxreg.nn.correlation import normalised
 from jaxreg.space import fields
 from jaxreg.space.grid import unit_scale
 
@@ -52,7 +55,7 @@ def test_same_matches_reference(golden):
         Features(*(channels_last(g[f"{level}_{side}"]) for level in ("fine", "coarse")))
         for side in ("source", "target")
     ]
-    check(unireg.correlated(*features), channels_last(g["sam_corr"]), 1e-5)
+    check(unireg_features.correlated(*features), channels_last(g["sam_corr"]), 1e-5)
     network = unireg.UniRegNetwork(unireg.SAME)
     shape = images[0].shape[1:4]
 
@@ -154,15 +157,12 @@ SMALL = UniRegConfig(form="native", regions=2, tasks=((1, "inter"), (0, "intra")
 
 def stand_in(variables, image):
     """In place of SAM: pooled intensities and their squares, times a weight."""
-    from jaxreg.nn import conv
-    from jaxreg.nn.correlation import normalised
-
     x = jnp.concatenate([image, image**2 / 50, jnp.ones_like(image)], -1)
     x = x * variables["weight"]
     return Features(
         *(
             normalised(conv.average_pool(x, size))
-            for size in (unireg.FINE, unireg.COARSE)
+            for size in (unireg_features.FINE, unireg_features.COARSE)
         )
     )
 
@@ -253,12 +253,14 @@ def test_forms(change):
 
 def test_windows():
     units = np.float32([-2000.0, -1024.0, -800.0, -200.0, 400.0, 1000.0, 3071.0])
-    low, high = unireg.SAM_WINDOW
+    low, high = unireg_features.SAM_WINDOW
     stored = ((units - low) / (high - low)).reshape(1, 1, 1, -1, 1)
     model = UniReg(UniRegConfig())
     seen = np.asarray(model._backbone(stored)).ravel()
     np.testing.assert_allclose(seen, [-1, -1, -1, 0, 1, 1, 1], atol=1e-5)
-    scaled = unireg.rescaled(stored, (low, high), unireg.SAM_WINDOW, unireg.SAM_RANGE)
+    scaled = unireg_features.rescaled(
+        stored, (low, high), unireg_features.SAM_WINDOW, unireg_features.SAM_RANGE
+    )
     expected = (np.clip(units, low, high) + 1024) * 255 / 4095 - 50
     np.testing.assert_allclose(np.ravel(scaled), expected, rtol=1e-5, atol=1e-4)
     # Images that were stored in a window of their own.
@@ -272,12 +274,12 @@ def test_windows():
 
 def test_mind_features_have_length_1_and_see_one_image_each():
     moving, _ = images()
-    found = unireg.mind_features(moving)
+    found = unireg_features.mind_features(moving)
     assert found.fine.shape == (2, 8, 16, 8, 12)
     assert found.coarse.shape == (2, 4, 2, 1, 12)
     for x in (found.fine, found.coarse):
         np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1, rtol=1e-5)
-    one = unireg.mind_features(moving[1:])
+    one = unireg_features.mind_features(moving[1:])
     np.testing.assert_allclose(found.fine[1], one.fine[0], rtol=1e-5)
 
 
