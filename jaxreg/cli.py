@@ -542,8 +542,8 @@ def convert_verb(
         str | None,
         option(
             "--model",
-            "Kind of network (gradicon, promptreg, rdp), or a name of jaxreg models. "
-            "Default: whose names the tensors have.",
+            "Kind of network (gradicon, promptreg, rdp, unireg_rpn), or a name of "
+            "jaxreg models. Default: whose names the tensors have.",
         ),
     ] = None,
 ) -> None:

@@ -41,6 +41,7 @@ class Similarity(enum.StrEnum):
     MIND = "mind"
     NMI = "nmi"
     NCC = "ncc"
+    BOX_NCC = "box_ncc"
     MSE = "mse"
 
 

@@ -22,7 +22,13 @@ from typing import Any
 import platformdirs
 
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released, released_promptreg
+from jaxreg.io import (
+    checkpoints,
+    files,
+    released,
+    released_promptreg,
+    released_unireg,
+)
 from jaxreg.io.checkpoints import Bundle
 from jaxreg.models import kinds
 from jaxreg.models.base import Registration
@@ -182,6 +188,26 @@ def _promptreg_preprocessing(variables: Variables) -> dict[str, Any]:
     return {**PROMPTREG_PREPROCESSING, "shape": list(shape)}
 
 
+UNIREG_RPN_PREPROCESSING = {
+    "shape": [160, 192, 192],
+    "axes": "D H W: NIfTI's i, j, k reversed; the image's direction is not used",
+    "resize": "linear, aligned",
+    "resize_labels": "nearest, aligned",
+    "ct_window": [-150.0, 250.0],
+    # Of the voxels above 0 in the release.
+    "mri_quantiles": [0.005, 0.995],
+}
+UNIREG_RPN_TASKS = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
+
+
+def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
+    """Returns the released code's, with its tasks' names where they are the six."""
+    sizes = released_unireg.variable_sizes(variables, source="the weights")
+    known = sizes.regions == len(UNIREG_RPN_TASKS)
+    tasks = {"tasks": list(UNIREG_RPN_TASKS)} if known else {}
+    return {**UNIREG_RPN_PREPROCESSING, **tasks}
+
+
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
 _UNIGRADICON_LICENCE = "Apache-2.0"
 
@@ -204,6 +230,14 @@ KINDS = {
         )
         for name in ("promptreg", "rdp")
     },
+    "unireg_rpn": Kind(
+        read_config=released_unireg.read_config,
+        to_variables=released_unireg.to_variables,
+        from_variables=released_unireg.from_variables,
+        check_variables=released_unireg.check_variables,
+        preprocessing=_unireg_rpn_preprocessing,
+        wrapper="model_state_dict",
+    ),
 }
 
 # No digest of the two files is published with the release, so none is stated here.
@@ -527,8 +561,9 @@ def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
-    pyramid = any(key.startswith("encoder_moving.") for key in state)
-    return "rdp" if pyramid else "gradicon"
+    if any(key.startswith("encoder_moving.") for key in state):
+        return "rdp"
+    return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 
 def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:

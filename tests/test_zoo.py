@@ -16,10 +16,12 @@ import pytest
 
 from jaxreg import zoo
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released
+from jaxreg.io import checkpoints, files, released, released_unireg
+from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 from jaxreg.models.rdp import Rdp, RdpConfig
+from jaxreg.models.unireg_rpn import UniRegRpn
 
 SMALL = {
     "channels_down": (2, 3, 5),
@@ -551,3 +553,31 @@ def test_forms_that_the_released_code_lacks_are_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"temperature 0\.1, readout spatial, which"):
         zoo.convert(tmp_path / "spatial", tmp_path / "spatial.pth")
     assert not (tmp_path / "spatial.pth").exists()
+
+
+# --- UniReg's released pyramid ------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.golden
+@pytest.mark.parametrize("prefix", ["", "base_model.net."])
+def test_released_unireg_goes_both_ways(golden, tmp_path, prefix):
+    torch = pytest.importorskip("torch")
+    g = golden("unireg_rpn_small")
+    state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
+    tensors = {k: torch.from_numpy(v) for k, v in state.items()}
+    wrapped = {prefix + key: tensor for key, tensor in tensors.items()}
+    content = {"model_state_dict": wrapped, "arch": "unireg_rpn", "step": 3}
+    torch.save(content, tmp_path / "released.pth")
+    zoo.convert(tmp_path / "released.pth", tmp_path / "weights")
+    model = zoo.load(tmp_path / "weights")
+    assert model.bundle.model == "unireg_rpn"
+    config = kinds.config_of("unireg_rpn", released_unireg.read_config(state))
+    assert model.model == UniRegRpn(config)
+    assert len(model.tasks) in (0, config.regions)
+    assert model.shape == (160, 192, 192) and model.ct_window == (-150, 250)
+    zoo.convert(tmp_path / "weights", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model_state_dict"]
+    assert list(back) == list(state)
+    for key, tensor in tensors.items():
+        assert torch.equal(back[key], tensor), key

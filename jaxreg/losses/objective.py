@@ -330,7 +330,10 @@ def _similarity(
     """All directions; each mask is that of the image compared with."""
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
     options = dict(objective.similarity_options)
-    if objective.similarity == "mind":  # the others see one sample at a time
+    if objective.similarity in (
+        "mind",
+        "box_ncc",
+    ):  # the others see one sample at a time
         options["axis"] = axis
     if pair.moving_target is not None or pair.fixed_target is not None:
         outside = "edge"

@@ -1,7 +1,7 @@
 """The kinds of network by name: from a configuration to the network, and back."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.errors import UserError
+from jaxreg.models import rdp, unireg, unireg_rpn
 from jaxreg.models.base import Registration
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import (
@@ -18,21 +19,46 @@ from jaxreg.models.promptreg import (
     resize_bank,
     take_rows,
 )
-from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig, check_shape
+from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig
+from jaxreg.models.unireg import UniReg, UniRegConfig
+from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Variables
 
-Config = GradIconConfig | RdpConfig | PromptRegConfig
+Config = GradIconConfig | RdpConfig | PromptRegConfig | UniRegConfig | UniRegRpnConfig
 
 _KINDS: Mapping[str, tuple[Any, Any]] = MappingProxyType(
     {
         "gradicon": (GradIconConfig, GradIcon),
         "rdp": (RdpConfig, Rdp),
         "promptreg": (PromptRegConfig, PromptReg),
+        "unireg": (UniRegConfig, UniReg),
+        "unireg_rpn": (UniRegRpnConfig, UniRegRpn),
     }
 )
+_CHECKS: Mapping[str, Callable[[Shape], None]] = MappingProxyType(
+    {
+        "rdp": rdp.check_shape,
+        "promptreg": rdp.check_shape,
+        "unireg": unireg.check_shape,
+        "unireg_rpn": unireg_rpn.check_shape,
+    }
+)
+"""What a network grid must be, for those that cannot take any."""
 NAMES = tuple(_KINDS)
-_MEANING = ("slope", "temperature", "readout", "static_block")
+_MEANING = (
+    "slope",
+    "temperature",
+    "readout",
+    "static_block",
+    "tasks",
+    "integrate_steps",
+    "residual",
+    "features",
+    "pool_norm",
+    "window",
+    "backbone_window",
+)
 
 
 def name_of(config: Config) -> str:
@@ -63,8 +89,14 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
             f"the network's config has the fields {', '.join(unknown)}, which this "
             f"jaxreg does not know (it knows {', '.join(names)}); install a newer one"
         )
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return known(**frozen)
+    return known(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """Returns nested lists, as JSON has them, as tuples."""
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return value
 
 
 def fitted(
@@ -110,10 +142,13 @@ def unlike(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       Name to what it was there.
     """
+    said = {name: _frozen(fields[name]) for name in _MEANING if name in fields}
+    if isinstance(said.get("tasks"), int):  # the size of a bank of prompts
+        del said["tasks"]
     return {
         name: fields[name]
-        for name in _MEANING
-        if name in fields and getattr(config, name, fields[name]) != fields[name]
+        for name, value in said.items()
+        if getattr(config, name, value) != value
     }
 
 
@@ -121,10 +156,10 @@ def check_grid(config: Config, shape: Shape) -> None:
     """Checks a network grid.
 
     Raises:
-      UserError: see `rdp.check_shape`, for the networks that it is about.
+      UserError: the network cannot take it, see its module's `check_shape`.
     """
-    if not isinstance(config, GradIconConfig):
-        check_shape(shape)
+    if check := _CHECKS.get(name_of(config)):
+        check(shape)
 
 
 def prompt_mask(params: Any, *, rows: Sequence[int]) -> Any:

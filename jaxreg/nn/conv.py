@@ -315,8 +315,36 @@ def average_pool2(x: Image) -> Image:
     as repeating the last one.
     """
     x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
+    return average_pool(x, (2, 2, 2))
+
+
+def average_pool(x: Image, sizes: tuple[int, int, int]) -> Image:
+    """Averages blocks of voxels that tile the volume: N D/a H/b W/c C.
+
+    Args:
+      x: N D H W C.
+      sizes: a, b and c; divisors of D, H and W.
+    """
+    return _blocks(x, sizes).mean((2, 4, 6))
+
+
+def max_pool2(x: Image) -> Image:
+    """2x2x2 maximum pooling, stride 2, of even sizes: N D/2 H/2 W/2 C."""
+    return _blocks(x, (2, 2, 2)).max((2, 4, 6))
+
+
+def _blocks(x: jax.Array, sizes: tuple[int, int, int]) -> jax.Array:
+    """N D H W C to N D/a a H/b b W/c c C."""
+    n, *spatial, c = x.shape
+    pairs = [(m // size, size) for m, size in zip(spatial, sizes, strict=True)]
+    return x.reshape(n, *(k for pair in pairs for k in pair), c)
+
+
+def repeat2(x: Image) -> Image:
+    """Nearest doubling, each voxel a block of eight: N 2D 2H 2W C."""
     n, d, h, w, c = x.shape
-    return x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c).mean((2, 4, 6))
+    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (n, d, 2, h, 2, w, 2, c))
+    return x.reshape(n, 2 * d, 2 * h, 2 * w, c)
 
 
 def upsample2(x: Image) -> Image:

@@ -52,6 +52,21 @@ def normal(deviation: float) -> Callable:
     return host_initializer(lambda g, shape: g.normal(0.0, deviation, shape))
 
 
+def kaiming_bound(fan_in: int, slope: float) -> float:
+    """Returns the bound of a uniform start that keeps the scale through a leaky ReLU.
+
+    References:
+      He et al., Delving deep into rectifiers, ICCV 2015.
+    """
+    return math.sqrt(6.0 / ((1.0 + slope**2) * fan_in))
+
+
+def kaiming_uniform(fan_in: int, slope: float) -> Callable:
+    """Uniform in the bound of `kaiming_bound`."""
+    bound = kaiming_bound(fan_in, slope)
+    return host_initializer(lambda g, shape: g.uniform(-bound, bound, shape))
+
+
 class Convolution(nn.Module):
     """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
 
