@@ -21,7 +21,7 @@ from jaxreg.space.grid import Shape
 from jaxreg.typing import Image
 
 ROUNDS = 5
-_SIMILARITIES = 2**24  # computed at a time: 64 MiB
+_SIMILARITIES = 2**26  # computed at a time: 256 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,3 +229,41 @@ def keep(
         if mask is not None:
             chosen &= mask[tuple(points.T)] != 0
     return matches.where(chosen)
+
+
+def correspond(
+    query: Embeddings,
+    key: Embeddings,
+    shape: Shape,
+    *,
+    stride: int = 8,
+    threshold: float = 0.7,
+    query_mask: np.ndarray | None = None,
+    key_mask: np.ndarray | None = None,
+    aligned: bool = True,
+) -> Matches:
+    """Returns the places of two images that are the same, as SAME finds them.
+
+    From a grid of places to stable pairs, of which those that are alike enough and lie
+    in the masks are kept.
+
+    Args:
+      query: of the first image (of the moving one, where a transform is wanted).
+      key: of the second image.
+      shape: of the first image.
+      stride: see `start_points`.
+      threshold: see `keep`.
+      query_mask: D H W of the first image; also of the places to start from.
+      key_mask: D' H' W' of the second image.
+      aligned: see `descriptors`.
+
+    Raises:
+      ValueError: the embeddings are not those of one image each.
+    """
+    points = start_points(shape, stride=stride, mask=query_mask)
+    matches = stable_match(
+        points,
+        descriptors(query, aligned=aligned),
+        descriptors(key, aligned=aligned),
+    )
+    return keep(matches, threshold, query_mask=query_mask, key_mask=key_mask)
