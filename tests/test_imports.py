@@ -72,6 +72,8 @@ TABLE = {
         ),
         ("flax", "optax", "rich"),
     ),
+    "matching": Room(("models.sam", "space")),
+    "prealign": Room(("matching", "losses", "space"), ("optax",)),
     "optimize": Room(_TOP, ("optax",)),
     "register": Room(_TOP, ("nibabel.orientations",)),
     "evaluate": Room((*_TOP, "data.manifest", "results")),
@@ -158,7 +160,18 @@ def test_no_module_needs_torch_to_be_imported(path):
 
 
 @pytest.mark.parametrize(
-    "room", ["space", "nn", "models", "losses", "metrics", "optimize", "register"]
+    "room",
+    [
+        "space",
+        "nn",
+        "models",
+        "losses",
+        "metrics",
+        "matching",
+        "prealign",
+        "optimize",
+        "register",
+    ],  # fmt: skip
 )
 def test_rooms_without_files_open_none(room):
     for path in modules():

@@ -19,6 +19,7 @@ concatenation along channels, which is never built.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import jax
@@ -280,6 +281,64 @@ def conv3_stride2(
 
     y = cast(jax.Array, _valid(xs, tuple(fold(w) for w in ws), form))
     return y + bias
+
+
+def strided(
+    x: Image,
+    kernel: jax.Array,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    form: Form = "auto",
+) -> Image:
+    """Convolution with a stride of 1 or 2 per axis, zero padding and no bias.
+
+    N D' H' W' O with ``D' = (D + 2 padding - kD) // stride + 1``, as
+    ``torch.nn.Conv3d``. Along a strided axis pairs of voxels become channels, as in
+    `conv3_stride2`; a kernel of one voxel reads every other one instead.
+
+    Args:
+      x: N D H W I.
+      kernel: kD kH kW I O.
+      stride: per axis, 1 or 2.
+      padding: voxels of zeros on either side, per axis.
+      form: see the module's docstring.
+
+    Raises:
+      ValueError: a stride is neither 1 nor 2, or the padded input is smaller than the
+        kernel.
+    """
+    for axis, (s, margin) in enumerate(zip(stride, padding, strict=True)):
+        n, k = x.shape[axis + 1], kernel.shape[axis]
+        if s not in (1, 2) or n + 2 * margin < k:
+            raise ValueError(
+                f"axis {axis} has {n} voxels, padding {margin}, kernel {k} and stride "
+                f"{s}; expected a stride of 1 or 2 and at least the kernel's size"
+            )
+        out = (n + 2 * margin - k) // s + 1
+        # What the last window does not reach is cut off.
+        behind = s * (out + -(-k // s) - 1) - n - margin
+        widths = [(0, 0, 0)] * 5
+        widths[axis + 1] = (margin, behind, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        if s == 2:
+            x, kernel = _fold_axis(x, kernel, axis)
+    return cast(jax.Array, _valid((x,), (kernel,), form))
+
+
+def _fold_axis(x: jax.Array, kernel: jax.Array, axis: int):
+    """Moves pairs of voxels along an axis into channels, in image and kernel."""
+    if kernel.shape[axis] == 1:
+        return lax.slice_in_dim(x, 0, None, 2, axis=axis + 1), kernel
+
+    def pairs(a, axis, channels):
+        shape = [*a.shape[:axis], a.shape[axis] // 2, 2, *a.shape[axis + 1 :]]
+        a = jnp.moveaxis(a.reshape(shape), axis + 1, channels)
+        return a.reshape(*a.shape[:channels], -1, *a.shape[channels + 2 :])
+
+    odd = [(0, 0)] * 5
+    odd[axis] = (0, kernel.shape[axis] % 2)
+    return pairs(x, axis + 1, 4), pairs(jnp.pad(kernel, odd), axis, 3)
 
 
 def conv4_transpose2(

@@ -1,0 +1,298 @@
+"""SAM: one scan to an embedding per voxel that tells the place in the body.
+
+A ResNet-18 with three-dimensional kernels, and a feature pyramid with two heads. The
+fine embedding has half the input's resolution; the coarse one a quarter of it along D
+and a sixteenth along H and W. Both have length 1, so that their inner products are
+cosines. Network, constants and quirks are those of the released code, whose weights
+load unchanged.
+
+References:
+  Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in
+  radiological images, IEEE TMI 2022; He et al., Deep residual learning for image
+  recognition, CVPR 2016.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxreg.errors import UserError
+from jaxreg.nn import conv
+from jaxreg.nn.layers import StridedConvolution, xavier_uniform
+from jaxreg.nn.unet import BatchNorm, Precision
+from jaxreg.space import sampling
+from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
+
+FINE_STRIDE = 2
+"""Voxels of the image per voxel of the fine grid, along every axis."""
+HU_RANGE = (-1024.0, 3071.0)
+SAM_RANGE = (-50.0, 205.0)
+"""What `HU_RANGE` is mapped to."""
+SPACING_MM = 2.0
+_SMALLEST_NORM = 1e-12
+# Of each stage's first and second block: kernel, and the stride of the first.
+_FLAT, _CUBE = (1, 3, 3), (3, 3, 3)
+_STAGES = (
+    (_FLAT, (1, 2, 2)),
+    (_FLAT, (1, 2, 2)),
+    (_CUBE, (1, 2, 2)),
+    (_CUBE, (2, 2, 2)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamConfig:
+    """Sizes; the defaults are those of the released network.
+
+    Attributes:
+      channels: of the four stages; the stem has the first's.
+      embedding: channels of both embeddings.
+      form: convolution form, see `jaxreg.nn.conv`.
+      precision: of activations and products; the embeddings are float32.
+    """
+
+    channels: tuple[int, int, int, int] = (64, 128, 256, 512)
+    embedding: int = 128
+    form: conv.Form = "auto"
+    precision: Precision = "float32"
+
+    def __post_init__(self):
+        """Checks the sizes.
+
+        Raises:
+          UserError: there are not four positive numbers of channels, or the embedding
+            has none.
+        """
+        if len(self.channels) != 4 or min(*self.channels, self.embedding) < 1:
+            raise UserError(
+                f"SAM has channels {self.channels} and embedding {self.embedding}, "
+                "expected four positive numbers and one; give widths such as "
+                "(64, 128, 256, 512) and 128"
+            )
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["fine", "coarse"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Embeddings:
+    """What SAM says about each place of a scan; float32, of length 1 over channels.
+
+    Attributes:
+      fine: N D/2 H/2 W/2 C; along D rounded down, else up.
+      coarse: N D/4 H/16 W/16 C, rounded likewise.
+    """
+
+    fine: Image
+    coarse: Image
+
+
+class ConvNorm(nn.Module):
+    """Convolution and batch normalisation, then perhaps a ReLU."""
+
+    outputs: int
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int] = (1, 1, 1)
+    activated: bool = False
+    form: conv.Form = "auto"
+    batching: Batching = ONE_CALL
+
+    @nn.compact
+    def __call__(self, x: Image, *, train: bool) -> Image:
+        """Maps N D H W I to N D' H' W' outputs."""
+        layer = StridedConvolution(
+            self.outputs, self.size, self.stride, form=self.form, name="conv"
+        )
+        x = BatchNorm(self.batching, name="norm")(layer(x), train=train)
+        return nn.relu(x) if self.activated else x
+
+
+class BasicBlock(nn.Module):
+    """Two convolutions beside a shortcut, which is a convolution in a first block."""
+
+    outputs: int
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int] = (1, 1, 1)
+    projected: bool = False
+    form: conv.Form = "auto"
+    batching: Batching = ONE_CALL
+
+    @nn.compact
+    def __call__(self, x: Image, *, train: bool) -> Image:
+        """Maps N D H W I to N D' H' W' outputs."""
+        part = functools.partial(
+            ConvNorm, self.outputs, form=self.form, batching=self.batching
+        )
+        y = part(size=self.size, stride=self.stride, activated=True, name="conv_1")(
+            x, train=train
+        )
+        y = part(size=self.size, name="conv_2")(y, train=train)
+        if self.projected:
+            shortcut = part(size=(1, 1, 1), stride=self.stride, name="shortcut")
+            x = shortcut(x, train=train)
+        return nn.relu(y + x)
+
+
+class Backbone(nn.Module):
+    """One image to features at four resolutions, finest first."""
+
+    config: SamConfig
+    batching: Batching = ONE_CALL
+
+    @nn.compact
+    def __call__(self, image: Image, *, train: bool) -> tuple[Image, ...]:
+        """Maps N D H W 1 to N D/2 H/2^l W/2^l, l = 1 .. 3, and N D/4 H/16 W/16."""
+        form, batching = self.config.form, self.batching
+        stem = ConvNorm(
+            self.config.channels[0],
+            (3, 7, 7),
+            activated=True,
+            form=form,
+            batching=batching,
+            name="stem",
+        )
+        x = stem(image, train=train)
+        features = []
+        for stage, (size, stride) in enumerate(_STAGES, start=1):
+            block = functools.partial(
+                BasicBlock,
+                self.config.channels[stage - 1],
+                size,
+                form=form,
+                batching=batching,
+            )
+            x = block(stride=stride, projected=True, name=f"stage_{stage}_0")(
+                x, train=train
+            )
+            x = block(name=f"stage_{stage}_1")(x, train=train)
+            # The first stage keeps D; its features are halved before anyone sees them.
+            x = _max_pool_depth(x) if stage == 1 else x
+            features.append(x)
+        return tuple(features)
+
+
+class SamNetwork(nn.Module):
+    """The backbone with its two heads."""
+
+    config: SamConfig = SamConfig()
+    batching: Batching = ONE_CALL
+
+    @nn.compact
+    def __call__(self, image: Image, *, train: bool = False) -> Embeddings:
+        """Returns the embeddings of an image N D H W 1, `SAM_RANGE`."""
+
+        def head(name, size):
+            return StridedConvolution(
+                self.config.embedding,
+                size,
+                biased=True,
+                kernel_init=xavier_uniform(),
+                form=self.config.form,
+                name=name,
+            )
+
+        image = image.astype(self.config.precision)
+        *levels, last = Backbone(self.config, self.batching, name="backbone")(
+            image, train=train
+        )
+        lateral = [
+            head(f"lateral_{index}", (1, 1, 1))(x) for index, x in enumerate(levels)
+        ]
+        x = lateral.pop()
+        while lateral:
+            finer = lateral.pop()
+            d, h, w = finer.shape[1:4]
+            x = finer + sampling.resize_nearest_floor(x, (d, h, w))
+        fine = head("fine", _CUBE)(x)
+        coarse = head("coarse", _CUBE)(head("lateral_coarse", (1, 1, 1))(last))
+        return Embeddings(normalise(fine), normalise(coarse))
+
+
+def _max_pool_depth(x: Image) -> Image:
+    """N D H W C to N D/2 H W C, a last odd plane left out."""
+    n, d, h, w, c = x.shape
+    return x[:, : d // 2 * 2].reshape(n, d // 2, 2, h, w, c).max(2)
+
+
+def normalise(x: Image) -> Image:
+    """Returns features of length 1 over channels, N D H W C float32; zeros stay."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x**2, -1, keepdims=True)
+    # Inside the root too: where() alone leaves a NaN in the gradient.
+    positive = square > _SMALLEST_NORM**2
+    return x * jax.lax.rsqrt(jnp.where(positive, square, _SMALLEST_NORM**2))
+
+
+def to_sam_range(image: Image, window: tuple[float, float]) -> Image:
+    """Returns a CT image as SAM sees it, `SAM_RANGE`.
+
+    Args:
+      image: [0, 1] over `window`; what the window cut off stays cut off.
+      window: Hounsfield units of 0 and 1.
+    """
+    low, high = window
+    hounsfield = jnp.clip(low + image * (high - low), *HU_RANGE)
+    scale = (SAM_RANGE[1] - SAM_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
+    return (hounsfield - HU_RANGE[0]) * scale + SAM_RANGE[0]
+
+
+def init(config: SamConfig, key: Key) -> Variables:
+    """Returns fresh variables, which serve images of any size."""
+    image = jax.ShapeDtypeStruct((1, 4, 16, 16, 1), jnp.float32)
+    return SamNetwork(config).lazy_init(key, image, train=False)
+
+
+def features(config: SamConfig, variables: Variables, image: Image) -> Embeddings:
+    """Returns the embeddings by a network in use: its running statistics count.
+
+    Args:
+      config: of the network.
+      variables: as from `init`.
+      image: N D H W 1, `SAM_RANGE`, 2 mm, axes towards Superior, Posterior, Left.
+
+    Raises:
+      UserError: see `check_image`.
+    """
+    check_image(image)
+    return SamNetwork(config).apply(variables, image)  # pyright: ignore
+
+
+def train_features(
+    config: SamConfig,
+    variables: Variables,
+    image: Image,
+    *,
+    batching: Batching = ONE_CALL,
+) -> tuple[Embeddings, Variables]:
+    """Returns the embeddings by a network in training, and the variables after it.
+
+    Args:
+      config: of the network.
+      variables: as from `init`.
+      image: N D H W 1, `SAM_RANGE`.
+      batching: over what batch statistics are taken.
+
+    Raises:
+      UserError: see `check_image`.
+    """
+    check_image(image)
+    found, moved = SamNetwork(config, batching).apply(
+        variables, image, train=True, mutable=["batch_stats"]
+    )
+    return found, {**variables, **moved}  # pyright: ignore
+
+
+def check_image(image: Image) -> None:
+    """Checks an image's shape.
+
+    Raises:
+      UserError: it has more than one channel, or fewer than 2 slices.
+    """
+    if image.ndim != 5 or image.shape[-1] != 1 or image.shape[1] < 2:
+        raise UserError(
+            f"the image has shape {image.shape}, SAM expects N D H W 1 with at least "
+            "2 slices along D; give one CT channel"
+        )
