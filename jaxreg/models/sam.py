@@ -221,9 +221,7 @@ def normalise(x: Image) -> Image:
     """Returns features of length 1 over channels, N D H W C float32; zeros stay."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x**2, -1, keepdims=True)
-    # Inside the root too: where() alone leaves a NaN in the gradient.
-    positive = square > _SMALLEST_NORM**2
-    return x * jax.lax.rsqrt(jnp.where(positive, square, _SMALLEST_NORM**2))
+    return x * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_NORM**2))
 
 
 def to_sam_range(image: Image, window: tuple[float, float]) -> Image:
