@@ -30,7 +30,8 @@ from jaxreg.trainer import metric_of, shared_out, tasks_of_start, trained_rows
 from jaxreg.training import optimizer, state, step
 from jaxreg.training.parallel import Layout
 
-_SOME_TASKS = ("",) * 5  # where a dry run cannot know
+_SOME_TASKS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
+_SOME_PAIRINGS = ("inter",) * len(_SOME_TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +135,20 @@ def _with_likely_tasks(experiment: Experiment) -> Experiment:
     data = experiment.data
     if _is_there(data):
         known = tasks_of_start(experiment)
-        return with_tasks(experiment, with_bank(make_sources(experiment), known).bank)
-    names = [task.dataset for task in data.tasks]
-    left = [name for name in names if name not in data.exclude]
-    return with_tasks(experiment, left or _SOME_TASKS)
+        sources = with_bank(make_sources(experiment), known, experiment.model)
+        return with_tasks(experiment, sources)
+    left = [task for task in data.tasks if task.dataset not in data.exclude]
+    likely = Sources(
+        train=synthetic.SyntheticPairs([synthetic.SyntheticConfig()]),
+        validation=None,
+        validation_count=0,
+        objectives=(),
+        classes=(),
+        tasks=tuple(task.dataset for task in left) or _SOME_TASKS,
+        regions=tuple(task.region or task.dataset for task in left) or _SOME_TASKS,
+        pairings=tuple(task.pairing or "inter" for task in left) or _SOME_PAIRINGS,
+    )
+    return with_tasks(experiment, with_bank(likely, (), experiment.model))
 
 
 def _is_there(data: DataConfig) -> bool:
@@ -216,7 +227,7 @@ def _quick_checks(experiment: Experiment) -> list[str]:
         kinds.check_grid(changed.model, changed.loading.shape)
         if _is_there(changed.data):
             known = tasks_of_start(changed)
-            sources = with_bank(make_sources(changed), known)
+            sources = with_bank(make_sources(changed), known, changed.model)
             metric_of(changed, sources)
             if changed.train.only != "all":
                 first = stage == experiment.stages[0]

@@ -77,21 +77,26 @@ def _steps_key(seed: int, number: int) -> Key:
 
 
 def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
-    """Returns the names of the prompts in the bank that training starts from.
+    """Returns the names of the prompts, or regions, of the weights to start from.
 
     Raises:
       UserError: the weights do not name them and `train.start_tasks` does not either,
         or it has another number of names.
     """
     start, names = experiment.train.start, experiment.train.start_tasks
-    if start is None or not isinstance(experiment.model, PromptRegConfig):
+    told = kinds.tells_tasks(experiment.model)
+    if start is None or told is None:
         return ()
     loaded = zoo.load(start)
-    count = kinds.prompts_in(loaded.variables)
-    names = (names or loaded.tasks) if count else ()
+    config = kinds.config_of(loaded.bundle.model, loaded.bundle.config)
+    count = kinds.names_in(config, loaded.variables)
+    if not count:
+        return ()
+    names = names or tuple(loaded.bundle.preprocessing.get(told, ()))
     if len(set(names)) != count:
+        what = "prompts" if told == "tasks" else "regions"
         raise UserError(
-            f"{start} has a bank of {count} prompts, but the names of their tasks are "
+            f"{start} has {count} {what}, but their names are "
             f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
             "with a name for each, in their order"
         )
@@ -113,8 +118,8 @@ def initial_variables(
       model: the network.
       before: of the previous stage, or None.
       say: takes a sentence about what was loaded.
-      bank: names of the prompts of the network's bank.
-      known: those of the bank to start from.
+      bank: names of the network's prompts or regions.
+      known: those of the weights to start from.
 
     Raises:
       UserError: the weights to start from have other sizes, nothing in common, or,
@@ -132,7 +137,7 @@ def initial_variables(
         source, name = loaded.variables, f"train.start {train.start}"
         _compare_meaning(experiment, loaded, say)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
-    source = kinds.fitted(experiment.model, source, shape, fresh, rows)
+    source = kinds.fitted(experiment.model, source, shape, fresh, rows, len(known))
     merged = runs.merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
@@ -153,7 +158,10 @@ def initial_variables(
     )
     if known:
         new = [task for task in bank if task not in known]
-        say(f"prompts kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
+        what = (
+            "prompts" if kinds.tells_tasks(experiment.model) == "tasks" else "regions"
+        )
+        say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
     return merged.variables
 
 
@@ -238,30 +246,33 @@ def run(
     if jax.process_index() == 0:
         assert variables is not None  # an experiment has a stage
         last = stage_runs[-1]
-        bundle = bundle_of(last.experiment, variables, last.sources.bank)
+        bundle = bundle_of(last.experiment, variables, last.sources)
         checkpoints.save_bundle(weights, bundle)
     parallel.barrier("weights written")
     return Outcome(weights, scores, steps, time.perf_counter() - began)
 
 
 def bundle_of(
-    experiment: Experiment, variables: Variables, tasks: Sequence[str] = ()
+    experiment: Experiment, variables: Variables, sources: Sources
 ) -> checkpoints.Bundle:
-    """Returns trained weights as they are stored, with the names of their prompts."""
-    prompted = isinstance(experiment.model, PromptRegConfig)
-    config = dataclasses.asdict(experiment.model)
+    """Returns trained weights as they are stored, with what a user calls by name."""
     loading = experiment.loading
+    named = {
+        None: {},
+        "tasks": {"tasks": list(sources.bank)},
+        "regions": {"regions": list(sources.bank), "tasks": list(sources.tasks)},
+    }
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),
-        config=config,
+        config=dataclasses.asdict(experiment.model),
         preprocessing={
             **loading.placement.to_dict(),
             "shape": list(loading.shape),
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
             "mask_inputs": loading.mask_inputs,
-            **({"tasks": list(tasks)} if prompted else {}),
+            **named[kinds.tells_tasks(experiment.model)],
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,
@@ -453,8 +464,8 @@ class _StageRun:
         self.number = experiment.stages.index(stage)
         kinds.check_grid(experiment.model, experiment.loading.shape)
         found = make_sources(experiment, number=self.number)
-        self.sources = with_bank(found, before)
-        experiment = with_tasks(experiment, self.sources.bank)
+        self.sources = with_bank(found, before, experiment.model)
+        experiment = with_tasks(experiment, self.sources)
         self.experiment, self.model = experiment, kinds.build(experiment.model)
         self.per_epoch, self.layout, shares = shared_out(experiment)
         self.replicas, self.span = shares

@@ -238,16 +238,21 @@ def from_variables(
 
     Args:
       variables: {"params": ...} of host or device arrays.
-      config: not looked at, the tensors say it all.
+      config: fields of UniRegRpnConfig.
       source: what the variables came from, for the error.
 
     Returns:
       The names of the network itself, without prefixes, to float32 host arrays.
 
     Raises:
-      UserError: leaves are unknown, missing, misshapen or of the wrong type.
+      UserError: leaves are unknown, missing, misshapen or of the wrong type, or the
+        network can be asked for a smoothness, which the released code cannot.
     """
-    del config
+    if (config or {}).get("smoothness_range"):
+        raise UserError(
+            f"{source} has a smoothness_range, which the released code cannot hold; "
+            "train without one to export"
+        )
     table = entries(variable_sizes(variables, source=source))
     return released.state_of(variables, table, source=source, network=_NAME)
 
@@ -271,6 +276,9 @@ def check_variables(
     """
     sizes = variable_sizes(variables, source=source)
     released.check_tree(variables, entries(sizes), source=source, network=_NAME)
+    asked = (config or {}).get("smoothness_range")
+    if asked:  # its knots follow the regions
+        sizes = dataclasses.replace(sizes, regions=sizes.regions - asked["knots"])
     got = {name: value for name, value in dataclasses.asdict(sizes).items() if value}
     said = {name: (config or {}).get(name, value) for name, value in got.items()}
     if said != got:

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg.errors import UserError
 from jaxreg.models import rdp, unireg, unireg_rpn
@@ -22,6 +23,8 @@ from jaxreg.models.promptreg import (
 from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig
 from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
+from jaxreg.nn import dynamic
+from jaxreg.nn.dynamic import SmoothnessRange, Tasks
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Variables
 
@@ -45,19 +48,21 @@ _CHECKS: Mapping[str, Callable[[Shape], None]] = MappingProxyType(
     }
 )
 """What a network grid must be, for those that cannot take any."""
+_SECTIONS: Mapping[str, Any] = MappingProxyType({"smoothness_range": SmoothnessRange})
+"""Fields of configurations that are configurations."""
 NAMES = tuple(_KINDS)
 _MEANING = (
     "slope",
     "temperature",
     "readout",
     "static_block",
-    "tasks",
     "integrate_steps",
     "residual",
     "features",
     "pool_norm",
     "window",
     "backbone_window",
+    "smoothness_range",
 )
 
 
@@ -89,11 +94,13 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
             f"the network's config has the fields {', '.join(unknown)}, which this "
             f"jaxreg does not know (it knows {', '.join(names)}); install a newer one"
         )
-    return known(**{name: _frozen(value) for name, value in fields.items()})
+    return known(**{name: _frozen(value, name) for name, value in fields.items()})
 
 
-def _frozen(value: Any) -> Any:
-    """Returns nested lists, as JSON has them, as tuples."""
+def _frozen(value: Any, name: str = "") -> Any:
+    """Returns nested lists, as JSON has them, as tuples, and sections as they were."""
+    if isinstance(value, Mapping):
+        return _SECTIONS[name](**{key: _frozen(item) for key, item in value.items()})
     if isinstance(value, list | tuple):
         return tuple(_frozen(item) for item in value)
     return value
@@ -105,25 +112,98 @@ def fitted(
     shape: Shape,
     fresh: Variables,
     rows: Mapping[int, int],
+    known: int,
 ) -> Variables:
     """Returns weights from elsewhere as a network takes them.
 
-    A bank of prompts is resized to the network grid, and its rows follow their tasks;
-    weights of every other kind, or of other widths, stay as they are.
+    A bank of prompts is resized to the network grid, and its rows follow their tasks.
+    Rows of controllers (UniReg) follow their regions. Weights of every other kind, or
+    of other widths, stay as they are.
 
     Args:
       config: of the network that takes them.
       variables: its own, or of another kind.
       shape: the network grid, D H W.
       fresh: variables of the network, for prompts that are new.
-      rows: of the network's bank to those of `variables`; the rest is new.
+      rows: of the network's bank, or its regions, to those of `variables`; the rest is
+        new.
+      known: how many rows or regions `variables` have.
     """
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return _with_regions(config, variables, fresh, rows, known)
     if not isinstance(config, PromptRegConfig) or not prompts_in(variables):
         return variables
     if bank_of(variables).shape[-1] != bank_of(fresh).shape[-1]:
         return variables
     d, h, w = (n // DIVISOR for n in shape)
     return take_rows(fresh, resize_bank(variables, (d, h, w)), rows)
+
+
+def _with_regions(
+    config: UniRegConfig | UniRegRpnConfig,
+    variables: Variables,
+    fresh: Variables,
+    rows: Mapping[int, int],
+    known: int,
+) -> Variables:
+    # The paper's condition has the regions before the two types, the release after.
+    behind = config.known - config.regions
+    if isinstance(config, UniRegRpnConfig):
+        behind -= len(unireg_rpn.TYPES)
+
+    def taken(path, old):
+        names = [part.key for part in path]
+        if names[-2:] != ["controller", "kernel"]:
+            return old
+        new: Any = fresh["params"]
+        for name in names:
+            new = new.get(name, {})
+        if np.ndim(new) != np.ndim(old) or new.shape[-1] != old.shape[-1]:
+            return old
+        first = new.shape[-2] - behind - config.regions
+        regions = (config.regions, known)
+        return dynamic.take_regions(new, old, rows, first, regions)
+
+    params = jax.tree_util.tree_map_with_path(taken, variables["params"])
+    return {**variables, "params": params}
+
+
+def tells_tasks(config: Config) -> Literal["tasks", "regions"] | None:
+    """Returns what weights of a network must name: prompts' tasks, heads' regions."""
+    if isinstance(config, PromptRegConfig):
+        return "tasks"
+    if isinstance(config, UniRegConfig | UniRegRpnConfig) and config.head == "dynamic":
+        return "regions"
+    return None
+
+
+def names_in(config: Config, variables: Variables) -> int:
+    """Returns how many prompts or regions weights have; 0 if they know no tasks."""
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return config.regions if config.head == "dynamic" else 0
+    return prompts_in(variables)
+
+
+def with_names(config: Config, names: Sequence[str], tasks: Tasks) -> Config:
+    """Returns the configuration for as many prompts or regions as there are names.
+
+    Args:
+      config: of any network; one that knows no tasks stays as it is.
+      names: of the bank's rows or of the regions.
+      tasks: region and type of each task, for networks that are told regions.
+    """
+    if isinstance(config, PromptRegConfig):
+        return dataclasses.replace(config, tasks=len(names))
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return dataclasses.replace(config, regions=len(names), tasks=tuple(tasks))
+    return config
+
+
+def smoothness_range(config: Config) -> SmoothnessRange | None:
+    """Returns the weights of smoothness that a network can be asked for."""
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return config.smoothness_range
+    return None
 
 
 def prompts_in(variables: Variables) -> int:
@@ -142,9 +222,7 @@ def unlike(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       Name to what it was there.
     """
-    said = {name: _frozen(fields[name]) for name in _MEANING if name in fields}
-    if isinstance(said.get("tasks"), int):  # the size of a bank of prompts
-        del said["tasks"]
+    said = {name: _frozen(fields[name], name) for name in _MEANING if name in fields}
     return {
         name: fields[name]
         for name, value in said.items()

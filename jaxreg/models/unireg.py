@@ -38,7 +38,13 @@ from jaxreg.models.unireg_features import (
     sam_features,
 )
 from jaxreg.nn import conv, dynamic
-from jaxreg.nn.dynamic import LAST_DEVIATION, SLOPE, DynamicHead, Tasks
+from jaxreg.nn.dynamic import (
+    LAST_DEVIATION,
+    SLOPE,
+    DynamicHead,
+    SmoothnessRange,
+    Tasks,
+)
 from jaxreg.nn.layers import convolution, kaiming_uniform, leaky, normal
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
@@ -68,6 +74,8 @@ class UniRegConfig:
       matching: "correlation", or "concatenation" of the features themselves.
       feature_channels: of SAM's embeddings; only concatenation depends on it.
       pool_norm: see `dynamic.DynamicHead`.
+      smoothness_range: weights of the smoothness term that a dynamic head can be asked
+        for; None for a network of one weight per task.
       window: the Hounsfield units of the stored 0 and 1.
       backbone_window: those of the U-Net's -1 and 1; None is the stored range, as for
         MR.
@@ -84,6 +92,7 @@ class UniRegConfig:
     matching: Literal["correlation", "concatenation"] = "correlation"
     feature_channels: int = 128
     pool_norm: bool = False
+    smoothness_range: SmoothnessRange | None = None
     window: tuple[float, float] = SAM_WINDOW
     backbone_window: tuple[float, float] | None = (-800.0, 400.0)
     form: conv.Form = "auto"
@@ -101,6 +110,12 @@ class UniRegConfig:
                 raise UserError(
                     f"{name} is {low} to {high}; give the lower Hounsfield unit first"
                 )
+
+    @property
+    def known(self) -> int:
+        """Numbers that say what is known of a task."""
+        asked = self.smoothness_range
+        return self.regions + len(TYPES) + (asked.knots if asked else 0)
 
     @property
     def matched(self) -> int:
@@ -272,13 +287,16 @@ class UniReg:
     config: UniRegConfig = UniRegConfig()
     features: FeatureNetwork | None = None
 
-    def _known(self, task: Int[Array, " N"] | None) -> Float[Array, "N K"] | None:
-        """Region and type of each pair, in the order of the paper."""
+    def _known(
+        self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
+    ) -> Float[Array, "N K"] | None:
+        """Region, type and smoothness of each pair, in the order of the paper."""
         config = self.config
         if config.head != "dynamic":
             return None
         rows = dynamic.one_hot_tasks(config.tasks, config.regions, TYPES)
-        return dynamic.look_up(np.concatenate(rows, -1), task, config.tasks)
+        known = dynamic.look_up(np.concatenate(rows, -1), task, config.tasks)
+        return dynamic.with_smoothness(known, smoothness, config.smoothness_range)
 
     def _features(self, variables: Variables, image: Image) -> Features | None:
         """Embeddings of images N D H W 1, [0, 1], as the config says."""
@@ -316,7 +334,7 @@ class UniReg:
             return jax.ShapeDtypeStruct((1, *sizes, channels), jnp.float32)
 
         image = struct((1, 1, 1), 1)
-        known = jax.ShapeDtypeStruct((1, config.regions + len(TYPES)), jnp.float32)
+        known = jax.ShapeDtypeStruct((1, config.known), jnp.float32)
         features = None
         if config.features != "none":
             mind = config.features == "mind"
@@ -332,6 +350,7 @@ class UniReg:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -343,6 +362,8 @@ class UniReg:
           moving: N D H W 1, [0, 1], see `UniRegConfig.window`.
           fixed: N D H W 1, [0, 1].
           task: each pair's number in `config.tasks`; a dynamic head needs it.
+          smoothness: what each pair's head is asked for; the middle of
+            `config.smoothness_range` if None. Without a range it makes no difference.
           train: makes no difference.
           batching: makes no difference: nothing is shared by a batch.
 
@@ -350,7 +371,7 @@ class UniReg:
           UserError: see `check_shape`, `dynamic.look_up` and `sam_features`.
         """
         check_shape(moving.shape[1:4])
-        known = self._known(task)
+        known = self._known(task, smoothness)
         field = UniRegNetwork(self.config).apply(
             {"params": variables["params"]},
             self._backbone(moving),

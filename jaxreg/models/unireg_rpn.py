@@ -29,7 +29,7 @@ from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
 from jaxreg.models.rdp import as_transform
 from jaxreg.nn import conv, dynamic
-from jaxreg.nn.dynamic import DynamicHead, Tasks
+from jaxreg.nn.dynamic import DynamicHead, SmoothnessRange, Tasks
 from jaxreg.nn.layers import convolution, leaky
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape
@@ -62,6 +62,8 @@ class UniRegRpnConfig:
       hidden: channels inside a dynamic head.
       regions: body regions that a head can be asked for.
       tasks: region and type of each task number.
+      smoothness_range: weights of the smoothness term that a dynamic head can be asked
+        for; None for a network of one weight per task, as released.
       iterations: most steps of a level outside training; 1 is the plain pass.
       delta: by how much the correlation must rise for another step.
       form: convolution form, see `jaxreg.nn.conv`.
@@ -73,6 +75,7 @@ class UniRegRpnConfig:
     hidden: int = 8
     regions: int = 6
     tasks: Tasks = RELEASED_TASKS
+    smoothness_range: SmoothnessRange | None = None
     iterations: int = 1
     delta: float = 0.005
     form: conv.Form = "auto"
@@ -86,6 +89,12 @@ class UniRegRpnConfig:
         dynamic.check_tasks(self.tasks, self.regions)
         if self.iterations < 1:
             raise UserError(f"iterations is {self.iterations}, expected 1 or more")
+
+    @property
+    def known(self) -> int:
+        """Numbers that say what is known of a task."""
+        asked = self.smoothness_range
+        return len(TYPES) + self.regions + (asked.knots if asked else 0)
 
     @property
     def outside(self) -> Literal["edge", "zeros"]:
@@ -384,14 +393,17 @@ class UniRegRpn:
 
     config: UniRegRpnConfig = UniRegRpnConfig()
 
-    def _known(self, task: Int[Array, " N"] | None) -> Float[Array, "N K"] | None:
-        """Type and region of each pair, in the order of the release."""
+    def _known(
+        self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
+    ) -> Float[Array, "N K"] | None:
+        """Type, region and smoothness of each pair, in the order of the release."""
         config = self.config
         if config.head == "static":
             return None
         region, pairing = dynamic.one_hot_tasks(config.tasks, config.regions, TYPES)
         table = np.concatenate([pairing, region], -1)
-        return dynamic.look_up(table, task, config.tasks)
+        known = dynamic.look_up(table, task, config.tasks)
+        return dynamic.with_smoothness(known, smoothness, config.smoothness_range)
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
         """Returns fresh variables; they do not depend on the grid's shape.
@@ -402,7 +414,7 @@ class UniRegRpn:
         check_shape(shape)
         config = self.config
         image = jax.ShapeDtypeStruct((1, *shape, config.image_channels), jnp.float32)
-        known = jax.ShapeDtypeStruct((1, len(TYPES) + config.regions), jnp.float32)
+        known = jax.ShapeDtypeStruct((1, config.known), jnp.float32)
         return UniRegRpnNetwork(config).lazy_init(key, image, image, known)
 
     def apply(
@@ -412,6 +424,7 @@ class UniRegRpn:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -422,6 +435,8 @@ class UniRegRpn:
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
           task: each pair's number in `config.tasks`; dynamic heads need it.
+          smoothness: what each pair's heads are asked for; the middle of
+            `config.smoothness_range` if None. Without a range it makes no difference.
           train: training mode is one pass whatever `config.iterations` says.
           batching: makes no difference: nothing is shared by a batch.
 
@@ -433,7 +448,7 @@ class UniRegRpn:
           UserError: see `check_shape` and `dynamic.look_up`.
         """
         check_shape(moving.shape[1:4])
-        known, params = self._known(task), {"params": variables["params"]}
+        known, params = self._known(task, smoothness), {"params": variables["params"]}
         if train or self.config.iterations == 1:
             network = UniRegRpnNetwork(self.config)
             field = network.apply(params, moving, fixed, known)

@@ -8,9 +8,10 @@ References:
   Zhang et al., DoDNet, CVPR 2021 (dynamic head); Zhao et al., UniReg, 2025.
 """
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -89,6 +90,98 @@ def look_up(
                 "one of these for each pair"
             )
     return jnp.take(jnp.asarray(table), task, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmoothnessRange:
+    """The weights of the smoothness term that a head can be asked for.
+
+    A weight becomes `knots` numbers: the tents of linear interpolation in its
+    logarithm. The controller being linear, the head's own weights then are a piecewise
+    linear function of that logarithm, as those of a hypernetwork are another one.
+
+    Attributes:
+      low: smallest weight, above 0.
+      high: largest weight.
+      knots: at least 2.
+
+    References:
+      Hoopes et al., HyperMorph, IPMI 2021; Mok and Chung, Conditional deformable image
+      registration with convolutional neural network, MICCAI 2021.
+    """
+
+    low: float
+    high: float
+    knots: int = 5
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: they are no range, or there are fewer than two knots.
+        """
+        if not 0 < self.low < self.high < math.inf or self.knots < 2:
+            raise UserError(
+                f"the range of smoothness is {self.low} to {self.high} with "
+                f"{self.knots} knots, expected 0 < low < high and 2 knots or more"
+            )
+
+    @property
+    def middle(self) -> float:
+        """The weight that is taken where none is asked for."""
+        return math.sqrt(self.low * self.high)
+
+    def position(self, weight: jax.Array) -> jax.Array:
+        """Returns where weights lie in the range: 0 to 1, by their logarithm."""
+        low, high = math.log(self.low), math.log(self.high)
+        return jnp.clip((jnp.log(weight) - low) / (high - low), 0.0, 1.0)
+
+    def encode(self, weight: Float[Array, " N"]) -> Float[Array, "N K"]:
+        """Returns each weight as `knots` numbers, which sum to 1."""
+        last = self.knots - 1
+        distance = jnp.arange(self.knots) - last * self.position(weight)[:, None]
+        return jnp.maximum(1.0 - jnp.abs(distance), 0.0)
+
+
+def with_smoothness(
+    known: Float[Array, "N K"],
+    weight: Float[Array, " N"] | None,
+    asked: SmoothnessRange | None,
+) -> Float[Array, "N K"]:
+    """Returns what is known of a task, followed by the smoothness asked for, if any."""
+    if asked is None:
+        return known
+    if weight is None:
+        weight = jnp.full(len(known), asked.middle)
+    return jnp.concatenate([known, asked.encode(weight)], -1)
+
+
+def take_regions(
+    fresh: jax.Array,
+    old: jax.Array,
+    rows: Mapping[int, int],
+    first: int,
+    regions: tuple[int, int],
+) -> np.ndarray:
+    """Returns an old controller's kernel for other regions.
+
+    What comes after the regions is taken over as far as both have it.
+
+    Args:
+      fresh: kernel of the new controller, ... K P; its rows stay where none is old.
+      old: kernel of the old one, ... K' P.
+      rows: new region to old region.
+      first: the row of both that belongs to region 0.
+      regions: how many there are, in the new controller and in the old one.
+    """
+    now, before = (first + count for count in regions)
+    common = min(fresh.shape[-2] - now, old.shape[-2] - before)
+    taken = np.array(fresh)
+    taken[..., :first, :] = old[..., :first, :]
+    taken[..., now : now + common, :] = old[..., before : before + common, :]
+    for new, there in rows.items():
+        taken[..., first + new, :] = old[..., first + there, :]
+    return taken
 
 
 # --- condition to weights -------------------------------------------------------------
