@@ -36,10 +36,13 @@ from jaxreg.cli_options import (
     IoTarget,
     LossMasking,
     Modality,
+    PairingName,
     QuantileRange,
     Seed,
     Similarity,
+    Smoothness,
     Target,
+    TaskName,
     choice,
     option,
     parse_shape,
@@ -188,15 +191,6 @@ StoredOrientation = Annotated[
         _MODEL,
     ),
 ]
-TaskName = Annotated[
-    str,
-    option(
-        "--task",
-        "For a network with a prompt bank: auto weighs all its domains, NAME[,NAME] "
-        "these alone. The closest domains are printed.",
-        _MODEL,
-    ),
-]
 FixedSegmentation = Annotated[
     Path | None,
     option("--fixed-segmentation", "Label map of the fixed scan.", REGIONS),
@@ -242,6 +236,8 @@ def register_verb(  # noqa: PLR0913
     precision: PrecisionName = Precision.FLOAT32,
     stored_orientation: StoredOrientation = False,
     task: TaskName = "auto",
+    pairing: PairingName = None,
+    smoothness: Smoothness = None,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -284,6 +280,8 @@ def register_verb(  # noqa: PLR0913
         precision=precision.value,
         stored_orientation=stored_orientation,
         task=task,
+        pairing=None if pairing is None else pairing.value,
+        smoothness=smoothness,
         seed=seed,
         inverse=inverse_out is not None,
     )

@@ -45,6 +45,13 @@ class Similarity(enum.StrEnum):
     MSE = "mse"
 
 
+class PairingChoice(enum.StrEnum):
+    """Whose scans they are."""
+
+    INTER = "inter"
+    INTRA = "intra"
+
+
 class LandmarksFrame(enum.StrEnum):
     """What the numbers of a file of landmarks are."""
 
@@ -55,10 +62,11 @@ class LandmarksFrame(enum.StrEnum):
 
 # One line of help per option, its unit and default in it. [brackets] would be markup.
 SCANS = "Scans"
-OPTIMISE, REGIONS, INPUT = (
+OPTIMISE, REGIONS, INPUT, TASK = (
     "Instance optimisation",
     "Masks and segmentations",
     "Intensities",
+    "Task",
 )
 FIXED_MODALITY = choice("--fixed-modality", "Kind of the fixed scan.", SCANS)
 MOVING_MODALITY = choice("--moving-modality", "Kind of the moving scan.", SCANS)
@@ -85,6 +93,34 @@ Seed = Annotated[
     int,
     option(
         "--seed", "Seed of the optimisation's noise.", OPTIMISE, min=0, max=2**32 - 1
+    ),
+]
+TaskName = Annotated[
+    str,
+    option(
+        "--task",
+        "For a network with a prompt bank: auto weighs all its domains, NAME[,NAME] "
+        "these alone. The closest domains are printed. For UniReg: a region, or a task "
+        "that it was trained on; for another part of the body the nearest one.",
+        TASK,
+    ),
+]
+PairingName = Annotated[
+    PairingChoice | None,
+    choice(
+        "--pairing",
+        "For UniReg: scans of two subjects (inter) or of one (intra). Default: that of "
+        "the task.",
+        TASK,
+    ),
+]
+Smoothness = Annotated[
+    float | None,
+    option(
+        "--smoothness",
+        "For a network that can be asked for it: weight of the smoothness term, as in "
+        "training (lambda). Default: what tune-lambda found, or the middle.",
+        TASK,
     ),
 ]
 InputMasking = Annotated[

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxreg import metrics, register, results, zoo
+from jaxreg import metrics, register, results, tasks, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
@@ -51,8 +51,9 @@ class PairSpec:
       moving_landmarks: the same points in the moving scan, in the same order.
       fixed_modality: "ct" or "mri"; the options' own if None.
       moving_modality: the same for the moving scan.
-      task: which table the pair counts in.
-      pairing: "inter" or "intra" subject, or None.
+      task: which table the pair counts in, and what a network with heads for tasks is
+        told unless the options name one.
+      pairing: "inter" or "intra" subject, or None; told to such a network.
       transform_out: where to write the transform of the last way of registering.
       warped_out: where to write the moving scan warped by it.
     """
@@ -532,7 +533,8 @@ def _ways(
             optimised = _registered(model, options)
             ways.append(_Way(f"{called} + IO", optimised, compiles=True))
     if displacement and (model is None or with_optimisation):
-        ways.append(_Way("displacement", _registered(None, options), compiles=True))
+        alone = dataclasses.replace(options, task="auto", pairing=None, smoothness=None)
+        ways.append(_Way("displacement", _registered(None, alone), compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
@@ -568,12 +570,20 @@ def _timed(method: Method):
 
 
 def _registered(model: Any, options: register.Options):
+    told = tasks.told_of_regions(model)
+
     def find(scans: _Scans) -> tuple[Transform, float]:
+        chosen = _options_of(scans.spec, options)
+        if told:
+            spec = scans.spec
+            named = spec.task if options.task == "auto" else options.task
+            pairing = options.pairing or spec.pairing
+            chosen = dataclasses.replace(chosen, task=named, pairing=pairing)
         found = register.register(
             scans.moving,
             scans.fixed,
             model,
-            _options_of(scans.spec, options),
+            chosen,
             regions=scans.regions,
         )
         return found.transform, found.seconds["preprocess"] + found.seconds["register"]

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import metrics, optimize, zoo
+from jaxreg import metrics, optimize, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
-from jaxreg.models.promptreg import PromptReg, bank_of, choose_rows
+from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
@@ -63,7 +63,11 @@ class Options:
       seed: of the noise in the inverse consistency term.
       inverse: compute the inverse transform as well.
       task: for a network with a prompt bank: "auto" weighs all its domains, names (with
-        commas) these alone; other networks know no tasks.
+        commas) these alone. For UniReg a region, or a task that it was trained on.
+        Other networks know no tasks.
+      pairing: for UniReg: scans of two subjects or of one; that of the task if None.
+      smoothness: for a network that can be asked for it: the weight of the smoothness
+        term as in training; the task's own if None.
       placement: how scans become arrays on the network grid; if None the model's own,
         or GradICON's where there is none.
     """
@@ -86,6 +90,8 @@ class Options:
     seed: int = 0
     inverse: bool = True
     task: str = "auto"
+    pairing: Pairing | None = None
+    smoothness: float | None = None
     placement: preprocess.Placement | None = None
 
 
@@ -296,11 +302,11 @@ def register(
     check_volumes(moving, fixed, regions)
     if model is not None:
         options = _with_rule_of(model, options)
-        model = _with_chosen_tasks(model, options.task)
-    elif options.task != "auto":
-        raise UserError(
-            f"--task is {options.task}, but no network takes part; leave it out"
-        )
+        told = tasks.tell(model, options.task, options.pairing, options.smoothness)
+        model = told.model
+    else:
+        told = None
+        tasks.refuse(options.task, options.pairing, options.smoothness)
     if not options.stored_orientation:
         turn = functools.partial(oriented_like, reference=fixed.grid)
         moving = turn(moving)
@@ -318,11 +324,12 @@ def register(
     with _Clock(seconds, "preprocess"):
         grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
         pair = make_pair(moving, fixed, options, regions)
+        pair = pair if told is None else told.of(pair)
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(_MATMUL[options.precision]):
             found = _optimise(pair, model, options, grids, progress)
-            domains = _domains(pair, model)
+            domains = {} if model is None else tasks.domains(model, pair)
         forward = transform_lib.flatten(found.forward, options.shape)
         backward = transform_lib.flatten(found.backward, options.shape)
         _check_finite(forward, options)
@@ -371,50 +378,6 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
         or preprocess.Placement.of_weights(model.bundle.preprocessing),
         quantile_range=options.quantile_range or model.quantile_range,
     )
-
-
-def _with_chosen_tasks(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
-    """Returns the network with some of its bank's prompts alone."""
-    if task == "auto":
-        return model
-    if not isinstance(model.model, PromptReg):
-        raise UserError(
-            f"--task is {task}, but {model.name} has no prompt bank; leave it out"
-        )
-    known, names = _domain_names(model), [name.strip() for name in task.split(",")]
-    for name in names:
-        if name not in known:
-            raise UserError(
-                f"--task names {name}, which is not among the domains of {model.name} "
-                f"({', '.join(known)}); give some of these, or auto"
-            )
-    if len(set(names)) < len(names):
-        raise UserError(
-            f"--task is {task}, which names a domain twice; name each of them once"
-        )
-    rows = [known.index(name) for name in names]
-    return dataclasses.replace(
-        model,
-        variables=choose_rows(model.variables, rows),
-        bundle=dataclasses.replace(
-            model.bundle, preprocessing={**model.bundle.preprocessing, "tasks": names}
-        ),
-    )
-
-
-def _domain_names(model: zoo.LoadedModel) -> list[str]:
-    """Returns the names of a bank's prompts; numbers where the weights have none."""
-    count = len(bank_of(model.variables))
-    names = model.tasks
-    return list(names) if len(names) == count else [f"task {i}" for i in range(count)]
-
-
-def _domains(pair: Pair, model: zoo.LoadedModel | None) -> dict[str, float]:
-    if model is None or not isinstance(model.model, PromptReg):
-        return {}
-    found = optimize.auxiliaries(model.model, model.variables, pair)
-    shares = found["task_weights"][0].tolist()
-    return dict(zip(_domain_names(model), shares, strict=True))
 
 
 def _each(

@@ -253,15 +253,20 @@ def run(
 
 
 def bundle_of(
-    experiment: Experiment, variables: Variables, sources: Sources
+    experiment: Experiment, variables: Variables, sources: Sources | None = None
 ) -> checkpoints.Bundle:
-    """Returns trained weights as they are stored, with what a user calls by name."""
-    loading = experiment.loading
-    named = {
-        None: {},
-        "tasks": {"tasks": list(sources.bank)},
-        "regions": {"regions": list(sources.bank), "tasks": list(sources.tasks)},
-    }
+    """Returns trained weights as they are stored.
+
+    Args:
+      experiment: as it was during the last stage.
+      variables: of the network.
+      sources: with the names of prompts or regions, for networks that know tasks.
+    """
+    loading, told = experiment.loading, kinds.tells_tasks(experiment.model)
+    named = {}
+    if told is not None:
+        assert sources is not None  # the caller's promise
+        named = {"tasks": list(sources.tasks), told: list(sources.bank)}
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),
@@ -272,7 +277,7 @@ def bundle_of(
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
             "mask_inputs": loading.mask_inputs,
-            **named[kinds.tells_tasks(experiment.model)],
+            **named,
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,

@@ -45,7 +45,7 @@ RATIONED = (*FILE_FORMATS, "nibabel.orientations", "flax", "optax", "grain",
 
 _TOP = (
     "models", "losses", "metrics", "training.step", "data.preprocess", "space", "io",
-    "optimize", "zoo", "register", "evaluate", "report",
+    "optimize", "zoo", "tasks", "register", "evaluate", "report",
 )  # fmt: skip
 
 TABLE = {
@@ -75,7 +75,8 @@ TABLE = {
     "matching": Room(("models.sam", "space")),
     "prealign": Room(("matching", "losses", "space"), ("optax",)),
     "optimize": Room(_TOP, ("optax",)),
-    "register": Room(_TOP, ("nibabel.orientations",)),
+    "tasks": Room((*_TOP, "nn.dynamic")),
+    "register": Room((*_TOP, "nn.dynamic"), ("nibabel.orientations",)),
     "evaluate": Room((*_TOP, "data.manifest", "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),

@@ -413,7 +413,7 @@ def test_unknown_tasks_are_refused(prompted, task, said):
 def test_tasks_are_for_banks():
     scan = blobs(make_grid())
     options = dataclasses.replace(OPTIONS, task="hip")
-    with pytest.raises(UserError, match="known has no prompt bank"):
+    with pytest.raises(UserError, match="known has neither a prompt bank nor heads"):
         register.register(scan, scan, loaded(Shifting()), options)
 
 
