@@ -104,9 +104,7 @@ class UniRegRpnConfig:
     def widths(self, level: int) -> tuple[int, int]:
         """Returns the channels of a level's features and of its decoder."""
         c = self.channels
-        return {1: (c, 2 * c), 2: (2 * c, 4 * c), 3: (4 * c, 4 * c)}.get(
-            level, (4 * c, 4 * c)
-        )
+        return min(2 ** (level - 1), 4) * c, (2 if level == 1 else 4) * c
 
 
 class Encoder(nn.Module):

@@ -248,34 +248,29 @@ def test_static_heads_start_at_zero_and_need_no_task():
     assert config.outside == "zeros" and SMALL.outside == "edge"
 
 
-def test_dynamic_network_starts_from_a_static_one(small):
-    config = unireg_rpn.UniRegRpnConfig(channels=4, head="static")
-    static = unireg_rpn.UniRegRpn(config).init(jax.random.key(5), SHAPE)
-    started = unireg_rpn.start_dynamic(small, static)
-    assert jax.tree.structure(started) == jax.tree.structure(small)
-    for name, own in started["params"].items():
-        for layer in own:
-            taken = own[layer] is static["params"][name].get(layer)
-            kept = own[layer] is small["params"][name][layer]
-            if layer == "head":
-                np.testing.assert_array_equal(
-                    own[layer]["controller"]["bias"],
-                    small["params"][name][layer]["controller"]["bias"],
-                )
-            else:
-                assert not (taken and kept)
-                np.testing.assert_array_equal(
-                    own[layer]["kernel"], static["params"][name][layer]["kernel"]
-                )
-    # A wider network shares no shape with it beyond the number of dimensions.
-    wider = unireg_rpn.UniRegRpnConfig(channels=8, head="static")
-    other = unireg_rpn.UniRegRpn(wider).init(jax.random.key(5), SHAPE)
-    for a, b in zip(
-        jax.tree.leaves(unireg_rpn.start_dynamic(small, other)),
-        jax.tree.leaves(small),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(a, b)
+def random_variables(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    table = released_unireg.entries(released_unireg.Sizes(*sizes))
+    state = {e.key: rng.normal(size=e.torch_shape).astype("f4") for e in table}
+    return released_unireg.to_variables(state)
+
+
+def test_dynamic_network_starts_from_a_static_one():
+    own = random_variables(4, 1, "dynamic", 2, 4)
+    static = random_variables(4, 1, "static", seed=1)
+    started = unireg_rpn.start_dynamic(own, static)
+    assert jax.tree.structure(started) == jax.tree.structure(own)
+    for name, layers in started["params"].items():
+        for layer, found in layers.items():
+            source = own if layer == "head" else static
+            jax.tree.map(
+                np.testing.assert_array_equal, found, source["params"][name][layer]
+            )
+    # Of a wider network nothing fits.
+    wider = random_variables(8, 1, "static", seed=1)
+    jax.tree.map(
+        np.testing.assert_array_equal, unireg_rpn.start_dynamic(own, wider), own
+    )
 
 
 def test_released_sizes():

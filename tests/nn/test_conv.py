@@ -219,3 +219,17 @@ def test_channel_mismatch_is_refused(name, parts):
     words = f"{sum(parts)} channels, the kernel expects 4"
     with pytest.raises(ValueError, match=words):
         layer(given if len(given) > 1 else given[0], kernel, jnp.zeros(2))
+
+
+def test_pooling_and_repetition_of_blocks():
+    x = normal(np.random.default_rng(0), 2, 4, 6, 8, 3)
+    block = x[1, 2:4, 4:6, 2:4, 1]
+    assert conv.max_pool2(x)[1, 1, 2, 1, 1] == block.max()
+    assert np.isclose(conv.average_pool2(x)[1, 1, 2, 1, 1], block.mean(), rtol=1e-5)
+    pooled = conv.average_pool(x, (4, 2, 1))
+    assert pooled.shape == (2, 1, 3, 8, 3)
+    assert np.isclose(pooled[1, 0, 2, 3, 1], x[1, :, 4:6, 3, 1].mean(), rtol=1e-5)
+    repeated = conv.repeat2(x)
+    assert repeated.shape == (2, 8, 12, 16, 3)
+    check(conv.max_pool2(repeated), x)
+    np.testing.assert_array_equal(repeated[:, 1::2, ::2, 1::2], x)
