@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import platformdirs
 
 from jaxreg.errors import UserError
@@ -28,6 +29,7 @@ from jaxreg.io import (
     released,
     released_promptreg,
     released_unireg,
+    runs,
 )
 from jaxreg.io.checkpoints import Bundle
 from jaxreg.models import kinds
@@ -204,8 +206,35 @@ def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
     """Returns the released code's, with its tasks' names where they are the six."""
     sizes = released_unireg.variable_sizes(variables, source="the weights")
     known = sizes.regions == len(UNIREG_RPN_TASKS)
-    tasks = {"tasks": list(UNIREG_RPN_TASKS)} if known else {}
-    return {**UNIREG_RPN_PREPROCESSING, **tasks}
+    names = list(UNIREG_RPN_TASKS) if known else []
+    named = {"tasks": names, "regions": names} if known else {}
+    return {**UNIREG_RPN_PREPROCESSING, **named}
+
+
+def _unpublished(*_: Any, source: str = "the weights", **__: Any) -> Any:
+    raise UserError(
+        f"{source}: UniReg as in its paper was never released for PyTorch, so there is "
+        "nothing to convert from or to; keep the checkpoint folder, or train the "
+        "released form (unireg_rpn)"
+    )
+
+
+def _check_unireg(
+    variables: Variables, config: Mapping[str, Any], *, source: str = "the checkpoint"
+) -> None:
+    """Checks that the parameters have the names and shapes of a fresh network's."""
+    network = kinds.build(kinds.config_of("unireg", config))
+    fresh = jax.eval_shape(network.init, jax.random.key(0))
+    merged = runs.merge_variables(
+        {"params": fresh["params"]}, {"params": variables.get("params", {})}
+    )
+    wrong = (*merged.missing, *merged.misshapen, *merged.unexpected)
+    if wrong:
+        raise UserError(
+            f"{source} does not hold the variables of the UniReg network that its "
+            f"config describes (the first difference is {wrong[0]}); were the files of "
+            "two checkpoints mixed?"
+        )
 
 
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
@@ -230,6 +259,13 @@ KINDS = {
         )
         for name in ("promptreg", "rdp")
     },
+    "unireg": Kind(
+        read_config=_unpublished,
+        to_variables=_unpublished,
+        from_variables=_unpublished,
+        check_variables=_check_unireg,
+        preprocessing=lambda _: {},
+    ),
     "unireg_rpn": Kind(
         read_config=released_unireg.read_config,
         to_variables=released_unireg.to_variables,
