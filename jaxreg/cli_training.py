@@ -289,7 +289,6 @@ def evaluate_verb(  # noqa: PLR0913
     if (pairs is None) == (manifest is None):
         raise UserError("give either --pairs or --manifest, to say what to evaluate")
     from jaxreg import comparison, evaluate, register, results, zoo
-    from jaxreg.data import manifest as manifest_lib
 
     tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
     comparison.check_installed(tools)
@@ -300,31 +299,11 @@ def evaluate_verb(  # noqa: PLR0913
             "evaluate"
         )
     wanted = None if labels is None else parse_labels(labels)
-    names = None
-    if manifest is not None:
-        listed = manifest_lib.read_manifest(manifest, holdout=holdout)
-        names = listed.labels
-        chosen = evaluate.pairs_of_manifest(
-            listed,
-            split=split,
-            neighbours=neighbours,
-            across_modalities=across_modalities,
-        )
-    else:
-        assert pairs is not None
-        chosen = evaluate.read_pairs(pairs)
-    chosen = chosen if count is None else chosen[:count]
-    unknown = sum(
-        (pair.fixed_modality or fixed_modality) is None
-        or (pair.moving_modality or moving_modality) is None
-        for pair in chosen
+    chosen, names = _listed(
+        pairs, manifest, split, holdout, neighbours, across=across_modalities
     )
-    if unknown:
-        warnings.warn(
-            f"{unknown} of {len(chosen)} pairs name no modality and count as MRI; "
-            "give --fixed-modality and --moving-modality, or columns of that name",
-            stacklevel=2,
-        )
+    chosen = chosen if count is None else chosen[:count]
+    _warn_about_modalities(chosen, fixed_modality, moving_modality)
     loaded = None if model in (None, "none") else zoo.load(model)
     grid = (175, 175, 175) if loaded is None else loaded.shape
     options = register.Options(
@@ -367,11 +346,145 @@ def evaluate_verb(  # noqa: PLR0913
         )
 
 
+def _listed(pairs, manifest, split, holdout, neighbours, *, across: bool):
+    """Returns the pairs of a list or a manifest, and a manifest's names of labels."""
+    from jaxreg import evaluate
+    from jaxreg.data import manifest as manifest_lib
+
+    if manifest is None:
+        return evaluate.read_pairs(pairs), None
+    listed = manifest_lib.read_manifest(manifest, holdout=holdout)
+    chosen = evaluate.pairs_of_manifest(
+        listed, split=split, neighbours=neighbours, across_modalities=across
+    )
+    return chosen, listed.labels
+
+
+def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
+    unknown = sum(
+        (pair.fixed_modality or fixed_modality) is None
+        or (pair.moving_modality or moving_modality) is None
+        for pair in pairs
+    )
+    if unknown:
+        warnings.warn(
+            f"{unknown} of {len(pairs)} pairs name no modality and count as MRI; "
+            "give --fixed-modality and --moving-modality, or columns of that name",
+            stacklevel=3,
+        )
+
+
 def _row_done(done: int, total: int, row) -> None:
     if sys.stderr.isatty() or done == total or done % 50 == 0:
         end = "\r" if sys.stderr.isatty() and done < total else "\n"
         text = f"{done} of {total}: {row.method}, Dice {row.mean_dice:.3f}   "
         print(text, end=end, file=sys.stderr, flush=True)
+
+
+def tune_verb(  # noqa: PLR0913
+    *,
+    out: Annotated[
+        pathlib.Path,
+        option("--out", "Rows as .csv; the tables go beside it as .md."),
+    ],
+    model: Annotated[
+        str, option("--model", "Checkpoint folder, trained with a range.", _HOW)
+    ],
+    pairs: Annotated[
+        pathlib.Path | None, option("--pairs", "CSV or JSON of pairs.", _WHICH)
+    ] = None,
+    manifest: Annotated[
+        pathlib.Path | None,
+        option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
+    ] = None,
+    split: Annotated[str, option("--split", "Of the manifest.", _WHICH)] = "val",
+    holdout: Annotated[
+        int | None,
+        option(
+            "--holdout",
+            "Every n-th subject of a manifest without splits belongs to val.",
+            _WHICH,
+        ),
+    ] = None,
+    neighbours: Annotated[
+        int,
+        option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
+    ] = 3,
+    pair_count: Annotated[
+        int | None, option("--pair-count", "Only so many pairs.", _WHICH)
+    ] = None,
+    labels: Annotated[
+        str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
+    ] = None,
+    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
+    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
+    count: Annotated[
+        int, option("--count", "How many weights to try, over the range.", _HOW)
+    ] = 7,
+    weights: Annotated[
+        str | None, option("--weights", "Or these, such as 0.1,1,10.", _HOW)
+    ] = None,
+    task: TaskName = "auto",
+    pairing: PairingName = None,
+    write: Annotated[
+        bool,
+        option("--write", "Store each task's best weight in the checkpoint.", _HOW),
+    ] = False,
+) -> None:
+    """Find the smoothness (lambda) that serves each task best, on labelled pairs.
+
+    One network, trained with model.smoothness_range, is asked for several weights.
+    Dice per structure and overall, folding and roughness of each are printed.
+    """
+    if (pairs is None) == (manifest is None):
+        raise UserError("give either --pairs or --manifest, to say what to tune on")
+    from jaxreg import register, results, tuning, zoo
+
+    chosen, names = _listed(pairs, manifest, split, holdout, neighbours, across=False)
+    chosen = chosen if pair_count is None else chosen[:pair_count]
+    _warn_about_modalities(chosen, fixed_modality, moving_modality)
+    if write and not pathlib.Path(model).is_dir():
+        raise UserError(f"--write needs a checkpoint folder, --model is {model}")
+    loaded = zoo.load(model)
+    tried = tuning.weights_to_try(loaded, count)
+    if weights is not None:
+        tried = _parse_weights(weights)
+    options = register.Options(
+        fixed_modality=(fixed_modality or Modality.MRI).value,
+        moving_modality=(moving_modality or Modality.MRI).value,
+        task=task,
+        pairing=None if pairing is None else pairing.value,
+        io_iterations=None,
+        shape=loaded.shape,
+        inverse=False,
+    )
+    found = tuning.sweep(
+        chosen,
+        loaded,
+        options,
+        tried,
+        out=out,
+        label_names=names,
+        labels=None if labels is None else parse_labels(labels),
+        progress=_row_done,
+    )
+    print(results.markdown(found.result, label_names=names))
+    for name, weight in found.best.items():
+        print(f"{name}: smoothness {weight:g}, Dice {100 * found.dice[name]:.2f} %")
+    print(f"wrote {out} and {out.with_suffix('.md')}")
+    if write:
+        tuning.remember(model, found.best)
+        print(f"stored in {model}; register takes it for these tasks from now on")
+
+
+def _parse_weights(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--weights is {text}, expected numbers such as 0.1,1,10"
+        ) from None
+    return found
 
 
 def compare_verb(
@@ -405,5 +518,6 @@ def add_to(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command("train", context_settings=_PASS_ON)(train_verb)
     app.command("evaluate")(evaluate_verb)
+    app.command("tune-lambda")(tune_verb)
     app.command("compare")(compare_verb)
     app.add_typer(data_app, name="data")

@@ -379,6 +379,7 @@ def evaluate(
     options: register.Options,
     *,
     with_optimisation: bool = False,
+    smoothness: Sequence[float] = (),
     others: Mapping[str, Method] | None = None,
     labels: Sequence[int] | None = None,
     landmarks_frame: Frame = "lps",
@@ -405,6 +406,8 @@ def evaluate(
         (`options.io_target`), or for other tools alone.
       options: how to register; modalities are replaced by a pair's own.
       with_optimisation: add a row after `options.io_iterations` steps from the model.
+      smoothness: a row for each of these weights in place of the model's one, for a
+        network that can be asked for them.
       others: further ways by name, e.g. of `comparison.TOOLS`.
       labels: which to score; all positive ones of either scan if None.
       landmarks_frame: what the numbers of landmark files are.
@@ -426,7 +429,7 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    ways = _ways(model, options, with_optimisation, name, others or {})
+    ways = _ways(model, options, with_optimisation, name, others or {}, smoothness)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
     rows: list[results.Row] = []
@@ -499,7 +502,7 @@ def _in_order(
 
 
 def _ways(
-    model: Any, options: register.Options, with_optimisation, name, others
+    model: Any, options: register.Options, with_optimisation, name, others, smoothness
 ) -> list[_Way]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
@@ -528,7 +531,14 @@ def _ways(
             io_target="network",
             intensity_conservation_loss=False,
         )
-        ways.append(_Way(called, _registered(model, single), compiles=True))
+        asked = {
+            weight_name(called, weight): dataclasses.replace(single, smoothness=weight)
+            for weight in smoothness
+        } or {called: single}
+        ways += [
+            _Way(row, _registered(model, each), compiles=True)
+            for row, each in asked.items()
+        ]
         if with_optimisation and not displacement:
             optimised = _registered(model, options)
             ways.append(_Way(f"{called} + IO", optimised, compiles=True))
@@ -539,11 +549,19 @@ def _ways(
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
         )
-    names = [way.name for way in ways]
-    for way in names:
-        if names.count(way) > 1:
-            raise UserError(f"two rows would be called {way}; pass another name")
+    _check_unlike([way.name for way in ways])
     return ways
+
+
+def _check_unlike(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two rows would be called {name}; pass another name")
+
+
+def weight_name(model: str, weight: float) -> str:
+    """Returns what a model that is asked for a smoothness is called in the tables."""
+    return f"{model}, smoothness {weight:g}"
 
 
 def _resized(

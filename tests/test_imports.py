@@ -78,6 +78,7 @@ TABLE = {
     "tasks": Room((*_TOP, "nn.dynamic")),
     "register": Room((*_TOP, "nn.dynamic"), ("nibabel.orientations",)),
     "evaluate": Room((*_TOP, "data.manifest", "results")),
+    "tuning": Room((*_TOP, "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
     "report": Room(_TOP, ("nibabel.orientations", "matplotlib")),
