@@ -89,6 +89,14 @@ class _Report:
             self.progress(self.done + int(step) + 1, self.total, numbers)
 
 
+def _remembered(model: Registration, variables: Variables, pair: Pair) -> Variables:
+    """Returns variables with what no step changes, from a network that can tell it."""
+    remember = getattr(model, "remember", None)
+    if remember is None:
+        return variables
+    return jax.jit(remember)(variables, pair.moving, pair.fixed)
+
+
 def _noise(key: Key, step, shape: Shape, given):
     if given is not None:
         return given[step]
@@ -158,6 +166,7 @@ def optimize_network(
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
     report = None if progress is None else _Report(progress, steps, steps)
+    variables = _remembered(model, variables, pair)
     (forward, backward), history, _ = _network_loop(
         jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
         pair,
