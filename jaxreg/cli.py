@@ -36,7 +36,10 @@ from jaxreg.cli_options import (
     IoTarget,
     LossMasking,
     Modality,
+    Prealign,
+    PrealignWay,
     QuantileRange,
+    SamWeights,
     Seed,
     Similarity,
     Target,
@@ -242,6 +245,8 @@ def register_verb(  # noqa: PLR0913
     precision: PrecisionName = Precision.FLOAT32,
     stored_orientation: StoredOrientation = False,
     task: TaskName = "auto",
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -284,6 +289,7 @@ def register_verb(  # noqa: PLR0913
         precision=precision.value,
         stored_orientation=stored_orientation,
         task=task,
+        prealign=prealign.value,
         seed=seed,
         inverse=inverse_out is not None,
     )
@@ -308,11 +314,20 @@ def register_verb(  # noqa: PLR0913
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
         shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
+        sam_weights=sam_weights,
     )  # fmt: skip
 
 
 def _register(
-    scans, outputs, options, weights, fill, command: str, *, trained_shape: bool
+    scans,
+    outputs,
+    options,
+    weights,
+    fill,
+    command: str,
+    *,
+    trained_shape: bool,
+    sam_weights: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
@@ -346,9 +361,10 @@ def _register(
             model = zoo.load(weights, progress=bar.bytes)
         if trained_shape:
             options = dataclasses.replace(options, shape=model.shape)
+    sam = None if sam_weights is None else zoo.load_sam(sam_weights)
     with _Bar("optimise") as bar:
         result = register_lib.register(
-            moving, fixed, model, options, regions=regions, progress=bar.step
+            moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
 
     numbers = register_lib.summary(result)
@@ -542,7 +558,7 @@ def convert_verb(
         str | None,
         option(
             "--model",
-            "Kind of network (gradicon, promptreg, rdp, unireg_rpn), or a name of "
+            "Kind of network (gradicon, promptreg, rdp, unireg_rpn, sam), or a name of "
             "jaxreg models. Default: whose names the tensors have.",
         ),
     ] = None,
@@ -716,6 +732,8 @@ def _choose_weights(
             )
         return None
     if model is not None and model.lower() == "none":
+        if target in ("features", "map"):  # from where the scans are
+            return None
         raise UserError(
             "--model none leaves nothing to optimise or predict with; add --io-target "
             "displacement to register without weights"

@@ -23,6 +23,7 @@ from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
+from jaxreg.models.sam import TrainedSam
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
@@ -382,14 +383,16 @@ def evaluate(
     labels: Sequence[int] | None = None,
     landmarks_frame: Frame = "lps",
     name: str | None = None,
+    sam: TrainedSam | None = None,
     progress: Progress | None = None,
     keep: Callable[[results.Result], None] | None = None,
 ) -> results.Result:
     """Registers every pair in every way that was asked for, and measures the results.
 
     There are always two rows for the start: "initial", where the scans' headers place
-    them, and "initial, resized", where both scans' extents coincide. Then come the
-    other tools, the model's prediction, and the result of instance optimisation.
+    them, and "initial, resized", where both scans' extents coincide; and one more for
+    the pre-alignment, if the options ask for one. Then come the other tools, the
+    model's prediction, and the result of instance optimisation.
 
     The grid of the fixed scan is that of all measures. Labels are warped by nearest
     neighbour. A label of either scan of a pair counts; one that neither has is NaN and
@@ -408,6 +411,7 @@ def evaluate(
       labels: which to score; all positive ones of either scan if None.
       landmarks_frame: what the numbers of landmark files are.
       name: what to call the model; its own name if None.
+      sam: see `register.register`.
       progress: called after each row.
       keep: called after each pair with all rows so far, to save them.
 
@@ -425,7 +429,7 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    ways = _ways(model, options, with_optimisation, name, others or {})
+    ways = _ways(model, options, with_optimisation, name, others or {}, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
     rows: list[results.Row] = []
@@ -498,7 +502,12 @@ def _in_order(
 
 
 def _ways(
-    model: Any, options: register.Options, with_optimisation, name, others
+    model: Any,
+    options: register.Options,
+    with_optimisation,
+    name,
+    others,
+    sam: TrainedSam | None,
 ) -> list[_Way]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
@@ -507,6 +516,39 @@ def _ways(
             "there is nothing to evaluate; name a model with --model, pass --io-target "
             "displacement, or name another tool"
         )
+    ways = _starts(model, options, sam)
+    ways += [_Way(other, _timed(method)) for other, method in others.items()]
+    if model is not None:
+        called = name or pathlib.PurePath(model.name).name
+        single = dataclasses.replace(
+            options,
+            io_iterations=None,
+            io_target="network",
+            intensity_conservation_loss=False,
+        )
+        ways.append(_Way(called, _registered(model, single, sam), compiles=True))
+        if with_optimisation and not displacement:
+            optimised = _registered(model, options, sam)
+            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
+    if displacement and (model is None or with_optimisation):
+        ways.append(
+            _Way("displacement", _registered(None, options, sam), compiles=True)
+        )
+    if (with_optimisation or displacement) and options.io_iterations is None:
+        raise UserError(
+            "instance optimisation needs a number of steps; pass --io-iterations"
+        )
+    names = [way.name for way in ways]
+    for way in names:
+        if names.count(way) > 1:
+            raise UserError(f"two rows would be called {way}; pass another name")
+    return ways
+
+
+def _starts(
+    model: Any, options: register.Options, sam: TrainedSam | None
+) -> list[_Way]:
+    """Returns the rows before any registration."""
     placement = options.placement or preprocess.Placement.of_weights(
         {} if model is None else model.bundle.preprocessing
     )
@@ -518,30 +560,26 @@ def _ways(
         _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
         _Way(results.RESIZED, resized),
     ]
-    ways += [_Way(other, _timed(method)) for other, method in others.items()]
-    if model is not None:
-        called = name or pathlib.PurePath(model.name).name
-        single = dataclasses.replace(
-            options,
-            io_iterations=None,
-            io_target="network",
-            intensity_conservation_loss=False,
-        )
-        ways.append(_Way(called, _registered(model, single), compiles=True))
-        if with_optimisation and not displacement:
-            optimised = _registered(model, options)
-            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
-    if displacement and (model is None or with_optimisation):
-        ways.append(_Way("displacement", _registered(None, options), compiles=True))
-    if (with_optimisation or displacement) and options.io_iterations is None:
-        raise UserError(
-            "instance optimisation needs a number of steps; pass --io-iterations"
-        )
-    names = [way.name for way in ways]
-    for way in names:
-        if names.count(way) > 1:
-            raise UserError(f"two rows would be called {way}; pass another name")
+    if options.prealign != "none":
+        prealigned = _prealigned(model, options, sam)
+        ways.append(_Way(f"pre-aligned, {options.prealign}", prealigned))
     return ways
+
+
+def _prealigned(model: Any, options: register.Options, sam: TrainedSam | None):
+    def find(scans: _Scans) -> tuple[Transform, float]:
+        start = time.perf_counter()
+        found = register.prealigned(
+            scans.moving,
+            scans.fixed,
+            model,
+            _options_of(scans.spec, options),
+            regions=scans.regions,
+            sam=sam,
+        )
+        return found, time.perf_counter() - start
+
+    return find
 
 
 def _resized(
@@ -567,7 +605,7 @@ def _timed(method: Method):
     return find
 
 
-def _registered(model: Any, options: register.Options):
+def _registered(model: Any, options: register.Options, sam: TrainedSam | None):
     def find(scans: _Scans) -> tuple[Transform, float]:
         found = register.register(
             scans.moving,
@@ -575,8 +613,10 @@ def _registered(model: Any, options: register.Options):
             model,
             _options_of(scans.spec, options),
             regions=scans.regions,
+            sam=sam,
         )
-        return found.transform, found.seconds["preprocess"] + found.seconds["register"]
+        phases = ("preprocess", "prealign", "register")
+        return found.transform, sum(found.seconds.get(phase, 0.0) for phase in phases)
 
     return find
 

@@ -71,7 +71,7 @@ def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Report:
+class Report:
     """Passes a step on to the user's function.
 
     Compares by its fields, so that a second pair reuses the first one's program.
@@ -165,7 +165,7 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    report = None if progress is None else _Report(progress, steps, steps)
+    report = None if progress is None else Report(progress, steps, steps)
     variables = _remembered(model, variables, pair)
     (forward, backward), history, _ = _network_loop(
         jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
@@ -383,7 +383,7 @@ def optimize_displacement(
     loop = functools.partial(_direct_loop, objective=objective, affine=affine)
 
     def report(steps, done):
-        return None if progress is None else _Report(progress, total, steps, done)
+        return None if progress is None else Report(progress, total, steps, done)
 
     coarse = _coarser(pair, config.affine_factor)
     best = _best_start(coarse, (np.eye(4), *starts), objective, key)

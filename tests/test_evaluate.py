@@ -289,7 +289,7 @@ def asked(monkeypatch):
     """Answers every registration with the identity and notes what was asked."""
     calls = []
 
-    def stand_in(moving, fixed, model, options, *, regions=None, progress=None):
+    def stand_in(moving, fixed, model, options, *, regions=None, sam=None):
         calls.append((model, options, regions))
         return type("Found", (), {
             "transform": Transform(()),

@@ -75,7 +75,11 @@ TABLE = {
     "matching": Room(("models.sam", "space")),
     "prealign": Room(("matching", "losses", "space"), ("optax",)),
     "optimize": Room(_TOP, ("optax",)),
-    "register": Room(_TOP, ("nibabel.orientations",)),
+    "prealignment": Room(
+        ("prealign", "matching", "models.sam", "data", "losses", "space")
+    ),
+    "refine": Room((*_TOP, "nn"), ("optax",)),
+    "register": Room((*_TOP, "prealignment", "refine"), ("nibabel.orientations",)),
     "evaluate": Room((*_TOP, "data.manifest", "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
