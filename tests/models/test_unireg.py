@@ -15,6 +15,7 @@ from jaxreg.losses.objective import Objective
 from jaxreg.models import sam, unireg, unireg_features
 from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.models.unireg_features import Features
+from jaxreg.models.unireg_size import PAPER, size_of
 from jaxreg.nn import conv
 from jaxreg.nn.correlation import normalised
 from jaxreg.space import fields
@@ -94,32 +95,6 @@ def test_same_matches_reference(golden):
 # --- sizes ----------------------------------------------------------------------------
 
 
-def sizes(config):
-    """Parameters, and the kernels by name."""
-    shapes = jax.eval_shape(
-        lambda key: UniReg(config).init(key, (16, 16, 16)), jax.random.key(0)
-    )
-    leaves = jax.tree_util.tree_flatten_with_path(shapes["params"])[0]
-    return sum(leaf.size for _, leaf in leaves), {
-        tuple(part.key for part in path[:-1]): leaf.shape
-        for path, leaf in leaves
-        if path[-1].key == "kernel"
-    }
-
-
-def multiplications(kernels, shape=(192, 192, 160)):
-    """Of one pass, in units of 10^9; a layer's level is where its output lies."""
-    levels = {"encoder_1": 1, "encoder_2": 2, "encoder_3": 3, "halve": 1}
-    levels |= {f"decoder_{i}": 4 - i for i in range(4)}
-    total = 0.0
-    for path, kernel in kernels.items():
-        if path[-1] == "controller":  # its rows are applied at every voxel
-            kernel = (8 * 8 + 8 * 8 + 3 * 8,)
-        level = next((levels[name] for name in path if name in levels), 0)
-        total += np.prod(kernel) * np.prod(shape) / 8**level
-    return total / 1e9
-
-
 POOLED = {"downsample": "maxpool"}
 FLOW = {"head": "flow"}
 
@@ -135,22 +110,42 @@ FLOW = {"head": "flow"}
     ],
 )
 def test_published_sizes(change, parameters, billions):
-    count, kernels = sizes(UniRegConfig(**change))
-    assert count == parameters
-    assert multiplications(kernels) == pytest.approx(billions, abs=0.06)
+    size = size_of(UniRegConfig(**change))
+    assert size.parameters == parameters
+    assert size.convolutions / 1e9 == pytest.approx(billions, abs=0.06)
+    # What the paper may have counted besides.
+    assert size.correlation / 1e9 == pytest.approx(7.64, abs=0.01)
+
+
+def test_the_paper_s_own_numbers():
+    size = size_of(UniRegConfig(**POOLED))
+    assert size.parameters == pytest.approx(PAPER[0], rel=0.02)
+    counted = size.convolutions + size.correlation
+    assert counted == pytest.approx(PAPER[1], rel=0.002)
+
+
+def test_the_grid_scales_the_operations():
+    whole, part = (size_of(UniRegConfig(), (n, 32, 48)) for n in (64, 16))
+    assert whole.parameters == part.parameters
+    assert whole.convolutions == 4 * part.convolutions
+    assert whole.correlation == 4 * part.correlation
+
+
+def parameters_of(config):
+    return size_of(config).parameters
 
 
 def test_what_joins_decides_the_sizes():
-    base, _ = sizes(UniRegConfig(features="mind"))
+    base = parameters_of(UniRegConfig(features="mind"))
     assert base == 362_317  # correlations have 27 channels, whatever is correlated
     for change, joining in (
         ({"features": "none"}, 0),
         ({"matching": "concatenation"}, 512),
         ({"features": "mind", "matching": "concatenation"}, 48),
     ):
-        count, _ = sizes(UniRegConfig(**change))
+        count = parameters_of(UniRegConfig(**change))
         assert count - base == 27 * 32 * (joining - 27)
-    static, _ = sizes(UniRegConfig(head="static"))
+    static = parameters_of(UniRegConfig(head="static"))
     assert base - static == 171 * (8 + 4 + 2)
 
 
