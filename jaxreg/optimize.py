@@ -89,12 +89,16 @@ class Report:
             self.progress(self.done + int(step) + 1, self.total, numbers)
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def _remember(model, variables, pair):
+    return model.remember(variables, pair.moving, pair.fixed)
+
+
 def _remembered(model: Registration, variables: Variables, pair: Pair) -> Variables:
     """Returns variables with what no step changes, from a network that can tell it."""
-    remember = getattr(model, "remember", None)
-    if remember is None:
+    if not hasattr(model, "remember"):
         return variables
-    return jax.jit(remember)(variables, pair.moving, pair.fixed)
+    return _remember(model, variables, pair)
 
 
 def _noise(key: Key, step, shape: Shape, given):

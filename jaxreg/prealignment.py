@@ -125,49 +125,56 @@ def find(
         return Prealignment(np.eye(4))
     if way in SAM_WAYS:
         return _by_matches(way, moving, fixed, network)
-    (there, moving_grid), (here, fixed_grid) = map(_overview, (moving, fixed))
+    here, there = (_scaled(scan) for scan in (fixed, moving))
+    grids = fixed.volume.grid, moving.volume.grid
     if way == "centre":
-        found = affine.centres_of_mass(here, there, fixed_grid, moving_grid)
-    else:
-        alike = moving.rule.modality == fixed.rule.modality
-        config = prealign.IntensityConfig(loss="ncc" if alike else "mind")
-        starts = (
-            affine.from_mm(np.eye(4), fixed_grid, moving_grid),
-            affine.centres(fixed_grid, moving_grid),
-            affine.centres_of_mass(here, there, fixed_grid, moving_grid),
-        )
-        found = prealign.intensity_affine(
-            here,
-            there,
-            fixed_grid,
-            moving_grid,
-            start=_best(starts, here, there, config.loss),
-            config=config,
-        )
+        found = affine.centres_of_mass(here, there, *grids)
+        return Prealignment(affine.to_mm(found, *grids))
+    here, there = _overview(here), _overview(there)
+    fixed_grid, moving_grid = (grid.resized(_OVERVIEW) for grid in grids)
+    alike = moving.rule.modality == fixed.rule.modality
+    config = prealign.IntensityConfig(loss="ncc" if alike else "mind")
+    starts = (
+        affine.from_mm(np.eye(4), fixed_grid, moving_grid),
+        affine.centres(fixed_grid, moving_grid),
+        affine.centres_of_mass(here, there, fixed_grid, moving_grid),
+    )
+    found = prealign.intensity_affine(
+        here,
+        there,
+        fixed_grid,
+        moving_grid,
+        start=_best(starts, here, there, config.loss),
+        config=config,
+    )
     return Prealignment(affine.to_mm(found, fixed_grid, moving_grid))
 
 
 # --- by intensities -------------------------------------------------------------------
 
 
-def _overview(scan: Scan) -> tuple[Image, Grid]:
-    """A whole scan on few voxels, 1 D H W 1 in [0, 1], with their grid.
-
-    Of one size, so that one program serves all scans.
-    """
+def _scaled(scan: Scan) -> np.ndarray:
+    """A scan's intensities, D H W in [0, 1], 0 outside its mask."""
     volume = scan.volume
     array = preprocess.normalise(volume.array, scan.rule, source=volume.source)
     if scan.mask is not None:
         preprocess.check_same_grid(scan.mask, volume)
         array = np.where(scan.mask.array > 0, array, np.float32(0))
+    return array
+
+
+def _overview(array: np.ndarray) -> Image:
+    """A whole scan D H W on few voxels, 1 D H W 1.
+
+    Of one size, so that one program serves all scans.
+    """
     while any(n >= 2 * m for n, m in zip(array.shape, _OVERVIEW, strict=True)):
         # Step by step: one long step would skip voxels.
         sizes = zip(array.shape, _OVERVIEW, strict=True)
         array = resize.half_pixel(
             array, tuple(-(-n // 2) if n >= 2 * m else n for n, m in sizes)
         )
-    array = resize.half_pixel(array, _OVERVIEW)
-    return jnp.asarray(array)[None, ..., None], volume.grid.resized(_OVERVIEW)
+    return jnp.asarray(resize.half_pixel(array, _OVERVIEW))[None, ..., None]
 
 
 @functools.partial(jax.jit, static_argnames="loss")

@@ -332,6 +332,17 @@ def test_displacement_optimisation_needs_no_model(asked, spec):
     assert optimised.intensity_conservation_loss
 
 
+def test_pre_alignment_has_a_row_of_its_own(asked, spec):
+    """Translated boxes, but not what is behind them: some of the way is found."""
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    found = evaluate.evaluate([spec], loaded(Shifting()), options)
+    assert found.methods[2:] == ("pre-aligned, centre", "known")
+    row = found.rows[2]
+    assert row.mean_dice > found.rows[0].mean_dice + 0.2
+    assert row.seconds > 0
+    assert asked[0][1].prealign == "centre"
+
+
 def test_modalities_and_masks_of_a_pair(asked, spec, folder):
     pair = dataclasses.replace(
         spec, fixed_modality="ct", fixed_mask=folder / "mask.nii.gz"

@@ -16,6 +16,9 @@ from jaxreg.typing import Pair
 
 SHAPE = (32, 32, 32)
 FINE = (16, 16, 16)
+# The published weight belongs to a grid of 96 voxels, where a field changes less from
+# one to the next.
+LOOSE = refine.FeatureConfig(smoothness=20.0)
 MIDDLE = (0, slice(6, -6), slice(6, -6), slice(6, -6))
 
 
@@ -98,19 +101,21 @@ def test_a_known_shift_of_embeddings_is_recovered():
         pair,
         refine.UNTOUCHED,
         extract,
+        config=LOOSE,
         progress=lambda step, total, parts: seen.append((step, total)),
     )
     assert seen == [(i, 50) for i in range(1, 51)]
     assert set(found.history) == {"fine", "coarse", "smoothness", "loss"}
     assert len(found.history["loss"]) == 51
-    for name in ("fine", "coarse", "loss"):
-        assert found.history[name][-1] < found.history[name][0] - 0.02, name
+    for name in ("fine", "coarse"):
+        gained = found.history[name][0] - found.history[name][-1]
+        assert gained > 0.5 * (1 + found.history[name][0]), name
     (step,) = found.forward.steps
     assert step.field.shape == (1, *SHAPE, 3)
     moved = np.asarray(step.field)[MIDDLE].mean((0, 1, 2))
     np.testing.assert_allclose(moved, SHIFT, atol=0.012)
-    # At the border the filters count zeros.
-    assert np.abs(step.field[:, 0]).mean() < 0.8 * np.abs(moved).mean()
+    # In the corners most of what the filters count is zero.
+    assert np.abs(step.field[0, 0, 0, 0]).max() < 0.4 * np.abs(moved).min()
     (back,) = found.backward.steps
     np.testing.assert_array_equal(back.field, -step.field)
 
@@ -153,7 +158,9 @@ def unlikeness(pair, transform):
 
 def test_descriptors_find_what_the_network_left(started):
     pair, start = started
-    found = refine.optimize_features(pair, start, refine.mind_features, steps=40)
+    found = refine.optimize_features(
+        pair, start, refine.mind_features, steps=40, config=LOOSE
+    )
     assert len(found.forward.steps) == 2
     assert found.forward.steps[1] is start.forward.steps[0]
     assert unlikeness(pair, found.forward) < 0.6 * unlikeness(pair, start.forward)
@@ -203,14 +210,15 @@ def scan(shift_mm, name):
     return Volume((1000 * blobs(mm / 46)).astype(np.float32), grid, name)
 
 
-@pytest.mark.parametrize("target", ["features", "map"])
-def test_without_a_network_it_starts_where_the_scans_are(target):
+# On a coarse grid the published smoothness of features leaves little to move.
+@pytest.mark.parametrize(("target", "left"), [("features", 0.95), ("map", 0.7)])
+def test_without_a_network_it_starts_where_the_scans_are(target, left):
     moving, fixed = scan(np.array([1.5, -2.0, 1.0]), "moving"), scan(0.0, "fixed")
     options = register.Options(
         shape=(20, 24, 22), io_target=target, io_iterations=20, io_sim="ncc"
     )
     result = register.register(moving, fixed, None, options)
-    assert result.similarity_after < 0.7 * result.similarity_before
+    assert result.similarity_after < left * result.similarity_before
     assert result.inverse_residual_mm[0] < 0.1
     assert len(result.history["loss"]) == 21
 

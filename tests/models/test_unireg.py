@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxreg import zoo
+from jaxreg import optimize, zoo
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints
 from jaxreg.losses.objective import Objective
@@ -332,6 +332,23 @@ def test_remembered_features_are_those_of_the_images(with_sam, predicted):
     known = jax.jit(model.remember)(variables, pair.moving, pair.fixed)
     assert set(known) == {"params", "features"}
     check(run(known).backward.steps[0].field, both.backward.steps[0].field)
+
+
+def test_optimisation_on_a_pair_embeds_before_its_loop(
+    with_sam, predicted, monkeypatch
+):
+    model, variables = with_sam
+    pair, _, both = predicted
+    seen = []
+
+    def loop(variables, *rest, **more):
+        seen.append(set(variables))
+        return both[:2], {}, variables
+
+    monkeypatch.setattr(optimize, "_network_loop", loop)
+    objective = Objective(similarity="mse")
+    optimize.optimize_network(model, variables, pair, objective, key=jax.random.key(0))
+    assert seen == [{"params", "features"}]
 
 
 def test_the_frozen_network_matters_and_is_scaled_as_it_was_trained(with_sam):
