@@ -83,7 +83,7 @@ PrealignWay = Annotated[
         "--prealign",
         "What comes before the network, in mm: centre puts centres of mass onto each "
         "other, affine matches intensities; sam-affine and sam-coarse (sam is the "
-        "same) follow SAM's matches of two CT scans.",
+        "same) follow SAM's matches.",
         START,
     ),
 ]

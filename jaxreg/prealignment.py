@@ -41,10 +41,9 @@ WAYS = ("none", "centre", "affine", *SAM_WAYS)
 
 _OVERVIEW = (64, 64, 64)
 _OVERLAP = 0.3  # of the fixed image, below which a start is not believed
-_SAM_PLACEMENT = Placement("pad_crop", "spl", sam.SPACING_MM)
 _SAM_STRIDES = (4, 16, 16)
-_SAM_RULE = Preprocessing("ct", sam.HU_RANGE)
 _BODY_HU = -500.0
+_BODY_MRI = 0.1  # of the scaled intensities
 _LARGEST_CHANGE = 8.0  # of volume
 
 
@@ -113,7 +112,7 @@ def find(
       way: how, see `Way`.
       moving: the scan that is warped.
       fixed: the scan that stays.
-      network: for SAM's ways, which need two CT scans.
+      network: for SAM's ways, which need scans of the kind that it knows.
 
     Raises:
       UserError: SAM's weights are missing, or its matches are too few or contradict
@@ -215,13 +214,13 @@ def _by_matches(
             "checkpoint folder or .pth), or pass --prealign affine"
         )
     for scan in (moving, fixed):
-        if scan.rule.modality != "ct":
+        if scan.rule.modality != "ct" and network.quantile_range is None:
             raise UserError(
-                f"--prealign {way} needs two CT scans, {scan.volume.source} is not "
-                "one; pass --prealign affine"
+                f"--prealign {way}: this SAM network knows CT alone, "
+                f"{scan.volume.source} is another scan; pass --prealign affine"
             )
     (there, moving_grid, moving_body), (here, fixed_grid, fixed_body) = (
-        _for_sam(scan) for scan in (moving, fixed)
+        _for_sam(scan, network) for scan in (moving, fixed)
     )
     found, wanted = (
         _embed(network.config, network.variables, image) for image in (there, here)
@@ -260,30 +259,36 @@ def _by_matches(
 _embed = jax.jit(sam.features, static_argnames="config")
 
 
-def _for_sam(scan: Scan) -> tuple[Image, Grid, np.ndarray]:
+def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarray]:
     """A scan as SAM was trained on it, its grid, and the body on it, D H W.
 
     The whole scan, and air about it to a size that halves evenly.
     """
-    volume = _SAM_PLACEMENT.turned(scan.volume)
+    placement = Placement("pad_crop", "spl", network.spacing_mm)
+    rule = dataclasses.replace(
+        scan.rule, ct_window=network.ct_window, quantile_range=network.quantile_range
+    )
+    volume = placement.turned(scan.volume)
     extent = np.asarray(volume.grid.shape) * volume.grid.spacing_mm
     shape: Shape = tuple(
-        stride * math.ceil(length / sam.SPACING_MM / stride)
+        stride * math.ceil(length / network.spacing_mm / stride)
         for stride, length in zip(_SAM_STRIDES, extent, strict=True)
     )
-    array = preprocess.normalise(volume.array, _SAM_RULE, source=volume.source)
-    array = _SAM_PLACEMENT.image(array, volume.grid, shape, outside=_SAM_RULE.outside)
+    array = preprocess.normalise(volume.array, rule, source=volume.source)
+    array = placement.image(array, volume.grid, shape, outside=rule.outside)
     if scan.mask is None:
-        low, high = sam.HU_RANGE
-        body = array > (_BODY_HU - low) / (high - low)
+        low, high = network.ct_window
+        air = (_BODY_HU - low) / (high - low)
+        body = array > (air if rule.modality == "ct" else _BODY_MRI)
         # Slice by slice: lungs are part of the body, and open to neither side there.
         body = ndimage.binary_fill_holes(body, np.ones((1, 3, 3)))
         assert body is not None
     else:
-        mask = _SAM_PLACEMENT.turned(scan.mask)
-        body = _SAM_PLACEMENT.labels(mask.array > 0, mask.grid, shape)
+        mask = placement.turned(scan.mask)
+        body = placement.labels(mask.array > 0, mask.grid, shape)
+    # Whatever its ends are, the scale is SAM's.
     image = sam.to_sam_range(jnp.asarray(array)[None, ..., None], sam.HU_RANGE)
-    return image, _SAM_PLACEMENT.grid(volume.grid, shape), body
+    return image, placement.grid(volume.grid, shape), body
 
 
 def _bend(field: Transform, linear: Transform) -> Field:

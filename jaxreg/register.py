@@ -221,13 +221,6 @@ def _check_prealign(options: Options) -> None:
             f"--prealign {options.prealign} over the fixed scan; leave one of the two "
             "away"
         )
-    modalities = {options.fixed_modality, options.moving_modality}
-    if options.prealign in prealignment.SAM_WAYS and modalities != {"ct"}:
-        raise UserError(
-            f"--prealign {options.prealign} needs two CT scans, the modalities are "
-            f"{options.fixed_modality} and {options.moving_modality}; pass --prealign "
-            "affine"
-        )
 
 
 def _check_modality_options(options: Options) -> None:

@@ -403,13 +403,19 @@ def load_sam(path: PathLike) -> sam.TrainedSam:
             "checkpoint folder or the .pth of one"
         )
     released_sam.check_variables(bundle.variables, bundle.config, source=name)
-    config: Any = bundle.config
-    return sam.TrainedSam(sam.SamConfig(**_tuples(config)), bundle.variables)
+    config, told = _tuples(bundle.config), _tuples(bundle.preprocessing)
+    return sam.TrainedSam(
+        sam.SamConfig(**config),
+        bundle.variables,
+        spacing_mm=told.get("spacing_mm", sam.SPACING_MM),
+        ct_window=told.get("ct_window", sam.HU_RANGE),
+        quantile_range=told.get("mri_quantiles"),
+    )
 
 
-def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a config's fields with JSON's lists as tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields with JSON's lists as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:

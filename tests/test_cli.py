@@ -327,7 +327,6 @@ BAD = {
         {"stored_orientation": True, "io_target": "displacement"},
         "--stored-orientation",
     ),
-    "SAM's pre-alignment of MRI": ({"prealign": "sam"}, "two CT scans"),
     "SAM's pre-alignment without SAM": (
         {"prealign": "sam", "fixed_modality": "ct", "moving_modality": "ct"},
         "--sam-weights",

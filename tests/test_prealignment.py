@@ -281,8 +281,8 @@ def matched(monkeypatch):
 
         original = prealignment._for_sam
 
-        def for_sam(scan):
-            image, grid, body = original(scan)
+        def for_sam(scan, network):
+            image, grid, body = original(scan, network)
             grids[scan.volume.source] = grid
             assert body.any()
             return image, grid, body
@@ -358,7 +358,7 @@ def test_bend_and_affine_make_the_coarse_field(ct):
 
 
 def test_sam_sees_two_millimetres_towards_superior_posterior_left(ct):
-    image, grid, body = prealignment._for_sam(ct[0])
+    image, grid, body = prealignment._for_sam(ct[0], NETWORK)
     assert image.shape == (1, *grid.shape, 1)
     assert not any(np.mod(grid.shape, (4, 16, 16)))
     np.testing.assert_allclose(grid.spacing_mm, 2)
@@ -370,6 +370,16 @@ def test_sam_sees_two_millimetres_towards_superior_posterior_left(ct):
     units = (float(image[(0, *middle, 0)]) - low) / (high - low) * 4095 - 1024
     expected = brightness(apply(grid.affine_mm, np.array(middle)) - (60, -40, 7)) - 1000
     assert units == pytest.approx(expected, abs=40)
+
+
+def test_a_sam_of_mri_sees_its_own_spacing_and_scale(scans):
+    network = dataclasses.replace(NETWORK, spacing_mm=1.5, quantile_range=(0.0, 1.0))
+    image, grid, body = prealignment._for_sam(Scan(scans[1], MRI), network)
+    np.testing.assert_allclose(grid.spacing_mm, 1.5)
+    low, high = sam.SAM_RANGE
+    assert float(image.min()) == pytest.approx(low, abs=1)
+    assert high - 40 < float(image.max()) <= high + 1e-3
+    assert 0 < body.mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -388,7 +398,7 @@ def test_matches_that_are_not_to_be_trusted(ct, matched, way, function, count, s
 def test_what_sam_needs_is_said(ct, scans):
     with pytest.raises(UserError, match="needs a SAM network; give --sam-weights"):
         prealignment.find("sam", *ct)
-    with pytest.raises(UserError, match="needs two CT scans, fixed.nii.gz is not"):
+    with pytest.raises(UserError, match="knows CT alone, fixed.nii.gz is another"):
         prealignment.find("sam", ct[0], Scan(scans[1], MRI), network=NETWORK)
 
 
@@ -397,7 +407,6 @@ def test_what_sam_needs_is_said(ct, scans):
     [
         ({"prealign": "best"}, "best, expected one of none, centre"),
         ({"stored_orientation": True}, "leave one of the two"),
-        ({"prealign": "sam"}, "needs two CT scans, the modalities are mri and mri"),
     ],
 )
 def test_options_that_are_refused(change, said):

@@ -594,6 +594,8 @@ def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
     for path in ("sam.pth", "sam"):
         found = zoo.load_sam(tmp_path / path)
         assert found.config == config
+        assert (found.spacing_mm, found.ct_window) == (2.0, (-1024.0, 3071.0))
+        assert found.quantile_range is None
         jax.tree.map(np.testing.assert_array_equal, dict(found.variables), variables)
         with pytest.raises(UserError, match="pass it as --sam-weights"):
             zoo.load(tmp_path / path)

@@ -241,15 +241,21 @@ def to_sam_range(image: Image, window: tuple[float, float]) -> Image:
 
 @dataclasses.dataclass(frozen=True)
 class TrainedSam:
-    """A network in use.
+    """A network in use, and the scans that it knows.
 
     Attributes:
       config: its sizes.
       variables: {"params": ..., "batch_stats": ...}.
+      spacing_mm: of the voxels that it sees.
+      ct_window: the Hounsfield units that are the ends of its scale.
+      quantile_range: the quantiles of an MRI that are; None if it knows CT alone.
     """
 
     config: SamConfig
     variables: Variables
+    spacing_mm: float = SPACING_MM
+    ct_window: tuple[float, float] = HU_RANGE
+    quantile_range: tuple[float, float] | None = None
 
 
 def init(config: SamConfig, key: Key) -> Variables:
