@@ -760,6 +760,11 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
                 "--loss-function-masking affects only the printed similarity with "
                 "--io-iterations None"
             )
+    elif options.io_target == "features" and options.loss_function_masking:
+        warn(
+            "--loss-function-masking affects only the printed similarity with "
+            "--io-target features"
+        )
     if regions["fixed_segmentation"] and options.dice_loss_weight == 0:
         warn("the segmentations have no effect without --dice-loss-weight")
     if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):
