@@ -316,7 +316,7 @@ def register(
     Args:
       moving: the scan to be warped, D H W, stored intensities.
       fixed: the scan that stays.
-      model: weights from `zoo.load`; None for `io_target` "displacement" alone.
+      model: weights from `zoo.load`; None where `io_target` can do without.
       options: how to register.
       regions: masks and label maps of the two scans.
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
@@ -381,9 +381,9 @@ def register(
             (transform_lib.Affine(jnp.asarray(headers, "f4")),)
         )
         before, warped_before = _score(apart[0], placed, options)
-        prealigned = None
+        between = None
         if options.prealign != "none":
-            prealigned, _ = _score(pair, transform_lib.Transform(()), options)
+            between, _ = _score(pair, transform_lib.Transform(()), options)
         after, warped_after = _score(pair, rest, options)
     inverse, residual = None, None
     if options.inverse:
@@ -399,7 +399,7 @@ def register(
         similarity=options.io_sim,
         similarity_before=before,
         similarity_after=after,
-        similarity_prealigned=prealigned,
+        similarity_prealigned=between,
         folding_percent=_folded(forward, options.shape),
         domains=domains,
         seconds=seconds,

@@ -115,7 +115,7 @@ def test_a_known_shift_of_embeddings_is_recovered():
     moved = np.asarray(step.field)[MIDDLE].mean((0, 1, 2))
     np.testing.assert_allclose(moved, SHIFT, atol=0.012)
     # In the corners most of what the filters count is zero.
-    assert np.abs(step.field[0, 0, 0, 0]).max() < 0.4 * np.abs(moved).min()
+    assert np.all(np.abs(step.field[0, 0, 0, 0]) < 0.5 * np.abs(moved))
     (back,) = found.backward.steps
     np.testing.assert_array_equal(back.field, -step.field)
 
