@@ -37,7 +37,10 @@ from jaxreg.cli_options import (
     LossMasking,
     Modality,
     PairingName,
+    Prealign,
+    PrealignWay,
     QuantileRange,
+    SamWeights,
     Seed,
     Similarity,
     Smoothness,
@@ -238,6 +241,8 @@ def register_verb(  # noqa: PLR0913
     task: TaskName = "auto",
     pairing: PairingName = None,
     smoothness: Smoothness = None,
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -282,6 +287,7 @@ def register_verb(  # noqa: PLR0913
         task=task,
         pairing=None if pairing is None else pairing.value,
         smoothness=smoothness,
+        prealign=prealign.value,
         seed=seed,
         inverse=inverse_out is not None,
     )
@@ -306,11 +312,20 @@ def register_verb(  # noqa: PLR0913
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
         shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
+        sam_weights=sam_weights,
     )  # fmt: skip
 
 
 def _register(
-    scans, outputs, options, weights, fill, command: str, *, trained_shape: bool
+    scans,
+    outputs,
+    options,
+    weights,
+    fill,
+    command: str,
+    *,
+    trained_shape: bool,
+    sam_weights: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
@@ -344,9 +359,10 @@ def _register(
             model = zoo.load(weights, progress=bar.bytes)
         if trained_shape:
             options = dataclasses.replace(options, shape=model.shape)
+    sam = None if sam_weights is None else zoo.load_sam(sam_weights)
     with _Bar("optimise") as bar:
         result = register_lib.register(
-            moving, fixed, model, options, regions=regions, progress=bar.step
+            moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
 
     numbers = register_lib.summary(result)
@@ -540,7 +556,7 @@ def convert_verb(
         str | None,
         option(
             "--model",
-            "Kind of network (gradicon, promptreg, rdp, unireg_rpn), or a name of "
+            "Kind of network (gradicon, promptreg, rdp, unireg_rpn, sam), or a name of "
             "jaxreg models. Default: whose names the tensors have.",
         ),
     ] = None,
@@ -714,6 +730,8 @@ def _choose_weights(
             )
         return None
     if model is not None and model.lower() == "none":
+        if target in ("features", "map"):  # from where the scans are
+            return None
         raise UserError(
             "--model none leaves nothing to optimise or predict with; add --io-target "
             "displacement to register without weights"
@@ -740,6 +758,11 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
                 "--loss-function-masking affects only the printed similarity with "
                 "--io-iterations None"
             )
+    elif options.io_target == "features" and options.loss_function_masking:
+        warn(
+            "--loss-function-masking affects only the printed similarity with "
+            "--io-target features"
+        )
     if regions["fixed_segmentation"] and options.dice_loss_weight == 0:
         warn("the segmentations have no effect without --dice-loss-weight")
     if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):

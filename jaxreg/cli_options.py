@@ -1,6 +1,7 @@
 """What the verbs of the command line share: options, shapes, printed numbers."""
 
 import enum
+import pathlib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -31,6 +32,19 @@ class Target(enum.StrEnum):
 
     NETWORK = "network"
     DISPLACEMENT = "displacement"
+    FEATURES = "features"
+    MAP = "map"
+
+
+class Prealign(enum.StrEnum):
+    """Names of prealignment.WAYS."""
+
+    NONE = "none"
+    CENTRE = "centre"
+    AFFINE = "affine"
+    SAM = "sam"
+    SAM_AFFINE = "sam-affine"
+    SAM_COARSE = "sam-coarse"
 
 
 class Similarity(enum.StrEnum):
@@ -62,7 +76,8 @@ class LandmarksFrame(enum.StrEnum):
 
 # One line of help per option, its unit and default in it. [brackets] would be markup.
 SCANS = "Scans"
-OPTIMISE, REGIONS, INPUT, TASK = (
+START, OPTIMISE, REGIONS, INPUT, TASK = (
+    "Pre-alignment",
     "Instance optimisation",
     "Masks and segmentations",
     "Intensities",
@@ -70,12 +85,32 @@ OPTIMISE, REGIONS, INPUT, TASK = (
 )
 FIXED_MODALITY = choice("--fixed-modality", "Kind of the fixed scan.", SCANS)
 MOVING_MODALITY = choice("--moving-modality", "Kind of the moving scan.", SCANS)
+PrealignWay = Annotated[
+    Prealign,
+    choice(
+        "--prealign",
+        "What comes before the network, in mm: centre puts centres of mass onto each "
+        "other, affine matches intensities; sam-affine and sam-coarse (sam is the "
+        "same) follow SAM's matches.",
+        START,
+    ),
+]
+SamWeights = Annotated[
+    pathlib.Path | None,
+    option(
+        "--sam-weights",
+        "SAM network for --prealign sam and for a UniReg without one: checkpoint "
+        "folder or .pth. Default: the one that a UniReg holds.",
+        START,
+    ),
+]
 IoTarget = Annotated[
     Target,
     choice(
         "--io-target",
-        "What is optimised: a copy of the network's weights, or an affine and a "
-        "displacement field without any network.",
+        "What is optimised: a copy of the network's weights; an affine and a "
+        "displacement field without any network; after the network, a displacement by "
+        "features (of SAM, or MIND's descriptors), or its map by intensities.",
         OPTIMISE,
     ),
 ]
@@ -84,8 +119,8 @@ IoLr = Annotated[
     float | None,
     option(
         "--io-lr",
-        "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
-        "(displacement).",
+        "Learning rate of Adam. Default: 2e-5 (network), 0.05 (features), 0.008 "
+        "(map), the optimiser's own (displacement).",
         OPTIMISE,
     ),
 ]

@@ -24,7 +24,10 @@ from jaxreg.cli_options import (
     LossMasking,
     Modality,
     PairingName,
+    Prealign,
+    PrealignWay,
     QuantileRange,
+    SamWeights,
     Seed,
     Similarity,
     Smoothness,
@@ -259,6 +262,8 @@ def evaluate_verb(  # noqa: PLR0913
         str | None,
         option("--shape", "Network grid. Default: the weights' own.", _HOW),
     ] = None,
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
     io_iterations: Annotated[
         int | None,
         option(
@@ -318,6 +323,7 @@ def evaluate_verb(  # noqa: PLR0913
         io_target=io_target.value,
         io_sim=io_sim.value,
         io_lr=io_lr,
+        prealign=prealign.value,
         seed=seed,
         ct_window=ct_window,
         quantile_range=quantile_range,
@@ -335,6 +341,7 @@ def evaluate_verb(  # noqa: PLR0913
         labels=wanted,
         landmarks_frame=landmarks_frame.value,
         name=name,
+        sam=None if sam_weights is None else zoo.load_sam(sam_weights),
         progress=_row_done,
     )
     print(results.markdown(found, label_names=names))

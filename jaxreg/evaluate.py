@@ -23,6 +23,7 @@ from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
+from jaxreg.models.sam import TrainedSam
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
@@ -384,14 +385,16 @@ def evaluate(
     labels: Sequence[int] | None = None,
     landmarks_frame: Frame = "lps",
     name: str | None = None,
+    sam: TrainedSam | None = None,
     progress: Progress | None = None,
     keep: Callable[[results.Result], None] | None = None,
 ) -> results.Result:
     """Registers every pair in every way that was asked for, and measures the results.
 
     There are always two rows for the start: "initial", where the scans' headers place
-    them, and "initial, resized", where both scans' extents coincide. Then come the
-    other tools, the model's prediction, and the result of instance optimisation.
+    them, and "initial, resized", where both scans' extents coincide; and one more for
+    the pre-alignment, if the options ask for one. Then come the other tools, the
+    model's prediction, and the result of instance optimisation.
 
     The grid of the fixed scan is that of all measures. Labels are warped by nearest
     neighbour. A label of either scan of a pair counts; one that neither has is NaN and
@@ -412,6 +415,7 @@ def evaluate(
       labels: which to score; all positive ones of either scan if None.
       landmarks_frame: what the numbers of landmark files are.
       name: what to call the model; its own name if None.
+      sam: see `register.register`.
       progress: called after each row.
       keep: called after each pair with all rows so far, to save them.
 
@@ -429,7 +433,7 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    ways = _ways(model, options, with_optimisation, name, others or {}, smoothness)
+    ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
     rows: list[results.Row] = []
@@ -502,7 +506,13 @@ def _in_order(
 
 
 def _ways(
-    model: Any, options: register.Options, with_optimisation, name, others, smoothness
+    model: Any,
+    options: register.Options,
+    with_optimisation,
+    name,
+    others,
+    smoothness: Sequence[float],
+    sam: TrainedSam | None,
 ) -> list[_Way]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
@@ -511,17 +521,7 @@ def _ways(
             "there is nothing to evaluate; name a model with --model, pass --io-target "
             "displacement, or name another tool"
         )
-    placement = options.placement or preprocess.Placement.of_weights(
-        {} if model is None else model.bundle.preprocessing
-    )
-
-    def resized(scans):
-        return _resized(scans, options, placement), math.nan
-
-    ways = [
-        _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
-        _Way(results.RESIZED, resized),
-    ]
+    ways = _starts(model, options, sam)
     ways += [_Way(other, _timed(method)) for other, method in others.items()]
     if model is not None:
         called = name or pathlib.PurePath(model.name).name
@@ -536,20 +536,41 @@ def _ways(
             for weight in smoothness
         } or {called: single}
         ways += [
-            _Way(row, _registered(model, each), compiles=True)
+            _Way(row, _registered(model, each, sam), compiles=True)
             for row, each in asked.items()
         ]
         if with_optimisation and not displacement:
-            optimised = _registered(model, options)
+            optimised = _registered(model, options, sam)
             ways.append(_Way(f"{called} + IO", optimised, compiles=True))
     if displacement and (model is None or with_optimisation):
         alone = dataclasses.replace(options, task="auto", pairing=None, smoothness=None)
-        ways.append(_Way("displacement", _registered(None, alone), compiles=True))
+        ways.append(_Way("displacement", _registered(None, alone, sam), compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
         )
     _check_unlike([way.name for way in ways])
+    return ways
+
+
+def _starts(
+    model: Any, options: register.Options, sam: TrainedSam | None
+) -> list[_Way]:
+    """Returns the rows before any registration."""
+    placement = options.placement or preprocess.Placement.of_weights(
+        {} if model is None else model.bundle.preprocessing
+    )
+
+    def resized(scans):
+        return _resized(scans, options, placement), math.nan
+
+    ways = [
+        _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
+        _Way(results.RESIZED, resized),
+    ]
+    if options.prealign != "none":
+        prealigned = _prealigned(model, options, sam)
+        ways.append(_Way(f"pre-aligned, {options.prealign}", prealigned))
     return ways
 
 
@@ -562,6 +583,22 @@ def _check_unlike(names: Sequence[str]) -> None:
 def weight_name(model: str, weight: float) -> str:
     """Returns what a model that is asked for a smoothness is called in the tables."""
     return f"{model}, smoothness {weight:g}"
+
+
+def _prealigned(model: Any, options: register.Options, sam: TrainedSam | None):
+    def find(scans: _Scans) -> tuple[Transform, float]:
+        start = time.perf_counter()
+        found = register.prealigned(
+            scans.moving,
+            scans.fixed,
+            model,
+            _options_of(scans.spec, options),
+            regions=scans.regions,
+            sam=sam,
+        )
+        return found, time.perf_counter() - start
+
+    return find
 
 
 def _resized(
@@ -587,7 +624,7 @@ def _timed(method: Method):
     return find
 
 
-def _registered(model: Any, options: register.Options):
+def _registered(model: Any, options: register.Options, sam: TrainedSam | None):
     told = tasks.told_of_regions(model)
 
     def find(scans: _Scans) -> tuple[Transform, float]:
@@ -603,8 +640,10 @@ def _registered(model: Any, options: register.Options):
             model,
             chosen,
             regions=scans.regions,
+            sam=sam,
         )
-        return found.transform, found.seconds["preprocess"] + found.seconds["register"]
+        phases = ("preprocess", "prealign", "register")
+        return found.transform, sum(found.seconds.get(phase, 0.0) for phase in phases)
 
     return find
 

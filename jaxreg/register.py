@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import metrics, optimize, tasks, zoo
+from jaxreg import metrics, optimize, prealignment, refine, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
+from jaxreg.models import unireg
+from jaxreg.models.sam import TrainedSam, config_of
 from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
@@ -30,7 +32,8 @@ from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
 
 Modality = Literal["ct", "mri"]
-Target = Literal["network", "displacement"]
+Target = Literal["network", "displacement", "features", "map"]
+_REFINING = ("features", "map")
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -50,7 +53,10 @@ class Options:
       loss_function_masking: count similarity inside the masks only.
       io_iterations: steps of instance optimisation, for a displacement per level of
         resolution; None for a single prediction.
-      io_target: optimise the network's weights, or a displacement field directly.
+      io_target: optimise the network's weights ("network"); without it an affine map
+        and a displacement ("displacement"); or after it, by the images' features, a
+        displacement ("features") or, by intensities, the map itself ("map"), see
+        `refine`.
       io_sim: similarity, a key of `losses.similarity.SIMILARITIES`.
       io_lr: learning rate of Adam; the target's own default if None.
       dice_loss_weight: weight of the Dice term; needs both segmentations.
@@ -70,6 +76,9 @@ class Options:
         term as in training; the task's own if None.
       placement: how scans become arrays on the network grid; if None the model's own,
         or GradICON's where there is none.
+      prealign: how the scans are aligned in mm before anything else, see
+        `prealignment.Way`; the network sees the moving scan carried over by that, and
+        the results hold it.
     """
 
     fixed_modality: Modality = "mri"
@@ -93,6 +102,7 @@ class Options:
     pairing: Pairing | None = None
     smoothness: float | None = None
     placement: preprocess.Placement | None = None
+    prealign: prealignment.Way = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,11 +125,13 @@ class Registration:
       inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` over the moving
         network grid's voxels that come from inside the fixed scan, or None.
       fixed_grid: the fixed scan's network grid.
-      moving_grid: the moving scan's network grid.
+      moving_grid: the moving scan's network grid; with a pre-alignment, the fixed
+        scan's moved by its affine part.
       history: parts of the objective per step, by name; empty without optimisation.
       similarity: the loss that `similarity_before` and `similarity_after` are values
         of; smaller is better.
       similarity_before: with the scans where their headers place them.
+      similarity_prealigned: with the scans pre-aligned, or None if they were not.
       similarity_after: with the moving scan warped by the transform.
       folding_percent: share of network cells whose Jacobian determinant is negative,
         0 to 100.
@@ -139,6 +151,7 @@ class Registration:
     history: Mapping[str, np.ndarray]
     similarity: str
     similarity_before: float
+    similarity_prealigned: float | None
     similarity_after: float
     folding_percent: float
     domains: Mapping[str, float]
@@ -155,11 +168,7 @@ def check_options(options: Options) -> None:
       UserError: a value out of its range, or values that contradict each other.
     """
     _check_modality_options(options)
-    if options.stored_orientation and options.io_target == "displacement":
-        raise UserError(
-            "--stored-orientation is for networks; --io-target displacement starts "
-            "from the scans' headers, leave one of the two away"
-        )
+    _check_prealign(options)
     if options.io_sim not in similarity.SIMILARITIES:
         known = ", ".join(sorted(similarity.SIMILARITIES))
         raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")
@@ -179,9 +188,25 @@ def check_options(options: Options) -> None:
             f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
             "of at least 8; leave it out for the grid of the weights"
         )
+    _check_target(options)
+
+
+def _check_target(options: Options) -> None:
+    if options.stored_orientation and options.io_target == "displacement":
+        raise UserError(
+            "--stored-orientation is for networks; --io-target displacement starts "
+            "from the scans' headers, leave one of the two away"
+        )
+    if options.io_target in _REFINING and (
+        options.dice_loss_weight > 0 or options.intensity_conservation_loss
+    ):
+        raise UserError(
+            f"--io-target {options.io_target} knows neither --dice-loss-weight nor "
+            "--intensity-conservation-loss; leave them out"
+        )
     if options.io_iterations is None:
         for name, used in (
-            ("--io-target displacement", options.io_target == "displacement"),
+            (f"--io-target {options.io_target}", options.io_target != "network"),
             ("--dice-loss-weight", options.dice_loss_weight > 0),
             ("--intensity-conservation-loss", options.intensity_conservation_loss),
         ):
@@ -190,6 +215,18 @@ def check_options(options: Options) -> None:
                     f"{name} needs instance optimisation, which --io-iterations None "
                     "switches off; pass a number of iterations"
                 )
+
+
+def _check_prealign(options: Options) -> None:
+    if options.prealign not in prealignment.WAYS:
+        known = ", ".join(prealignment.WAYS)
+        raise UserError(f"--prealign is {options.prealign}, expected one of {known}")
+    if options.prealign != "none" and options.stored_orientation:
+        raise UserError(
+            "--stored-orientation shows the network the moving scan as it is stored, "
+            f"--prealign {options.prealign} over the fixed scan; leave one of the two "
+            "away"
+        )
 
 
 def _check_modality_options(options: Options) -> None:
@@ -277,6 +314,7 @@ def register(
     options: Options,
     *,
     regions: Regions | None = None,
+    sam: TrainedSam | None = None,
     progress: Progress | None = None,
 ) -> Registration:
     """Registers one scan onto another.
@@ -284,9 +322,11 @@ def register(
     Args:
       moving: the scan to be warped, D H W, stored intensities.
       fixed: the scan that stays.
-      model: weights from `zoo.load`; None for `io_target` "displacement" alone.
+      model: weights from `zoo.load`; None where `io_target` can do without.
       options: how to register.
       regions: masks and label maps of the two scans.
+      sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
+        a UniReg's own aligns.
       progress: called after each step with its number, the total and the objective's
         parts.
 
@@ -300,13 +340,8 @@ def register(
     check_options(options)
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
-    if model is not None:
-        options = _with_rule_of(model, options)
-        told = tasks.tell(model, options.task, options.pairing, options.smoothness)
-        model = told.model
-    else:
-        told = None
-        tasks.refuse(options.task, options.pairing, options.smoothness)
+    model, told = _told(model, options, sam)
+    options = options if model is None else _with_rule_of(model, options)
     if not options.stored_orientation:
         turn = functools.partial(oriented_like, reference=fixed.grid)
         moving = turn(moving)
@@ -323,23 +358,33 @@ def register(
 
     with _Clock(seconds, "preprocess"):
         grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
-        pair = make_pair(moving, fixed, options, regions)
-        pair = pair if told is None else told.of(pair)
+        pair = told.of(make_pair(moving, fixed, options, regions))
+    apart, bend = (pair, grids), None
+    if options.prealign != "none":
+        with _Clock(seconds, "prealign"):
+            start = _prealigned(moving, fixed, model, options, regions, sam)
+            carried = preprocess.Carried(grids[0], start.transform)
+            pair = told.of(make_pair(moving, fixed, options, regions, carried))
+            grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(_MATMUL[options.precision]):
-            found = _optimise(pair, model, options, grids, progress)
+            found = _optimise(pair, model, options, grids, progress, sam)
             domains = {} if model is None else tasks.domains(model, pair)
-        forward = transform_lib.flatten(found.forward, options.shape)
-        backward = transform_lib.flatten(found.backward, options.shape)
+        forward, backward = _bent(found, bend, options.shape)
+        # What the pair's moving image, which is bent already, lacks.
+        rest = forward if bend is None else found.forward
         _check_finite(forward, options)
     with _Clock(seconds, "score"):
-        headers = _unit_matrix(np.eye(4), *grids)
-        apart = transform_lib.Transform(
+        headers = _unit_matrix(np.eye(4), *apart[1])
+        placed = transform_lib.Transform(
             (transform_lib.Affine(jnp.asarray(headers, "f4")),)
         )
-        before, warped_before, _ = _score(pair, apart, options)
-        after, warped_after, folding = _score(pair, forward, options)
+        before, warped_before = _score(apart[0], placed, options)
+        between = None
+        if options.prealign != "none":
+            between, _ = _score(pair, transform_lib.Transform(()), options)
+        after, warped_after = _score(pair, rest, options)
     inverse, residual = None, None
     if options.inverse:
         with _Clock(seconds, "inverse"):
@@ -354,13 +399,26 @@ def register(
         similarity=options.io_sim,
         similarity_before=before,
         similarity_after=after,
-        folding_percent=folding,
+        similarity_prealigned=between,
+        folding_percent=_folded(forward, options.shape),
         domains=domains,
         seconds=seconds,
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
     )
+
+
+def _told(
+    model: zoo.LoadedModel | None, options: Options, sam: TrainedSam | None
+) -> tuple[zoo.LoadedModel | None, tasks.Words]:
+    """Returns the network as it serves the task, and what its pairs are to carry."""
+    words = (options.task, options.pairing, options.smoothness)
+    if model is None:
+        tasks.refuse(*words)
+        return None, tasks.NOTHING
+    told = tasks.tell(model, *words)
+    return _with_sam(told.model, sam), told
 
 
 def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
@@ -380,6 +438,81 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
     )
 
 
+def _sam_of(model: zoo.LoadedModel | None) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg holds."""
+    variables = {} if model is None else model.variables
+    if unireg.SAM not in variables:
+        return None
+    return TrainedSam(config_of(variables[unireg.SAM]), variables[unireg.SAM])
+
+
+def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
+    """Returns a UniReg that lacks its SAM network with the given one."""
+    lacks = isinstance(model.model, unireg.UniReg) and unireg.SAM not in model.variables
+    if sam is None or not lacks:
+        return model
+    return dataclasses.replace(
+        model, variables=unireg.with_sam(model.variables, sam.variables)
+    )
+
+
+def prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    *,
+    regions: Regions | None = None,
+    sam: TrainedSam | None = None,
+) -> transform_lib.Transform:
+    """Returns the pre-alignment that `register` would start from, fixed to moving mm.
+
+    The arguments are those of `register`.
+
+    Raises:
+      UserError: see `prealignment.find`.
+    """
+    options = options if model is None else _with_rule_of(model, options)
+    regions = regions or Regions()
+    return _prealigned(moving, fixed, model, options, regions, sam).transform
+
+
+def _prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    regions: Regions,
+    sam: TrainedSam | None,
+) -> prealignment.Prealignment:
+    moving_rule, fixed_rule = _rules(options)
+    masked = options.input_masking or options.loss_function_masking
+    scans = [
+        prealignment.Scan(volume, rule, mask if masked else None)
+        for volume, rule, mask in (
+            (moving, moving_rule, regions.moving_mask),
+            (fixed, fixed_rule, regions.fixed_mask),
+        )
+    ]
+    return prealignment.find(options.prealign, *scans, network=sam or _sam_of(model))
+
+
+def _bent(
+    found: optimize.Optimized, bend: transform_lib.Transform | None, shape: Shape
+) -> tuple[transform_lib.Transform, transform_lib.Transform]:
+    """Returns forward and backward with the bend that the network did not see."""
+    forward, backward = found.forward, found.backward
+    if bend is not None:
+        back = _solve_inverse(bend, jnp.zeros((1, *shape, 3)))
+        forward = forward.then(bend)
+        undone = transform_lib.Transform((transform_lib.Displacement(back),))
+        backward = undone.then(backward)
+    return (
+        transform_lib.flatten(forward, shape),
+        transform_lib.flatten(backward, shape),
+    )
+
+
 def _each(
     regions: Regions,
     function: Callable[[Volume], Volume],
@@ -396,9 +529,13 @@ def summary(result: Registration) -> dict[str, str]:
     name = result.similarity
     rows = {
         f"{name} loss before": f"{result.similarity_before:.4f} (smaller is better)",
+        f"{name} loss pre-aligned": f"{result.similarity_prealigned:.4f}"
+        if result.similarity_prealigned is not None
+        else "",
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
     }
+    rows = {name: text for name, text in rows.items() if text}
     if result.domains:
         nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)
@@ -456,26 +593,39 @@ def oriented_like(volume: Volume, reference: Grid) -> Volume:
     return dataclasses.replace(turned, array=np.ascontiguousarray(turned.array))
 
 
-def make_pair(
-    moving: Volume, fixed: Volume, options: Options, regions: Regions
-) -> Pair:
-    """Returns both scans on the network grid, with what the objective needs of them.
-
-    The volumes have their axes in the network's order already, see
-    `preprocess.Placement.turned`.
-
-    Raises:
-      UserError: see `preprocess.network_pair`; or the segmentations share no label.
-    """
-    placement = options.placement or preprocess.AS_GRADICON
-    rules = [
+def _rules(
+    options: Options,
+) -> tuple[preprocess.Preprocessing, preprocess.Preprocessing]:
+    """Returns the intensity rules of the moving and of the fixed scan."""
+    moving, fixed = (
         preprocess.Preprocessing(
             modality=modality,
             ct_window=options.ct_window or (-1000.0, 1000.0),
             quantile_range=options.quantile_range,
         )
         for modality in (options.moving_modality, options.fixed_modality)
-    ]
+    )
+    return moving, fixed
+
+
+def make_pair(
+    moving: Volume,
+    fixed: Volume,
+    options: Options,
+    regions: Regions,
+    carried: preprocess.Carried | None = None,
+) -> Pair:
+    """Returns both scans on the network grid, with what the objective needs of them.
+
+    The volumes have their axes in the network's order already, see
+    `preprocess.Placement.turned`. With `carried`, the moving scan is read over the
+    fixed scan's network grid.
+
+    Raises:
+      UserError: see `preprocess.network_pair`; or the segmentations share no label.
+    """
+    placement = options.placement or preprocess.AS_GRADICON
+    rules = _rules(options)
     pair = preprocess.network_pair(
         moving,
         fixed,
@@ -487,13 +637,16 @@ def make_pair(
         mask_inputs=options.input_masking,
         mask_loss=options.loss_function_masking,
         placement=placement,
+        moving_placement=carried,
     )
     segmentations = (regions.moving_segmentation, regions.fixed_segmentation)
     if options.dice_loss_weight == 0 or None in segmentations:
         return pair
     labels = [
-        preprocess.network_labels(volume, options.shape, placement=placement)
-        for volume in segmentations
+        preprocess.network_labels(volume, options.shape, placement=where)
+        for volume, where in zip(
+            segmentations, (carried or placement, placement), strict=True
+        )
         if volume is not None
     ]
     # On the network grid, where a small structure may have vanished.
@@ -517,24 +670,55 @@ def _objective(options: Options) -> Objective:
     )
 
 
-def _optimise(pair: Pair, model, options: Options, grids, progress):
+def _optimise(
+    pair: Pair,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    grids,
+    progress: Progress | None,
+    sam: TrainedSam | None,
+) -> optimize.Optimized:
     """Returns the unit transforms of the chosen way to find them."""
+    predicted = refine.UNTOUCHED
+    if model is not None and (
+        options.io_iterations is None or options.io_target in _REFINING
+    ):
+        predicted = optimize.predict(model.model, model.variables, pair)
     if options.io_iterations is None:
-        return optimize.predict(model.model, model.variables, pair)
+        return predicted
     common: dict[str, Any] = {
         "steps": options.io_iterations,
-        "key": jax.random.key(options.seed),
         "progress": progress,
     }
     if options.io_lr is not None:
         common["learning_rate"] = options.io_lr
+    if options.io_target == "map":
+        return refine.optimize_map(pair, predicted, loss=options.io_sim, **common)
+    if options.io_target == "features":
+        extract = _extractor(sam or _sam_of(model), options)
+        return refine.optimize_features(pair, predicted, extract, **common)
+    common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":
         return optimize.optimize_displacement(
-            pair, _objective(options), starts=_starts(pair, *grids), **common
+            pair,
+            _objective(options),
+            # A pre-alignment is the start: the identity between these grids.
+            starts=_starts(pair, *grids) if options.prealign == "none" else (),
+            **common,
         )
+    assert model is not None
     return optimize.optimize_network(
         model.model, model.variables, pair, _objective(options), **common
     )
+
+
+def _extractor(network: TrainedSam | None, options: Options) -> refine.Extract:
+    """Returns SAM's features for two CT scans, else descriptors."""
+    modalities = {options.fixed_modality, options.moving_modality}
+    if network is None or modalities != {"ct"}:
+        return refine.mind_features
+    window = options.ct_window or (-1000.0, 1000.0)
+    return lambda image: refine.sam_features(network, image, window)
 
 
 def _unit_matrix(world: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
@@ -565,15 +749,22 @@ def _starts(pair: Pair, fixed: Grid, moving: Grid) -> list[np.ndarray]:
     return [_unit_matrix(world, fixed, moving) for world in (np.eye(4), shift)]
 
 
-def _score(pair: Pair, unit: transform_lib.Transform, options: Options):
-    """Returns the similarity loss, the warped image D H W, and the folded per cent."""
+def _score(
+    pair: Pair, unit: transform_lib.Transform, options: Options
+) -> tuple[float, np.ndarray]:
+    """Returns the similarity loss and the warped image, D H W."""
     points = jnp.asarray(unit.map_points(sampling.identity(options.shape)))
     warped = fields.warp(pair.moving, points, outside="zeros")
     measure = similarity.SIMILARITIES[options.io_sim]
     mask = pair.fixed_mask if options.loss_function_masking else None
     loss = float(measure(warped, pair.fixed, mask=mask))
-    folded = metrics.folding_fraction(metrics.cell_determinant(np.asarray(points)))
-    return loss, np.asarray(warped[0, ..., 0]), folded
+    return loss, np.asarray(warped[0, ..., 0])
+
+
+def _folded(unit: transform_lib.Transform, shape: Shape) -> float:
+    """Returns the share of cells with a negative determinant, per cent."""
+    points = np.asarray(unit.map_points(sampling.identity(shape)))
+    return metrics.folding_fraction(metrics.cell_determinant(points))
 
 
 class _Clock:

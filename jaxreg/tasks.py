@@ -19,16 +19,14 @@ from jaxreg.typing import Pair
 
 
 @dataclasses.dataclass(frozen=True)
-class Told:
-    """A network for one task, and what its pairs carry.
+class Words:
+    """What the pairs of one task carry.
 
     Attributes:
-      model: with the chosen prompts alone, or for the one task.
-      numbered: whether pairs need their task's number, which is 0.
+      numbered: whether they need their task's number, which is 0.
       smoothness: what is asked for, None where nothing can be.
     """
 
-    model: zoo.LoadedModel
     numbered: bool = False
     smoothness: float | None = None
 
@@ -38,6 +36,20 @@ class Told:
         task = jnp.zeros(n, jnp.int32) if self.numbered else None
         asked = None if self.smoothness is None else jnp.full(n, self.smoothness)
         return dataclasses.replace(pair, task=task, smoothness=asked)
+
+
+NOTHING = Words()
+
+
+@dataclasses.dataclass(frozen=True)
+class Told(Words):
+    """The same with the network.
+
+    Attributes:
+      model: with the chosen prompts alone, or for the one task.
+    """
+
+    model: zoo.LoadedModel = dataclasses.field(kw_only=True)
 
 
 def tell(
@@ -66,20 +78,20 @@ def tell(
     if told == "regions":
         chosen, name = _of_region(model, config, task, pairing)
         weight = _smoothness(model, asked, smoothness, name)
-        return Told(chosen, numbered=True, smoothness=weight)
+        return Told(model=chosen, numbered=True, smoothness=weight)
     _smoothness(model, asked, smoothness, task)
     if pairing is not None:
         raise UserError(
             f"--pairing is {pairing}, but {model.name} is not told of it; leave it out"
         )
     if task == "auto":
-        return Told(model)
+        return Told(model=model)
     if told is None:
         raise UserError(
             f"--task is {task}, but {model.name} has neither a prompt bank nor heads "
             "for tasks; leave it out"
         )
-    return Told(_with_domains(model, task))
+    return Told(model=_with_domains(model, task))
 
 
 def told_of_regions(model: zoo.LoadedModel | None) -> bool:

@@ -39,6 +39,8 @@ class Batching:
         global batch). A positive number splits each call into that many replicas with
         statistics of their own, as on as many GPUs under PyTorch's DataParallel; the
         running statistics take the replicas' average.
+      mirrored: of two calls, the second has the first's moving and fixed images
+        exchanged: what depends on one image alone is known from the first.
       axis: the name of the mapped axis (pmap, shard_map) over which the batch is split,
         None where this array is all of it.
       span: with one replica: the number of neighbouring devices that it spans.
@@ -46,6 +48,7 @@ class Batching:
 
     calls: int = 1
     replicas: int = 0
+    mirrored: bool = False
     axis: str | None = None
     span: int = 1
 

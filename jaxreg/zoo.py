@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import platformdirs
 
 from jaxreg.errors import UserError
@@ -28,11 +29,11 @@ from jaxreg.io import (
     files,
     released,
     released_promptreg,
+    released_sam,
     released_unireg,
-    runs,
 )
 from jaxreg.io.checkpoints import Bundle
-from jaxreg.models import kinds
+from jaxreg.models import kinds, sam, unireg
 from jaxreg.models.base import Registration
 from jaxreg.typing import Variables
 
@@ -211,31 +212,12 @@ def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
     return {**UNIREG_RPN_PREPROCESSING, **named}
 
 
-def _unpublished(*_: Any, source: str = "the weights", **__: Any) -> Any:
-    raise UserError(
-        f"{source}: UniReg as in its paper was never released for PyTorch, so there is "
-        "nothing to convert from or to; keep the checkpoint folder, or train the "
-        "released form (unireg_rpn)"
-    )
-
-
-def _check_unireg(
-    variables: Variables, config: Mapping[str, Any], *, source: str = "the checkpoint"
-) -> None:
-    """Checks that the parameters have the names and shapes of a fresh network's."""
-    network = kinds.build(kinds.config_of("unireg", config))
-    fresh = jax.eval_shape(network.init, jax.random.key(0))
-    merged = runs.merge_variables(
-        {"params": fresh["params"]}, {"params": variables.get("params", {})}
-    )
-    wrong = (*merged.missing, *merged.misshapen, *merged.unexpected)
-    if wrong:
-        raise UserError(
-            f"{source} does not hold the variables of the UniReg network that its "
-            f"config describes (the first difference is {wrong[0]}); were the files of "
-            "two checkpoints mixed?"
-        )
-
+SAM_PREPROCESSING = {
+    "axes": "D H W towards superior, posterior, left, by the image's direction",
+    "resize": "linear, fixed spacing, padded and cropped about the centre",
+    "spacing_mm": sam.SPACING_MM,
+    "ct_window": list(sam.HU_RANGE),
+}
 
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
 _UNIGRADICON_LICENCE = "Apache-2.0"
@@ -259,13 +241,6 @@ KINDS = {
         )
         for name in ("promptreg", "rdp")
     },
-    "unireg": Kind(
-        read_config=_unpublished,
-        to_variables=_unpublished,
-        from_variables=_unpublished,
-        check_variables=_check_unireg,
-        preprocessing=lambda _: {},
-    ),
     "unireg_rpn": Kind(
         read_config=released_unireg.read_config,
         to_variables=released_unireg.to_variables,
@@ -273,6 +248,64 @@ KINDS = {
         check_variables=released_unireg.check_variables,
         preprocessing=_unireg_rpn_preprocessing,
         wrapper="model_state_dict",
+    ),
+}
+
+SAM = "sam"
+
+
+def _no_torch(*_: Any, source: str = "the weights", **__: Any) -> Any:
+    raise UserError(
+        f"{source}: there is no PyTorch file of the network unireg, whose weights were "
+        "not released; keep it as a checkpoint folder"
+    )
+
+
+def _check_unireg(
+    variables: Variables, config: Mapping[str, Any] | None = None, *, source: str
+) -> None:
+    """Checks UniReg's variables, and SAM's where they hold a SAM network.
+
+    Raises:
+      UserError: leaves are unknown, missing or misshapen.
+    """
+    network = unireg.UniReg(kinds.config_of("unireg", config or {}))  # pyright: ignore
+    fresh = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = [
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        for leaves in (
+            jax.tree_util.tree_flatten_with_path(tree.get("params"))[0]
+            for tree in (fresh, variables)
+        )
+    ]
+    expected, got = shapes
+    wrong = [k for k in expected | got if expected.get(k) != got.get(k)]
+    wrong += [name for name in variables if name not in ("params", unireg.SAM)]
+    if wrong:
+        raise UserError(
+            f"{source} does not hold the variables of this UniReg network ({wrong[0]} "
+            "is missing, misshapen or unknown); give its own weights"
+        )
+    if unireg.SAM in variables:
+        released_sam.check_variables(variables[unireg.SAM], source=f"{source}, sam")
+
+
+KINDS |= {
+    "unireg": Kind(
+        read_config=_no_torch,
+        to_variables=_no_torch,
+        from_variables=_no_torch,
+        check_variables=_check_unireg,
+        preprocessing=lambda _: {},
+    ),
+    # No registration network, but converted like one.
+    SAM: Kind(
+        read_config=released_sam.read_config,
+        to_variables=released_sam.to_variables,
+        from_variables=released_sam.from_variables,
+        check_variables=released_sam.check_variables,
+        preprocessing=lambda _: SAM_PREPROCESSING,
+        wrapper="state_dict",
     ),
 }
 
@@ -344,9 +377,46 @@ def load(
     else:
         bundle = _from_path(name)
     kind = _kind(bundle.model, name)
+    if bundle.model == SAM:
+        raise UserError(
+            f"{name} holds a SAM network, which registers nothing by itself; pass it "
+            "as --sam-weights beside a --model"
+        )
     kind.check_variables(bundle.variables, bundle.config, source=name)
     model = kinds.build(kinds.config_of(bundle.model, bundle.config))
     return LoadedModel(name, model, bundle.variables, bundle)
+
+
+def load_sam(path: PathLike) -> sam.TrainedSam:
+    """Loads a SAM network from a checkpoint folder or a released PyTorch file.
+
+    Raises:
+      UserError: the weights are missing, damaged or of another network.
+    """
+    name = os.fspath(path)
+    file = pathlib.Path(name).expanduser()
+    bundle = (
+        _from_torch(file, SAM) if _is_torch(file) else checkpoints.load_bundle(file)
+    )
+    if bundle.model != SAM:
+        raise UserError(
+            f"{name} holds a {bundle.model} network, expected a SAM network; give the "
+            "checkpoint folder or the .pth of one"
+        )
+    released_sam.check_variables(bundle.variables, bundle.config, source=name)
+    config, told = _tuples(bundle.config), _tuples(bundle.preprocessing)
+    return sam.TrainedSam(
+        sam.SamConfig(**config),
+        bundle.variables,
+        spacing_mm=told.get("spacing_mm", sam.SPACING_MM),
+        ct_window=told.get("ct_window", sam.HU_RANGE),
+        quantile_range=told.get("mri_quantiles"),
+    )
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields with JSON's lists as tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
@@ -595,6 +665,8 @@ def _from_path(name: str) -> Bundle:
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
+    if "backbone.conv1.conv.weight" in state:
+        return SAM
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
     if any(key.startswith("encoder_moving.") for key in state):

@@ -17,6 +17,7 @@ from jaxreg import cli
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
+from jaxreg.models import sam
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -326,6 +327,22 @@ BAD = {
         {"stored_orientation": True, "io_target": "displacement"},
         "--stored-orientation",
     ),
+    "SAM's pre-alignment without SAM": (
+        {"prealign": "sam", "fixed_modality": "ct", "moving_modality": "ct"},
+        "--sam-weights",
+    ),
+    "SAM weights that are missing": (
+        {"prealign": "affine", "sam_weights": "@missing"},
+        "missing.nii.gz",
+    ),
+    "pre-alignment of a scan as stored": (
+        {"prealign": "centre", "stored_orientation": True, "io_target": "features"},
+        "leave one of the two away",
+    ),
+    "features without steps": (
+        {"io_target": "features", "io_iterations": "None"},
+        "--io-target features",
+    ),
     "fill of integers": (
         {"fill": "0.5", "warped_moving_out": "%warped.nii.gz"},
         "--fill",
@@ -465,6 +482,35 @@ def test_network_is_optimised_with_everything_on(inputs, weights, tmp_path, caps
     )  # fmt: skip
     assert cli.main(argv) == 0
     assert (tmp_path / "transform.h5").is_file()
+
+
+def test_sam_weights_and_pre_alignment_arrive(inputs, tmp_path, capsys, monkeypatch):
+    config = sam.SamConfig(channels=(1, 1, 1, 1), embedding=1)
+    frozen = jax.tree.map(np.asarray, dict(sam.init(config, jax.random.key(0))))
+    fields = {"channels": [1, 1, 1, 1], "embedding": 1}
+    bundle = checkpoints.Bundle(frozen, "sam", fields, {}, "random", "none")
+    checkpoints.save_bundle(tmp_path / "sam", bundle)
+    seen = []
+
+    def stop(moving, fixed, model, options, **more):
+        seen.append((model, options, more["sam"]))
+        raise UserError("stopped")
+
+    monkeypatch.setattr(register_lib, "register", stop)
+    argv = arguments(
+        inputs, tmp_path, prealign="sam-affine", sam_weights=str(tmp_path / "sam"),
+        fixed_modality="ct", moving_modality="ct", model="none", io_target="features",
+    )  # fmt: skip
+    assert refused(argv, capsys) == "jaxreg: stopped"
+    ((model, options, network),) = seen
+    assert model is None
+    assert (options.prealign, options.io_target) == ("sam-affine", "features")
+    assert network.config == config
+    jax.tree.map(np.testing.assert_array_equal, dict(network.variables), frozen)
+    wrong = arguments(
+        inputs, tmp_path, io_target=None, network_weights=str(tmp_path / "sam")
+    )
+    assert "pass it as --sam-weights" in refused(wrong, capsys)
 
 
 def test_command_line_of_the_pytorch_tool(asked, inputs, weights, tmp_path, capsys):

@@ -289,7 +289,7 @@ def asked(monkeypatch):
     """Answers every registration with the identity and notes what was asked."""
     calls = []
 
-    def stand_in(moving, fixed, model, options, *, regions=None, progress=None):
+    def stand_in(moving, fixed, model, options, *, regions=None, sam=None):
         calls.append((model, options, regions))
         return type("Found", (), {
             "transform": Transform(()),
@@ -330,6 +330,17 @@ def test_displacement_optimisation_needs_no_model(asked, spec):
     assert predicted.io_target == "network"
     assert not predicted.intensity_conservation_loss
     assert optimised.intensity_conservation_loss
+
+
+def test_pre_alignment_has_a_row_of_its_own(asked, spec):
+    """Translated boxes, but not what is behind them: some of the way is found."""
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    found = evaluate.evaluate([spec], loaded(Shifting()), options)
+    assert found.methods[2:] == ("pre-aligned, centre", "known")
+    row = found.rows[2]
+    assert row.mean_dice > found.rows[0].mean_dice + 0.2
+    assert row.seconds > 0
+    assert asked[0][1].prealign == "centre"
 
 
 def test_modalities_and_masks_of_a_pair(asked, spec, folder):

@@ -76,7 +76,13 @@ TABLE = {
     "prealign": Room(("matching", "losses", "space"), ("optax",)),
     "optimize": Room(_TOP, ("optax",)),
     "tasks": Room((*_TOP, "nn.dynamic")),
-    "register": Room((*_TOP, "nn.dynamic"), ("nibabel.orientations",)),
+    "prealignment": Room(
+        ("prealign", "matching", "models.sam", "data", "losses", "space")
+    ),
+    "refine": Room((*_TOP, "nn"), ("optax",)),
+    "register": Room(
+        (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
+    ),
     "evaluate": Room((*_TOP, "data.manifest", "results")),
     "tuning": Room((*_TOP, "results")),
     "results": Room(("metrics", "io.files")),

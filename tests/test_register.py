@@ -166,7 +166,7 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
     assert not np.array_equal(moving.array, fixed.array)
     seen = {}
 
-    def look(moving, fixed, options, regions):
+    def look(moving, fixed, options, regions, carried=None):
         seen["moving"] = moving
         raise UserError("seen")
 

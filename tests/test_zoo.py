@@ -16,8 +16,8 @@ import pytest
 
 from jaxreg import zoo
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released, released_unireg
-from jaxreg.models import kinds
+from jaxreg.io import checkpoints, files, released, released_sam, released_unireg
+from jaxreg.models import kinds, sam
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 from jaxreg.models.rdp import Rdp, RdpConfig
@@ -581,3 +581,29 @@ def test_released_unireg_goes_both_ways(golden, tmp_path, prefix):
     assert list(back) == list(state)
     for key, tensor in tensors.items():
         assert torch.equal(back[key], tensor), key
+
+
+# --- SAM ------------------------------------------------------------------------------
+
+
+def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
+    config = sam.SamConfig(channels=(2, 3, 4, 5), embedding=6)
+    variables = jax.tree.map(np.asarray, dict(sam.init(config, jax.random.key(0))))
+    released_sam.write(tmp_path / "sam.pth", variables)
+    zoo.convert(tmp_path / "sam.pth", tmp_path / "sam")  # known by its names
+    for path in ("sam.pth", "sam"):
+        found = zoo.load_sam(tmp_path / path)
+        assert found.config == config
+        assert (found.spacing_mm, found.ct_window) == (2.0, (-1024.0, 3071.0))
+        assert found.quantile_range is None
+        jax.tree.map(np.testing.assert_array_equal, dict(found.variables), variables)
+        with pytest.raises(UserError, match="pass it as --sam-weights"):
+            zoo.load(tmp_path / path)
+    bundle = checkpoints.load_bundle(tmp_path / "sam")
+    assert bundle.preprocessing["ct_window"] == [-1024.0, 3071.0]
+    other = dataclasses.replace(bundle, model="rdp")
+    checkpoints.save_bundle(tmp_path / "other", other)
+    with pytest.raises(UserError, match="holds a rdp network, expected a SAM"):
+        zoo.load_sam(tmp_path / "other")
+    with pytest.raises(UserError, match="does not exist"):
+        zoo.load_sam(tmp_path / "absent")

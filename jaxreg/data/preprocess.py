@@ -17,7 +17,9 @@ from nibabel import orientations
 
 from jaxreg.data import resize
 from jaxreg.errors import UserError
+from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.transform import Transform
 from jaxreg.typing import Pair
 
 Modality = Literal["ct", "mri"]
@@ -156,6 +158,47 @@ class Placement:
 
 
 AS_GRADICON = Placement()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """How a moving scan's voxels become those of a network grid over the fixed scan.
+
+    In place of a `Placement`: each voxel of the grid is read where a map leads it.
+
+    Attributes:
+      grid: the fixed scan's network grid.
+      transform: fixed mm to moving mm.
+    """
+
+    grid: Grid
+    transform: Transform
+
+    def image(
+        self, array: np.ndarray, grid: Grid, shape: Shape, *, outside: float = 0.0
+    ) -> np.ndarray:
+        """Resamples linearly; arguments as `Placement.image`."""
+        return self._read(array, grid, shape, order=1, fill=outside)
+
+    def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
+        """Resamples to the nearest voxel, 0 beyond; arguments as `Placement.labels`."""
+        return self._read(array, grid, shape, order=0, fill=0.0)
+
+    def _read(
+        self,
+        array: np.ndarray,
+        grid: Grid,
+        shape: Shape,
+        *,
+        order: Literal[0, 1],
+        fill: float,
+    ) -> np.ndarray:
+        if tuple(shape) != tuple(self.grid.shape):
+            raise ValueError(f"shape {shape} is not that of the grid {self.grid.shape}")
+        scan = Volume(array, grid)
+        return transform_lib.warp_volume(
+            scan, self.transform, self.grid, order=order, fill=fill
+        ).array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +376,7 @@ def network_image(
     *,
     mask: Volume | None = None,
     inverted: bool = False,
-    placement: Placement = AS_GRADICON,
+    placement: Placement | Carried = AS_GRADICON,
 ) -> np.ndarray:
     """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
 
@@ -367,7 +410,7 @@ def network_image(
 
 
 def network_mask(
-    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+    volume: Volume, shape: Shape, *, placement: Placement | Carried = AS_GRADICON
 ) -> np.ndarray:
     """Returns a mask on the network grid, 1 D H W 1, float32: 1 where it is above 0.
 
@@ -380,7 +423,7 @@ def network_mask(
 
 
 def network_labels(
-    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+    volume: Volume, shape: Shape, *, placement: Placement | Carried = AS_GRADICON
 ) -> np.ndarray:
     """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
 
@@ -415,6 +458,7 @@ def network_pair(
     mask_inputs: bool = False,
     mask_loss: bool = False,
     placement: Placement = AS_GRADICON,
+    moving_placement: Placement | Carried | None = None,
 ) -> Pair:
     """Returns both scans as model and objective see them.
 
@@ -431,6 +475,7 @@ def network_pair(
       mask_inputs: set each image to 0 outside its mask.
       mask_loss: put the masks into the pair; needs both.
       placement: how all of them, turned by it, are resized.
+      moving_placement: another one for what belongs to the moving scan.
 
     Raises:
       UserError: see `network_image`; or a mask is missing that was asked for.
@@ -449,24 +494,24 @@ def network_pair(
     for mask, image in ((moving_mask, moving), (fixed_mask, fixed)):
         if mask is not None:
             check_same_grid(mask, image)
+    placements = (moving_placement or placement, placement)
     images = [
         network_image(
             image,
             shape,
             rule,
             mask=mask if mask_inputs else None,
-            placement=placement,
+            placement=where,
         )
-        for image, rule, mask in (
-            (moving, moving_rule, moving_mask),
-            (fixed, fixed_rule, fixed_mask),
+        for image, rule, mask, where in zip(
+            (moving, fixed), (moving_rule, fixed_rule), masks, placements, strict=True
         )
     ]
     on_network = [
-        jnp.asarray(network_mask(mask, shape, placement=placement))
+        jnp.asarray(network_mask(mask, shape, placement=where))
         if mask is not None and mask_loss
         else None
-        for mask in masks
+        for mask, where in zip(masks, placements, strict=True)
     ]
     return Pair(
         moving=jnp.asarray(images[0]),

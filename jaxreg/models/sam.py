@@ -237,10 +237,53 @@ def to_sam_range(image: Image, window: tuple[float, float]) -> Image:
     return (hounsfield - HU_RANGE[0]) * scale + SAM_RANGE[0]
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainedSam:
+    """A network in use, and the scans that it knows.
+
+    Attributes:
+      config: its sizes.
+      variables: {"params": ..., "batch_stats": ...}.
+      spacing_mm: of the voxels that it sees.
+      ct_window: the Hounsfield units that are the ends of its scale.
+      quantile_range: the quantiles of an MRI that are; None if it knows CT alone.
+    """
+
+    config: SamConfig
+    variables: Variables
+    spacing_mm: float = SPACING_MM
+    ct_window: tuple[float, float] = HU_RANGE
+    quantile_range: tuple[float, float] | None = None
+
+
 def init(config: SamConfig, key: Key) -> Variables:
     """Returns fresh variables, which serve images of any size."""
     image = jax.ShapeDtypeStruct((1, 4, 16, 16, 1), jnp.float32)
     return SamNetwork(config).lazy_init(key, image, train=False)
+
+
+def config_of(variables: Variables, *, form: conv.Form = "auto") -> SamConfig:
+    """Returns the configuration that variables have, float32.
+
+    Args:
+      variables: as from `init`.
+      form: convolution form, see `jaxreg.nn.conv`.
+
+    Raises:
+      UserError: the variables are not those of a SAM network.
+    """
+    try:
+        params = variables["params"]
+        channels = tuple(
+            params["backbone"][f"stage_{stage}_1"]["conv_2"]["conv"]["kernel"].shape[-1]
+            for stage in (1, 2, 3, 4)
+        )
+        return SamConfig(channels, params["coarse"]["bias"].shape[0], form)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"these are not the variables of a SAM network ({error} is missing or "
+            'misshapen); give {"params", "batch_stats"} as jaxreg.models.sam.init does'
+        ) from error
 
 
 def features(config: SamConfig, variables: Variables, image: Image) -> Embeddings:

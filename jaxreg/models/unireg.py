@@ -11,8 +11,9 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,17 +24,17 @@ from jaxtyping import Array, Float, Int
 from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
 from jaxreg.models.rdp import as_transform
+from jaxreg.models.sam import HU_RANGE, config_of, to_sam_range
 from jaxreg.models.unireg_features import (
     COARSE,
     FINE,
     MIND_CHANNELS,
-    SAM_RANGE,
-    SAM_WINDOW,
     FeatureNetwork,
     Features,
     concatenated,
     correlated,
     mind_features,
+    one_by_one,
     rescaled,
     sam_features,
 )
@@ -53,6 +54,10 @@ from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 DIVISOR = 16
 TYPES = ("intra", "inter")
 EMBEDDING = 8
+SAM = "sam"
+"""The collection that holds the frozen network for the embeddings."""
+FEATURES = "features"
+"""The collection of a pair's own features, see `UniReg.remember`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +98,7 @@ class UniRegConfig:
     feature_channels: int = 128
     pool_norm: bool = False
     smoothness_range: SmoothnessRange | None = None
-    window: tuple[float, float] = SAM_WINDOW
+    window: tuple[float, float] = HU_RANGE
     backbone_window: tuple[float, float] | None = (-800.0, 400.0)
     form: conv.Form = "auto"
 
@@ -227,9 +232,7 @@ class UniRegNetwork(nn.Module):
         matched = None
         if source is not None and target is not None:
             match = {"correlation": correlated, "concatenation": concatenated}
-            # The networks that make features are frozen.
-            pair = jax.lax.stop_gradient((source, target))
-            matched = match[config.matching](*pair)
+            matched = match[config.matching](source, target)
         x = UNet(config, name="unet")(moving, fixed, matched)
         if config.head == "flow":
             flow = convolution(
@@ -275,6 +278,48 @@ def check_shape(shape: Shape) -> None:
         )
 
 
+def with_sam(variables: Variables, sam: Variables) -> Variables:
+    """Returns UniReg's variables with a SAM network's, frozen, for its embeddings.
+
+    Args:
+      variables: {"params": ...} as from `UniReg.init`; a SAM network is replaced.
+      sam: {"params": ..., "batch_stats": ...}.
+
+    Raises:
+      UserError: `sam` holds no SAM network.
+    """
+    config_of(sam)
+    return {**variables, SAM: {n: sam[n] for n in ("params", "batch_stats")}}
+
+
+def check_sam(config: UniRegConfig, variables: Variables) -> None:
+    """Checks that variables hold the SAM network that a config needs.
+
+    Raises:
+      UserError: it is missing, is something else, or has other embeddings than a
+        config that concatenates them.
+    """
+    if config.features != "sam":
+        return
+    if SAM not in variables:
+        raise UserError(
+            "this UniReg correlates SAM's embeddings, but its variables hold no SAM "
+            "network; put a trained one in (--sam-weights PATH, in Python "
+            'unireg.with_sam), or build it with features "mind" or "none"'
+        )
+    found = config_of(variables[SAM]).embedding
+    if config.matching == "concatenation" and found != config.feature_channels:
+        raise UserError(
+            f"the SAM network has embeddings of {found} channels, this UniReg "
+            f"concatenates {config.feature_channels}; give the network that it was "
+            "trained with, or set feature_channels"
+        )
+
+
+def _as_features(found) -> Features:
+    return Features(found.fine, found.coarse)
+
+
 @dataclasses.dataclass(frozen=True)
 class UniReg:
     """UniReg as a `jaxreg.models.base.Registration`.
@@ -298,17 +343,68 @@ class UniReg:
         known = dynamic.look_up(np.concatenate(rows, -1), task, config.tasks)
         return dynamic.with_smoothness(known, smoothness, config.smoothness_range)
 
-    def _features(self, variables: Variables, image: Image) -> Features | None:
-        """Embeddings of images N D H W 1, [0, 1], as the config says."""
-        config = self.config
-        if config.features == "none":
-            return None
-        if config.features == "mind":
-            return mind_features(image)
-        scaled = rescaled(image, config.window, SAM_WINDOW, SAM_RANGE)
-        extract = self.features or sam_features
-        found = extract(variables.get("sam", {}), scaled)
-        return Features(found.fine, found.coarse)
+    def _features(
+        self, variables: Variables, moving: Image, fixed: Image, batching: Batching
+    ) -> tuple[Features | None, Features | None]:
+        """Features of the moving and of the fixed images, each image's made once."""
+        if self.config.features == "none":
+            return None, None
+        both = variables.get(FEATURES)
+        if both is None:
+            count = len(moving) // (2 if batching.mirrored else 1)
+            both = self._extract(variables, moving[:count], fixed[:count])
+        if not batching.mirrored:
+            return both
+        source, target = (
+            jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *order)
+            for order in (both, both[::-1])
+        )
+        return source, target
+
+    def _extract(
+        self, variables: Variables, moving: Image, fixed: Image
+    ) -> tuple[Features, Features]:
+        """Features of images N D H W 1, [0, 1], as the config says."""
+        images = jnp.concatenate([moving, fixed])
+        if self.config.features == "mind":
+            found = mind_features(images)
+        else:
+            if self.features is None:
+                check_sam(self.config, variables)
+            extract = self.features or functools.partial(
+                sam_features, form=self.config.form
+            )
+            frozen = variables.get(SAM, {})
+            found = one_by_one(
+                lambda image: _as_features(extract(frozen, image)),
+                to_sam_range(images, self.config.window),
+            )
+        # The networks that make features are frozen.
+        found = jax.lax.stop_gradient(found)
+        source, target = (
+            jax.tree.map(lambda x, part=part: x[part], found)
+            for part in (slice(len(moving)), slice(len(moving), None))
+        )
+        return source, target
+
+    def remember(self, variables: Variables, moving: Image, fixed: Image) -> Variables:
+        """Returns variables with these images' features in place of SAM's network.
+
+        For many calls on one batch: the embeddings cost more than all the rest.
+
+        Args:
+          variables: as `apply` takes them.
+          moving: N D H W 1, [0, 1].
+          fixed: N D H W 1, [0, 1].
+
+        Raises:
+          UserError: see `check_shape` and `check_sam`.
+        """
+        check_shape(moving.shape[1:4])
+        if self.config.features == "none":
+            return variables
+        rest = {name: tree for name, tree in variables.items() if name != SAM}
+        return {**rest, FEATURES: self._extract(variables, moving, fixed)}
 
     def _backbone(self, image: Image) -> Image:
         """Images N D H W 1, [0, 1], as the U-Net sees them."""
@@ -321,7 +417,8 @@ class UniReg:
         """Returns fresh variables, {"params": ...}; they do not depend on the shape.
 
         Those of the network for the embeddings are not among them: they are trained
-        elsewhere and join as the collection "sam". A fresh field is near zero.
+        elsewhere and join by `with_sam`, without which a config with features "sam"
+        cannot be applied. A fresh field is near zero.
 
         Raises:
           UserError: see `check_shape`.
@@ -329,7 +426,7 @@ class UniReg:
         check_shape(shape)
         config = self.config
 
-        def struct(voxels, channels):
+        def struct(voxels, channels) -> Any:
             sizes = (n // v for n, v in zip(shape, voxels, strict=True))
             return jax.ShapeDtypeStruct((1, *sizes, channels), jnp.float32)
 
@@ -358,26 +455,27 @@ class UniReg:
 
         Args:
           variables: {"params": ...} as from `init`, and "sam" where embeddings are
-            SAM's.
+            SAM's, see `with_sam`; or as from `remember` for the same images.
           moving: N D H W 1, [0, 1], see `UniRegConfig.window`.
           fixed: N D H W 1, [0, 1].
           task: each pair's number in `config.tasks`; a dynamic head needs it.
           smoothness: what each pair's head is asked for; the middle of
             `config.smoothness_range` if None. Without a range it makes no difference.
           train: makes no difference.
-          batching: makes no difference: nothing is shared by a batch.
+          batching: where it is mirrored, each image's features are made once.
 
         Raises:
-          UserError: see `check_shape`, `dynamic.look_up` and `sam_features`.
+          UserError: see `check_shape`, `dynamic.look_up` and `check_sam`.
         """
         check_shape(moving.shape[1:4])
         known = self._known(task, smoothness)
+        source, target = self._features(variables, moving, fixed, batching)
         field = UniRegNetwork(self.config).apply(
             {"params": variables["params"]},
             self._backbone(moving),
             self._backbone(fixed),
-            self._features(variables, moving),
-            self._features(variables, fixed),
+            source,
+            target,
             known,
         )
         field = jnp.asarray(field)

@@ -6,15 +6,13 @@ References:
   fine and coarse embeddings are correlated.
 """
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg.errors import UserError
+from jaxreg.models import sam
 from jaxreg.nn import conv
 from jaxreg.nn.correlation import correlation, normalised
 from jaxreg.space import filters, sampling
@@ -24,30 +22,11 @@ from jaxreg.typing import Image, Variables
 FINE = (2, 2, 2)
 COARSE = (4, 16, 16)
 """Voxels of the image per voxel of the features, along D H W."""
-SAM_WINDOW = (-1024.0, 3071.0)
-SAM_RANGE = (-50.0, 205.0)
-"""Hounsfield units, and the intensities that SAM calls them."""
 MIND_CHANNELS = 12
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["fine", "coarse"], meta_fields=[]
-)
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Embeddings of one image, of length 1 along their channels.
-
-    Attributes:
-      fine: N D/2 H/2 W/2 C.
-      coarse: N D/4 H/16 W/16 C.
-    """
-
-    fine: Any
-    coarse: Any
-
-
+Features = sam.Embeddings
+"""Of one image, or descriptors in their place; of length 1 along their channels."""
 FeatureNetwork = Callable[[Variables, Image], Any]
-"""A frozen network's variables and images in `SAM_RANGE` to what has a `Features`'
+"""A frozen network's variables and images in `sam.SAM_RANGE` to what has a `Features`'
 attributes."""
 
 
@@ -100,20 +79,29 @@ def mind_features(image: Image) -> Features:
     return Features(normalised(fine), normalised(coarse))
 
 
-def sam_features(variables: Variables, image: Image) -> Features:
+def sam_features(
+    variables: Variables, image: Image, *, form: conv.Form = "auto"
+) -> Features:
     """Returns the frozen SAM network's embeddings.
 
     Args:
-      variables: of that network.
-      image: N D H W 1 in `SAM_RANGE`.
+      variables: of that network, which tell its sizes.
+      image: N D H W 1 in `sam.SAM_RANGE`.
+      form: convolution form, see `jaxreg.nn.conv`.
 
     Raises:
-      UserError: there is none yet.
+      UserError: see `sam.config_of`.
     """
-    del variables, image
-    raise UserError(
-        "UniReg was given no network for its embeddings; pass UniReg(config, "
-        'features=...), or set features to "mind" or "none"'
+    return sam.features(sam.config_of(variables, form=form), variables, image)
+
+
+def one_by_one(function: Callable[[Image], Features], images: Image) -> Features:
+    """Returns the features of images N D H W 1, made of one image at a time.
+
+    A network of full resolution and many channels fills the memory with one.
+    """
+    return jax.lax.map(
+        lambda image: jax.tree.map(lambda x: x[0], function(image[None])), images
     )
 
 

@@ -49,6 +49,19 @@ def window_matrix(n: int, size: int) -> np.ndarray:
     return (np.abs(distance) <= size // 2).astype(np.float64)
 
 
+def mean_filter(image: Image, times: int = 1) -> Image:
+    """Returns means over 3^3 voxels, zeros beyond the image counted; N D H W C.
+
+    Args:
+      image: N D H W C.
+      times: how often the filter is applied, its result cut to the grid each time.
+    """
+    matrices = [
+        np.linalg.matrix_power(window_matrix(n, 3) / 3, times) for n in image.shape[1:4]
+    ]
+    return jnp.moveaxis(along_axes(jnp.moveaxis(image, -1, 1), matrices), 1, -1)
+
+
 def along_axes(volumes: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
     """Multiplies ... D H W by one matrix per spatial axis."""
     for matrix in reversed(matrices):

@@ -10,6 +10,9 @@ import optax
 
 from jaxreg.typing import Key, Variables
 
+FROZEN = ("sam",)
+"""Collections of variables that training reads and never changes or averages."""
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -22,9 +25,10 @@ class TrainState:
 
     Attributes:
       step: number of steps done, int32 scalar.
-      variables: {"params", "batch_stats"} of the model.
+      variables: {"params", "batch_stats"} of the model, and what is `FROZEN`.
       opt_state: of the optimizer.
-      ema: moving average of the variables, batch statistics included, or None.
+      ema: moving average of the variables, batch statistics included and what is
+        `FROZEN` left out, or None.
       key: the root key; step i draws from ``fold_in(key, i)``.
     """
 
@@ -47,9 +51,14 @@ def start(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
         opt_state=optimizer.init(variables["params"]),
-        ema=jax.tree.map(jnp.array, variables) if ema else None,
+        ema=jax.tree.map(jnp.array, changing(variables)) if ema else None,
         key=key,
     )
+
+
+def changing(variables: Variables) -> dict[str, Any]:
+    """Returns the variables that training changes."""
+    return {name: tree for name, tree in variables.items() if name not in FROZEN}
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:
@@ -67,4 +76,4 @@ def from_tree(tree: dict[str, Any]) -> TrainState:
 
 def averaged(state: TrainState) -> Variables:
     """Returns the variables to use and to score: the moving average if there is one."""
-    return state.variables if state.ema is None else state.ema
+    return state.variables if state.ema is None else {**state.variables, **state.ema}

@@ -10,7 +10,7 @@ import optax
 
 from jaxreg.models.base import Registration
 from jaxreg.space.transform import Transform
-from jaxreg.training.state import TrainState
+from jaxreg.training.state import TrainState, changing
 from jaxreg.typing import Batching, Key, Pair, Points, Variables
 
 Parts = dict[str, jax.Array]
@@ -89,7 +89,13 @@ def predict(
         fixed,
         **_told(pair, calls),
         train=train,
-        batching=Batching(calls=calls, replicas=replicas, axis=axis, span=span),
+        batching=Batching(
+            calls=calls,
+            replicas=replicas,
+            mirrored=calls == 2,
+            axis=axis,
+            span=span,
+        ),
     )
     count = len(pair.moving)
 
@@ -237,10 +243,10 @@ def make_train_step(
         params = state.variables["params"]
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        variables = {**after, "params": params}
+        variables = {**state.variables, **changing(after), "params": params}
         ema = state.ema
         if ema is not None:
-            ema = _averaged(ema, variables, config.ema)
+            ema = _averaged(ema, changing(variables), config.ema)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         new = TrainState(
@@ -250,10 +256,9 @@ def make_train_step(
             ema=ema,
             key=state.key,
         )
+        # What came back as it was needs no choice.
         kept = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b),
-            new,
-            state,
+            lambda a, b: b if a is b else jnp.where(finite, a, b), new, state
         )
         kept = dataclasses.replace(kept, step=state.step + 1)
         return kept, {**parts, "gradient_norm": norm, "finite": finite}

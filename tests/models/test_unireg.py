@@ -5,16 +5,23 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from jaxreg import optimize, zoo
 from jaxreg.errors import UserError
-from jaxreg.models import unireg, unireg_features
+from jaxreg.io import checkpoints
+from jaxreg.losses.objective import Objective
+from jaxreg.models import sam, unireg, unireg_features
 from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.models.unireg_features import Features
+from jaxreg.models.unireg_size import PAPER, size_of
 from jaxreg.nn import conv
 from jaxreg.nn.correlation import normalised
 from jaxreg.space import fields
 from jaxreg.space.grid import unit_scale
+from jaxreg.training import state, step
+from jaxreg.typing import Pair
 
 NAME = "same_unet_small"
 SAME_MODULES = {
@@ -88,32 +95,6 @@ def test_same_matches_reference(golden):
 # --- sizes ----------------------------------------------------------------------------
 
 
-def sizes(config):
-    """Parameters, and the kernels by name."""
-    shapes = jax.eval_shape(
-        lambda key: UniReg(config).init(key, (16, 16, 16)), jax.random.key(0)
-    )
-    leaves = jax.tree_util.tree_flatten_with_path(shapes["params"])[0]
-    return sum(leaf.size for _, leaf in leaves), {
-        tuple(part.key for part in path[:-1]): leaf.shape
-        for path, leaf in leaves
-        if path[-1].key == "kernel"
-    }
-
-
-def multiplications(kernels, shape=(192, 192, 160)):
-    """Of one pass, in units of 10^9; a layer's level is where its output lies."""
-    levels = {"encoder_1": 1, "encoder_2": 2, "encoder_3": 3, "halve": 1}
-    levels |= {f"decoder_{i}": 4 - i for i in range(4)}
-    total = 0.0
-    for path, kernel in kernels.items():
-        if path[-1] == "controller":  # its rows are applied at every voxel
-            kernel = (8 * 8 + 8 * 8 + 3 * 8,)
-        level = next((levels[name] for name in path if name in levels), 0)
-        total += np.prod(kernel) * np.prod(shape) / 8**level
-    return total / 1e9
-
-
 POOLED = {"downsample": "maxpool"}
 FLOW = {"head": "flow"}
 
@@ -129,22 +110,42 @@ FLOW = {"head": "flow"}
     ],
 )
 def test_published_sizes(change, parameters, billions):
-    count, kernels = sizes(UniRegConfig(**change))
-    assert count == parameters
-    assert multiplications(kernels) == pytest.approx(billions, abs=0.06)
+    size = size_of(UniRegConfig(**change))
+    assert size.parameters == parameters
+    assert size.convolutions / 1e9 == pytest.approx(billions, abs=0.06)
+    # What the paper may have counted besides.
+    assert size.correlation / 1e9 == pytest.approx(7.64, abs=0.01)
+
+
+def test_the_paper_s_own_numbers():
+    size = size_of(UniRegConfig(**POOLED))
+    assert size.parameters == pytest.approx(PAPER[0], rel=0.02)
+    counted = size.convolutions + size.correlation
+    assert counted == pytest.approx(PAPER[1], rel=0.002)
+
+
+def test_the_grid_scales_the_operations():
+    whole, part = (size_of(UniRegConfig(), (n, 32, 48)) for n in (64, 16))
+    assert whole.parameters == part.parameters
+    assert whole.convolutions == 4 * part.convolutions
+    assert whole.correlation == 4 * part.correlation
+
+
+def parameters_of(config):
+    return size_of(config).parameters
 
 
 def test_what_joins_decides_the_sizes():
-    base, _ = sizes(UniRegConfig(features="mind"))
+    base = parameters_of(UniRegConfig(features="mind"))
     assert base == 362_317  # correlations have 27 channels, whatever is correlated
     for change, joining in (
         ({"features": "none"}, 0),
         ({"matching": "concatenation"}, 512),
         ({"features": "mind", "matching": "concatenation"}, 48),
     ):
-        count, _ = sizes(UniRegConfig(**change))
+        count = parameters_of(UniRegConfig(**change))
         assert count - base == 27 * 32 * (joining - 27)
-    static, _ = sizes(UniRegConfig(head="static"))
+    static = parameters_of(UniRegConfig(head="static"))
     assert base - static == 171 * (8 + 4 + 2)
 
 
@@ -253,14 +254,12 @@ def test_forms(change):
 
 def test_windows():
     units = np.float32([-2000.0, -1024.0, -800.0, -200.0, 400.0, 1000.0, 3071.0])
-    low, high = unireg_features.SAM_WINDOW
+    low, high = sam.HU_RANGE
     stored = ((units - low) / (high - low)).reshape(1, 1, 1, -1, 1)
     model = UniReg(UniRegConfig())
     seen = np.asarray(model._backbone(stored)).ravel()
     np.testing.assert_allclose(seen, [-1, -1, -1, 0, 1, 1, 1], atol=1e-5)
-    scaled = unireg_features.rescaled(
-        stored, (low, high), unireg_features.SAM_WINDOW, unireg_features.SAM_RANGE
-    )
+    scaled = sam.to_sam_range(jnp.asarray(stored), (low, high))
     expected = (np.clip(units, low, high) + 1024) * 255 / 4095 - 50
     np.testing.assert_allclose(np.ravel(scaled), expected, rtol=1e-5, atol=1e-4)
     # Images that were stored in a window of their own.
@@ -283,6 +282,143 @@ def test_mind_features_have_length_1_and_see_one_image_each():
     np.testing.assert_allclose(found.fine[1], one.fine[0], rtol=1e-5)
 
 
+# --- the frozen network ---------------------------------------------------------------
+
+TINY_SAM = sam.SamConfig(channels=(2, 2, 2, 2), embedding=3)
+
+
+@pytest.fixture(scope="module")
+def with_sam():
+    """A model whose embeddings are those of a small SAM network, and variables."""
+    model = UniReg(SMALL)
+    variables = loud(model.init(jax.random.key(0), SHAPE), size=0.05)
+    frozen = sam.init(TINY_SAM, jax.random.key(1))
+    return model, unireg.with_sam(variables, frozen)
+
+
+@pytest.fixture(scope="module")
+def predicted(with_sam):
+    """A pair both ways, by the step's one call."""
+    model, variables = with_sam
+    pair = Pair(*images(batch=1), task=jnp.array([0]))
+    run = jax.jit(lambda v: step.predict(model, v, pair)[0])
+    return pair, run, run(variables)
+
+
+def test_each_image_is_embedded_once(with_sam, predicted, monkeypatch):
+    model, variables = with_sam
+    pair, _, both = predicted
+    seen = []
+
+    def count(function, images):
+        seen.append(images.shape)
+        return unireg_features.one_by_one(function, images)
+
+    monkeypatch.setattr(unireg, "one_by_one", count)
+    jax.eval_shape(lambda v: step.predict(model, v, pair)[0], variables)
+    assert seen == [(2, *SHAPE, 1)]
+    # The same as two calls that know nothing of each other.
+    apart = jax.jit(lambda v, m, f: model.apply(v, m, f, task=pair.task)[0])
+    for maps, pictures in (
+        (both.forward, (pair.moving, pair.fixed)),
+        (both.backward, (pair.fixed, pair.moving)),
+    ):
+        check(maps.steps[0].field, apart(variables, *pictures).transform.steps[0].field)
+
+
+def test_remembered_features_are_those_of_the_images(with_sam, predicted):
+    model, variables = with_sam
+    pair, run, both = predicted
+    known = jax.jit(model.remember)(variables, pair.moving, pair.fixed)
+    assert set(known) == {"params", "features"}
+    check(run(known).backward.steps[0].field, both.backward.steps[0].field)
+
+
+def test_optimisation_on_a_pair_embeds_before_its_loop(
+    with_sam, predicted, monkeypatch
+):
+    model, variables = with_sam
+    pair, _, both = predicted
+    seen = []
+
+    def loop(variables, *rest, **more):
+        seen.append(set(variables))
+        return both[:2], {}, variables
+
+    monkeypatch.setattr(optimize, "_network_loop", loop)
+    objective = Objective(similarity="mse")
+    optimize.optimize_network(model, variables, pair, objective, key=jax.random.key(0))
+    assert seen == [{"params", "features"}]
+
+
+def test_the_frozen_network_matters_and_is_scaled_as_it_was_trained(with_sam):
+    model, variables = with_sam
+    moving, fixed = images(batch=1)
+    found = model._extract(variables, moving, fixed)[1]
+    scaled = sam.to_sam_range(fixed, SMALL.window)
+    expected = sam.features(TINY_SAM, variables["sam"], scaled)
+    check(found.fine, expected.fine, 1e-5)
+    check(found.coarse, expected.coarse, 1e-5)
+
+
+def test_a_bundle_holds_the_frozen_network(with_sam, tmp_path):
+    model, variables = with_sam
+    bundle = checkpoints.Bundle(
+        variables, "unireg", dataclasses.asdict(SMALL), {}, "a test", "none"
+    )
+    checkpoints.save_bundle(tmp_path / "small", bundle)
+    loaded = zoo.load(tmp_path / "small")
+    assert loaded.model == model
+    jax.tree.map(np.testing.assert_array_equal, dict(variables), loaded.variables)
+    for change in ({"sam": {"params": {}}}, {"params": {}}, {"other": {}}):
+        with pytest.raises(UserError, match="here"):
+            zoo.KINDS["unireg"].check_variables(
+                {**variables, **change}, bundle.config, source="here"
+            )
+    with pytest.raises(UserError, match="no PyTorch file"):
+        zoo.convert(tmp_path / "small", tmp_path / "small.pth")
+
+
+def test_training_leaves_the_frozen_network_alone(with_sam):
+    model, variables = with_sam
+    rule = optax.chain(optax.trace(0.5), optax.scale(-0.1))
+    start = state.start(variables, rule, jax.random.key(0), ema=True)
+    assert set(start.ema) == {"params"}
+    trained = jax.tree.structure(variables["params"])
+    assert jax.tree.structure(start.opt_state[0].trace) == trained
+    objective = Objective(similarity="mse", inverse_consistency_weight=0.0)
+    one = jax.jit(
+        step.make_train_step(
+            model,
+            objective,
+            rule,
+            lambda batch, key: Pair(*batch, task=jnp.array([0])),
+            step.StepConfig(ema=0.5),
+        )
+    )
+    after, parts = one(start, tuple(images(batch=1)))
+    assert parts["finite"] and parts["gradient_norm"] > 0
+    jax.tree.map(
+        np.testing.assert_array_equal, variables["sam"], after.variables["sam"]
+    )
+    assert set(after.ema) == {"params"}
+    assert set(state.averaged(after)) == {"params", "sam"}
+    kernels = [
+        v["params"]["head"]["controller"]["bias"] for v in (start.ema, after.ema)
+    ]
+    assert np.any(kernels[0] != kernels[1])
+
+
+def test_what_the_frozen_network_must_be(with_sam):
+    model, variables = with_sam
+    image = np.zeros((1, *SHAPE, 1), "f4")
+    with pytest.raises(UserError, match="not the variables of a SAM network"):
+        unireg.with_sam(variables, {"params": {}, "batch_stats": {}})
+    joined = dataclasses.replace(SMALL, matching="concatenation")
+    with pytest.raises(UserError, match="of 3 channels, this UniReg concatenates 128"):
+        UniReg(joined).apply(variables, image, image, task=jnp.array([0]))
+
+
 def test_what_is_missing_or_does_not_fit_is_said(fresh):
     model, variables = fresh
     image = np.zeros((1, *SHAPE, 1), "f4")
@@ -290,7 +426,7 @@ def test_what_is_missing_or_does_not_fit_is_said(fresh):
         model.apply(variables, image, image)
     with pytest.raises(UserError, match="16 x 24 x 16.*multiple of 16"):
         model.apply(variables, image[:, :, :24], image[:, :, :24])
-    with pytest.raises(UserError, match="no network for its embeddings"):
+    with pytest.raises(UserError, match="hold no SAM network; put"):
         UniReg(SMALL).apply(variables, image, image, task=jnp.array([0]))
     with pytest.raises(UserError, match="region from 0 to 1"):
         UniRegConfig(regions=2)
