@@ -97,15 +97,21 @@ def train_verb(
     if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
-    from jaxreg import dryrun, trainer
+    from jaxreg import dryrun, sam_experiment, sam_training, trainer
     from jaxreg import experiment as experiment_lib
 
-    chosen = experiment_lib.override(experiment_lib.load(config), changes)
+    found = experiment_lib.load_any(config)
+    if isinstance(found, sam_experiment.SamExperiment):
+        chosen = sam_experiment.override(found, changes)
+        dry, train = sam_training.dry_run, sam_training.run
+    else:
+        chosen = experiment_lib.override(experiment_lib.checked(found, config), changes)
+        dry, train = (lambda one: dryrun.dry_run(one).rows()), trainer.run
     if dry_run:
-        print_numbers(dryrun.dry_run(chosen).rows())
+        print_numbers(dry(chosen))
         return
     assert out is not None
-    outcome = trainer.run(chosen, out, resume=resume, say=_say)
+    outcome = train(chosen, out, resume=resume, say=_say)
     _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
     for name, value in outcome.scores.items():
         _say(f"validation {name}: {value:.5g}")

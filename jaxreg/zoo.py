@@ -21,17 +21,20 @@ from typing import Any
 
 import platformdirs
 
+from jaxreg.data.preprocess import Placement
 from jaxreg.errors import UserError
 from jaxreg.io import (
     checkpoints,
     files,
     released,
     released_promptreg,
+    released_sam,
     released_unireg,
 )
 from jaxreg.io.checkpoints import Bundle
 from jaxreg.models import kinds
 from jaxreg.models.base import Registration
+from jaxreg.models.sam import HU_RANGE, SPACING_MM, SamConfig
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
@@ -149,6 +152,7 @@ class Kind:
       preprocessing: variables -> that of weights that do not say their own.
       wrapper: the entry of a PyTorch file that holds the tensors, if they are not
         all of it.
+      beside: further entries of such a file.
     """
 
     read_config: Callable[..., dict[str, Any]]
@@ -157,6 +161,7 @@ class Kind:
     check_variables: Callable[..., None]
     preprocessing: Callable[[Variables], Mapping[str, Any]]
     wrapper: str | None = None
+    beside: Mapping[str, Any] | None = None
 
 
 _GRADICON_CONFIG = {
@@ -208,6 +213,14 @@ def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
     return {**UNIREG_RPN_PREPROCESSING, **tasks}
 
 
+SAM = "sam"
+"""The kind of network that finds places in scans and registers nothing."""
+SAM_PREPROCESSING = {
+    **Placement("pad_crop", "spl", SPACING_MM).to_dict(),
+    "ct_window": list(HU_RANGE),
+    "mri_quantiles": [0.0, 0.99],
+}
+
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
 _UNIGRADICON_LICENCE = "Apache-2.0"
 
@@ -237,6 +250,15 @@ KINDS = {
         check_variables=released_unireg.check_variables,
         preprocessing=_unireg_rpn_preprocessing,
         wrapper="model_state_dict",
+    ),
+    SAM: Kind(
+        read_config=released_sam.read_config,
+        to_variables=released_sam.to_variables,
+        from_variables=released_sam.from_variables,
+        check_variables=released_sam.check_variables,
+        preprocessing=lambda _: SAM_PREPROCESSING,
+        wrapper="state_dict",
+        beside={"meta": {}},
     ),
 }
 
@@ -300,6 +322,8 @@ def load(
         download and where to put it.
     """
     name = os.fspath(name_or_path)
+    if name.lower() == SAM and not os.path.exists(name):
+        raise _no_registration(name)
     if name in ZOO:
         folder = _cache(cache_dir)
         bundle = _from_cache(name, folder)
@@ -307,10 +331,79 @@ def load(
             bundle = _fill_cache(name, folder, base_url, timeout_s, progress)
     else:
         bundle = _from_path(name)
+    if bundle.model == SAM:
+        raise _no_registration(name)
     kind = _kind(bundle.model, name)
     kind.check_variables(bundle.variables, bundle.config, source=name)
     model = kinds.build(kinds.config_of(bundle.model, bundle.config))
     return LoadedModel(name, model, bundle.variables, bundle)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedSam:
+    """SAM ready for use.
+
+    Attributes:
+      name: the path of its weights.
+      config: of the network.
+      variables: its weights, NumPy arrays in host memory.
+      bundle: these weights with config, preprocessing, source and licence.
+    """
+
+    name: str
+    config: SamConfig
+    variables: Variables
+    bundle: Bundle
+
+    @property
+    def spacing_mm(self) -> float:
+        """Of the voxels that it sees."""
+        return Placement.of_weights(self.bundle.preprocessing).spacing_mm
+
+    @property
+    def ct_window(self) -> tuple[float, float]:
+        """The Hounsfield units that CT is cut off at."""
+        low, high = self.bundle.preprocessing.get("ct_window", HU_RANGE)
+        return float(low), float(high)
+
+    @property
+    def quantile_range(self) -> tuple[float, float]:
+        """The quantiles of an MRI that are the ends of SAM's scale."""
+        low, high = self.bundle.preprocessing.get("mri_quantiles", (0.0, 0.99))
+        return float(low), float(high)
+
+
+def load_sam(path: PathLike) -> LoadedSam:
+    """Loads SAM from a checkpoint folder or a PyTorch file; nothing is downloaded.
+
+    Raises:
+      UserError: there is no such file, or it holds damaged weights or another network.
+    """
+    name = os.fspath(path)
+    there = pathlib.Path(name).expanduser()
+    if not there.exists():
+        raise UserError(
+            f"there are no SAM weights at {name}; give a checkpoint folder of jaxreg "
+            "(as jaxreg train --config configs/sam.py leaves one), or the PyTorch "
+            "file of the released code"
+        )
+    bundle = _from_path(str(there))
+    if bundle.model != SAM:
+        raise UserError(
+            f"{name} holds a {bundle.model} network, which registers scans and "
+            "describes no places; give the weights of SAM"
+        )
+    released_sam.check_variables(bundle.variables, bundle.config, source=name)
+    config = kinds.read_fields(SamConfig, bundle.config)
+    return LoadedSam(name, config, bundle.variables, bundle)
+
+
+def _no_registration(name: str) -> UserError:
+    return UserError(
+        f"{name} is SAM, which finds places of one scan in another and registers "
+        "nothing; give its weights to jaxreg match --model PATH, and register with "
+        f"one of {', '.join(ZOO)} or weights of your own"
+    )
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
@@ -357,7 +450,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
         )
     kind = _kind(bundle.model, str(source))
     state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
-    released.write_state_dict(target, state, wrapper=kind.wrapper)
+    released.write_state_dict(target, state, wrapper=kind.wrapper, beside=kind.beside)
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
@@ -563,6 +656,8 @@ def _kind_of(state: Mapping[str, Any]) -> str:
         return "promptreg"
     if any(key.startswith("encoder_moving.") for key in state):
         return "rdp"
+    if any(key.startswith("read_out_head.") for key in state):
+        return SAM
     return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 
