@@ -6,14 +6,15 @@ The middle of each held-out scan (every fifth subject, as in configs/hippocampus
 is deformed smoothly, blurred, and given other contrast and noise. Random points of the
 scan are looked for in the deformed one, where their places are known. All descriptors
 have the same rule: the most similar voxel, moved to the top of the parabola through it
-and its neighbours (`jaxreg.points`). Points whose match leads
-back to within --consistent mm count as consistent.
+and its neighbours (`jaxreg.points`). The two scans are cut out with different edges,
+which therefore tell nothing. Points whose match leads back to within --consistent mm
+count as consistent.
 """
 
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ Describe = Callable[[Volume, Preprocessing], Described]
 RULE = Preprocessing("mri")
 TURNED = preprocess.Placement("pad_crop", "spl")
 MARGIN = 2  # voxels between a point and the scan's edge
+SLACK = 4  # voxels that the two scans' edges may differ by: edges must tell nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,20 +61,22 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="manifest or folder of scans")
     parser.add_argument("--model", action="append", default=[], help="weights of SAM")
     parser.add_argument(
-        "--shape", default="32,46,32", help="middle that is used, smaller scans are not"
+        "--shape", default="28,42,28", help="of both scans; smaller ones are left out"
     )
     parser.add_argument("--volumes", type=int, default=20)
     parser.add_argument("--points", type=int, default=100, help="per volume")
     parser.add_argument("--inside", choices=("scan", "labels"), default="scan")
     parser.add_argument("--consistent", type=float, default=2.0, help="mm")
     parser.add_argument("--shift-mm", type=float, default=Changes.shift_mm)
+    parser.add_argument("--noise", type=float, default=Changes.noise)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     held = manifest.read_manifest(given.data, holdout=5).of_split("val")
     shape = tuple(int(n) for n in given.shape.split(","))
-    held = [r for r in held if np.all(np.array(size_of(r)) >= shape)]
+    whole = tuple(n + SLACK for n in shape)
+    held = [r for r in held if np.all(np.array(size_of(r)) >= whole)]
     held = held[:: max(len(held) // given.volumes, 1)][: given.volumes]
-    changes = Changes(shift_mm=given.shift_mm)
+    changes = Changes(shift_mm=given.shift_mm, noise=given.noise)
     methods = {
         **{f"SAM {path}": sam_of(path) for path in given.model},
         "MIND, voxels of 1 mm": functools.partial(points.by_mind, spacing_mm=1.0),
@@ -82,13 +86,18 @@ def main() -> None:
     nothing = []
     for number, record in enumerate(held):
         rng = np.random.default_rng((given.seed, number))
-        scan = middle_of(volumes.read_volume(record.image), shape)
+        scan = middle_of(volumes.read_volume(record.image), whole)
         label = None
         if given.inside == "labels":
             labels = volumes.read_volume(record.label, kind="labels")
-            label = middle_of(labels, shape).array
+            label = middle_of(labels, whole).array
         other, field = changed(scan, changes, rng)
-        here, there = places(scan, field, label, given.points, rng)
+        corners = rng.integers(0, SLACK + 1, (2, 3))
+        here, there = places(scan, field, label, corners, shape, given.points, rng)
+        scan, other = (
+            part(volume, corner, shape)
+            for volume, corner in zip((scan, other), corners, strict=True)
+        )
         nothing.append(np.linalg.norm(here - there, axis=-1))
         for name, describe in methods.items():
             found[name].append(errors(describe, scan, other, here, there))
@@ -113,10 +122,15 @@ def middle_of(volume: Volume, shape: Shape) -> Volume:
     """Returns the middle of a scan, of one shape for all: programs compile once."""
     turned = TURNED.turned(volume)
     first = [(n - m) // 2 for n, m in zip(turned.array.shape, shape, strict=True)]
-    part = tuple(slice(a, a + m) for a, m in zip(first, shape, strict=True))
-    matrix = turned.grid.affine_mm.copy()
-    matrix[:3, 3] += matrix[:3, :3] @ first
-    return Volume(turned.array[part], Grid(shape, matrix), volume.source)
+    return part(turned, first, shape)
+
+
+def part(volume: Volume, first: Sequence[int] | np.ndarray, shape: Shape) -> Volume:
+    """Returns the part of a scan that begins at a voxel."""
+    box = tuple(slice(a, a + m) for a, m in zip(first, shape, strict=True))
+    matrix = volume.grid.affine_mm.copy()
+    matrix[:3, 3] += matrix[:3, :3] @ np.asarray(first)
+    return Volume(volume.array[box], Grid(shape, matrix), volume.source)
 
 
 def sam_of(path: str) -> Describe:
@@ -146,7 +160,9 @@ def changed(
     length = np.sqrt(np.mean(np.sum((smooth * scan.grid.spacing_mm) ** 2, -1)))
     field = smooth * (changes.shift_mm / length)
     image = preprocess.normalise(scan.array, RULE)[None, ..., None]
-    warped = fields.warp_voxels(jnp.asarray(image), jnp.asarray(field)[None])
+    warped = fields.warp_voxels(
+        jnp.asarray(image), jnp.asarray(field)[None], outside="edge"
+    )
     blur = int(rng.integers(0, changes.blur + 1))
     if blur:
         # The border of this blur is dark; divided by that of ones it is not.
@@ -162,16 +178,29 @@ def places(
     scan: Volume,
     field: np.ndarray,
     label: np.ndarray | None,
+    corners: np.ndarray,
+    size: Shape,
     count: int,
     rng: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws points of the scan and says where they are in the changed one, P 3 mm."""
+    """Draws points of the scan and says where they are in the changed one, P 3 mm.
+
+    Args:
+      scan: whole.
+      field: see `changed`.
+      label: of the scan, where points are to lie; anywhere if None.
+      corners: first voxel of the part of the scan that is used, and of the changed one.
+      size: of both parts.
+      count: of points.
+      rng: to draw with.
+    """
     shape = np.asarray(scan.grid.shape)
     index = np.stack(np.indices(scan.grid.shape), -1).reshape(-1, 3)
     origin = index + field.reshape(-1, 3)
     inside = np.ones(len(index), bool)
-    for at in (index, origin):
-        inside &= np.all((at >= MARGIN) & (at <= shape - 1 - MARGIN), -1)
+    for at, corner in ((origin, corners[0]), (index, corners[1])):
+        last = corner + np.asarray(size) - 1
+        inside &= np.all((at >= corner + MARGIN) & (at <= last - MARGIN), -1)
     if label is not None:
         nearest = np.clip(np.round(origin), 0, shape - 1).astype(int)
         inside &= label[tuple(nearest.T)] > 0

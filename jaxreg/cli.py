@@ -542,7 +542,7 @@ def convert_verb(
         str | None,
         option(
             "--model",
-            "Kind of network (gradicon, promptreg, rdp, unireg_rpn), or a name of "
+            "Kind of network (gradicon, promptreg, rdp, unireg_rpn, sam), or a name of "
             "jaxreg models. Default: whose names the tensors have.",
         ),
     ] = None,

@@ -13,7 +13,6 @@ from jaxreg.data import cache as cache_lib
 from jaxreg.data import pipeline, preprocess, views
 from jaxreg.data.manifest import Record
 from jaxreg.data.views import ViewConfig
-from jaxreg.errors import UserError
 from jaxreg.io import volumes
 from jaxreg.space.grid import Volume
 
@@ -117,8 +116,5 @@ class ViewSource:
 
     def _decoded(self, path: pathlib.Path, rule: preprocess.Preprocessing) -> Volume:
         volume = _SPL.turned(volumes.read_volume(path))
-        try:
-            array = preprocess.normalise(volume.array, rule, source=str(path))
-        except UserError as error:
-            raise UserError(f"{error}; leave it out of the manifest") from error
+        array = preprocess.normalise(volume.array, rule, source=str(path))
         return Volume(array, volume.grid, str(path))
