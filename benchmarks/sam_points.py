@@ -57,7 +57,7 @@ class Changes:
 
 def main() -> None:
     """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", required=True, help="manifest or folder of scans")
     parser.add_argument("--model", action="append", default=[], help="weights of SAM")
     parser.add_argument(
@@ -88,7 +88,7 @@ def main() -> None:
         rng = np.random.default_rng((given.seed, number))
         scan = middle_of(volumes.read_volume(record.image), whole)
         label = None
-        if given.inside == "labels":
+        if given.inside == "labels" and record.label is not None:
             labels = volumes.read_volume(record.label, kind="labels")
             label = middle_of(labels, whole).array
         other, field = changed(scan, changes, rng)
@@ -195,7 +195,7 @@ def places(
       rng: to draw with.
     """
     shape = np.asarray(scan.grid.shape)
-    index = np.stack(np.indices(scan.grid.shape), -1).reshape(-1, 3)
+    index = np.moveaxis(np.indices(scan.grid.shape), 0, -1).reshape(-1, 3)
     origin = index + field.reshape(-1, 3)
     inside = np.ones(len(index), bool)
     for at, corner in ((origin, corners[0]), (index, corners[1])):

@@ -7,8 +7,8 @@ results become text. Heavy imports live inside the verbs.
 import pathlib
 import sys
 import warnings
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 
@@ -101,6 +101,8 @@ def train_verb(
     from jaxreg import experiment as experiment_lib
 
     found = experiment_lib.load_any(config)
+    dry: Callable[[Any], Mapping[str, str]]
+    train: Callable[..., Any]
     if isinstance(found, sam_experiment.SamExperiment):
         chosen = sam_experiment.override(found, changes)
         dry, train = sam_training.dry_run, sam_training.run

@@ -65,16 +65,16 @@ FINE = ("--spacing", "1")
 def test_a_point_in_every_frame(folder, capsys, frame):
     first = POINTS_RAS[0]
     given, expected, limit = {
-        "ras": (first, first + SHIFT, 0.6),
-        "lps": (first * [-1, -1, 1], (first + SHIFT) * [-1, -1, 1], 0.6),
-        "voxel": (first / [1, 1.2, 1.5], first / [1, 1.2, 1.5], 0.6),
+        "ras": (first, first + SHIFT, 1.2),
+        "lps": (first * [-1, -1, 1], (first + SHIFT) * [-1, -1, 1], 1.2),
+        "voxel": (first / [1, 1.2, 1.5], first / [1, 1.2, 1.5], 1.2),
     }[frame]
     point = ["--point", *(str(x) for x in given)]
     assert match(folder, *FINE, *point, "--points-frame", frame, "--cycle") == 0
     (row,) = printed(capsys.readouterr().out)
     found = [row[f"found {axis}"] for axis in "xyz"]
     np.testing.assert_allclose(found, expected, atol=limit)
-    assert 0.9 < row["similarity"] <= 1 and row["cycle_mm"] < 1
+    assert 0.9 < row["similarity"] <= 1 and row["cycle_mm"] < 2
 
 
 def test_a_table_keeps_its_other_columns(folder, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_a_table_keeps_its_other_columns(folder, tmp_path, capsys):
     assert list(rows[0]) == ["name", "x", "y", "z", "similarity", "cycle_mm"]
     assert [row["name"] for row in rows] == ["p0", "p1"]
     found = np.array([[float(row[axis]) for axis in "xyz"] for row in rows])
-    np.testing.assert_allclose(found, POINTS_RAS + SHIFT, atol=0.6)
+    np.testing.assert_allclose(found, POINTS_RAS + SHIFT, atol=1.2)
 
 
 def test_weights_of_sam_are_taken(folder, tmp_path, capsys):
