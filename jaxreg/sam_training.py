@@ -40,6 +40,7 @@ from jaxreg.training.parallel import Layout
 from jaxreg.typing import Batching, Variables
 
 _VALIDATION_SEED = 0
+_SMALL = (8, 32, 32)  # views of a dry run
 
 
 def run(
@@ -172,9 +173,10 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
 
 
 def dry_run(experiment: SamExperiment) -> dict[str, str]:
-    """Checks settings, compiles one step at full size, and says what it will cost.
+    """Checks settings, compiles one step of small views, and says what it will cost.
 
-    The data need not be there.
+    The data need not be there. The memory of a step is that of the small views times
+    their share of the voxels.
 
     Returns:
       What to print, name to value.
@@ -188,7 +190,9 @@ def dry_run(experiment: SamExperiment) -> dict[str, str]:
         sam_experiment.records_of(experiment)
     share = experiment.train.batch // layout_of(experiment).data
     shapes = jax.eval_shape(lambda: _fresh(experiment, _abstract(experiment)))
-    grid = (share, *experiment.views.shape)
+    size = experiment.views.shape
+    small = tuple(min(n, m) for n, m in zip(size, _SMALL, strict=True))
+    grid = (share, *small)
     batch = {
         f"{side}{suffix}": jax.ShapeDtypeStruct((*grid, channels), jnp.float32)
         for side in ("moving", "fixed")
@@ -203,11 +207,13 @@ def dry_run(experiment: SamExperiment) -> dict[str, str]:
     memory = compiled.memory_analysis()
     temporary = 0 if memory is None else memory.temp_size_in_bytes
     params = jax.tree.leaves(shapes.variables["params"])
-    d, h, w = experiment.views.shape
+    d, h, w = size
+    scaled = temporary * np.prod(size) / np.prod(small)
     return {
         "parameters": f"{sum(leaf.size for leaf in params):,}",
         "views": f"2 of {d} x {h} x {w} of each of {share} volumes per device",
-        "memory of a step, temporary": f"{temporary / 1e9:.2f} GB",
+        "memory of a step (estimate)": f"{scaled / 1e9:.2f} GB",
+        "compiled at": " x ".join(map(str, small)),
         "seconds to compile": f"{seconds:.1f}",
         **data,
     }
