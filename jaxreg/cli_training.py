@@ -101,8 +101,8 @@ def train_verb(
     if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
-    from jaxreg import sam_experiment, sam_training, trainer
     from jaxreg import experiment as experiment_lib
+    from jaxreg import sam_experiment, sam_training, trainer
 
     found = experiment_lib.load_any(config)
     if isinstance(found, sam_experiment.SamExperiment):
