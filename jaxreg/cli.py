@@ -8,7 +8,6 @@ is quick.
 """
 
 import contextlib
-import csv
 import dataclasses
 import enum
 import pathlib
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__, cli_training
+from jaxreg import __version__, cli_matching, cli_points, cli_training
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     INPUT,
@@ -72,6 +71,7 @@ app = typer.Typer(
 
 
 cli_training.add_to(app)
+cli_matching.add_to(app)
 
 
 class Precision(enum.StrEnum):
@@ -804,53 +804,10 @@ def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Fr
     """
     import numpy as np
 
-    from jaxreg.io import files
-
-    try:
-        with open(files.check_readable(source, "--points"), newline="") as file:
-            rows = [
-                row for row in csv.reader(file) if any(cell.strip() for cell in row)
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--points {source} is no CSV text ({error})") from error
-    header = rows[0] if rows and not _is_number(rows[0][0]) else None
-    columns, body = [0, 1, 2], rows
-    if header is not None:
-        names = [name.strip().lower() for name in header]
-        body = rows[1:]
-        if not {"x", "y", "z"} <= set(names):
-            raise UserError(
-                f"--points {source} has the columns {', '.join(names)}, expected x, y "
-                "and z"
-            )
-        columns = [names.index(name) for name in "xyz"]
-    try:
-        places = np.array([[float(row[c]) for c in columns] for row in body])
-    except (ValueError, IndexError):
-        raise UserError(
-            f"--points {source} has a row without three numbers x, y, z; correct it"
-        ) from None
-    if not len(places) or not np.isfinite(places).all():
-        raise UserError(f"--points {source} holds no points, or some not finite")
-    signs = np.array([-1.0, -1.0, 1.0]) if frame is Frame.LPS else np.ones(3)
-    mapped = np.asarray(mapping.map_points((places * signs)[None]))[0] * signs
-    with files.atomic_path(target) as unfinished:
-        with open(unfinished, "w", newline="") as file:
-            writer = csv.writer(file)
-            if header is not None:
-                writer.writerow(header)
-            for row, place in zip(body, mapped, strict=True):
-                for column, value in zip(columns, place, strict=True):
-                    row[column] = f"{value:.6f}"
-                writer.writerow(row)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    table = cli_points.read(source)
+    signs = cli_points.signs(frame)
+    mapped = np.asarray(mapping.map_points((table.places * signs)[None]))[0] * signs
+    cli_points.write(target, table, mapped)
 
 
 class _Bar:

@@ -4,11 +4,12 @@ Their bodies live in `trainer`, `evaluate` and `data`; here options become argum
 results become text. Heavy imports live inside the verbs.
 """
 
+import functools
 import pathlib
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -40,6 +41,9 @@ from jaxreg.cli_options import (
     print_numbers,
 )
 from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.experiment import Experiment
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="Look after training data.")
@@ -103,19 +107,33 @@ def train_verb(
     if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
-    from jaxreg import dryrun, trainer
     from jaxreg import experiment as experiment_lib
+    from jaxreg import sam_experiment, sam_training, trainer
 
-    chosen = experiment_lib.override(experiment_lib.load(config), changes)
+    found = experiment_lib.load_any(config)
+    if isinstance(found, sam_experiment.SamExperiment):
+        itself = sam_experiment.override(found, changes)
+        dry = functools.partial(sam_training.dry_run, itself)
+        train = functools.partial(sam_training.run, itself)
+    else:
+        chosen = experiment_lib.override(experiment_lib.checked(found, config), changes)
+        dry = functools.partial(_dry_rows, chosen)
+        train = functools.partial(trainer.run, chosen)
     if dry_run:
-        print_numbers(dryrun.dry_run(chosen).rows())
+        print_numbers(dry())
         return
     assert out is not None
-    outcome = trainer.run(chosen, out, resume=resume, say=_say)
+    outcome = train(out, resume=resume, say=_say)
     _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
     for name, value in outcome.scores.items():
         _say(f"validation {name}: {value:.5g}")
     _say(f"wrote {outcome.weights}")
+
+
+def _dry_rows(chosen: "Experiment") -> dict[str, str]:
+    from jaxreg import dryrun
+
+    return dryrun.dry_run(chosen).rows()
 
 
 def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:

@@ -255,6 +255,29 @@ def load(path: str | os.PathLike[str]) -> Experiment:
     Raises:
       UserError: there is no such file, or it defines no `get_config`.
     """
+    return checked(load_any(path), path)
+
+
+def checked(found: Any, path: str | os.PathLike[str]) -> Experiment:
+    """Returns what a configuration file gave, if it is an experiment.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if not isinstance(found, Experiment):
+        raise UserError(
+            f"--config {path} has no function get_config() that returns an "
+            "experiment.Experiment; see configs/demo.py"
+        )
+    return found
+
+
+def load_any(path: str | os.PathLike[str]) -> Any:
+    """Runs a configuration file and returns what its `get_config` does, or None.
+
+    Raises:
+      UserError: there is no such file.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         near = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
@@ -262,13 +285,7 @@ def load(path: str | os.PathLike[str]) -> Experiment:
             f"--config {path} does not exist{_near(path.name, [p.name for p in near])}"
         )
     get_config = runpy.run_path(str(path)).get("get_config")
-    experiment = get_config() if callable(get_config) else None
-    if not isinstance(experiment, Experiment):
-        raise UserError(
-            f"--config {path} has no function get_config() that returns an "
-            "experiment.Experiment; see configs/demo.py"
-        )
-    return experiment
+    return get_config() if callable(get_config) else None
 
 
 def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Experiment:
@@ -301,6 +318,11 @@ def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Expe
     return dataclasses.replace(changed, stages=tuple(own))
 
 
+def changed(tree: Any, changes: Iterable[tuple[str, Any]]) -> Any:
+    """Returns any tree of settings with some leaves changed; see `override`."""
+    return _replaced(tree, _paths(changes), "")
+
+
 def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
     """Returns each stage with the experiment as it is during it."""
     return tuple(
@@ -309,12 +331,12 @@ def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
     )
 
 
-def to_dict(experiment: Experiment) -> dict[str, Any]:
+def to_dict(experiment: Any) -> dict[str, Any]:
     """Returns the tree as JSON can hold it."""
     return json.loads(json.dumps(dataclasses.asdict(experiment), default=str))
 
 
-def write(path: pathlib.Path, experiment: Experiment) -> None:
+def write(path: pathlib.Path, experiment: Any) -> None:
     """Writes the tree as JSON, for the record and for `--resume`."""
     with files.atomic_path(path) as temporary:
         text = json.dumps(to_dict(experiment), indent=2) + "\n"
@@ -327,7 +349,7 @@ _FREE = ("loop.", "train.parallel", "train.space", "loading.workers",
          "loading.cache_limit_gb", "paper", "licence")  # fmt: skip
 
 
-def check_same(path: pathlib.Path, experiment: Experiment) -> None:
+def check_same(path: pathlib.Path, experiment: Any) -> None:
     """Checks that a run to be resumed was started with the same settings.
 
     Raises:

@@ -87,7 +87,7 @@ def start_points(
 
 
 @jax.jit
-def _best(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
+def best(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The key of the largest inner product with each query.
 
     Args:
@@ -102,11 +102,11 @@ def _best(queries: jax.Array, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     chunks = -(-count // size)
     padded = jnp.pad(queries, ((0, chunks * size - count), (0, 0)))
 
-    def best(chunk):  # size V
+    def of_chunk(chunk):  # size V
         products = jnp.matmul(chunk, keys.T, precision=jax.lax.Precision.HIGHEST)
         return jnp.argmax(products, 1), jnp.max(products, 1)
 
-    index, product = jax.lax.map(best, padded.reshape(chunks, size, -1))
+    index, product = jax.lax.map(of_chunk, padded.reshape(chunks, size, -1))
     return index.reshape(-1)[:count], product.reshape(-1)[:count]
 
 
@@ -119,8 +119,8 @@ def _cycle(start, query, key, *, rounds):
     """
 
     def go(carry, _):
-        there, _ = _best(query[carry], key)
-        back, product = _best(key[there], query)
+        there, _ = best(query[carry], key)
+        back, product = best(key[there], query)
         return back, (carry, there, back, product / 2)
 
     _, rows = jax.lax.scan(go, start, length=rounds)
@@ -165,7 +165,7 @@ def match(points: np.ndarray, query: Image, key: Image) -> Matches:
     rows, others = _rows(query), _rows(key)
     if not len(points):
         return Matches(points, points, np.zeros(0, np.float32))
-    index, product = _best(rows[_flat(points, query.shape[1:4])], others)
+    index, product = best(rows[_flat(points, query.shape[1:4])], others)
     found = _places(index, key.shape[1:4])
     return Matches(points, found, np.asarray(product) / 2)
 

@@ -44,8 +44,8 @@ from jaxreg.typing import Key, Variables
 from jaxreg.validation import make_blame, make_validation
 
 Say = Callable[[str], None]
-_SETTINGS = "experiment.json"
-_SCANS = "scans.txt"
+SETTINGS = "experiment.json"
+SCANS = "scans.txt"
 _START_TASKS = "start_tasks.txt"
 
 
@@ -221,7 +221,7 @@ def run(
         # New is what the weights of the run's start do not know, in every stage.
         known = before if experiment.train.start is None else started_with
         stage_runs.append(_StageRun(changed, stage, out, say, before, known))
-    if not (out / _SETTINGS).is_file():
+    if not (out / SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
         if experiment.train.start is not None:
@@ -234,8 +234,8 @@ def run(
                 first.sources.bank,
                 started_with,
             )
-    records = {_SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
-    _open_folder(experiment, out, records, resume=resume)
+    records = {SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
+    open_folder(experiment, out, records, resume=resume)
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
@@ -290,11 +290,12 @@ def _scans_of(stage_runs: Sequence["_StageRun"]) -> list[str]:
     for trainer in stage_runs:
         for source in (trainer.sources.train, trainer.sources.validation):
             if isinstance(source, pipeline.PairSource):
-                found += [_line(trainer.stage.name, r) for r in source.records]
+                found += [line_of(trainer.stage.name, r) for r in source.records]
     return found
 
 
-def _line(stage: str, record: Record) -> str:
+def line_of(stage: str, record: Record) -> str:
+    """Returns what is kept of a scan, to tell whether a run goes on with the same."""
     values = dataclasses.asdict(record)
     for name, value in values.items():
         # The same scans may lie elsewhere when a run goes on.
@@ -309,7 +310,7 @@ def _recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
 
     What it started from need not be there any more when it goes on.
     """
-    if not (out / _SETTINGS).is_file():
+    if not (out / SETTINGS).is_file():
         return None
     path = out / _START_TASKS
     return tuple(path.read_text("utf-8").splitlines()) if path.is_file() else ()
@@ -326,13 +327,24 @@ def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
             )
 
 
-def _open_folder(
-    experiment: Experiment,
+def open_folder(
+    experiment: Any,
     out: pathlib.Path,
     records: Mapping[str, Sequence[str]],
     *,
     resume: bool,
 ) -> None:
+    """Writes settings and lists of a new run, or compares them with an old one's.
+
+    Args:
+      experiment: any tree of settings.
+      out: folder of the run.
+      records: lines of text by name of file.
+      resume: whether an old run goes on.
+
+    Raises:
+      UserError: the folder does not fit, or cannot be written.
+    """
     problem = None
     if jax.process_index() == 0:
         problem = _folder_problem(experiment, out, records, resume=resume)
@@ -342,13 +354,13 @@ def _open_folder(
 
 
 def _folder_problem(
-    experiment: Experiment,
+    experiment: Any,
     out: pathlib.Path,
     records: Mapping[str, Sequence[str]],
     *,
     resume: bool,
 ) -> str | None:
-    settings = out / _SETTINGS
+    settings = out / SETTINGS
     try:
         if settings.is_file():
             if not resume:
@@ -357,7 +369,7 @@ def _folder_problem(
                     "or give another folder"
                 )
             experiment_lib.check_same(settings, experiment)
-            _check_scans(out / _SCANS, records[_SCANS])
+            _check_scans(out / SCANS, records[SCANS])
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             return f"--out {out} exists and holds no run; give another folder"

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 import platformdirs
 
+from jaxreg.data.preprocess import Placement
 from jaxreg.errors import UserError
 from jaxreg.io import (
     checkpoints,
@@ -33,8 +34,9 @@ from jaxreg.io import (
     released_unireg,
 )
 from jaxreg.io.checkpoints import Bundle
-from jaxreg.models import kinds, sam, unireg
+from jaxreg.models import kinds, unireg
 from jaxreg.models.base import Registration
+from jaxreg.models.sam import HU_RANGE, SPACING_MM, SamConfig, TrainedSam
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
@@ -152,6 +154,7 @@ class Kind:
       preprocessing: variables -> that of weights that do not say their own.
       wrapper: the entry of a PyTorch file that holds the tensors, if they are not
         all of it.
+      beside: further entries of such a file.
     """
 
     read_config: Callable[..., dict[str, Any]]
@@ -160,6 +163,7 @@ class Kind:
     check_variables: Callable[..., None]
     preprocessing: Callable[[Variables], Mapping[str, Any]]
     wrapper: str | None = None
+    beside: Mapping[str, Any] | None = None
 
 
 _GRADICON_CONFIG = {
@@ -212,46 +216,13 @@ def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
     return {**UNIREG_RPN_PREPROCESSING, **named}
 
 
-SAM_PREPROCESSING = {
-    "axes": "D H W towards superior, posterior, left, by the image's direction",
-    "resize": "linear, fixed spacing, padded and cropped about the centre",
-    "spacing_mm": sam.SPACING_MM,
-    "ct_window": list(sam.HU_RANGE),
-}
-
-# The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
-_UNIGRADICON_LICENCE = "Apache-2.0"
-
-KINDS = {
-    "gradicon": Kind(
-        read_config=released.gradicon_config,
-        to_variables=released.to_variables,
-        from_variables=released.from_variables,
-        check_variables=released.check_variables,
-        preprocessing=lambda _: GRADICON_PREPROCESSING,
-    ),
-    **{
-        name: Kind(
-            read_config=functools.partial(released_promptreg.read_config, kind=name),
-            to_variables=released_promptreg.to_variables,
-            from_variables=released_promptreg.from_variables,
-            check_variables=released_promptreg.check_variables,
-            preprocessing=_promptreg_preprocessing,
-            wrapper="model_state_dict",
-        )
-        for name in ("promptreg", "rdp")
-    },
-    "unireg_rpn": Kind(
-        read_config=released_unireg.read_config,
-        to_variables=released_unireg.to_variables,
-        from_variables=released_unireg.from_variables,
-        check_variables=released_unireg.check_variables,
-        preprocessing=_unireg_rpn_preprocessing,
-        wrapper="model_state_dict",
-    ),
-}
-
 SAM = "sam"
+"""The kind of network that finds places in scans and registers nothing."""
+SAM_PREPROCESSING = {
+    **Placement("pad_crop", "spl", SPACING_MM).to_dict(),
+    "ct_window": list(HU_RANGE),
+    "mri_quantiles": [0.0, 0.99],
+}
 
 
 def _no_torch(*_: Any, source: str = "the weights", **__: Any) -> Any:
@@ -290,7 +261,28 @@ def _check_unireg(
         released_sam.check_variables(variables[unireg.SAM], source=f"{source}, sam")
 
 
-KINDS |= {
+# The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
+_UNIGRADICON_LICENCE = "Apache-2.0"
+
+KINDS = {
+    "gradicon": Kind(
+        read_config=released.gradicon_config,
+        to_variables=released.to_variables,
+        from_variables=released.from_variables,
+        check_variables=released.check_variables,
+        preprocessing=lambda _: GRADICON_PREPROCESSING,
+    ),
+    **{
+        name: Kind(
+            read_config=functools.partial(released_promptreg.read_config, kind=name),
+            to_variables=released_promptreg.to_variables,
+            from_variables=released_promptreg.from_variables,
+            check_variables=released_promptreg.check_variables,
+            preprocessing=_promptreg_preprocessing,
+            wrapper="model_state_dict",
+        )
+        for name in ("promptreg", "rdp")
+    },
     "unireg": Kind(
         read_config=_no_torch,
         to_variables=_no_torch,
@@ -298,7 +290,14 @@ KINDS |= {
         check_variables=_check_unireg,
         preprocessing=lambda _: {},
     ),
-    # No registration network, but converted like one.
+    "unireg_rpn": Kind(
+        read_config=released_unireg.read_config,
+        to_variables=released_unireg.to_variables,
+        from_variables=released_unireg.from_variables,
+        check_variables=released_unireg.check_variables,
+        preprocessing=_unireg_rpn_preprocessing,
+        wrapper="model_state_dict",
+    ),
     SAM: Kind(
         read_config=released_sam.read_config,
         to_variables=released_sam.to_variables,
@@ -306,8 +305,10 @@ KINDS |= {
         check_variables=released_sam.check_variables,
         preprocessing=lambda _: SAM_PREPROCESSING,
         wrapper="state_dict",
+        beside={"meta": {}},
     ),
 }
+
 
 # No digest of the two files is published with the release, so none is stated here.
 ZOO = {
@@ -369,6 +370,8 @@ def load(
         download and where to put it.
     """
     name = os.fspath(name_or_path)
+    if name.lower() == SAM and not os.path.exists(name):
+        raise _no_registration(name)
     if name in ZOO:
         folder = _cache(cache_dir)
         bundle = _from_cache(name, folder)
@@ -376,6 +379,8 @@ def load(
             bundle = _fill_cache(name, folder, base_url, timeout_s, progress)
     else:
         bundle = _from_path(name)
+    if bundle.model == SAM:
+        raise _no_registration(name)
     kind = _kind(bundle.model, name)
     if bundle.model == SAM:
         raise UserError(
@@ -387,36 +392,47 @@ def load(
     return LoadedModel(name, model, bundle.variables, bundle)
 
 
-def load_sam(path: PathLike) -> sam.TrainedSam:
-    """Loads a SAM network from a checkpoint folder or a released PyTorch file.
+def load_sam(path: PathLike) -> TrainedSam:
+    """Loads SAM from a checkpoint folder or a PyTorch file; nothing is downloaded.
 
     Raises:
-      UserError: the weights are missing, damaged or of another network.
+      UserError: there is no such file, or it holds damaged weights or another network.
     """
     name = os.fspath(path)
-    file = pathlib.Path(name).expanduser()
-    bundle = (
-        _from_torch(file, SAM) if _is_torch(file) else checkpoints.load_bundle(file)
-    )
+    there = pathlib.Path(name).expanduser()
+    if not there.exists():
+        raise UserError(
+            f"there are no SAM weights at {name}; give a checkpoint folder of jaxreg "
+            "(as jaxreg train --config configs/sam.py leaves one), or the PyTorch "
+            "file of the released code"
+        )
+    bundle = _from_path(str(there))
     if bundle.model != SAM:
         raise UserError(
-            f"{name} holds a {bundle.model} network, expected a SAM network; give the "
-            "checkpoint folder or the .pth of one"
+            f"{name} holds a {bundle.model} network, which registers scans and "
+            "describes no places; give the weights of SAM"
         )
     released_sam.check_variables(bundle.variables, bundle.config, source=name)
-    config, told = _tuples(bundle.config), _tuples(bundle.preprocessing)
-    return sam.TrainedSam(
-        sam.SamConfig(**config),
+    said = {**SAM_PREPROCESSING, **bundle.preprocessing}
+    window, quantiles = (
+        (float(said[key][0]), float(said[key][1]))
+        for key in ("ct_window", "mri_quantiles")
+    )
+    return TrainedSam(
+        kinds.read_fields(SamConfig, bundle.config),
         bundle.variables,
-        spacing_mm=told.get("spacing_mm", sam.SPACING_MM),
-        ct_window=told.get("ct_window", sam.HU_RANGE),
-        quantile_range=told.get("mri_quantiles"),
+        spacing_mm=Placement.of_weights(said).spacing_mm,
+        ct_window=window,
+        quantile_range=quantiles,
     )
 
 
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns fields with JSON's lists as tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _no_registration(name: str) -> UserError:
+    return UserError(
+        f"{name} is SAM, which finds places of one scan in another and registers "
+        "nothing; give its weights to jaxreg match --model PATH, and register with "
+        f"one of {', '.join(ZOO)} or weights of your own"
+    )
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
@@ -463,7 +479,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
         )
     kind = _kind(bundle.model, str(source))
     state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
-    released.write_state_dict(target, state, wrapper=kind.wrapper)
+    released.write_state_dict(target, state, wrapper=kind.wrapper, beside=kind.beside)
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
@@ -671,6 +687,8 @@ def _kind_of(state: Mapping[str, Any]) -> str:
         return "promptreg"
     if any(key.startswith("encoder_moving.") for key in state):
         return "rdp"
+    if any(key.startswith("read_out_head.") for key in state):
+        return SAM
     return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 

@@ -35,7 +35,7 @@ def test_the_recipes_that_were_asked_for_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_names_itself_its_paper_and_its_command(name):
-    chosen = load(name)
+    chosen = experiment.load_any(CONFIGS / f"{name}.py")
     text = (CONFIGS / f"{name}.py").read_text()
     doc = text.split('"""')[1]
     assert chosen.name == name

@@ -74,6 +74,7 @@ TABLE = {
     ),
     "matching": Room(("models.sam", "space")),
     "prealign": Room(("matching", "losses", "space"), ("optax",)),
+    "points": Room(("matching", "models.sam", "data.preprocess", "space")),
     "optimize": Room(_TOP, ("optax",)),
     "tasks": Room((*_TOP, "nn.dynamic")),
     "prealignment": Room(
@@ -95,7 +96,7 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_options",
+    "cli_options", "cli_points", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
@@ -176,6 +177,7 @@ def test_no_module_needs_torch_to_be_imported(path):
         "losses",
         "metrics",
         "matching",
+        "points",
         "prealign",
         "optimize",
         "register",

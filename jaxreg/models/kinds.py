@@ -86,7 +86,11 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field is unknown, or its value is refused.
     """
-    known = _KINDS[kind][0]
+    return read_fields(_KINDS[kind][0], fields)
+
+
+def read_fields(known: type[Any], fields: Mapping[str, Any]) -> Any:
+    """Returns a configuration of a class from its fields; see `config_of`."""
     names = [field.name for field in dataclasses.fields(known)]
     unknown = [name for name in fields if name not in names]
     if unknown:

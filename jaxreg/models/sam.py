@@ -14,6 +14,7 @@ References:
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -224,15 +225,15 @@ def normalise(x: Image) -> Image:
     return x * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_NORM**2))
 
 
-def to_sam_range(image: Image, window: tuple[float, float]) -> Image:
-    """Returns a CT image as SAM sees it, `SAM_RANGE`.
+def to_sam_range(image: Any, window: tuple[float, float]) -> Any:
+    """Returns a CT image, an array of JAX or NumPy, as SAM sees it, `SAM_RANGE`.
 
     Args:
       image: [0, 1] over `window`; what the window cut off stays cut off.
       window: Hounsfield units of 0 and 1.
     """
     low, high = window
-    hounsfield = jnp.clip(low + image * (high - low), *HU_RANGE)
+    hounsfield = (low + image * (high - low)).clip(*HU_RANGE)
     scale = (SAM_RANGE[1] - SAM_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
     return (hounsfield - HU_RANGE[0]) * scale + SAM_RANGE[0]
 

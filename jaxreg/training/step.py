@@ -235,7 +235,24 @@ def make_train_step(
       prepare: device side of the data: arrays of a batch and a key to a Pair.
       config: see `StepConfig`.
     """
-    parts_of = _accumulated(model, objective, prepare, config)
+    return guarded_step(
+        _accumulated(model, objective, prepare, config), optimizer, config.ema
+    )
+
+
+def guarded_step(
+    parts_of: Callable[[Variables, Batch, Key], tuple[Any, Parts, Variables]],
+    optimizer: optax.GradientTransformation,
+    ema: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Parts]]:
+    """Returns ``step(state, batch) -> (state, parts)``; see `make_train_step`.
+
+    Args:
+      parts_of: ``f(variables, batch, key) -> (gradient, parts, variables after it)``,
+        of the global batch; "loss" is among the parts.
+      optimizer: applied to the gradient.
+      ema: see `StepConfig`.
+    """
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -244,16 +261,16 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         variables = {**state.variables, **changing(after), "params": params}
-        ema = state.ema
-        if ema is not None:
-            ema = _averaged(ema, changing(variables), config.ema)
+        average = state.ema
+        if average is not None:
+            average = _averaged(average, changing(variables), ema)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         new = TrainState(
             step=state.step,
             variables=variables,
             opt_state=opt_state,
-            ema=ema,
+            ema=average,
             key=state.key,
         )
         # What came back as it was needs no choice.
