@@ -16,7 +16,8 @@ from jaxreg import experiment as experiment_lib
 from jaxreg.data import manifest, synthetic
 from jaxreg.experiment import DataConfig, Experiment
 from jaxreg.io import files
-from jaxreg.models import kinds
+from jaxreg.models import kinds, sam, unireg
+from jaxreg.models.base import Registration
 from jaxreg.sources import (
     Sources,
     loss_of,
@@ -26,6 +27,7 @@ from jaxreg.sources import (
     with_bank,
     with_tasks,
 )
+from jaxreg.space.grid import Shape
 from jaxreg.trainer import metric_of, shared_out, tasks_of_start, trained_rows
 from jaxreg.training import optimizer, state, step
 from jaxreg.training.parallel import Layout
@@ -101,10 +103,7 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     memory = compiled.memory_analysis()
     batch = last.train.batch
     model = kinds.build(last.model)
-    variables, at_small = (
-        jax.eval_shape(functools.partial(model.init, shape=size), jax.random.key(0))
-        for size in (shape, grid)
-    )
+    variables, at_small = (_abstract(model, last, size) for size in (shape, grid))
     # A prompt bank grows with the grid.
     parameters, small_parameters = (
         sum(leaf.size for leaf in jax.tree.leaves(found["params"]))
@@ -157,6 +156,16 @@ def _is_there(data: DataConfig) -> bool:
     return bool(data.synthetic or manifests) and all(p.exists() for p in manifests)
 
 
+def _abstract(model: Registration, experiment: Experiment, shape: Shape) -> Any:
+    """Returns the shapes of fresh variables, with those of released SAM if needed."""
+    key = jax.random.key(0)
+    variables = dict(jax.eval_shape(functools.partial(model.init, shape=shape), key))
+    if kinds.correlates_sam(experiment.model):
+        released = functools.partial(sam.init, sam.SamConfig())
+        variables[unireg.SAM] = jax.eval_shape(released, key)
+    return variables
+
+
 def _abstract_state(experiment: Experiment, variables: Any) -> dict[str, Any]:
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), variables)
     rule = optimizer.make_optimizer(experiment.optimizer, 1)
@@ -198,7 +207,7 @@ def _lowered(experiment: Experiment, grid, count: int):
         make_prepare(experiment, sources, one),
         step.StepConfig(ema=experiment.train.ema),
     )
-    variables = jax.eval_shape(lambda key: model.init(key, grid), jax.random.key(0))
+    variables = _abstract(model, experiment, grid)
     shapes = jax.eval_shape(
         lambda v: state.start(v, rule, jax.random.key(0), ema=experiment.train.ema > 0),
         variables,

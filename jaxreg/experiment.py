@@ -102,8 +102,9 @@ class TrainConfig:
       seed: of weights, pairs, augmentation and noise.
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
-      start_tasks: names of the prompts in the bank of `start`, in their order, where
+      start_tasks: names of the prompts, or regions, of `start`, in their order, where
         the weights do not tell (PyTorch files) or call the datasets otherwise.
+      sam: SAM weights whose embeddings a UniReg correlates; those of `start` if None.
       only: which parameters change: all, a bank's static prompts, or those of tasks
         that the weights to start from do not know.
     """
@@ -117,6 +118,7 @@ class TrainConfig:
     seed: int = 0
     start: str | None = None
     start_tasks: tuple[str, ...] = ()
+    sam: str | None = None
     only: Literal["all", "prompts", "new_prompts"] = "all"
 
     def __post_init__(self):

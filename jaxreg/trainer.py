@@ -26,7 +26,7 @@ from jaxreg.data.manifest import Record
 from jaxreg.errors import UserError
 from jaxreg.experiment import Experiment, Stage
 from jaxreg.io import checkpoints, files, runs
-from jaxreg.models import kinds
+from jaxreg.models import kinds, unireg
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.sources import (
     Sources,
@@ -128,7 +128,7 @@ def initial_variables(
     train, shape = experiment.train, experiment.loading.shape
     fresh = jax.tree.map(np.asarray, model.init(_weights_key(train.seed), shape))
     if before is None and train.start is None:
-        return fresh
+        return _with_sam(fresh, experiment, {})
     if before is not None:
         source, name = before, "the previous stage"
     else:
@@ -162,7 +162,29 @@ def initial_variables(
             "prompts" if kinds.tells_tasks(experiment.model) == "tasks" else "regions"
         )
         say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
-    return merged.variables
+    return _with_sam(merged.variables, experiment, source)
+
+
+def _with_sam(
+    variables: Variables, experiment: Experiment, source: Variables
+) -> Variables:
+    """Returns the variables with the SAM network that UniReg correlates, if it does.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not kinds.correlates_sam(experiment.model):
+        return variables
+    named, held = experiment.train.sam, source.get(unireg.SAM)
+    if named is not None:
+        held = zoo.load_sam(named).variables
+    if held is None:
+        raise UserError(
+            "model.features is sam, but there are no SAM weights; give --train.sam "
+            "PATH (jaxreg train --config configs/sam.py makes some), or "
+            "--model.features mind"
+        )
+    return unireg.with_sam(variables, held)
 
 
 def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
@@ -224,8 +246,8 @@ def run(
     if not (out / SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
-        if experiment.train.start is not None:
-            first = stage_runs[0]
+        first = stage_runs[0]
+        if experiment.train.start or kinds.correlates_sam(first.experiment.model):
             initial_variables(
                 first.experiment,
                 first.model,

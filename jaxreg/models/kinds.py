@@ -203,6 +203,11 @@ def with_names(config: Config, names: Sequence[str], tasks: Tasks) -> Config:
     return config
 
 
+def correlates_sam(config: Config) -> bool:
+    """Whether a network needs a SAM network among its variables."""
+    return isinstance(config, UniRegConfig) and config.features == "sam"
+
+
 def smoothness_range(config: Config) -> SmoothnessRange | None:
     """Returns the weights of smoothness that a network can be asked for."""
     if isinstance(config, UniRegConfig | UniRegRpnConfig):
