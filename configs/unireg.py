@@ -12,7 +12,7 @@ are pre-aligned first. The weight of Dice is not in the paper.
 --model.features mind correlates descriptors in place of SAM's embeddings; with SAM, its
 weights come first. A user's own tasks: --data.tasks, or a copy of TASKS below; each may
 have intensities, a similarity and labels of its own. A network that is asked for lambda
-at registration: --model.smoothness_range.
+at registration has smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.
 """
 
 from jaxreg.data.pairs import Task
