@@ -305,10 +305,10 @@ def check_full_size(rows):
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
     "name",
-    # All of one network, so one of them will do every time.
     [
-        pytest.param(n, marks=[pytest.mark.slow] if n != "unigradicon" else [])
-        for n in FULL_SIZE
+        "unigradicon",
+        "multigradicon",  # other images for the similarity, and masks
+        pytest.param("finetune", marks=pytest.mark.slow),  # as the first, in one stage
     ],
 )
 def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
