@@ -268,7 +268,14 @@ def test_a_small_recipe_dry_runs(name, capsys):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("name", ["promptreg", "rdp", "hippocampus_promptreg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "promptreg",
+        pytest.param("rdp", marks=pytest.mark.slow),  # a part of the first
+        "hippocampus_promptreg",
+    ],
+)
 def test_a_pyramid_dry_runs(name, capsys, monkeypatch):
     # XLA's part takes minutes; training compiles it in test_trainer.py.
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Uncompiled())
@@ -296,7 +303,14 @@ def check_full_size(rows):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("name", FULL_SIZE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unigradicon",
+        "multigradicon",  # other images for the similarity, and masks
+        pytest.param("finetune", marks=pytest.mark.slow),  # as the first, in one stage
+    ],
+)
 def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
     # Built, traced and lowered, at 175^3 too. XLA's part takes more than a minute for
     # each; the slow test below does it.

@@ -108,7 +108,12 @@ def test_own_scans_with_errors_stop_the_notebook(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("subjects", "words"),
-    [(10, ["8 train", "2 val"]), (3, ["2 train", "1 val", "no two held-out scans"])],
+    [
+        (10, ["8 train", "2 val"]),
+        pytest.param(
+            3, ["2 train", "1 val", "no two held-out scans"], marks=pytest.mark.slow
+        ),
+    ],
 )
 def test_train_notebook(tmp_path, monkeypatch, subjects, words):
     printed = run(
