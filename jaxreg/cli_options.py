@@ -158,6 +158,16 @@ Smoothness = Annotated[
         TASK,
     ),
 ]
+LevelIterations = Annotated[
+    int | None,
+    option(
+        "--level-iterations",
+        "For UniReg-RPN: repeat each level up to so many times, as long as it helps; "
+        "10 is the released UniReg-IIRPN. Default: the weights' own (1).",
+        TASK,
+        min=1,
+    ),
+]
 InputMasking = Annotated[
     bool,
     option("--input-masking", "Set intensities outside the masks to 0.", REGIONS),

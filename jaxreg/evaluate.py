@@ -543,7 +543,9 @@ def _ways(
             optimised = _registered(model, options, sam)
             ways.append(_Way(f"{called} + IO", optimised, compiles=True))
     if displacement and (model is None or with_optimisation):
-        alone = dataclasses.replace(options, task="auto", pairing=None, smoothness=None)
+        alone = dataclasses.replace(
+            options, task="auto", pairing=None, smoothness=None, level_iterations=None
+        )
         ways.append(_Way("displacement", _registered(None, alone, sam), compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(

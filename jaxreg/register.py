@@ -23,8 +23,9 @@ from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
-from jaxreg.models import unireg
+from jaxreg.models import kinds, unireg
 from jaxreg.models.sam import TrainedSam, config_of
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
@@ -74,6 +75,8 @@ class Options:
       pairing: for UniReg: scans of two subjects or of one; that of the task if None.
       smoothness: for a network that can be asked for it: the weight of the smoothness
         term as in training; the task's own if None.
+      level_iterations: for a UniReg-RPN: most steps of each level, 10 for the released
+        UniReg-IIRPN; the weights' own number if None.
       placement: how scans become arrays on the network grid; if None the model's own,
         or GradICON's where there is none.
       prealign: how the scans are aligned in mm before anything else, see
@@ -101,6 +104,7 @@ class Options:
     task: str = "auto"
     pairing: Pairing | None = None
     smoothness: float | None = None
+    level_iterations: int | None = None
     placement: preprocess.Placement | None = None
     prealign: prealignment.Way = "none"
 
@@ -416,9 +420,46 @@ def _told(
     words = (options.task, options.pairing, options.smoothness)
     if model is None:
         tasks.refuse(*words)
+        if options.level_iterations is not None:
+            raise UserError(
+                f"--level-iterations is {options.level_iterations}, but no network "
+                "takes part; leave it out"
+            )
         return None, tasks.NOTHING
-    told = tasks.tell(model, *words)
+    told = tasks.tell(_repeating(model, options), *words)
     return _with_sam(told.model, sam), told
+
+
+def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
+    """Returns a pyramid that repeats its levels as often as it is asked to.
+
+    Raises:
+      UserError: the network has no levels to repeat, or has no derivative by which it
+        could be optimised.
+    """
+    config: Any = getattr(model.model, "config", None)
+    asked = options.level_iterations
+    if not isinstance(config, UniRegRpnConfig):
+        if asked is not None:
+            raise UserError(
+                f"--level-iterations is {asked}, but {model.name} is no UniReg-RPN; "
+                "leave it out"
+            )
+        return model
+    if asked is not None:
+        config = dataclasses.replace(config, iterations=asked)
+    optimised = options.io_iterations is not None and options.io_target == "network"
+    if config.iterations > 1 and optimised:
+        raise UserError(
+            "--io-target network cannot optimise a network that repeats its levels; "
+            "give --io-iterations None, --io-target map or --level-iterations 1"
+        )
+    fields = {**model.bundle.config, "iterations": config.iterations}
+    return dataclasses.replace(
+        model,
+        model=kinds.build(config),
+        bundle=dataclasses.replace(model.bundle, config=fields),
+    )
 
 
 def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:

@@ -382,11 +382,6 @@ def load(
     if bundle.model == SAM:
         raise _no_registration(name)
     kind = _kind(bundle.model, name)
-    if bundle.model == SAM:
-        raise UserError(
-            f"{name} holds a SAM network, which registers nothing by itself; pass it "
-            "as --sam-weights beside a --model"
-        )
     kind.check_variables(bundle.variables, bundle.config, source=name)
     model = kinds.build(kinds.config_of(bundle.model, bundle.config))
     return LoadedModel(name, model, bundle.variables, bundle)

@@ -1,6 +1,7 @@
 """Networks that are told of tasks: names, regions, smoothness, in training and use."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -289,24 +290,55 @@ def test_the_weight_that_was_found_best_is_asked_for(trained):
     assert tasks.tell(tuned, "a", smoothness=0.2).smoothness == 0.2
 
 
-def test_register_listens(trained):
-    """Task and smoothness change the field; the same words give the same one."""
+def registered(model, **words):
+    """Returns where two points come to lie when two scans of noise are registered."""
     rng = np.random.default_rng(5)
     moving, fixed = (
         Volume(rng.uniform(size=SHAPE).astype("f4"), Grid(SHAPE, np.eye(4)))
         for _ in "ab"
     )
-    options = register.Options(io_iterations=None, shape=SHAPE, inverse=False)
+    options = register.Options(
+        **{"io_iterations": None, "shape": SHAPE, "inverse": False, **words}
+    )
+    found = register.register(moving, fixed, model, options).transform
+    return np.asarray(found.map_points(np.zeros((1, 2, 3)) + 7.0))
 
-    def field(**words):
-        chosen = dataclasses.replace(options, **words)
-        found = register.register(moving, fixed, trained, chosen).transform
-        points = found.map_points(np.zeros((1, 2, 3)) + 7.0)
-        return np.asarray(points)
 
+@pytest.mark.parametrize("prealign", ["none", "centre"])
+def test_register_listens(trained, prealign):
+    """Task and smoothness change the field; the same words give the same one."""
+    field = functools.partial(registered, trained, prealign=prealign)
     a = field(task="a")
     np.testing.assert_array_equal(a, field(task="head", pairing="inter"))
     for other in ({"task": "b"}, {"task": "c"}, {"task": "a", "smoothness": 9.0}):
         assert np.abs(field(**other) - a).max() > 1e-4, other
     with pytest.raises(UserError, match="--task is auto"):
         field()
+
+
+def test_levels_are_repeated_when_asked(trained):
+    """As the network does by itself, told to repeat."""
+
+    def with_levels(**fields):
+        config = dataclasses.replace(trained.model.config, **fields)
+        stored = {**trained.bundle.config, **fields}
+        bundle = dataclasses.replace(trained.bundle, config=stored)
+        return dataclasses.replace(trained, model=kinds.build(config), bundle=bundle)
+
+    patient = with_levels(delta=-1.0)  # no step is too little
+    once = registered(patient, task="a")
+    found = registered(patient, task="a", level_iterations=2)
+    assert np.abs(found - once).max() > 1e-3
+    stored = with_levels(delta=-1.0, iterations=2)
+    np.testing.assert_array_equal(found, registered(stored, task="a"))
+    with pytest.raises(UserError, match="repeats its levels; give --io-iterations"):
+        registered(stored, task="a", io_iterations=2)
+
+
+def test_only_a_pyramid_of_tasks_has_levels_to_repeat():
+    bundle = checkpoints.Bundle({}, "gradicon", {}, {}, "", "")
+    plain = zoo.LoadedModel("plain", kinds.build(GradIconConfig()), {}, bundle)
+    with pytest.raises(UserError, match="--level-iterations is 3, but plain is no"):
+        registered(plain, level_iterations=3)
+    with pytest.raises(UserError, match="--level-iterations is 3, but no network"):
+        registered(None, level_iterations=3, io_iterations=1, io_target="displacement")

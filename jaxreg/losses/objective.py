@@ -275,6 +275,9 @@ def _check_options(name: str, options: tuple[tuple[str, Any], ...]) -> None:
             )
         if option == "intensity_range":
             fits, expected = _increasing(value), "two numbers, the lower first"
+        elif option == "window":
+            fits = _odd(value)
+            expected = "an odd number of voxels, or one for each of three axes"
         else:
             least = 4 if option == "bins" else 1  # a window of nmi spans four bins
             fits = type(value) is int and value >= least
@@ -293,6 +296,12 @@ def _increasing(value: Any) -> bool:
         and all(isinstance(number, int | float) for number in value)
         and value[0] < value[1]
     )
+
+
+def _odd(value: Any) -> bool:
+    edges = value if isinstance(value, tuple) else (value,) * 3
+    whole = all(type(edge) is int and edge > 0 for edge in edges)
+    return whole and len(edges) == 3 and all(edge % 2 for edge in edges)
 
 
 def _check_pair(objective: Objective, pair: Pair) -> None:
