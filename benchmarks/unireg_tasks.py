@@ -10,13 +10,17 @@ other weights of smoothness (lambda). For each seed:
 1. *asked*: a network that is asked for lambda, trained over a range of it; the sweep
    over validation pairs gives each task's best (Table 4). The first seed's are the
    priors of all runs that follow.
-2. *told*: UniReg, told region and type of each task.
-3. *untold*: the same with one static head for all tasks (Table 6).
+2. *told*: a network that is told region and type of each task.
+3. *untold*: the same with static heads for all tasks (Table 6).
 4. *specialists*: a network per task with a sixth of the steps each.
 
 All are scored with each task's own number, and *told* with each of the others' as well
-(Table 5). The whole runs have equal steps, as many as *told* makes in --minutes where
-this is first run. Trained with LNCC and smoothness, moving onto fixed, without labels.
+(Table 5), on the same validation pairs as the sweep; every run's last weights count. The
+whole runs have equal steps, as many as *told* makes in --minutes where this is first
+run. Trained with LNCC and smoothness, moving onto fixed, without labels.
+
+The network is the released pyramid (UniReg-RPN): in so few steps the paper's, whose one
+head makes the whole displacement, hardly leaves its start.
 
 Every run is a folder of OUT; finished ones are not repeated.
 """
@@ -42,7 +46,7 @@ from jaxreg.data.pipeline import Loading
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import files
 from jaxreg.losses.objective import Objective
-from jaxreg.models.unireg import UniRegConfig
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import SmoothnessRange
 from jaxreg.space import sampling
 from jaxreg.training import step
@@ -70,7 +74,8 @@ CALIBRATION_STEPS = 20
 RANGE = SmoothnessRange(0.03, 10.0)
 SWEEP = 7
 
-_NETWORK = UniRegConfig(features="mind", backbone_window=None)
+PRIORS_SEED = 0
+_NETWORK = UniRegRpnConfig()
 _METHODS = {
     "asked": dataclasses.replace(_NETWORK, smoothness_range=RANGE),
     "told": _NETWORK,
@@ -144,10 +149,10 @@ def experiment_of(
             directions="forward",
         ),
         optimizer=OptimizerConfig(
-            "adam", learning_rate=1e-3, schedule="cosine", warm_up=40
+            "adam", learning_rate=1e-3, schedule="cosine", warm_up=40, clip=1.0
         ),
         train=TrainConfig(batch=1, seed=seed),
-        loop=LoopConfig(log_every=20, image_every=0, validate_every=1),
+        loop=LoopConfig(log_every=20, image_every=0, validate_every=1, metric="last"),
         stages=(Stage("stage_1", epochs=CURVE_POINTS if curve else 1),),
     )
 
@@ -197,7 +202,10 @@ def carry_out(
 
     scored(out / f"asked-{seed}.json", sweep)
     # One statement of the priors, whatever the seed.
-    table = json.loads((out / "asked-0.json").read_text())
+    path = out / f"asked-{PRIORS_SEED}.json"
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing; run --seeds {PRIORS_SEED} first")
+    table = json.loads(path.read_text())
     priors = {
         task: float(max(row, key=lambda w, row=row: row[w]["dice"]))
         for task, row in table.items()
@@ -313,7 +321,7 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 def print_tables(out: pathlib.Path) -> None:
     """Prints what has been scored so far, a number per seed."""
     found = {
-        name: [json.loads(p.read_text()) for p in sorted(out.glob(f"{name}-?.json"))]
+        name: [json.loads(p.read_text()) for p in sorted(out.glob(f"{name}-*.json"))]
         for name in ("asked", "told", "untold", "specialists")
     }
     if not found["asked"]:
@@ -334,8 +342,8 @@ def print_tables(out: pathlib.Path) -> None:
     if found["specialists"]:
         rows["specialists"] = cells(found["specialists"], tasks)
     grid("Dice %", tasks, rows)
-    for seed, run in enumerate(found["told"]):
-        print(f"told (rows) instead of the true task (columns), seed {seed}:\n")
+    for number, run in enumerate(found["told"], start=1):
+        print(f"told (rows) instead of the true task (columns), run {number}:\n")
         matrix = {
             said: [f"{run['matrix'][t][said]['dice']:.1f}" for t in tasks]
             for said in tasks
@@ -343,9 +351,9 @@ def print_tables(out: pathlib.Path) -> None:
         grid("Dice %", tasks, matrix)
     print("Validation Dice % by step:\n")
     for name in ("told", "untold"):
-        for seed, run in enumerate(found[name]):
+        for number, run in enumerate(found[name], start=1):
             curve = ", ".join(f"{s}: {d:.1f}" for s, d in run["curve"].items())
-            print(f"{name}, seed {seed}: {curve}")
+            print(f"{name}, run {number}: {curve}")
 
 
 def _first(runs: Sequence[Any], task: str) -> Mapping[str, float]:

@@ -351,7 +351,7 @@ def _train(
 ) -> tuple[Variables, Mapping[str, float]]:
     """Trains to the end; returns the best variables and the last scores."""
     keep, settings = experiment.loop, experiment.train
-    metric = "loss" if held else None
+    metric = "loss" if held and experiment.loop.metric != "last" else None
     validate = make_validation(experiment, held)
     with runs.RunCheckpoints(
         out / "checkpoints",

@@ -27,6 +27,22 @@ _SMOOTHNESS = 0x5300  # what a stream of random numbers is for
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskRule:
+    """What weights tell of a task besides its name, for those who use them.
+
+    Attributes:
+      ct_window: the task's own, None for that of all.
+      quantile_range: the same.
+      smoothness: the weight that the task was trained or validated with, None for its
+        objective's.
+    """
+
+    ct_window: tuple[float, float] | None = None
+    quantile_range: tuple[float, float] | None = None
+    smoothness: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Sources:
     """The pairs of an experiment.
 
@@ -39,7 +55,7 @@ class Sources:
       tasks: names of the tasks, as batches count them.
       regions: of each task.
       pairings: of each task.
-      smoothness: of each task, None for its objective's.
+      rules: of each task.
       bank: names that the weights carry, see `with_bank`.
       rows: of each task in the bank.
     """
@@ -52,7 +68,7 @@ class Sources:
     tasks: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
     pairings: tuple[Pairing, ...] = ()
-    smoothness: tuple[float | None, ...] = ()
+    rules: tuple[TaskRule, ...] = ()
     bank: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
 
@@ -164,7 +180,10 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         tasks=tuple(task.dataset for task in tasks),
         regions=tuple(_region(train, task) for task in tasks),
         pairings=tuple(pairs.pairing_of(train, task) for task in tasks),
-        smoothness=tuple(task.smoothness for task in tasks),
+        rules=tuple(
+            TaskRule(task.ct_window, task.quantile_range, task.smoothness)
+            for task in tasks
+        ),
     )
 
 
@@ -226,7 +245,7 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
         tasks=tuple(config.name for config in configs),
         regions=tuple(config.name for config in configs),
         pairings=tuple(config.pairing for config in configs),
-        smoothness=(None,) * len(configs),
+        rules=(TaskRule(),) * len(configs),
     )
 
 
@@ -359,14 +378,16 @@ def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
 def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
     """Returns each task's weight of smoothness; None where objectives say it all."""
     asked = kinds.smoothness_range(experiment.model)
-    if asked is None and not any(s is not None for s in sources.smoothness):
+    own = [rule.smoothness for rule in sources.rules]
+    if asked is None and not any(weight is not None for weight in own):
         return None
     several = objectives_of(experiment)
-    own = sources.smoothness or (None,) * len(sources.objectives)
     return [
         weight if weight is not None
         else asked.middle if asked else several[number].smoothness_weight
-        for weight, number in zip(own, sources.objectives, strict=True)
+        for weight, number in zip(
+            own or (None,) * len(sources.objectives), sources.objectives, strict=True
+        )
     ]  # fmt: skip
 
 

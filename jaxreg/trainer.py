@@ -3,6 +3,7 @@
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
 OUT/start_tasks.txt   names of the prompts in the bank that it started from
+OUT/sam/              the SAM network whose embeddings a UniReg correlates
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
@@ -28,6 +29,7 @@ from jaxreg.experiment import Experiment, Stage
 from jaxreg.io import checkpoints, files, runs
 from jaxreg.models import kinds, unireg
 from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models.sam import TrainedSam
 from jaxreg.sources import (
     Sources,
     loading_of,
@@ -47,6 +49,7 @@ Say = Callable[[str], None]
 SETTINGS = "experiment.json"
 SCANS = "scans.txt"
 _START_TASKS = "start_tasks.txt"
+_SAM = "sam"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ def initial_variables(
     say: Say,
     bank: Sequence[str] = (),
     known: Sequence[str] = (),
+    sam: TrainedSam | None = None,
 ) -> Variables:
     """Returns the variables that a stage starts with.
 
@@ -120,6 +124,7 @@ def initial_variables(
       say: takes a sentence about what was loaded.
       bank: names of the network's prompts or regions.
       known: those of the weights to start from.
+      sam: the network for a UniReg's embeddings, see `sam_of`.
 
     Raises:
       UserError: the weights to start from have other sizes, nothing in common, or,
@@ -128,7 +133,7 @@ def initial_variables(
     train, shape = experiment.train, experiment.loading.shape
     fresh = jax.tree.map(np.asarray, model.init(_weights_key(train.seed), shape))
     if before is None and train.start is None:
-        return _with_sam(fresh, experiment, {})
+        return _with_sam(fresh, sam)
     if before is not None:
         source, name = before, "the previous stage"
     else:
@@ -137,6 +142,7 @@ def initial_variables(
         source, name = loaded.variables, f"train.start {train.start}"
         _compare_meaning(experiment, loaded, say)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
+    source = state.changing(source)  # SAM joins at the end
     source = kinds.fitted(experiment.model, source, shape, fresh, rows, len(known))
     merged = runs.merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
@@ -162,29 +168,67 @@ def initial_variables(
             "prompts" if kinds.tells_tasks(experiment.model) == "tasks" else "regions"
         )
         say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
-    return _with_sam(merged.variables, experiment, source)
+    return _with_sam(merged.variables, sam)
 
 
-def _with_sam(
-    variables: Variables, experiment: Experiment, source: Variables
-) -> Variables:
-    """Returns the variables with the SAM network that UniReg correlates, if it does.
+def _with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
+    return variables if sam is None else unireg.with_sam(variables, sam.variables)
+
+
+def sam_of(
+    experiment: Experiment, out: pathlib.Path | None = None
+) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg of the experiment correlates.
+
+    That of the run in `out`, of `train.sam`, or of `train.start`, in this order.
 
     Raises:
-      UserError: there is none.
+      UserError: it is needed and there is none, or given and no stage needs it, or it
+        knows voxels of another size.
     """
-    if not kinds.correlates_sam(experiment.model):
-        return variables
-    named, held = experiment.train.sam, source.get(unireg.SAM)
-    if named is not None:
-        held = zoo.load_sam(named).variables
-    if held is None:
+    stages = [during for _, during in experiment_lib.stages(experiment)]
+    needing = [during for during in stages if kinds.correlates_sam(during.model)]
+    named, start = experiment.train.sam, experiment.train.start
+    if not needing:
+        if named is not None:
+            raise UserError(
+                f"train.sam is {named}, but the network correlates no embeddings of "
+                "SAM; leave it out, or give --model.features sam"
+            )
+        return None
+    found = None
+    if out is not None and (out / _SAM).is_dir():
+        found = zoo.load_sam(out / _SAM)
+    elif named is not None:
+        found = zoo.load_sam(named)
+    elif start is not None:
+        found = zoo.sam_of(zoo.load(start))
+    if found is None:
         raise UserError(
             "model.features is sam, but there are no SAM weights; give --train.sam "
             "PATH (jaxreg train --config configs/sam.py makes some), or "
             "--model.features mind"
         )
-    return unireg.with_sam(variables, held)
+    for during in needing:
+        loading = during.loading
+        if loading.resize == "pad_crop" and loading.spacing_mm != found.spacing_mm:
+            raise UserError(
+                f"the SAM network knows voxels of {found.spacing_mm:g} mm, the network "
+                f"grid has {loading.spacing_mm:g} mm; give --loading.spacing_mm "
+                f"{found.spacing_mm:g}"
+            )
+    return found
+
+
+def _bundle_of_sam(sam: TrainedSam) -> checkpoints.Bundle:
+    return checkpoints.Bundle(
+        variables=sam.variables,
+        model=zoo.SAM,
+        config=dataclasses.asdict(sam.config),
+        preprocessing=zoo.sam_rule(sam),
+        source="the SAM network that a training run was given",
+        licence="that of the network that the run was given",
+    )
 
 
 def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
@@ -237,17 +281,19 @@ def run(
     started_with = _recorded_tasks(out)
     if started_with is None:
         started_with = tasks_of_start(experiment)
+    sam = sam_of(experiment, out)
     stage_runs: list[_StageRun] = []
     for stage, changed in experiment_lib.stages(experiment):
         before = stage_runs[-1].sources.bank if stage_runs else started_with
         # New is what the weights of the run's start do not know, in every stage.
         known = before if experiment.train.start is None else started_with
-        stage_runs.append(_StageRun(changed, stage, out, say, before, known))
+        own = sam if kinds.correlates_sam(changed.model) else None
+        stage_runs.append(_StageRun(changed, stage, out, say, before, known, own))
     if not (out / SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
         first = stage_runs[0]
-        if experiment.train.start or kinds.correlates_sam(first.experiment.model):
+        if experiment.train.start or first.sam:
             initial_variables(
                 first.experiment,
                 first.model,
@@ -255,9 +301,12 @@ def run(
                 lambda _: None,
                 first.sources.bank,
                 started_with,
+                first.sam,
             )
     records = {SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
     open_folder(experiment, out, records, resume=resume)
+    if sam is not None and jax.process_index() == 0 and not (out / _SAM).is_dir():
+        checkpoints.save_bundle(out / _SAM, _bundle_of_sam(sam))
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
@@ -268,14 +317,17 @@ def run(
     if jax.process_index() == 0:
         assert variables is not None  # an experiment has a stage
         last = stage_runs[-1]
-        bundle = bundle_of(last.experiment, variables, last.sources)
+        bundle = bundle_of(last.experiment, variables, last.sources, last.sam)
         checkpoints.save_bundle(weights, bundle)
     parallel.barrier("weights written")
     return Outcome(weights, scores, steps, time.perf_counter() - began)
 
 
 def bundle_of(
-    experiment: Experiment, variables: Variables, sources: Sources | None = None
+    experiment: Experiment,
+    variables: Variables,
+    sources: Sources | None = None,
+    sam: TrainedSam | None = None,
 ) -> checkpoints.Bundle:
     """Returns trained weights as they are stored.
 
@@ -283,12 +335,19 @@ def bundle_of(
       experiment: as it was during the last stage.
       variables: of the network.
       sources: with the names of prompts or regions, for networks that know tasks.
+      sam: the network that the variables hold for a UniReg's embeddings.
     """
     loading, told = experiment.loading, kinds.tells_tasks(experiment.model)
     named = {}
     if told is not None:
         assert sources is not None  # the caller's promise
-        named = {"tasks": list(sources.tasks), told: list(sources.bank)}
+        named = {
+            "tasks": list(sources.tasks),
+            told: list(sources.bank),
+            "task_rules": [dataclasses.asdict(rule) for rule in sources.rules],
+        }
+    if sam is not None:
+        named["sam"] = zoo.sam_rule(sam)
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),
@@ -462,8 +521,10 @@ def shared_out(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
 
 
 def metric_of(experiment: Experiment, sources: Sources) -> str | None:
-    """Returns the score by which a checkpoint is best; None without validation."""
+    """Returns the score by which a checkpoint is best; None if the last one is."""
     wanted, source = experiment.loop.metric, sources.validation
+    if wanted == "last":
+        return None
     if source is None:
         if wanted != "auto":
             raise UserError(
@@ -497,8 +558,9 @@ class _StageRun:
         say: Say,
         before: Sequence[str],
         known: Sequence[str],
+        sam: TrainedSam | None,
     ):
-        self.stage, self.say, self.before = stage, say, before
+        self.stage, self.say, self.before, self.sam = stage, say, before, sam
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
         kinds.check_grid(experiment.model, experiment.loading.shape)
@@ -547,7 +609,9 @@ class _StageRun:
             self.say(sentence)
         if found.skipped:
             self.say(f"the weights are those of step {found.step} of {self.steps}")
-        return state.averaged(state.from_tree(found.state)), scores, self.steps
+        held = state.frozen(start.variables)
+        best = state.from_tree(found.state, held)
+        return state.averaged(best), scores, self.steps
 
     def _start(
         self, kept: runs.RunCheckpoints, before: Variables | None, *, resume: bool
@@ -557,7 +621,10 @@ class _StageRun:
         going_on = resume and kept.latest_step() is not None
         # What a run started from need not be there any more when it goes on.
         variables = (
-            jax.tree.map(np.asarray, self.model.init(_weights_key(seed), shape))
+            _with_sam(
+                jax.tree.map(np.asarray, self.model.init(_weights_key(seed), shape)),
+                self.sam,
+            )
             if going_on
             else initial_variables(
                 self.experiment,
@@ -566,6 +633,7 @@ class _StageRun:
                 self.say,
                 self.sources.bank,
                 self.before,
+                self.sam,
             )
         )
         fresh = state.start(
@@ -580,7 +648,8 @@ class _StageRun:
         for sentence in restored.skipped:
             self.say(sentence)
         self.say(f"resumed at step {restored.step} of {self.steps}")
-        return state.from_tree(restored.state), restored.record
+        held = state.frozen(variables)
+        return state.from_tree(restored.state, held), restored.record
 
     def _train(
         self,

@@ -34,7 +34,7 @@ from jaxreg.io import (
     released_unireg,
 )
 from jaxreg.io.checkpoints import Bundle
-from jaxreg.models import kinds, unireg
+from jaxreg.models import kinds, sam, unireg
 from jaxreg.models.base import Registration
 from jaxreg.models.sam import HU_RANGE, SPACING_MM, SamConfig, TrainedSam
 from jaxreg.typing import Variables
@@ -420,6 +420,30 @@ def load_sam(path: PathLike) -> TrainedSam:
         ct_window=window,
         quantile_range=quantiles,
     )
+
+
+def sam_of(model: LoadedModel) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg holds."""
+    if unireg.SAM not in model.variables:
+        return None
+    said = {**SAM_PREPROCESSING, **model.bundle.preprocessing.get("sam", {})}
+    variables = model.variables[unireg.SAM]
+    return TrainedSam(
+        sam.config_of(variables),
+        variables,
+        spacing_mm=Placement.of_weights(said).spacing_mm,
+        ct_window=tuple(said["ct_window"]),
+        quantile_range=tuple(said["mri_quantiles"]),
+    )
+
+
+def sam_rule(trained: TrainedSam) -> dict[str, Any]:
+    """Returns how a SAM network is shown scans, as weights carry it."""
+    return {
+        **Placement("pad_crop", "spl", trained.spacing_mm).to_dict(),
+        "ct_window": list(trained.ct_window),
+        "mri_quantiles": list(trained.quantile_range or (0.0, 0.99)),
+    }
 
 
 def _no_registration(name: str) -> UserError:

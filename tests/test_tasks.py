@@ -22,6 +22,7 @@ from jaxreg.models.unireg import UniRegConfig
 from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
 from jaxreg.nn import dynamic
 from jaxreg.nn.dynamic import SmoothnessRange
+from jaxreg.sources import TaskRule
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.training import parallel
 from jaxreg.typing import Pair
@@ -54,7 +55,7 @@ def sources_of(
         tasks=names,
         regions=regions,
         pairings=pairings,
-        smoothness=smoothness,
+        rules=tuple(TaskRule(smoothness=weight) for weight in smoothness),
     )
 
 
@@ -141,7 +142,7 @@ def test_regions_and_pairings_are_those_of_the_records(tmp_path):
         found = sources_lib.make_sources(told(SMALL, data=data))
         assert found.regions == (expected,)
         assert found.pairings == ("intra",)
-        assert found.smoothness == (2.0,)
+        assert found.rules == (TaskRule(smoothness=2.0),)
     record = Record(tmp_path / "a.nii", "s", "abdomen-ct", region="abdomen")
     assert sources_lib._region([record], Task("abdomen-ct")) == "abdomen"
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ import optax
 from jaxreg.typing import Key, Variables
 
 FROZEN = ("sam",)
-"""Collections of variables that training reads and never changes or averages."""
+"""Collections of variables that training reads and never changes, averages or stores."""
 
 
 @functools.partial(
@@ -61,17 +63,34 @@ def changing(variables: Variables) -> dict[str, Any]:
     return {name: tree for name, tree in variables.items() if name not in FROZEN}
 
 
+def frozen(variables: Variables) -> dict[str, Any]:
+    """Returns the variables that training leaves as they are."""
+    return {name: tree for name, tree in variables.items() if name in FROZEN}
+
+
 def to_tree(state: TrainState) -> dict[str, Any]:
-    """Returns the state as arrays that a checkpoint can hold; see `from_tree`."""
+    """Returns the state as arrays that a checkpoint can hold, without what is frozen.
+
+    See `from_tree`.
+    """
     tree = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     tree["key"] = jax.random.key_data(state.key)
+    tree["variables"] = changing(state.variables)
     return {name: value for name, value in tree.items() if value is not None}
 
 
-def from_tree(tree: dict[str, Any]) -> TrainState:
-    """Returns the state that `to_tree` took apart."""
+def from_tree(
+    tree: dict[str, Any], held: Mapping[str, Any] = MappingProxyType({})
+) -> TrainState:
+    """Returns the state that `to_tree` took apart.
+
+    Args:
+      tree: of a checkpoint.
+      held: what was frozen, see `frozen`.
+    """
     key = jax.random.wrap_key_data(jnp.asarray(tree["key"]))
-    return TrainState(**{"ema": None, **tree, "key": key})
+    variables = {**tree["variables"], **held}
+    return TrainState(**{"ema": None, **tree, "key": key, "variables": variables})
 
 
 def averaged(state: TrainState) -> Variables:
