@@ -15,9 +15,8 @@ other weights of smoothness (lambda). For each seed:
 4. *specialists*: a network per task with a sixth of the steps each.
 
 All are scored with each task's own number, and *told* with each of the others' as well
-(Table 5), on the same validation pairs as the sweep; every run's last weights count. The
-whole runs have equal steps, as many as *told* makes in --minutes where this is first
-run. Trained with LNCC and smoothness, moving onto fixed, without labels.
+(Table 5), on the same validation pairs as the sweep; every run's last weights count.
+The whole runs have equal --steps. Trained with LNCC and smoothness, moving onto fixed, without labels.
 
 The network is the released pyramid (UniReg-RPN): in so few steps the paper's, whose one
 head makes the whole displacement, hardly leaves its start.
@@ -70,7 +69,6 @@ SUBJECTS = 60
 VALIDATION_PAIRS = 24
 CURVE_PAIRS = 30
 CURVE_POINTS = 8
-CALIBRATION_STEPS = 20
 RANGE = SmoothnessRange(0.03, 10.0)
 SWEEP = 7
 
@@ -89,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--hippocampus", type=pathlib.Path, help="Task04_Hippocampus")
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--minutes", type=float, default=5.0, help="of a whole run")
+    parser.add_argument("--steps", type=int, default=960, help="of a whole run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--table", action="store_true", help="print what is there")
     arguments = parser.parse_args()
@@ -98,9 +96,8 @@ def main() -> None:
         # Many runs compile the same programs.
         jax.config.update("jax_compilation_cache_dir", str(out / "compiled"))
         manifests = prepare(arguments.hippocampus, out)
-        steps = calibrate(manifests, out, arguments.minutes)
         for seed in arguments.seeds:
-            carry_out(manifests, steps, out, seed)
+            carry_out(manifests, arguments.steps, out, seed)
     print_tables(out)
 
 
@@ -155,26 +152,6 @@ def experiment_of(
         loop=LoopConfig(log_every=20, image_every=0, validate_every=1, metric="last"),
         stages=(Stage("stage_1", epochs=CURVE_POINTS if curve else 1),),
     )
-
-
-def calibrate(manifests: Mapping[str, str], out: pathlib.Path, minutes: float) -> int:
-    """Returns the steps of a whole run, measured once."""
-    path = out / "steps.json"
-    if path.is_file():
-        return json.loads(path.read_text())["steps"]
-    folder = out / "calibration"
-    experiment = experiment_of("told", manifests, CALIBRATION_STEPS, {}, 0)
-    experiment = dataclasses.replace(
-        experiment, loop=dataclasses.replace(experiment.loop, log_every=5)
-    )
-    trainer.run(experiment, folder, resume=True)
-    with open(folder / "stage_1" / "log.csv", newline="") as file:
-        rates = [float(row["pairs_per_s"]) for row in csv.DictReader(file)]
-    # The first row has the compiler's time in it.
-    rate = statistics.median(rates[1:])
-    steps = round(60 * minutes * rate / 48) * 48
-    write_json(path, {"minutes": minutes, "pairs_per_s": rate, "steps": steps})
-    return steps
 
 
 def carry_out(

@@ -3,16 +3,22 @@
 Method: Zhao et al., UniReg, 2025, section 3: SGD with momentum 0.99 at 5e-5, 120,000
 iterations of one pair, tasks drawn alike, NCC + lambda * diffusion + Dice with lambda
 0.05 (head and neck), 1 (chest), 0.1 (abdomen) and 10 (liver, within subjects), moving
-onto fixed alone; 2 mm, 192 x 192 x 160 voxels, -800 to 400 HU. Scans of two subjects
-are pre-aligned first. The weight of Dice is not in the paper.
+onto fixed alone; 2 mm, 192 x 192 x 160 voxels, -800 to 400 HU. The weight of Dice is
+not in the paper.
 
-    python train.py --config configs/unireg.py --model.features mind \
+    python train.py --config configs/unireg.py --train.sam runs/sam/weights \
         --data.manifests headneck.csv,chest.csv,abdomen.csv,liver.csv --out runs/unireg
 
---model.features mind correlates descriptors in place of SAM's embeddings; with SAM, its
-weights come first. A user's own tasks: --data.tasks, or a copy of TASKS below; each may
-have intensities, a similarity and labels of its own. A network that is asked for lambda
-at registration has smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.
+Without SAM: --model.features mind, which correlates descriptors; and for MR, whose
+intensities are no Hounsfield units, --model.backbone_window None as well.
+
+Scans are taken as they are stored. The paper aligns those of two subjects first: do so
+once for each, onto one of them, by `jaxreg register --prealign affine --model none
+--io-iterations None --warped-moving-out ...`, and with --prealign in use.
+
+A user's own tasks are a copy of this file with other TASKS; each may have a similarity
+and labels of its own. A network that is asked for lambda at registration has
+smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.
 """
 
 from jaxreg.data.pairs import Task

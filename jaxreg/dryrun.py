@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,7 +28,13 @@ from jaxreg.sources import (
     with_tasks,
 )
 from jaxreg.space.grid import Shape
-from jaxreg.trainer import metric_of, shared_out, tasks_of_start, trained_rows
+from jaxreg.trainer import (
+    metric_of,
+    sam_of,
+    shared_out,
+    tasks_of_start,
+    trained_rows,
+)
 from jaxreg.training import optimizer, state, step
 from jaxreg.training.parallel import Layout
 
@@ -48,7 +54,7 @@ class DryRun:
       activation_bytes: of one step, scaled up by voxels and batch from the small grid.
       small: the grid that the step was compiled at.
       compile_seconds: for that.
-      data: a sentence about each manifest of any stage.
+      data: a sentence about each manifest of any stage, and about SAM weights.
     """
 
     parameters: int
@@ -90,12 +96,13 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
       UserError: settings, devices or data do not fit together.
     """
     # What is quickly found comes before what takes minutes.
-    data = tuple(_quick_checks(experiment))
-    last = _with_likely_tasks(experiment_lib.stages(experiment)[-1][1])
+    known = tasks_of_start(experiment)
+    data = tuple(_quick_checks(experiment, known))
+    last = _with_likely_tasks(experiment_lib.stages(experiment)[-1][1], known)
     shape = last.loading.shape
     factor = min(1.0, small / max(shape))
     # What every network takes.
-    grid = tuple(max(16, 8 * math.ceil(n * factor / 8)) for n in shape)
+    grid = tuple(16 * math.ceil(n * factor / 16) for n in shape)
     grid = (grid[0], grid[1], grid[2])
     began = time.perf_counter()
     compiled = _lowered(last, grid, 1).compile()
@@ -129,11 +136,10 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     )
 
 
-def _with_likely_tasks(experiment: Experiment) -> Experiment:
+def _with_likely_tasks(experiment: Experiment, known: Sequence[str]) -> Experiment:
     """Returns the experiment with a prompt for each task it starts with or names."""
     data = experiment.data
     if _is_there(data):
-        known = tasks_of_start(experiment)
         sources = with_bank(make_sources(experiment), known, experiment.model)
         return with_tasks(experiment, sources)
     left = [task for task in data.tasks if task.dataset not in data.exclude]
@@ -221,13 +227,18 @@ def _check_cache(folder: pathlib.Path) -> None:
     files.check_writable(there / "entry", "loading.cache_dir")
 
 
-def _quick_checks(experiment: Experiment) -> list[str]:
+def _quick_checks(experiment: Experiment, known: Sequence[str]) -> list[str]:
     """Checks each stage as training does before it starts, as far as its data exist.
 
     Returns:
-      A sentence about each manifest.
+      A sentence about each manifest, and about SAM weights that are still missing.
     """
     said: list[str] = []
+    needed = kinds.correlates_sam(experiment.model)
+    if needed and experiment.train.sam is None and experiment.train.start is None:
+        said.append("SAM weights are not given yet; training will need --train.sam")
+    else:
+        sam_of(experiment)
     for stage, changed in experiment_lib.stages(experiment):
         kinds.build(changed.model)
         per_epoch, *_ = shared_out(changed)
@@ -235,7 +246,6 @@ def _quick_checks(experiment: Experiment) -> list[str]:
         said.extend(_data_sentences(changed))
         kinds.check_grid(changed.model, changed.loading.shape)
         if _is_there(changed.data):
-            known = tasks_of_start(changed)
             sources = with_bank(make_sources(changed), known, changed.model)
             metric_of(changed, sources)
             if changed.train.only != "all":

@@ -205,7 +205,8 @@ class Experiment:
         Raises:
           UserError: no stage, stages of one name, an unknown objective or synthetic
             task, losses of prompts without a bank, data of two kinds, settings that
-            synthetic data cannot have, or `loading.canonical`.
+            synthetic data cannot have, `loading.canonical`, or a window of Hounsfield
+            units that is not the network's.
         """
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
@@ -238,6 +239,7 @@ class Experiment:
                 "evaluate to turn scans; leave it out and store all scans in one "
                 "orientation"
             )
+        self._check_windows()
         for objective in (self.objective, *dict(self.objectives).values()):
             prompted = objective.orthogonality_weight, objective.task_weight
             if any(prompted) and not isinstance(self.model, PromptRegConfig):
@@ -249,6 +251,26 @@ class Experiment:
         known = {"default", *dict(self.objectives)}
         for task in self.data.tasks:
             _known(task.objective, known, f"objective of task {task.dataset}")
+
+    def _check_windows(self) -> None:
+        """Checks that a network that reads Hounsfield units is shown them rightly."""
+        needed = kinds.hounsfield_window(self.model)
+        if needed is None or not self.data.manifests:
+            return
+        given = {"loading.ct_window": self.loading.ct_window}
+        given |= {
+            f"ct_window of task {task.dataset}": task.ct_window
+            for task in self.data.tasks
+            if task.ct_window is not None
+        }
+        for name, window in given.items():
+            if tuple(window) != tuple(needed):
+                raise UserError(
+                    f"{name} is {window[0]:g} to {window[1]:g} HU, but the network "
+                    f"takes 0 and 1 for {needed[0]:g} and {needed[1]:g} HU "
+                    "(model.window); give both the same, or for a network without "
+                    "units --model.backbone_window None and --model.features mind"
+                )
 
 
 def load(path: str | os.PathLike[str]) -> Experiment:

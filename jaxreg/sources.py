@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.data import augment, manifest, pairs, pipeline, synthetic
+from jaxreg.data import augment, manifest, pairs, pipeline, preprocess, synthetic
 from jaxreg.data.manifest import Manifest, Pairing, Record
 from jaxreg.errors import UserError
 from jaxreg.experiment import Experiment
@@ -163,6 +163,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         schedule=data.schedule,
         seed=_pairs_seed(experiment.train.seed, number),
     )
+    _check_modalities(experiment, whole.records, tasks)
     plans, held_out = _validation_plans(whole, tasks, experiment)
     classes = data.classes or tuple(
         sorted({value for named in whole.labels.values() for value in named} - {0})
@@ -281,6 +282,22 @@ def _validation_plans(
     count = min(len(found), experiment.data.validation_pairs)
     chosen = np.linspace(0, len(found), count, endpoint=False).astype(int)
     return tuple(found[i] for i in chosen), held_out
+
+
+def _check_modalities(
+    experiment: Experiment, records: Sequence[Record], tasks: Sequence[pairs.Task]
+) -> None:
+    if not kinds.reads_ct_alone(experiment.model):
+        return
+    datasets = {task.dataset for task in tasks}
+    for record in records:
+        if record.dataset in datasets and preprocess.kind(record.modality) != "ct":
+            raise UserError(
+                f"{record.image} of {record.dataset} has modality {record.modality}, "
+                "but the network takes its images for Hounsfield units; give "
+                "--model.backbone_window None, and --model.features mind or a SAM "
+                "network of that modality"
+            )
 
 
 def _check_annotations(

@@ -60,6 +60,8 @@ _MEANING = (
     "residual",
     "features",
     "pool_norm",
+    "downsample",
+    "matching",
     "window",
     "backbone_window",
     "smoothness_range",
@@ -210,9 +212,26 @@ def correlates_sam(config: Config) -> bool:
 
 def smoothness_range(config: Config) -> SmoothnessRange | None:
     """Returns the weights of smoothness that a network can be asked for."""
-    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+    if isinstance(config, UniRegConfig | UniRegRpnConfig) and config.head == "dynamic":
         return config.smoothness_range
     return None
+
+
+def hounsfield_window(config: Config | None) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that a CT scan's 0 and 1 must be for a network.
+
+    None where any scaling will do that is the same in training and in use.
+    """
+    if isinstance(config, UniRegConfig) and (
+        config.features == "sam" or config.backbone_window is not None
+    ):
+        return config.window
+    return None
+
+
+def reads_ct_alone(config: Config | None) -> bool:
+    """Whether a network takes its images for Hounsfield units."""
+    return isinstance(config, UniRegConfig) and config.backbone_window is not None
 
 
 def prompts_in(variables: Variables) -> int:

@@ -13,7 +13,7 @@ import optax
 from jaxreg.typing import Key, Variables
 
 FROZEN = ("sam",)
-"""Collections of variables that training reads and never changes, averages or stores."""
+"""Collections of variables that training never changes, averages or stores."""
 
 
 @functools.partial(
