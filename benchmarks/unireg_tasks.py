@@ -16,7 +16,8 @@ other weights of smoothness (lambda). For each seed:
 
 All are scored with each task's own number, and *told* with each of the others' as well
 (Table 5), on the same validation pairs as the sweep; every run's last weights count.
-The whole runs have equal --steps. Trained with LNCC and smoothness, moving onto fixed, without labels.
+The whole runs have equal --steps. Trained with LNCC and smoothness, moving onto fixed,
+without labels.
 
 The network is the released pyramid (UniReg-RPN): in so few steps the paper's, whose one
 head makes the whole displacement, hardly leaves its start.
