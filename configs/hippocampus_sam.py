@@ -27,6 +27,7 @@ def get_config() -> SamExperiment:
             shape=(16, 32, 32),
             spacing_mm=1.0,
             least_overlap=(5, 10, 10),
+            gamma=1.5,
             noise=20.0,
             blur_mm=1.0,
             body_above=None,

@@ -8,7 +8,6 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from scipy import ndimage
 
 from jaxreg import cli, experiment, sam_experiment, sam_training, zoo
@@ -16,6 +15,7 @@ from jaxreg.errors import UserError
 from jaxreg.models import sam
 from jaxreg.training import optimizer
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "hippocampus_sam.py"
 SMALL = {
@@ -37,24 +37,6 @@ SMALL = {
     "optimizer.warm_up": "1",
     "loading.prefetch": "0",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Runs of the same program find it compiled."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -31,6 +31,8 @@ class ViewConfig:
         has room for two.
       least_overlap: then, per axis, in voxels at scale 1; less where the crops are
         not much larger.
+      gamma: largest factor of the contrast's exponent, either way, over the volume's
+        range of intensities; 1 keeps the contrast, as in CT it should be.
       noise: largest deviation of Gaussian noise, in the image's intensities.
       blur_mm: largest deviation of the Gaussian blur.
       body_above: the volume is cropped to the box of intensities above this; the
@@ -42,6 +44,7 @@ class ViewConfig:
     scale: tuple[float, float] = (0.8, 1.2)
     overlapping: float = 0.8
     least_overlap: tuple[int, int, int] = (5, 20, 20)
+    gamma: float = 1.0
     noise: float = 0.001
     blur_mm: float = 4.0
     body_above: float | None = (-500 + 1024) * 255 / 4095 - 50
@@ -50,15 +53,16 @@ class ViewConfig:
         """Checks the values.
 
         Raises:
-          UserError: a size is not positive, a deviation negative, or the scales are
-            in the wrong order.
+          UserError: a size is not positive, a deviation negative, gamma below 1, or
+            the scales are in the wrong order.
         """
         low, high = self.scale
         positive = min(*self.shape, self.spacing_mm, low) > 0
-        if not positive or low > high or min(self.noise, self.blur_mm) < 0:
+        away = min(self.noise, self.blur_mm) < 0 or self.gamma < 1
+        if not positive or low > high or away:
             raise UserError(
-                f"the views are {self}, expected positive sizes, scales in order and "
-                "deviations of 0 or more"
+                f"the views are {self}, expected positive sizes, scales in order, "
+                "deviations of 0 or more and gamma of 1 or more"
             )
 
 
@@ -107,6 +111,7 @@ def two_views(
     scales = rng.uniform(*config.scale, size=2)
     starts, sizes = _crops(np.floor(extent).astype(int), scales, rng, config)
     # The first voxel's outer edge is where the body's box begins.
+    ends = float(image.min()), float(image.max())
     middles = (first - 0.5) * spacing + (starts + sizes / 2) * config.spacing_mm
     views = []
     for middle, scale in zip(middles, scales, strict=True):
@@ -116,9 +121,9 @@ def two_views(
             for m, n in zip(middle, config.shape, strict=True)
         ]
         index = [mm / s for mm, s in zip(axes, spacing, strict=True)]
-        view = _blurred(
-            _noisy(_read(image, index), rng, config.noise), rng, config.blur_mm / step
-        )
+        view = _contrasted(_read(image, index), ends, rng, config.gamma)
+        view = _noisy(view, rng, config.noise)
+        view = _blurred(view, rng, config.blur_mm / step)
         inside = [
             (i >= -0.5) & (i <= n - 0.5)
             for i, n in zip(index, image.shape, strict=True)
@@ -197,6 +202,16 @@ def _read(image: np.ndarray, index: list[np.ndarray]) -> np.ndarray:
         above = image.take(np.minimum(low + 1, n - 1), axis=axis)
         image = (1 - weight) * below + weight * above
     return image
+
+
+def _contrasted(
+    view: np.ndarray, ends: tuple[float, float], rng: np.random.Generator, most: float
+) -> np.ndarray:
+    low, high = ends
+    if most == 1 or low == high:
+        return view
+    exponent = most ** rng.uniform(-1, 1)
+    return low + (high - low) * ((view - low) / (high - low)).clip(0, 1) ** exponent
 
 
 def _noisy(view: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:

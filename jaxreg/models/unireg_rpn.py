@@ -457,26 +457,3 @@ class UniRegRpn:
             "correlation_trace": found.correlation,
         }
         return Prediction(as_transform(found.field), aux), variables
-
-
-def start_dynamic(variables: Variables, static: Variables) -> Variables:
-    """Returns dynamic variables that start from a static network's.
-
-    Every tensor whose name and shape agree is taken over: the encoder and each
-    decoder's first four convolutions. The heads stay as they are.
-
-    Args:
-      variables: fresh ones of a network with dynamic heads.
-      static: of one with static heads.
-    """
-
-    def take(path, own):
-        other = static
-        for part in path:
-            if not isinstance(other, dict) or part.key not in other:
-                return own
-            other = other[part.key]
-        same = jnp.shape(other) == jnp.shape(own)  # pyright: ignore
-        return other if same else own
-
-    return jax.tree_util.tree_map_with_path(take, variables)

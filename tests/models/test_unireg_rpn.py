@@ -248,31 +248,6 @@ def test_static_heads_start_at_zero_and_need_no_task():
     assert config.outside == "zeros" and SMALL.outside == "edge"
 
 
-def random_variables(*sizes, seed=0):
-    rng = np.random.default_rng(seed)
-    table = released_unireg.entries(released_unireg.Sizes(*sizes))
-    state = {e.key: rng.normal(size=e.torch_shape).astype("f4") for e in table}
-    return released_unireg.to_variables(state)
-
-
-def test_dynamic_network_starts_from_a_static_one():
-    own = random_variables(4, 1, "dynamic", 2, 4)
-    static = random_variables(4, 1, "static", seed=1)
-    started = unireg_rpn.start_dynamic(own, static)
-    assert jax.tree.structure(started) == jax.tree.structure(own)
-    for name, layers in started["params"].items():
-        for layer, found in layers.items():
-            source = own if layer == "head" else static
-            jax.tree.map(
-                np.testing.assert_array_equal, found, source["params"][name][layer]
-            )
-    # Of a wider network nothing fits.
-    wider = random_variables(8, 1, "static", seed=1)
-    jax.tree.map(
-        np.testing.assert_array_equal, unireg_rpn.start_dynamic(own, wider), own
-    )
-
-
 def test_released_sizes():
     model = unireg_rpn.UniRegRpn()
     shapes = jax.eval_shape(lambda k: model.init(k, (16, 16, 16)), jax.random.key(0))
