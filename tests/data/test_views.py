@@ -149,6 +149,24 @@ def test_same_seed_same_views():
     assert not np.array_equal(one.images, other.images)
 
 
+def test_contrast_has_one_exponent_per_view_over_the_volumes_range():
+    image = volume()
+    low, high = image.min(), image.max()
+    plain = drawn(PLAIN, 0, image).images
+    found = drawn(dataclasses.replace(PLAIN, gamma=2.0), 0, image).images
+    exponents = []
+    for before, after in zip(plain, found, strict=True):
+        x, y = ((i.ravel().astype(float) - low) / (high - low) for i in (before, after))
+        middle = np.abs(x - 0.5).argmin()
+        exponents.append(np.log(y[middle]) / np.log(x[middle]))
+        np.testing.assert_allclose(y, x.clip(0, 1) ** exponents[-1], atol=1e-5)
+    assert all(0.5 <= exponent <= 2.0 for exponent in exponents)
+    assert exponents[0] != pytest.approx(exponents[1])
+    flat = np.full((32, 48, 32), 7.0, np.float32)
+    again = drawn(dataclasses.replace(PLAIN, gamma=2.0), 0, flat).images
+    np.testing.assert_array_equal(again, 7.0)
+
+
 def test_noise_and_blur():
     flat = np.full((32, 48, 32), 7.0, np.float32)
     noisy = drawn(dataclasses.replace(PLAIN, noise=2.0), 0, flat).images
@@ -165,7 +183,13 @@ def test_noise_and_blur():
 
 @pytest.mark.parametrize(
     "change",
-    [{"shape": (0, 4, 4)}, {"scale": (1.2, 0.8)}, {"noise": -1.0}, {"spacing_mm": 0.0}],
+    [
+        {"shape": (0, 4, 4)},
+        {"scale": (1.2, 0.8)},
+        {"noise": -1.0},
+        {"gamma": 0.5},
+        {"spacing_mm": 0.0},
+    ],
 )
 def test_settings_that_are_refused(change):
     with pytest.raises(UserError, match="expected positive sizes"):
