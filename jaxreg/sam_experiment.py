@@ -119,9 +119,9 @@ class SamTrain:
       steps: in all.
       steps_per_epoch: what the loop calls an epoch, for validation and checkpoints.
       ema: decay of the moving average of parameters and batch statistics, 0 for none.
-      parallel: see `training.parallel.make_layout`; each device finds its negatives
-        among its own volumes and has batch statistics of its own, as each GPU of the
-        original.
+      parallel: see `training.parallel.make_layout`; under "pmap" each device finds its
+        negatives among its own volumes and has batch statistics of its own, as each GPU
+        of the original; on a mesh both are of the whole batch.
       seed: of weights, order, views and choices.
       start: SAM weights to start from: a checkpoint folder or a PyTorch file; fresh
         ones if None.
