@@ -4,15 +4,16 @@ Method: Zhao et al., UniReg, 2025; network and numbers of the released code. Fir
 pyramid with static heads on brain MR alone: Adam, 1e-4, 80,000 steps. Then, from these
 weights, with heads made for the task on six tasks: 1e-5, 150,000 steps, the gradient's
 norm at most 1, tasks by weight. Batch 1, LNCC in boxes of 9 voxels, moving onto fixed
-alone, no labels; CT from -150 to 250 HU, MR between the quantiles 0.005 and 0.995.
+alone, no labels; CT from -150 to 250 HU, MR between the quantiles 0.005 and 0.995 of
+the voxels above 0.
 
     python train.py --config configs/unireg_rpn.py --out runs/unireg_rpn \
         --data.manifests acdc.csv,liver.csv,head.csv,abdomen.csv,chest.csv,brain.csv
 
 Unlike the release: one grid of 160 x 192 x 192 for all tasks, where it has grids of
 their own for the heart (16 x 128 x 128, boxes of 3 x 9 x 9) and the brain (192 x 224 x
-160); quantiles of all voxels, not of those above 0; single precision; tasks drawn by
-weight, not in a fixed cycle; scans as they are, not pre-aligned (store them so).
+160); single precision; tasks drawn by weight, not in a fixed cycle; scans as they are
+stored, not pre-aligned (see configs/unireg.py).
 UniReg-IIRPN is the same network in use: jaxreg register --level-iterations 10.
 """
 
@@ -49,6 +50,7 @@ def get_config() -> Experiment:
             shape=(160, 192, 192),
             ct_window=(-150.0, 250.0),
             quantile_range=(0.005, 0.995),
+            foreground=True,
             resize="aligned",
         ),
         augment=None,

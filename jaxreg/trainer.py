@@ -357,6 +357,7 @@ def bundle_of(
             "shape": list(loading.shape),
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
+            "mri_foreground": loading.foreground,
             "mask_inputs": loading.mask_inputs,
             **named,
         },

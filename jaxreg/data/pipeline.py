@@ -66,6 +66,7 @@ class Loading:
       ct_window: the Hounsfield values that become 0 and 1.
       quantile_range: the quantiles that become 0 and 1 in other images; the minimum
         and the 0.99 quantile if None.
+      foreground: those quantiles are of the voxels above 0 alone.
       canonical: turn every scan to the axis order and directions closest to RAS+ first
         (D towards superior, H anterior, W right), so that scans stored in different
         orders look alike; no voxel moves in the world.
@@ -88,6 +89,7 @@ class Loading:
     storage: Storage = "float32"
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
+    foreground: bool = False
     canonical: bool = False
     resize: preprocess.Resize = "half_pixel"
     axes: preprocess.Axes = "kji"
@@ -150,6 +152,7 @@ class Loading:
             modality=preprocess.kind(modality),
             ct_window=own[0] or self.ct_window,
             quantile_range=own[1] or self.quantile_range,
+            foreground=self.foreground,
         )
 
 

@@ -210,11 +210,13 @@ class Preprocessing:
       ct_window: the Hounsfield values that become 0 and 1.
       quantile_range: the quantiles that become 0 and 1 in MRI; the minimum and the
         0.99 quantile if None.
+      foreground: these quantiles are those of the voxels above 0 alone (UniReg-RPN).
     """
 
     modality: Modality = "mri"
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
+    foreground: bool = False
 
     def __post_init__(self):
         """Checks the values; JSON's lists become tuples."""
@@ -251,6 +253,7 @@ class Preprocessing:
             "modality": self.modality,
             "ct_window": list(self.ct_window),
             "quantile_range": self.quantile_range and list(self.quantile_range),
+            **({"foreground": True} if self.foreground else {}),
         }
 
     @classmethod
@@ -333,7 +336,9 @@ def normalise(
         mend = f"ct_window {low:g} {high:g}; give the window that holds its values"
     else:
         a, b = rule.quantile_range or (0.0, 0.99)
-        low, high = quantile(array, a), quantile(array, b)
+        seen = array[array > 0] if rule.foreground else array
+        seen = seen if seen.size else array
+        low, high = quantile(seen, a), quantile(seen, b)
         mend = f"quantiles {a:g} to {b:g}; widen quantile_range, e.g. to 0 1"
     low, high = np.float32(low), np.float32(high)
     if array.min() == array.max():

@@ -115,6 +115,20 @@ def test_quantile_is_the_kth_value(q, expected):
     assert preprocess.quantile(values, q) == expected
 
 
+def test_quantiles_of_the_foreground_are_of_voxels_above_0():
+    values = np.r_[np.zeros(900), np.arange(1, 101)].reshape(10, 10, 10)
+    rule = Preprocessing("mri", quantile_range=(0.1, 0.9), foreground=True)
+    expected = (values.clip(10, 90) - 10) / 80
+    np.testing.assert_allclose(preprocess.normalise(values, rule), expected, rtol=1e-6)
+    assert Preprocessing.from_dict(rule.to_dict()) == rule
+    # Of nothing above 0 it is all voxels.
+    below = np.arange(1000.0).reshape(10, 10, 10) - 2000
+    np.testing.assert_array_equal(
+        preprocess.normalise(below, rule),
+        preprocess.normalise(below, quantiles((0.1, 0.9))),
+    )
+
+
 def test_quantile_counts_the_background():
     assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.98) == 0
     assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.99) == 5
