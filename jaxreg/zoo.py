@@ -425,8 +425,8 @@ def load_sam(path: PathLike) -> TrainedSam:
 def _no_registration(name: str) -> UserError:
     return UserError(
         f"{name} is SAM, which finds places of one scan in another and registers "
-        "nothing; give its weights to jaxreg match --model PATH, and register with "
-        f"one of {', '.join(ZOO)} or weights of your own"
+        "nothing; pass it as --sam-weights beside the network of --model, or to jaxreg "
+        "match as its --model"
     )
 
 
@@ -676,14 +676,12 @@ def _from_path(name: str) -> Bundle:
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
-    if "backbone.conv1.conv.weight" in state:
+    if any(key.startswith(("backbone.conv1.", "read_out_head.")) for key in state):
         return SAM
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
     if any(key.startswith("encoder_moving.") for key in state):
         return "rdp"
-    if any(key.startswith("read_out_head.") for key in state):
-        return SAM
     return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 

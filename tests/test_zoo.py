@@ -603,7 +603,7 @@ def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
     assert bundle.preprocessing["ct_window"] == [-1024.0, 3071.0]
     other = dataclasses.replace(bundle, model="rdp")
     checkpoints.save_bundle(tmp_path / "other", other)
-    with pytest.raises(UserError, match="holds a rdp network, expected a SAM"):
+    with pytest.raises(UserError, match="holds a rdp network, .* describes no places"):
         zoo.load_sam(tmp_path / "other")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="there are no SAM weights at"):
         zoo.load_sam(tmp_path / "absent")
