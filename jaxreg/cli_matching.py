@@ -202,9 +202,11 @@ def _by_sam(model: str) -> _Describe:
             ct_window or loaded.ct_window,
             quantile_range or loaded.quantile_range,
         )
-        return points_lib.by_sam(
-            scan, rule, loaded.config, loaded.variables, spacing_mm=loaded.spacing_mm
-        )
+        try:
+            points_lib.check_known(loaded, rule, scan.source)
+        except UserError as error:
+            raise UserError(f"{error}; give --model mind") from error
+        return points_lib.by_sam(scan, rule, loaded)
 
     return describe
 

@@ -24,7 +24,7 @@ from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
 from jaxreg.models import kinds, unireg
-from jaxreg.models.sam import TrainedSam, config_of
+from jaxreg.models.sam import TrainedSam
 from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
@@ -479,12 +479,11 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
     )
 
 
-def _sam_of(model: zoo.LoadedModel | None) -> TrainedSam | None:
-    """Returns the SAM network that a UniReg holds."""
-    variables = {} if model is None else model.variables
-    if unireg.SAM not in variables:
-        return None
-    return TrainedSam(config_of(variables[unireg.SAM]), variables[unireg.SAM])
+def _sam_for(
+    model: zoo.LoadedModel | None, given: TrainedSam | None
+) -> TrainedSam | None:
+    """Returns the SAM network in use: the given one before that of a UniReg."""
+    return given if given or model is None else zoo.sam_of(model)
 
 
 def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
@@ -535,7 +534,7 @@ def _prealigned(
             (fixed, fixed_rule, regions.fixed_mask),
         )
     ]
-    return prealignment.find(options.prealign, *scans, network=sam or _sam_of(model))
+    return prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
 
 
 def _bent(
@@ -736,7 +735,7 @@ def _optimise(
     if options.io_target == "map":
         return refine.optimize_map(pair, predicted, loss=options.io_sim, **common)
     if options.io_target == "features":
-        extract = _extractor(sam or _sam_of(model), options)
+        extract = _extractor(_sam_for(model, sam), options)
         return refine.optimize_features(pair, predicted, extract, **common)
     common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":

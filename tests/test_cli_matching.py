@@ -16,6 +16,7 @@ from jaxreg.models import sam
 SHIFT = np.array([6.0, -3.0, 10.0])
 POINTS_RAS = np.array([[8.0, 20.0, 25.0], [14.0, 15.0, 30.0]])
 CONFIG = {"channels": (2, 2, 3, 3), "embedding": 4, "form": "native"}
+RULE = {**zoo.SAM_PREPROCESSING, "spacing_mm": 1.5, "mri_quantiles": [0.0, 0.99]}
 COMMON = ("--fixed-modality", "mri", "--moving-modality", "mri")
 
 
@@ -33,7 +34,7 @@ def folder(tmp_path_factory):
     variables = sam.init(config, jax.random.key(0))
     bundle = checkpoints.Bundle(
         jax.tree.map(np.asarray, variables), "sam", CONFIG,
-        {**zoo.SAM_PREPROCESSING, "spacing_mm": 1.5}, "a test", "none",
+        RULE, "a test", "none",
     )  # fmt: skip
     checkpoints.save_bundle(folder / "sam", bundle)
     (folder / "points.csv").write_text(

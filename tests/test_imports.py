@@ -78,9 +78,9 @@ TABLE = {
     "optimize": Room(_TOP, ("optax",)),
     "tasks": Room((*_TOP, "nn.dynamic")),
     "prealignment": Room(
-        ("prealign", "matching", "models.sam", "data", "losses", "space")
+        ("points", "prealign", "matching", "models.sam", "data", "losses", "space")
     ),
-    "refine": Room((*_TOP, "nn"), ("optax",)),
+    "refine": Room((*_TOP, "nn", "points"), ("optax",)),
     "register": Room(
         (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
     ),
