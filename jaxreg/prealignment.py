@@ -40,7 +40,6 @@ SAM_WAYS = ("sam", "sam-affine", "sam-coarse")
 WAYS = ("none", "centre", "affine", *SAM_WAYS)
 
 _OVERVIEW = (64, 64, 64)
-_OVERLAP = 0.3  # of the fixed image, below which a start is not believed
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
 _LARGEST_CHANGE = 8.0  # of volume
@@ -182,7 +181,8 @@ def _unlikeness(matrix, fixed: Image, moving: Image, *, loss: str):
     inside = jnp.all((points >= 0) & (points <= 1), -1, keepdims=True)
     warped = sampling.sample(moving, points)
     measure = {"ncc": similarity.ncc, "mind": similarity.mind_ssc}[loss]
-    return measure(warped, fixed, mask=inside), jnp.mean(inside)
+    share = jnp.mean(inside)
+    return prealign.unlikeness(measure(warped, fixed, mask=inside), share), share
 
 
 def _best(
@@ -196,7 +196,7 @@ def _best(
         matrix = jnp.asarray(step.matrix, jnp.float32)
         value, share = _unlikeness(matrix, fixed, moving, loss=loss)
         value = float(value)
-        return float(share) < _OVERLAP, math.inf if math.isnan(value) else value
+        return float(share) < prealign.OVERLAP, math.inf if math.isnan(value) else value
 
     return min(starts, key=rank)
 

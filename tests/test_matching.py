@@ -170,3 +170,10 @@ def test_batches_are_refused():
     features = jnp.ones((2, 2, 2, 2, 1))
     with pytest.raises(ValueError, match="expected 1 D H W C"):
         matching.match(np.zeros((1, 3)), features, features)
+
+
+def test_an_axis_shorter_than_half_a_stride_has_one_place():
+    shape = (2, 32, 32)
+    points = matching.start_points(shape, mask=np.ones(shape))
+    assert set(points[:, 0]) == {1}
+    assert sorted(set(points[:, 1])) == [3, 11, 19, 27]
