@@ -110,7 +110,11 @@ def match_verb(  # noqa: PLR0913
     --cycle tells.
     """
     _check(point, points, points_out, [fixed, moving], model, spacing)
+    from jaxreg import register
     from jaxreg.io import files, volumes
+
+    modalities = (fixed_modality.value, moving_modality.value)
+    register.check_intensities(ct_window, quantile_range, modalities)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
         files.check_readable(path, name)

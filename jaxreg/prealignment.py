@@ -29,6 +29,7 @@ from jaxreg.errors import UserError
 from jaxreg.losses import similarity
 from jaxreg.models import sam
 from jaxreg.space import affine, sampling
+from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
 from jaxreg.typing import Field, Image
@@ -69,6 +70,14 @@ class Prealignment:
         enter, leave = np.linalg.inv(self.grid.unit_to_mm), self.grid.unit_to_mm
         bend = Displacement(self.bend)
         return Transform((Affine(enter), bend, Affine(leave), last))
+
+    @property
+    def in_world(self) -> Transform:
+        """The same as files hold it: beyond half a voxel of the bend there is none."""
+        if self.bend is None or self.grid is None:
+            return self.transform
+        bend = Transform((Displacement(self.bend),))
+        return transform_lib.in_world(bend, self.grid, self.carried(self.grid))
 
     def bend_on(self, fixed: Grid) -> Transform | None:
         """Returns the bend in unit coordinates of a grid over the fixed scan."""
@@ -201,6 +210,14 @@ def _best(
     return min(starts, key=rank)
 
 
+def without_sam(way: str) -> UserError:
+    """Returns what to say where a way needs a SAM network and there is none."""
+    return UserError(
+        f"--prealign {way} needs a SAM network; give --sam-weights PATH (a checkpoint "
+        "folder or .pth), or pass --prealign affine"
+    )
+
+
 # --- by SAM's matches -----------------------------------------------------------------
 
 
@@ -208,10 +225,7 @@ def _by_matches(
     way: Way, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
 ) -> Prealignment:
     if network is None:
-        raise UserError(
-            f"--prealign {way} needs a SAM network; give --sam-weights PATH (a "
-            "checkpoint folder or .pth), or pass --prealign affine"
-        )
+        raise without_sam(way)
     try:
         for scan in (moving, fixed):
             points.check_known(network, scan.rule, scan.volume.source)

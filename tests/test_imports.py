@@ -84,7 +84,7 @@ TABLE = {
     "register": Room(
         (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
     ),
-    "evaluate": Room((*_TOP, "data.manifest", "results")),
+    "evaluate": Room((*_TOP, "data.manifest", "prealignment", "results")),
     "tuning": Room((*_TOP, "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),

@@ -185,6 +185,42 @@ def test_a_bend_lies_between_the_network_and_the_affine_map(scans, monkeypatch, 
     assert result.inverse_residual_mm[0] < 0.02
 
 
+@pytest.mark.parametrize("bent", [False, True], ids=["affine", "coarse"])
+def test_a_pre_alignment_alone_is_exact(scans, monkeypatch, tmp_path, bent):
+    start = Prealignment(TRUTH, *bend_of(0.04)) if bent else Prealignment(TRUTH)
+    given(monkeypatch, start)
+    result = register.register(*scans, None, OPTIONS)
+    expected = start.transform.map_points(POINTS)
+    np.testing.assert_allclose(result.transform.map_points(POINTS), expected, atol=1e-4)
+    np.testing.assert_allclose(result.inverse.map_points(expected), POINTS, atol=0.05)
+    assert result.similarity_after < 0.5 * result.similarity_before
+    transforms.write_transform(tmp_path / "t.tfm", result.transform, FIXED)
+    written = transforms.read_transform(tmp_path / "t.tfm")
+    np.testing.assert_allclose(written.map_points(POINTS), expected, atol=1e-3)
+    assert len(written.steps) == (3 if bent else 1)
+
+
+def test_a_pre_alignment_that_was_found_is_not_looked_for(scans, monkeypatch):
+    monkeypatch.setattr(prealignment, "find", None)
+    result = register.register(*scans, None, OPTIONS, start=Prealignment(TRUTH))
+    np.testing.assert_allclose(
+        result.transform.map_points(POINTS), apply(TRUTH, POINTS), atol=1e-4
+    )
+
+
+def test_features_are_sams_on_a_grid_like_its_own_alone():
+    ct = dataclasses.replace(
+        OPTIONS, fixed_modality="ct", moving_modality="ct", io_iterations=2,
+        io_target="features", placement=Placement("pad_crop", "spl", 2.0),
+    )  # fmt: skip
+    assert register._extractor(NETWORK, ct) is not refine.mind_features
+    assert register._extractor(None, ct) is refine.mind_features
+    for placement in (None, Placement("pad_crop", "spl", 1.0), Placement()):
+        with pytest.warns(UserWarning, match="takes MIND's descriptors in place"):
+            other = dataclasses.replace(ct, placement=placement)
+            assert register._extractor(NETWORK, other) is refine.mind_features
+
+
 def test_labels_and_masks_are_carried_along(scans, monkeypatch):
     given(monkeypatch, Prealignment(TRUTH))
     parts = {
