@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__, cli_matching, cli_points, cli_training
+from jaxreg import __version__, cli_matching, cli_training
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     INPUT,
@@ -828,10 +828,12 @@ def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Fr
     """
     import numpy as np
 
-    table = cli_points.read(source)
-    signs = cli_points.signs(frame)
-    mapped = np.asarray(mapping.map_points((table.places * signs)[None]))[0] * signs
-    cli_points.write(target, table, mapped)
+    from jaxreg.io import tables
+
+    table = tables.read(source, "--points")
+    given = tables.to_mm(table.places, frame.value)
+    mapped = np.asarray(mapping.map_points(given[None]))[0]
+    tables.write(target, table, tables.from_mm(mapped, frame.value))
 
 
 class _Bar:

@@ -23,14 +23,13 @@ from jaxreg import metrics, prealignment, register, results, tasks, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import files, transforms, volumes
+from jaxreg.io import files, tables, transforms, volumes
+from jaxreg.io.tables import Frame
 from jaxreg.models.sam import TrainedSam
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 
-Frame = Literal["lps", "ras", "voxel"]
-"""Of landmarks: mm as in ITK, mm as in NIfTI, or NIfTI's voxel indices i, j, k."""
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
@@ -304,47 +303,7 @@ def read_landmarks(
     Raises:
       UserError: the file is missing or has a row without three finite numbers.
     """
-    path = files.check_readable(path, "landmarks")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(c.strip() for c in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"landmarks {path} is no CSV text ({error})") from error
-    columns, first = [0, 1, 2], 0
-    if rows and not _is_number(rows[0][0]):
-        names = [name.strip().lower() for name in rows[0]]
-        if not {"x", "y", "z"} <= set(names):
-            raise UserError(
-                f"landmarks {path} has the columns {', '.join(names)}, expected x, y "
-                "and z"
-            )
-        columns, first = [names.index(name) for name in "xyz"], 1
-    points = []
-    for number, row in enumerate(rows[first:], start=first + 1):
-        cells = [row[c] if c < len(row) else "" for c in columns]
-        if not all(_is_number(cell) and math.isfinite(float(cell)) for cell in cells):
-            raise UserError(
-                f"landmarks {path}, row {number}: {', '.join(cells)} are not three "
-                "finite numbers x, y, z; correct it"
-            )
-        points.append([float(cell) for cell in cells])
-    if not points:
-        raise UserError(f"landmarks {path} holds no points; add some or leave it out")
-    array = np.array(points)
-    if frame == "voxel":
-        if grid is None:
-            raise ValueError('frame "voxel" needs the scan\'s grid')
-        # Columns are NIfTI's i, j, k; arrays have them reversed.
-        return array[:, ::-1] @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
-    return array * (-1.0, -1.0, 1.0) if frame == "lps" else array
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return tables.to_mm(tables.read(path, "landmarks").places, frame, grid)
 
 
 # --- register and measure ------------------------------------------------------------

@@ -38,8 +38,9 @@ def folder(tmp_path_factory):
     )  # fmt: skip
     checkpoints.save_bundle(folder / "sam", bundle)
     (folder / "points.csv").write_text(
-        "name,x,y,z\n"
-        + "".join(f"p{i},{x},{y},{z}\n" for i, (x, y, z) in enumerate(POINTS_RAS))
+        "x,y,z,name\n"
+        + "".join(f"{x},{y},{z},p{i}\n" for i, (x, y, z) in enumerate(POINTS_RAS)),
+        encoding="utf-8-sig",  # as a spreadsheet saves it
     )
     (folder / "no_points.csv").write_text("a,b\n1,2\n")
     return folder
@@ -85,7 +86,7 @@ def test_a_table_keeps_its_other_columns(folder, tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {out}\n"
     with open(out, newline="") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["name", "x", "y", "z", "similarity", "cycle_mm"]
+    assert list(rows[0]) == ["x", "y", "z", "name", "similarity", "cycle_mm"]
     assert [row["name"] for row in rows] == ["p0", "p1"]
     found = np.array([[float(row[axis]) for axis in "xyz"] for row in rows])
     np.testing.assert_allclose(found, POINTS_RAS + SHIFT, atol=1.2)

@@ -630,7 +630,8 @@ def test_landmarks_of_every_frame(tmp_path, spec):
 
 def test_landmarks_by_column_name(tmp_path):
     path = tmp_path / "points.csv"
-    path.write_text("name,Z,X,Y\nleft,3,1,2\n\n")
+    # As a spreadsheet saves it.
+    path.write_text("X,name,Z,Y\n1,left,3,2\n\n", encoding="utf-8-sig")
     np.testing.assert_array_equal(
         evaluate.read_landmarks(path, frame="ras"), [[1.0, 2.0, 3.0]]
     )

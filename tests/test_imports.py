@@ -96,7 +96,7 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_options", "cli_points", "cli_matching", "sam_experiment", "sam_training",
+    "cli_options", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
