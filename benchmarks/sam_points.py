@@ -139,9 +139,7 @@ def sam_of(path: str) -> Describe:
 
     def describe(volume, rule):
         own = dataclasses.replace(rule, quantile_range=loaded.quantile_range)
-        return points.by_sam(
-            volume, own, loaded.config, loaded.variables, spacing_mm=loaded.spacing_mm
-        )
+        return points.by_sam(volume, own, loaded)
 
     return describe
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__, cli_matching, cli_points, cli_training
+from jaxreg import __version__, cli_matching, cli_training
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     INPUT,
@@ -47,6 +47,7 @@ from jaxreg.cli_options import (
     Target,
     TaskName,
     choice,
+    load_sam,
     option,
     parse_shape,
     print_numbers,
@@ -55,6 +56,7 @@ from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.space.grid import Volume
+    from jaxreg.zoo import LoadedModel
 
 # typer carries its own copy of click since 0.26; the base of all usage errors is found
 # through the one exception that it exports in every version.
@@ -310,7 +312,7 @@ def register_verb(  # noqa: PLR0913
     regions, options = _segmentations_as_masks(regions, options)
     register_lib.check_options(options)
     register_lib.check_regions(options, regions)
-    weights = _choose_weights(model, network_weights, options.io_target)
+    weights = _choose_weights(model, network_weights, options)
     _warn_about_idle_options(options, regions, fill, outputs)
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
@@ -332,13 +334,14 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg import report, zoo
+    from jaxreg import report
     from jaxreg.io import files, transforms, volumes
     from jaxreg.space import transform as transform_lib
 
     for name, path in scans.items():
         if path is not None:
             files.check_readable(path, f"--{name.replace('_', '-')}")
+    sam = load_sam(options.prealign, sam_weights, weights)
     fixed = volumes.read_volume(scans["fixed"])
     moving = volumes.read_volume(scans["moving"])
     regions = register_lib.Regions(
@@ -356,13 +359,14 @@ def _register(
     if outputs["--warped-moving-out"]:
         stored = volumes.read_volume(scans["moving"], kind="stored")
         value = _storable(value, stored)
-    model = None
-    if weights is not None:
-        with _Bar("fetch weights") as bar:
-            model = zoo.load(weights, progress=bar.bytes)
-        if trained_shape:
-            options = dataclasses.replace(options, shape=model.shape)
-    sam = None if sam_weights is None else zoo.load_sam(sam_weights)
+    model = None if weights is None else _fetch(weights)
+    if model is not None and trained_shape:
+        options = dataclasses.replace(options, shape=model.shape)
+    if sam is not None and not register_lib.uses_sam(model, options):
+        warn(
+            "--sam-weights has no effect without --prealign sam, --io-target features "
+            "of two CT scans, or a UniReg that lacks its SAM network"
+        )
     with _Bar("optimise") as bar:
         result = register_lib.register(
             moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
@@ -389,6 +393,13 @@ def _register(
         )  # fmt: skip
     print_numbers(numbers)
     _print_written(outputs.values())
+
+
+def _fetch(weights: str | pathlib.Path) -> "LoadedModel":
+    from jaxreg import zoo
+
+    with _Bar("fetch weights") as bar:
+        return zoo.load(weights, progress=bar.bytes)
 
 
 @app.command("warp")
@@ -714,9 +725,10 @@ def _segmentations_as_masks(regions: dict, options):
 
 
 def _choose_weights(
-    model: str | None, network_weights: pathlib.Path | None, target: str
+    model: str | None, network_weights: pathlib.Path | None, options
 ) -> str | pathlib.Path | None:
-    """Returns what `zoo.load` is to load; None for displacement optimisation."""
+    """Returns what `zoo.load` is to load; None where no network takes part."""
+    target, prealigned = options.io_target, options.prealign != "none"
     named = [
         f"{option} {value}"
         for option, value in (
@@ -735,9 +747,13 @@ def _choose_weights(
     if model is not None and model.lower() == "none":
         if target in ("features", "map"):  # from where the scans are
             return None
+        if prealigned and options.io_iterations is None:
+            return None
         raise UserError(
             "--model none leaves nothing to optimise or predict with; add --io-target "
             "displacement to register without weights"
+            + ", or --io-iterations None to pre-align alone"
+            * prealigned
         )
     from jaxreg import zoo
 
@@ -761,11 +777,16 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
                 "--loss-function-masking affects only the printed similarity with "
                 "--io-iterations None"
             )
-    elif options.io_target == "features" and options.loss_function_masking:
-        warn(
-            "--loss-function-masking affects only the printed similarity with "
-            "--io-target features"
-        )
+    elif options.io_target == "features":
+        for name, used in (
+            ("--loss-function-masking", options.loss_function_masking),
+            (f"--io-sim {options.io_sim}", options.io_sim != type(options).io_sim),
+        ):
+            if used:
+                warn(
+                    f"{name} affects only the printed similarity with --io-target "
+                    "features"
+                )
     if regions["fixed_segmentation"] and options.dice_loss_weight == 0:
         warn("the segmentations have no effect without --dice-loss-weight")
     if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):
@@ -807,10 +828,12 @@ def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Fr
     """
     import numpy as np
 
-    table = cli_points.read(source)
-    signs = cli_points.signs(frame)
-    mapped = np.asarray(mapping.map_points((table.places * signs)[None]))[0] * signs
-    cli_points.write(target, table, mapped)
+    from jaxreg.io import tables
+
+    table = tables.read(source, "--points")
+    given = tables.to_mm(table.places, frame.value)
+    mapped = np.asarray(mapping.map_points(given[None]))[0]
+    tables.write(target, table, tables.from_mm(mapped, frame.value))
 
 
 class _Bar:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxreg import cli_points
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     MOVING_MODALITY,
@@ -26,7 +25,7 @@ from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.points import Described
-    from jaxreg.space.grid import Grid, Volume
+    from jaxreg.space.grid import Volume
 
 _POINTS, _HOW = "Points", "Descriptors"
 _MIND = "mind"
@@ -110,11 +109,15 @@ def match_verb(  # noqa: PLR0913
     --cycle tells.
     """
     _check(point, points, points_out, [fixed, moving], model, spacing)
-    from jaxreg.io import files, volumes
+    from jaxreg import register
+    from jaxreg.io import files, tables, volumes
+
+    modalities = (fixed_modality.value, moving_modality.value)
+    register.check_intensities(ct_window, quantile_range, modalities)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
         files.check_readable(path, name)
-    table = None if points is None else cli_points.read(points)
+    table = None if points is None else tables.read(points, "--points")
     describe = _by_mind(spacing) if model.lower() == _MIND else _by_sam(model)
 
     import numpy as np
@@ -123,7 +126,7 @@ def match_verb(  # noqa: PLR0913
 
     scans = [volumes.read_volume(path) for path in (fixed, moving)]
     given = np.array([point]) if table is None else table.places
-    here = _to_mm(given, points_frame, scans[0].grid)
+    here = tables.to_mm(given, points_frame.value, scans[0].grid)
     described = [
         describe(scan, modality.value, ct_window, quantile_range)
         for scan, modality in zip(scans, (fixed_modality, moving_modality), strict=True)
@@ -133,14 +136,14 @@ def match_verb(  # noqa: PLR0913
     if cycle:
         returned = points_lib.cycle_mm(here, found, *described)
         columns["cycle_mm"] = [f"{value:.3f}" for value in returned]
-    there = _from_mm(found.points_mm, points_frame, scans[1].grid)
+    there = tables.from_mm(found.points_mm, points_frame.value, scans[1].grid)
     if points_out is None:
         _print(given, there, columns)
         return
     if table is None:
         cells = [f"{x:g}" for x in given[0]]
-        table = cli_points.Table(["x", "y", "z"], [0, 1, 2], [cells], given)
-    cli_points.write(points_out, table, there, columns)
+        table = tables.Table(["x", "y", "z"], [0, 1, 2], [cells], given)
+    tables.write(points_out, table, there, columns)
     print(f"wrote {points_out}")
 
 
@@ -202,29 +205,13 @@ def _by_sam(model: str) -> _Describe:
             ct_window or loaded.ct_window,
             quantile_range or loaded.quantile_range,
         )
-        return points_lib.by_sam(
-            scan, rule, loaded.config, loaded.variables, spacing_mm=loaded.spacing_mm
-        )
+        try:
+            points_lib.check_known(loaded, rule, scan.source)
+        except UserError as error:
+            raise UserError(f"{error}; give --model mind") from error
+        return points_lib.by_sam(scan, rule, loaded)
 
     return describe
-
-
-def _to_mm(places: Any, frame: LandmarksFrame, grid: "Grid") -> Any:
-    """Places as the user gives them to RAS+ mm, P 3."""
-    if frame is LandmarksFrame.VOXEL:
-        matrix = grid.affine_mm
-        return places[:, ::-1] @ matrix[:3, :3].T + matrix[:3, 3]
-    return places * cli_points.signs(frame.value)
-
-
-def _from_mm(points_mm: Any, frame: LandmarksFrame, grid: "Grid") -> Any:
-    """The reverse of `_to_mm`."""
-    if frame is LandmarksFrame.VOXEL:
-        import numpy as np
-
-        inverse = np.linalg.inv(grid.affine_mm)
-        return (points_mm @ inverse[:3, :3].T + inverse[:3, 3])[:, ::-1]
-    return points_mm * cli_points.signs(frame.value)
 
 
 def _print(given: Any, there: Any, columns: dict[str, list[str]]) -> None:

@@ -3,11 +3,14 @@
 import enum
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.models.sam import TrainedSam
 
 
 def option(name: str, text: str, panel: str | None = None, **settings) -> Any:
@@ -219,6 +222,33 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"--shape is {text}, expected positive numbers such as 175,175,175"
         )
     return d, h, w
+
+
+def load_sam(
+    way: str, path: pathlib.Path | None, model: str | pathlib.Path | None
+) -> "TrainedSam | None":
+    """Loads a SAM network, before scans are read and other weights are fetched.
+
+    Args:
+      way: of pre-alignment, one of prealignment.WAYS.
+      path: of --sam-weights.
+      model: name or path of the network's weights; None for no network.
+
+    Raises:
+      UserError: the way needs SAM, and there is no path, nor a checkpoint folder that
+        might hold a UniReg with its own; or the path holds none.
+    """
+    from jaxreg import prealignment, zoo
+
+    if path is not None:
+        return zoo.load_sam(path)
+    if way in prealignment.SAM_WAYS and not (
+        model is not None
+        and str(model) not in zoo.ZOO
+        and pathlib.Path(model).suffix.lower() not in zoo.TORCH_SUFFIXES
+    ):
+        raise prealignment.without_sam(way)
+    return None
 
 
 def parse_labels(text: str) -> tuple[int, ...]:

@@ -318,10 +318,11 @@ def evaluate_verb(  # noqa: PLR0913
     tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
     comparison.check_installed(tools)
     displacement = io_target is Target.DISPLACEMENT
-    if (model is None or model == "none") and not tools and not displacement:
+    nothing = not tools and not displacement and prealign is Prealign.NONE
+    if (model is None or model == "none") and nothing:
         raise UserError(
-            "give a --model, --others SyN,greedy or --io-target displacement, to "
-            "evaluate"
+            "give a --model, --others SyN,greedy, --io-target displacement or "
+            "--prealign, to evaluate"
         )
     wanted = None if labels is None else parse_labels(labels)
     chosen, names = _listed(

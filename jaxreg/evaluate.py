@@ -7,6 +7,7 @@ other tools (see `comparison`) are warped and measured by the same functions.
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,18 +19,17 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxreg import metrics, register, results, tasks, zoo
+from jaxreg import metrics, prealignment, register, results, tasks, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import files, transforms, volumes
+from jaxreg.io import files, tables, transforms, volumes
+from jaxreg.io.tables import Frame
 from jaxreg.models.sam import TrainedSam
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 
-Frame = Literal["lps", "ras", "voxel"]
-"""Of landmarks: mm as in ITK, mm as in NIfTI, or NIfTI's voxel indices i, j, k."""
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
@@ -303,47 +303,7 @@ def read_landmarks(
     Raises:
       UserError: the file is missing or has a row without three finite numbers.
     """
-    path = files.check_readable(path, "landmarks")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(c.strip() for c in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"landmarks {path} is no CSV text ({error})") from error
-    columns, first = [0, 1, 2], 0
-    if rows and not _is_number(rows[0][0]):
-        names = [name.strip().lower() for name in rows[0]]
-        if not {"x", "y", "z"} <= set(names):
-            raise UserError(
-                f"landmarks {path} has the columns {', '.join(names)}, expected x, y "
-                "and z"
-            )
-        columns, first = [names.index(name) for name in "xyz"], 1
-    points = []
-    for number, row in enumerate(rows[first:], start=first + 1):
-        cells = [row[c] if c < len(row) else "" for c in columns]
-        if not all(_is_number(cell) and math.isfinite(float(cell)) for cell in cells):
-            raise UserError(
-                f"landmarks {path}, row {number}: {', '.join(cells)} are not three "
-                "finite numbers x, y, z; correct it"
-            )
-        points.append([float(cell) for cell in cells])
-    if not points:
-        raise UserError(f"landmarks {path} holds no points; add some or leave it out")
-    array = np.array(points)
-    if frame == "voxel":
-        if grid is None:
-            raise ValueError('frame "voxel" needs the scan\'s grid')
-        # Columns are NIfTI's i, j, k; arrays have them reversed.
-        return array[:, ::-1] @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
-    return array * (-1.0, -1.0, 1.0) if frame == "lps" else array
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return tables.to_mm(tables.read(path, "landmarks").places, frame, grid)
 
 
 # --- register and measure ------------------------------------------------------------
@@ -352,7 +312,7 @@ Progress = Callable[[int, int, results.Row], None]
 """Called after each row with (rows done, rows in all, the row)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Scans:
     """A pair in memory; landmarks are P 3, RAS+ mm."""
 
@@ -516,12 +476,24 @@ def _ways(
 ) -> list[_Way]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
-    if model is None and not displacement and not others:
+    prealigned = options.prealign != "none"
+    if (
+        prealigned
+        and model is None
+        and with_optimisation
+        and options.io_target == "network"
+    ):
+        raise UserError(
+            "--io-iterations has no network to optimise; give a --model or another "
+            "--io-target, or leave it out"
+        )
+    if model is None and not displacement and not others and not prealigned:
         raise UserError(
             "there is nothing to evaluate; name a model with --model, pass --io-target "
-            "displacement, or name another tool"
+            "displacement or --prealign, or name another tool"
         )
-    ways = _starts(model, options, sam)
+    start = _prealigned(model, options, sam) if prealigned else None
+    ways = _starts(model, options, start)
     ways += [_Way(other, _timed(method)) for other, method in others.items()]
     if model is not None:
         called = name or pathlib.PurePath(model.name).name
@@ -536,17 +508,19 @@ def _ways(
             for weight in smoothness
         } or {called: single}
         ways += [
-            _Way(row, _registered(model, each, sam), compiles=True)
+            _Way(row, _registered(model, each, sam, start), compiles=True)
             for row, each in asked.items()
         ]
         if with_optimisation and not displacement:
-            optimised = _registered(model, options, sam)
+            optimised = _registered(model, options, sam, start)
             ways.append(_Way(f"{called} + IO", optimised, compiles=True))
-    if displacement and (model is None or with_optimisation):
+    refined = model is None and with_optimisation and options.io_target != "network"
+    if refined or (displacement and (model is None or with_optimisation)):
         alone = dataclasses.replace(
             options, task="auto", pairing=None, smoothness=None, level_iterations=None
         )
-        ways.append(_Way("displacement", _registered(None, alone, sam), compiles=True))
+        found = _registered(None, alone, sam, start)
+        ways.append(_Way(options.io_target, found, compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
@@ -556,7 +530,7 @@ def _ways(
 
 
 def _starts(
-    model: Any, options: register.Options, sam: TrainedSam | None
+    model: Any, options: register.Options, start: "_Start | None"
 ) -> list[_Way]:
     """Returns the rows before any registration."""
     placement = options.placement or preprocess.Placement.of_weights(
@@ -570,9 +544,14 @@ def _starts(
         _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
         _Way(results.RESIZED, resized),
     ]
-    if options.prealign != "none":
-        prealigned = _prealigned(model, options, sam)
-        ways.append(_Way(f"pre-aligned, {options.prealign}", prealigned))
+    if start is not None:
+
+        def prealigned(scans):
+            found, seconds = start(scans)
+            return found.in_world, seconds
+
+        name = f"pre-aligned, {options.prealign}"
+        ways.append(_Way(name, prealigned, compiles=True))
     return ways
 
 
@@ -587,8 +566,16 @@ def weight_name(model: str, weight: float) -> str:
     return f"{model}, smoothness {weight:g}"
 
 
-def _prealigned(model: Any, options: register.Options, sam: TrainedSam | None):
-    def find(scans: _Scans) -> tuple[Transform, float]:
+_Start = Callable[[_Scans], tuple[prealignment.Prealignment, float]]
+
+
+def _prealigned(
+    model: Any, options: register.Options, sam: TrainedSam | None
+) -> _Start:
+    """Returns what finds a pair's pre-alignment, once for all its rows."""
+
+    @functools.lru_cache(maxsize=1)
+    def find(scans: _Scans) -> tuple[prealignment.Prealignment, float]:
         start = time.perf_counter()
         found = register.prealigned(
             scans.moving,
@@ -626,7 +613,12 @@ def _timed(method: Method):
     return find
 
 
-def _registered(model: Any, options: register.Options, sam: TrainedSam | None):
+def _registered(
+    model: Any,
+    options: register.Options,
+    sam: TrainedSam | None,
+    start: _Start | None,
+):
     told = tasks.told_of_regions(model)
 
     def find(scans: _Scans) -> tuple[Transform, float]:
@@ -636,6 +628,7 @@ def _registered(model: Any, options: register.Options, sam: TrainedSam | None):
             named = spec.task if options.task == "auto" else options.task
             pairing = options.pairing or spec.pairing
             chosen = dataclasses.replace(chosen, task=named, pairing=pairing)
+        begin, seconds = (None, 0.0) if start is None else start(scans)
         found = register.register(
             scans.moving,
             scans.fixed,
@@ -643,9 +636,11 @@ def _registered(model: Any, options: register.Options, sam: TrainedSam | None):
             chosen,
             regions=scans.regions,
             sam=sam,
+            start=begin,
         )
-        phases = ("preprocess", "prealign", "register")
-        return found.transform, sum(found.seconds.get(phase, 0.0) for phase in phases)
+        for phase in ("preprocess", "prealign", "register"):
+            seconds += found.seconds.get(phase, 0.0)
+        return found.transform, seconds
 
     return find
 

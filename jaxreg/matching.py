@@ -68,8 +68,8 @@ def start_points(
 ) -> np.ndarray:
     """Returns a regular grid of places to find in another image, P 3.
 
-    The middles of cubes of `stride` voxels, a half rounded down; H slowest, then W,
-    then D.
+    The middles of cubes of `stride` voxels, a half rounded down, or the last voxel of
+    an axis that is too short for that; H slowest, then W, then D.
 
     Args:
       shape: of the image, D H W.
@@ -77,7 +77,8 @@ def start_points(
       mask: D H W; places with zero are left out.
     """
     d, h, w = (
-        stride // 2 - 1 + stride * np.arange(int((n - -(-stride // 2)) / stride) + 1)
+        min(stride // 2 - 1, n - 1)
+        + stride * np.arange(int((n - -(-stride // 2)) / stride) + 1)
         for n in shape
     )
     # H W D, as the original has it; the order decides nothing but equal scores.

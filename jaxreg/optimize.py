@@ -223,7 +223,7 @@ def _coarser(pair: Pair, factor: int) -> Pair:
         )
 
     def resize(name, value):
-        if value is None or name in ("valid", "task", "objective"):
+        if value is None or value.ndim != 5:  # what is known of a pair besides images
             return value
         if name.endswith("mask"):
             return sampling.resize_nearest_floor(value, shape)

@@ -12,6 +12,7 @@ References:
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,8 @@ from jaxreg.errors import UserError
 from jaxreg.models import sam
 from jaxreg.space import filters, sampling
 from jaxreg.space.grid import Grid, Volume
-from jaxreg.typing import Variables
+from jaxreg.typing import Image
 
-# Sizes that give SAM's strides exactly, along D, H and W.
-_DIVISORS = (4, 16, 16)
 _NUDGE = 1e-3  # of a voxel: how far rounding may put a point outside its scan
 
 
@@ -62,10 +61,52 @@ class Found:
     similarity: np.ndarray
 
 
-def as_sam_sees(array: np.ndarray, rule: Preprocessing) -> np.ndarray:
-    """Returns intensities [0, 1] in SAM's range: CT by its window, MR as a whole."""
+def as_sam_sees(array: Any, rule: Preprocessing) -> Any:
+    """Returns intensities in SAM's range: CT keeps its Hounsfield units, MR fills it.
+
+    The one rule for training, points, pre-alignment and optimisation by features.
+
+    Args:
+      array: [0, 1], of JAX or NumPy.
+      rule: by which it became so.
+    """
     window = rule.ct_window if rule.modality == "ct" else sam.HU_RANGE
     return sam.to_sam_range(array, window)
+
+
+def shown_to_sam(image: Volume, rule: Preprocessing) -> Volume:
+    """Returns a scan as SAM sees it, of sizes that its strides divide.
+
+    What is added at the ends of the axes repeats the edge, as training shows what is
+    beyond a scan.
+
+    Args:
+      image: from `placed`.
+      rule: of its intensities.
+    """
+    sizes = zip(image.array.shape, sam.COARSE_STRIDE, strict=True)
+    surplus = [(0, -n % m) for n, m in sizes]
+    padded = np.pad(as_sam_sees(image.array, rule), surplus, "edge")
+    grid = Grid(padded.shape, image.grid.affine_mm)
+    return Volume(padded, grid, image.source)
+
+
+def check_known(network: sam.TrainedSam, rule: Preprocessing, source: str) -> None:
+    """Checks that a scan is of a kind that a SAM network was trained on.
+
+    Raises:
+      UserError: the network knows CT alone, and it is another scan.
+    """
+    if rule.modality != "ct" and network.quantile_range is None:
+        raise UserError(f"this SAM network knows CT alone, {source} is another scan")
+
+
+def embed(network: sam.TrainedSam, image: Image) -> sam.Embeddings:
+    """Returns the embeddings of images N D H W 1 in SAM's range."""
+    return _embed(network.config, network.variables, image)
+
+
+_embed = jax.jit(sam.features, static_argnames="config")
 
 
 def placed(volume: Volume, rule: Preprocessing, spacing_mm: float) -> Volume:
@@ -92,38 +133,29 @@ def placed(volume: Volume, rule: Preprocessing, spacing_mm: float) -> Volume:
 def by_sam(
     volume: Volume,
     rule: Preprocessing,
-    config: sam.SamConfig,
-    variables: Variables,
-    *,
-    spacing_mm: float = sam.SPACING_MM,
+    network: sam.TrainedSam,
 ) -> Described:
     """Returns a scan described by SAM: coarse and fine embedding on the fine grid.
 
     Args:
       volume: the scan.
       rule: its intensities.
-      config: of the network.
-      variables: its weights.
-      spacing_mm: of the network's voxels; the fine grid's are twice that.
+      network: the trained one; the fine grid's voxels are twice its own.
 
     Raises:
-      UserError: see `placed`; or the scan has fewer than 2 slices.
+      UserError: see `placed` and `check_known`.
     """
-    image = placed(volume, rule, spacing_mm)
-    surplus = [-n % m for n, m in zip(image.array.shape, _DIVISORS, strict=True)]
-    # The edge is what training shows beyond a scan.
-    padded = np.pad(as_sam_sees(image.array, rule), [(0, n) for n in surplus], "edge")
-    found = _embed(config, variables, jnp.asarray(padded)[None, ..., None])
+    check_known(network, rule, volume.source)
+    image = placed(volume, rule, network.spacing_mm)
+    shown = shown_to_sam(image, rule)
+    found = embed(network, jnp.asarray(shown.array)[None, ..., None])
     vectors = matching.descriptors(found, aligned=False)[0] * math.sqrt(0.5)
     fine = vectors.shape[:3]
-    grid = Grid(padded.shape, image.grid.affine_mm).resized(fine)
+    grid = shown.grid.resized(fine)
     index = np.indices(fine)
     limit = -(-np.asarray(image.array.shape) // sam.FINE_STRIDE)
     inside = np.all(index < limit.reshape(3, 1, 1, 1), 0)
     return Described(vectors, grid, inside, volume.grid, volume.source)
-
-
-_embed = jax.jit(sam.features, static_argnums=0)
 
 
 def by_mind(

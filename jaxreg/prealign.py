@@ -30,6 +30,8 @@ from jaxreg.typing import Field, Image
 
 _FEWEST = 4
 _PADDED_TO = 256  # points: programs are compiled for few numbers of them
+OVERLAP = 0.3
+"""Share of the fixed image that a map by intensities must leave in the moving one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,10 @@ def _points(matches: Matches, moving: Shape, fixed: Shape):
     """Matches as unit points of moving and fixed, with weights of 1 and padded by 0."""
     start = matches.query / unit_scale(moving)
     end = matches.key / unit_scale(fixed)
-    spread = np.linalg.matrix_rank(start - start.mean(0)) if len(start) else 0
+    spread = min(
+        np.linalg.matrix_rank(points - points.mean(0)) if len(points) else 0
+        for points in (start, end)
+    )
     if len(matches) < _FEWEST or spread < 3:
         raise UserError(
             f"{len(matches)} matched points along {spread} directions were found, an "
@@ -215,7 +220,9 @@ def intensity_affine(
 
     From coarse to fine, by gradient, over twelve numbers in mm: a shift, and what the
     map's linear part adds at the rim of the fixed image. Only fixed voxels that come to
-    lie in the moving image count. Where the search made things worse, the start stays.
+    lie in the moving image count. A level that leaves less than `OVERLAP` of them, and
+    less than half of what its start had, is not believed; where the search made things
+    worse, the start stays.
 
     Args:
       fixed_image: 1 D H W 1, any smooth scale of intensity.
@@ -341,19 +348,36 @@ def _search(
     objective = None
     for level in levels:
         objective = functools.partial(_unlikeness, level, radius, config.loss)
-        numbers = _descend(objective, numbers, config.step * level[-1], config)
+
+        def loss(numbers, objective=objective):
+            return objective(numbers)[0]
+
+        found = _descend(loss, numbers, config.step * level[-1], config)
+        (_, had), (_, left) = objective(numbers), objective(found)
+        numbers = jnp.where(left >= jnp.minimum(OVERLAP, had / 2), found, numbers)
     assert objective is not None
-    return jnp.where(objective(numbers) < objective(start), numbers, start)
+    before, after = (unlikeness(*objective(n)) for n in (start, numbers))
+    return jnp.where(after < before, numbers, start)
 
 
-def _unlikeness(level, radius, loss: str, numbers) -> jax.Array:
-    """The loss of one level's images under twelve numbers."""
+def unlikeness(loss: jax.Array, share: jax.Array) -> jax.Array:
+    """A loss of images that overlap by a share; infinite where they do not.
+
+    Of no voxels the losses are 0 or anything.
+    """
+    return jnp.where(share > 0, loss, jnp.inf)
+
+
+def _unlikeness(level, radius, loss: str, numbers) -> tuple[jax.Array, jax.Array]:
+    """The loss of one level's images under twelve numbers, and the share of overlap."""
     fixed, moving, mask, enter, leave, _ = level
     inner = Affine(jnp.asarray(enter))(sampling.identity(fixed.shape[1:4]))
     points = jnp.asarray(Affine(leave)(Affine(_matrix(numbers, radius))(inner)))
     inside = jnp.all((points >= 0) & (points <= 1), -1, keepdims=True)
     warped = sampling.sample(moving, points)
-    return _LOSSES[loss](warped, fixed, mask=inside & (mask > 0.5))
+    counted = inside & (mask > 0.5)
+    share = jnp.sum(counted) / jnp.maximum(jnp.sum(mask > 0.5), 1)
+    return _LOSSES[loss](warped, fixed, mask=counted), share
 
 
 def _descend(objective, numbers, rate, config: IntensityConfig):

@@ -22,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from jaxreg import matching, prealign
+from jaxreg import matching, points, prealign
 from jaxreg.data import preprocess, resize
 from jaxreg.data.preprocess import Placement, Preprocessing
 from jaxreg.errors import UserError
 from jaxreg.losses import similarity
 from jaxreg.models import sam
 from jaxreg.space import affine, sampling
-from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
 from jaxreg.typing import Field, Image
 
@@ -40,8 +41,6 @@ SAM_WAYS = ("sam", "sam-affine", "sam-coarse")
 WAYS = ("none", "centre", "affine", *SAM_WAYS)
 
 _OVERVIEW = (64, 64, 64)
-_OVERLAP = 0.3  # of the fixed image, below which a start is not believed
-_SAM_STRIDES = (4, 16, 16)
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
 _LARGEST_CHANGE = 8.0  # of volume
@@ -71,6 +70,14 @@ class Prealignment:
         enter, leave = np.linalg.inv(self.grid.unit_to_mm), self.grid.unit_to_mm
         bend = Displacement(self.bend)
         return Transform((Affine(enter), bend, Affine(leave), last))
+
+    @property
+    def in_world(self) -> Transform:
+        """The same as files hold it: beyond half a voxel of the bend there is none."""
+        if self.bend is None or self.grid is None:
+            return self.transform
+        bend = Transform((Displacement(self.bend),))
+        return transform_lib.in_world(bend, self.grid, self.carried(self.grid))
 
     def bend_on(self, fixed: Grid) -> Transform | None:
         """Returns the bend in unit coordinates of a grid over the fixed scan."""
@@ -183,7 +190,8 @@ def _unlikeness(matrix, fixed: Image, moving: Image, *, loss: str):
     inside = jnp.all((points >= 0) & (points <= 1), -1, keepdims=True)
     warped = sampling.sample(moving, points)
     measure = {"ncc": similarity.ncc, "mind": similarity.mind_ssc}[loss]
-    return measure(warped, fixed, mask=inside), jnp.mean(inside)
+    share = jnp.mean(inside)
+    return prealign.unlikeness(measure(warped, fixed, mask=inside), share), share
 
 
 def _best(
@@ -197,9 +205,17 @@ def _best(
         matrix = jnp.asarray(step.matrix, jnp.float32)
         value, share = _unlikeness(matrix, fixed, moving, loss=loss)
         value = float(value)
-        return float(share) < _OVERLAP, math.inf if math.isnan(value) else value
+        return float(share) < prealign.OVERLAP, math.inf if math.isnan(value) else value
 
     return min(starts, key=rank)
+
+
+def without_sam(way: str) -> UserError:
+    """Returns what to say where a way needs a SAM network and there is none."""
+    return UserError(
+        f"--prealign {way} needs a SAM network; give --sam-weights PATH (a checkpoint "
+        "folder or .pth), or pass --prealign affine"
+    )
 
 
 # --- by SAM's matches -----------------------------------------------------------------
@@ -209,22 +225,16 @@ def _by_matches(
     way: Way, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
 ) -> Prealignment:
     if network is None:
-        raise UserError(
-            f"--prealign {way} needs a SAM network; give --sam-weights PATH (a "
-            "checkpoint folder or .pth), or pass --prealign affine"
-        )
-    for scan in (moving, fixed):
-        if scan.rule.modality != "ct" and network.quantile_range is None:
-            raise UserError(
-                f"--prealign {way}: this SAM network knows CT alone, "
-                f"{scan.volume.source} is another scan; pass --prealign affine"
-            )
+        raise without_sam(way)
+    try:
+        for scan in (moving, fixed):
+            points.check_known(network, scan.rule, scan.volume.source)
+    except UserError as error:
+        raise UserError(f"--prealign {way}: {error}; pass --prealign affine") from error
     (there, moving_grid, moving_body), (here, fixed_grid, fixed_body) = (
         _for_sam(scan, network) for scan in (moving, fixed)
     )
-    found, wanted = (
-        _embed(network.config, network.variables, image) for image in (there, here)
-    )
+    found, wanted = (points.embed(network, image) for image in (there, here))
     matches = matching.correspond(
         found,
         wanted,
@@ -256,39 +266,27 @@ def _by_matches(
     return Prealignment(affine_mm, _bend(field, linear), fixed_grid)
 
 
-_embed = jax.jit(sam.features, static_argnames="config")
-
-
 def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarray]:
-    """A scan as SAM was trained on it, its grid, and the body on it, D H W.
-
-    The whole scan, and air about it to a size that halves evenly.
-    """
-    placement = Placement("pad_crop", "spl", network.spacing_mm)
+    """A whole scan as SAM sees it, its grid, and the body on it, D H W."""
     rule = dataclasses.replace(
         scan.rule, ct_window=network.ct_window, quantile_range=network.quantile_range
     )
-    volume = placement.turned(scan.volume)
-    extent = np.asarray(volume.grid.shape) * volume.grid.spacing_mm
-    shape: Shape = tuple(
-        stride * math.ceil(length / network.spacing_mm / stride)
-        for stride, length in zip(_SAM_STRIDES, extent, strict=True)
-    )
-    array = preprocess.normalise(volume.array, rule, source=volume.source)
-    array = placement.image(array, volume.grid, shape, outside=rule.outside)
+    image = points.placed(scan.volume, rule, network.spacing_mm)
     if scan.mask is None:
-        low, high = network.ct_window
-        air = (_BODY_HU - low) / (high - low)
-        body = array > (air if rule.modality == "ct" else _BODY_MRI)
+        low, high = rule.ct_window
+        air = max((_BODY_HU - low) / (high - low), 0.0)
+        body = image.array > (air if rule.modality == "ct" else _BODY_MRI)
         # Slice by slice: lungs are part of the body, and open to neither side there.
         body = ndimage.binary_fill_holes(body, np.ones((1, 3, 3)))
         assert body is not None
     else:
+        placement = Placement("pad_crop", "spl", network.spacing_mm)
         mask = placement.turned(scan.mask)
-        body = placement.labels(mask.array > 0, mask.grid, shape)
-    # Whatever its ends are, the scale is SAM's.
-    image = sam.to_sam_range(jnp.asarray(array)[None, ..., None], sam.HU_RANGE)
-    return image, placement.grid(volume.grid, shape), body
+        body = placement.labels(mask.array > 0, mask.grid, image.grid.shape)
+    shown = points.shown_to_sam(image, rule)
+    sizes = zip(image.array.shape, shown.array.shape, strict=True)
+    body = np.pad(body, [(0, n - m) for m, n in sizes])
+    return jnp.asarray(shown.array)[None, ..., None], shown.grid, body
 
 
 def _bend(field: Transform, linear: Transform) -> Field:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxreg import points
+from jaxreg.data.preprocess import Preprocessing
 from jaxreg.losses import similarity
 from jaxreg.models import sam, unireg_features
 from jaxreg.models.unireg_features import COARSE, Features
@@ -66,7 +68,6 @@ def mind_features(image: Image) -> Features:
 
 
 _mind = jax.jit(unireg_features.mind_features)
-_embed = jax.jit(sam.features, static_argnames="config")
 
 
 def sam_features(
@@ -77,10 +78,13 @@ def sam_features(
     Args:
       network: the trained one.
       image: N D H W 1, [0, 1].
-      window: the Hounsfield units of 0 and 1.
+      window: the Hounsfield units of 0 and 1; SAM sees none beyond its own window.
     """
-    scaled = sam.to_sam_range(image, window)
-    return _embed(network.config, network.variables, scaled)
+    shown = points.as_sam_sees(image, Preprocessing("ct", window))
+    ends = points.as_sam_sees(
+        np.array([0.0, 1.0], np.float32), Preprocessing("ct", network.ct_window)
+    )
+    return points.embed(network, shown.clip(*ends))
 
 
 def optimize_features(

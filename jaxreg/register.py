@@ -10,7 +10,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -24,7 +24,7 @@ from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
 from jaxreg.models import kinds, unireg
-from jaxreg.models.sam import TrainedSam, config_of
+from jaxreg.models.sam import TrainedSam
 from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
@@ -238,8 +238,31 @@ def _check_modality_options(options: Options) -> None:
     for name, modality in zip(("fixed", "moving"), modalities, strict=True):
         if modality not in ("ct", "mri"):
             raise UserError(f"--{name}-modality is {modality}, expected ct or mri")
-    if options.ct_window is not None:
-        low, high = options.ct_window
+    check_intensities(options.ct_window, options.quantile_range, modalities)
+    if options.intensity_conservation_loss and set(modalities) != {"ct"}:
+        raise UserError(
+            "--intensity-conservation-loss needs two CT scans, the modalities are "
+            f"{modalities[0]} and {modalities[1]}; leave it out"
+        )
+
+
+def check_intensities(
+    ct_window: tuple[float, float] | None,
+    quantile_range: tuple[float, float] | None,
+    modalities: Sequence[str],
+) -> None:
+    """Checks how intensities are to be scaled.
+
+    Args:
+      ct_window: see `Options`.
+      quantile_range: see `Options`.
+      modalities: of both scans, "ct" or "mri".
+
+    Raises:
+      UserError: a range is empty, or one for scans that neither is.
+    """
+    if ct_window is not None:
+        low, high = ct_window
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UserError(
                 f"--ct-window is {low:g} {high:g}, expected two Hounsfield units, the "
@@ -250,8 +273,8 @@ def _check_modality_options(options: Options) -> None:
                 "--ct-window has no effect, because neither modality is ct; leave it "
                 "out or correct the modality"
             )
-    if options.quantile_range is not None:
-        low, high = options.quantile_range
+    if quantile_range is not None:
+        low, high = quantile_range
         if not 0 <= low < high <= 1:
             raise UserError(
                 f"--quantile-range is {low:g} {high:g}, expected two numbers between 0 "
@@ -262,11 +285,6 @@ def _check_modality_options(options: Options) -> None:
                 "--quantile-range has no effect, because neither modality is mri; "
                 "leave it out or correct the modality"
             )
-    if options.intensity_conservation_loss and set(modalities) != {"ct"}:
-        raise UserError(
-            "--intensity-conservation-loss needs two CT scans, the modalities are "
-            f"{modalities[0]} and {modalities[1]}; leave it out"
-        )
 
 
 def check_regions(options: Options, given: Mapping[str, Any]) -> None:
@@ -319,6 +337,7 @@ def register(
     *,
     regions: Regions | None = None,
     sam: TrainedSam | None = None,
+    start: prealignment.Prealignment | None = None,
     progress: Progress | None = None,
 ) -> Registration:
     """Registers one scan onto another.
@@ -326,11 +345,13 @@ def register(
     Args:
       moving: the scan to be warped, D H W, stored intensities.
       fixed: the scan that stays.
-      model: weights from `zoo.load`; None where `io_target` can do without.
+      model: weights from `zoo.load`; None where `io_target` can do without, or for a
+        pre-alignment alone (without `io_iterations`).
       options: how to register.
       regions: masks and label maps of the two scans.
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
         a UniReg's own aligns.
+      start: the pre-alignment, where `prealigned` found it already.
       progress: called after each step with its number, the total and the objective's
         parts.
 
@@ -353,10 +374,12 @@ def register(
     placement = options.placement or preprocess.AS_GRADICON
     moving, fixed = placement.turned(moving), placement.turned(fixed)
     regions = _each(regions, placement.turned)
-    if model is None and options.io_target == "network":
+    alone = model is None and options.io_target == "network"
+    if alone and (options.prealign == "none" or options.io_iterations is not None):
         raise UserError(
-            "--io-target network needs a model; name one with --model, or pass "
-            "--io-target displacement to register without weights"
+            "--io-target network needs a model; name one with --model, pass "
+            "--io-target displacement to register without weights, or --prealign and "
+            "--io-iterations None to pre-align alone"
         )
     seconds: dict[str, float] = {}
 
@@ -366,7 +389,8 @@ def register(
     apart, bend = (pair, grids), None
     if options.prealign != "none":
         with _Clock(seconds, "prealign"):
-            start = _prealigned(moving, fixed, model, options, regions, sam)
+            if start is None:
+                start = _prealigned(moving, fixed, model, options, regions, sam)
             carried = preprocess.Carried(grids[0], start.transform)
             pair = told.of(make_pair(moving, fixed, options, regions, carried))
             grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
@@ -394,7 +418,10 @@ def register(
         with _Clock(seconds, "inverse"):
             inverse, residual = _inverse(forward, backward, *grids)
     return Registration(
-        transform=transform_lib.in_world(forward, *grids),
+        # A pre-alignment alone is exact as it is.
+        transform=start.in_world
+        if alone and start
+        else transform_lib.in_world(forward, *grids),
         inverse=inverse,
         inverse_residual_mm=residual,
         fixed_grid=grids[0],
@@ -479,12 +506,31 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
     )
 
 
-def _sam_of(model: zoo.LoadedModel | None) -> TrainedSam | None:
-    """Returns the SAM network that a UniReg holds."""
-    variables = {} if model is None else model.variables
-    if unireg.SAM not in variables:
-        return None
-    return TrainedSam(config_of(variables[unireg.SAM]), variables[unireg.SAM])
+def _sam_for(
+    model: zoo.LoadedModel | None, given: TrainedSam | None
+) -> TrainedSam | None:
+    """Returns the SAM network in use: the given one before that of a UniReg."""
+    return given if given or model is None else zoo.sam_of(model)
+
+
+def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
+    """Whether registering has a use for a SAM network that is given."""
+    config: Any = getattr(model and model.model, "config", None)
+    lacks = (
+        model is not None
+        and kinds.correlates_sam(config)
+        and unireg.SAM not in model.variables
+    )
+    shown = (
+        options.io_iterations is not None
+        and options.io_target == "features"
+        and _both_ct(options)
+    )
+    return lacks or shown or options.prealign in prealignment.SAM_WAYS
+
+
+def _both_ct(options: Options) -> bool:
+    return {options.fixed_modality, options.moving_modality} == {"ct"}
 
 
 def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
@@ -505,8 +551,8 @@ def prealigned(
     *,
     regions: Regions | None = None,
     sam: TrainedSam | None = None,
-) -> transform_lib.Transform:
-    """Returns the pre-alignment that `register` would start from, fixed to moving mm.
+) -> prealignment.Prealignment:
+    """Returns the pre-alignment that `register` would start from.
 
     The arguments are those of `register`.
 
@@ -515,7 +561,7 @@ def prealigned(
     """
     options = options if model is None else _with_rule_of(model, options)
     regions = regions or Regions()
-    return _prealigned(moving, fixed, model, options, regions, sam).transform
+    return _prealigned(moving, fixed, model, options, regions, sam)
 
 
 def _prealigned(
@@ -535,7 +581,7 @@ def _prealigned(
             (fixed, fixed_rule, regions.fixed_mask),
         )
     ]
-    return prealignment.find(options.prealign, *scans, network=sam or _sam_of(model))
+    return prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
 
 
 def _bent(
@@ -736,7 +782,7 @@ def _optimise(
     if options.io_target == "map":
         return refine.optimize_map(pair, predicted, loss=options.io_sim, **common)
     if options.io_target == "features":
-        extract = _extractor(sam or _sam_of(model), options)
+        extract = _extractor(_sam_for(model, sam), options)
         return refine.optimize_features(pair, predicted, extract, **common)
     common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":
@@ -754,9 +800,21 @@ def _optimise(
 
 
 def _extractor(network: TrainedSam | None, options: Options) -> refine.Extract:
-    """Returns SAM's features for two CT scans, else descriptors."""
-    modalities = {options.fixed_modality, options.moving_modality}
-    if network is None or modalities != {"ct"}:
+    """Returns SAM's features for two CT scans on a grid like its own, or descriptors.
+
+    A SAM network knows voxels of one size in one orientation, and another placement
+    would show it something else.
+    """
+    if network is None or not _both_ct(options):
+        return refine.mind_features
+    own = preprocess.Placement("pad_crop", "spl", network.spacing_mm)
+    if options.placement != own:
+        warnings.warn(
+            "--io-target features takes MIND's descriptors in place of SAM's: the "
+            f"network grid has not SAM's voxels of {own.spacing_mm:g} mm towards "
+            "superior, posterior and left, as a UniReg's has",
+            stacklevel=2,
+        )
         return refine.mind_features
     window = options.ct_window or (-1000.0, 1000.0)
     return lambda image: refine.sam_features(network, image, window)

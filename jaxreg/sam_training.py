@@ -84,25 +84,36 @@ def run(
     best, scores = _train(experiment, out, layout, train, held, variables, resume, say)
     weights = out / "weights"
     if jax.process_index() == 0:
-        checkpoints.save_bundle(weights, bundle_of(experiment, best))
+        checkpoints.save_bundle(weights, bundle_of(experiment, best, train))
     parallel.barrier("weights written")
     seconds = time.perf_counter() - began
     return Outcome(weights, scores, experiment.train.steps, seconds)
 
 
-def bundle_of(experiment: SamExperiment, variables: Variables) -> checkpoints.Bundle:
-    """Returns trained weights as they are stored."""
+def bundle_of(
+    experiment: SamExperiment, variables: Variables, records: Sequence[Record]
+) -> checkpoints.Bundle:
+    """Returns trained weights as they are stored.
+
+    Args:
+      experiment: what was done.
+      variables: what came out.
+      records: the scans that it was done with: the weights know MR scans if some are.
+    """
     loading = experiment.loading
-    placement = preprocess.Placement("pad_crop", "spl", experiment.views.spacing_mm)
+    mri = any(preprocess.kind(record.modality) == "mri" for record in records)
+    trained = sam.TrainedSam(
+        experiment.model,
+        variables,
+        experiment.views.spacing_mm,
+        loading.ct_window,
+        (loading.quantile_range or (0.0, 0.99)) if mri else None,
+    )
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=zoo.SAM,
         config=dataclasses.asdict(experiment.model),
-        preprocessing={
-            **placement.to_dict(),
-            "ct_window": list(loading.ct_window),
-            "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
-        },
+        preprocessing=zoo.sam_rule(trained),
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,
     )

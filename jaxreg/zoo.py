@@ -36,7 +36,13 @@ from jaxreg.io import (
 from jaxreg.io.checkpoints import Bundle
 from jaxreg.models import kinds, sam, unireg
 from jaxreg.models.base import Registration
-from jaxreg.models.sam import HU_RANGE, SPACING_MM, SamConfig, TrainedSam
+from jaxreg.models.sam import (
+    HU_RANGE,
+    SPACING_MM,
+    SamConfig,
+    TrainedSam,
+    config_of,
+)
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
@@ -221,8 +227,8 @@ SAM = "sam"
 SAM_PREPROCESSING = {
     **Placement("pad_crop", "spl", SPACING_MM).to_dict(),
     "ct_window": list(HU_RANGE),
-    "mri_quantiles": [0.0, 0.99],
 }
+"""Of the released network, which knows CT alone: it has no quantiles of MR scans."""
 
 
 def _no_torch(*_: Any, source: str = "the weights", **__: Any) -> Any:
@@ -408,16 +414,47 @@ def load_sam(path: PathLike) -> TrainedSam:
             "describes no places; give the weights of SAM"
         )
     released_sam.check_variables(bundle.variables, bundle.config, source=name)
-    said = {**SAM_PREPROCESSING, **bundle.preprocessing}
+    config = kinds.read_fields(SamConfig, bundle.config)
+    return _with_rule(config, bundle.variables, bundle.preprocessing)
+
+
+def sam_of(model: LoadedModel) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg holds, None where there is none.
+
+    What the weights do not say of its scans is that of the released network.
+
+    Raises:
+      UserError: what they hold in its place is something else.
+    """
+    held = model.variables.get(unireg.SAM)
+    if held is None:
+        return None
+    return _with_rule(config_of(held), held, model.bundle.preprocessing.get(SAM, {}))
+
+
+def sam_rule(trained: TrainedSam) -> dict[str, Any]:
+    """Returns which scans a SAM network knows, as the preprocessing of its weights."""
+    rule = Placement("pad_crop", "spl", trained.spacing_mm).to_dict()
+    rule["ct_window"] = list(trained.ct_window)
+    if trained.quantile_range is not None:
+        rule["mri_quantiles"] = list(trained.quantile_range)
+    return rule
+
+
+def _with_rule(
+    config: SamConfig, variables: Variables, said: Mapping[str, Any]
+) -> TrainedSam:
+    """Returns SAM with what `sam_rule` says of it."""
+    said = {**SAM_PREPROCESSING, **said}
     window, quantiles = (
-        (float(said[key][0]), float(said[key][1]))
-        for key in ("ct_window", "mri_quantiles")
+        None if (ends := said.get(name)) is None else (float(ends[0]), float(ends[1]))
+        for name in ("ct_window", "mri_quantiles")
     )
     return TrainedSam(
-        kinds.read_fields(SamConfig, bundle.config),
-        bundle.variables,
+        config,
+        variables,
         spacing_mm=Placement.of_weights(said).spacing_mm,
-        ct_window=window,
+        ct_window=window or HU_RANGE,
         quantile_range=quantiles,
     )
 
@@ -449,8 +486,8 @@ def sam_rule(trained: TrainedSam) -> dict[str, Any]:
 def _no_registration(name: str) -> UserError:
     return UserError(
         f"{name} is SAM, which finds places of one scan in another and registers "
-        "nothing; give its weights to jaxreg match --model PATH, and register with "
-        f"one of {', '.join(ZOO)} or weights of your own"
+        "nothing; pass it as --sam-weights beside the network of --model, or to jaxreg "
+        "match as its --model"
     )
 
 
@@ -700,14 +737,12 @@ def _from_path(name: str) -> Bundle:
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
-    if "backbone.conv1.conv.weight" in state:
+    if any(key.startswith(("backbone.conv1.", "read_out_head.")) for key in state):
         return SAM
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
     if any(key.startswith("encoder_moving.") for key in state):
         return "rdp"
-    if any(key.startswith("read_out_head.") for key in state):
-        return SAM
     return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 

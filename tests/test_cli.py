@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from jaxreg import cli
+from jaxreg import cli, zoo
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
@@ -338,6 +338,23 @@ BAD = {
     "pre-alignment of a scan as stored": (
         {"prealign": "centre", "stored_orientation": True, "io_target": "features"},
         "leave one of the two away",
+    ),
+    "SAM is looked for before scans": (
+        {
+            "prealign": "sam-affine",
+            "moving": "@text",
+            "model": "unigradicon",
+            "io_target": None,
+        },
+        "--sam-weights",
+    ),
+    "SAM's path is looked at before scans": (
+        {"prealign": "sam", "moving": "@text", "sam_weights": "%nowhere"},
+        "no SAM weights at",
+    ),
+    "pre-alignment alone with steps": (
+        {"prealign": "affine", "io_target": None, "model": "none"},
+        "--io-iterations None to pre-align alone",
     ),
     "features without steps": (
         {"io_target": "features", "io_iterations": "None"},
@@ -836,6 +853,35 @@ def test_idle_options_warn(asked, inputs, weights, tmp_path, capsys):
     assert len(warnings) == 2
     assert "--io-lr" in warnings[0]
     assert "--fill" in warnings[1]
+
+
+def test_idle_sam_and_similarity_warn(asked, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(zoo, "load_sam", lambda path: "a network")
+    argv = arguments(
+        inputs, tmp_path, io_target="features", model="none", io_sim="mse",
+        sam_weights=str(tmp_path),
+    )  # fmt: skip
+    cli.main(argv)
+    warnings = [t for t in capsys.readouterr().err.splitlines() if "warning" in t]
+    assert len(warnings) == 2
+    assert "--io-sim mse affects only the printed similarity" in warnings[0]
+    assert "--sam-weights has no effect" in warnings[1]
+
+
+def test_a_pre_alignment_alone(inputs, tmp_path, capsys):
+    out = {name: tmp_path / name for name in ("t.tfm", "w.nii.gz", "r.html")}
+    argv = arguments(
+        inputs, tmp_path, io_target=None, io_iterations="None", model="none",
+        prealign="centre", transform_out=out["t.tfm"], report=out["r.html"],
+        warped_moving_out=out["w.nii.gz"],
+    )  # fmt: skip
+    assert cli.main(argv) == 0
+    assert "mse loss pre-aligned" in capsys.readouterr().out
+    mapping = transforms.read_transform(out["t.tfm"])
+    moved = np.asarray(mapping.map_points(np.zeros((1, 1, 3))))[0, 0]
+    # Two voxels of 1.2 mm along the last axis, which is x.
+    np.testing.assert_allclose(moved, [2.4, 0, 0], atol=0.7)
+    assert all(path.is_file() for path in out.values())
 
 
 def test_hyphens_leaves_values_alone():

@@ -289,7 +289,7 @@ def asked(monkeypatch):
     """Answers every registration with the identity and notes what was asked."""
     calls = []
 
-    def stand_in(moving, fixed, model, options, *, regions=None, sam=None):
+    def stand_in(moving, fixed, model, options, *, regions=None, sam=None, start=None):
         calls.append((model, options, regions))
         return type("Found", (), {
             "transform": Transform(()),
@@ -341,6 +341,37 @@ def test_pre_alignment_has_a_row_of_its_own(asked, spec):
     assert row.mean_dice > found.rows[0].mean_dice + 0.2
     assert row.seconds > 0
     assert asked[0][1].prealign == "centre"
+
+
+def test_a_pre_alignment_is_looked_for_once_for_all_rows(asked, spec, monkeypatch):
+    found, original = [], register.prealigned
+
+    def search(*scans, **more):
+        found.append(scans)
+        return original(*scans, **more)
+
+    monkeypatch.setattr(register, "prealigned", search)
+    options = dataclasses.replace(OPTIONS, prealign="centre", io_iterations=2)
+    pairs = [spec, dataclasses.replace(spec, fixed=spec.moving, task="other")]
+    result = evaluate.evaluate(
+        pairs, loaded(Shifting()), options, with_optimisation=True
+    )
+    assert len(asked) == 4 and len(found) == 2
+    assert all(r.seconds > 3.0 for r in result.rows if r.method.startswith("known"))
+
+
+def test_a_pre_alignment_alone(spec, tmp_path):
+    pair = dataclasses.replace(spec, transform_out=tmp_path / "t.tfm")
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    found = evaluate.evaluate([pair], None, options)
+    assert found.methods == ("initial", "initial, resized", "pre-aligned, centre")
+    written = transforms.read_transform(tmp_path / "t.tfm")
+    moved = np.asarray(written.map_points(np.zeros((1, 1, 3))))[0, 0]
+    # Towards the boxes, two voxels along axis 2.
+    assert moved @ make_grid().affine_mm[:3, 2] > 0
+    optimised = dataclasses.replace(options, io_iterations=3)
+    with pytest.raises(UserError, match="no network to optimise"):
+        evaluate.evaluate([pair], None, optimised, with_optimisation=True)
 
 
 def test_modalities_and_masks_of_a_pair(asked, spec, folder):
@@ -599,7 +630,8 @@ def test_landmarks_of_every_frame(tmp_path, spec):
 
 def test_landmarks_by_column_name(tmp_path):
     path = tmp_path / "points.csv"
-    path.write_text("name,Z,X,Y\nleft,3,1,2\n\n")
+    # As a spreadsheet saves it.
+    path.write_text("X,name,Z,Y\n1,left,3,2\n\n", encoding="utf-8-sig")
     np.testing.assert_array_equal(
         evaluate.read_landmarks(path, frame="ras"), [[1.0, 2.0, 3.0]]
     )

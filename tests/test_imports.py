@@ -78,13 +78,13 @@ TABLE = {
     "optimize": Room(_TOP, ("optax",)),
     "tasks": Room((*_TOP, "nn.dynamic")),
     "prealignment": Room(
-        ("prealign", "matching", "models.sam", "data", "losses", "space")
+        ("points", "prealign", "matching", "models.sam", "data", "losses", "space")
     ),
-    "refine": Room((*_TOP, "nn"), ("optax",)),
+    "refine": Room((*_TOP, "nn", "points"), ("optax",)),
     "register": Room(
         (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
     ),
-    "evaluate": Room((*_TOP, "data.manifest", "results")),
+    "evaluate": Room((*_TOP, "data.manifest", "prealignment", "results")),
     "tuning": Room((*_TOP, "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
@@ -96,7 +96,7 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_options", "cli_points", "cli_matching", "sam_experiment", "sam_training",
+    "cli_options", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 

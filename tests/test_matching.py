@@ -108,7 +108,7 @@ def test_chunks_make_no_difference(monkeypatch, at_once):
     monkeypatch.setattr(matching, "_SIMILARITIES", at_once)
     rng = np.random.default_rng(1)
     queries, keys = (rng.normal(size=(n, 4)).astype("f4") for n in (7, 50))
-    index, product = matching._best.__wrapped__(queries, keys)
+    index, product = matching.best.__wrapped__(queries, keys)
     whole = queries @ keys.T
     np.testing.assert_array_equal(index, whole.argmax(1))
     np.testing.assert_allclose(product, whole.max(1), rtol=1e-5)
@@ -116,7 +116,7 @@ def test_chunks_make_no_difference(monkeypatch, at_once):
 
 def test_all_similarities_never_exist_at_once():
     queries, keys = (jax.ShapeDtypeStruct((n, 4), jnp.float32) for n in (2000, 10**6))
-    program = jax.jit(matching._best).lower(queries, keys).as_text()
+    program = jax.jit(matching.best).lower(queries, keys).as_text()
     assert "67x1000000" in program and "2000x1000000" not in program
 
 
@@ -170,3 +170,10 @@ def test_batches_are_refused():
     features = jnp.ones((2, 2, 2, 2, 1))
     with pytest.raises(ValueError, match="expected 1 D H W C"):
         matching.match(np.zeros((1, 3)), features, features)
+
+
+def test_an_axis_shorter_than_half_a_stride_has_one_place():
+    shape = (2, 32, 32)
+    points = matching.start_points(shape, mask=np.ones(shape))
+    assert set(points[:, 0]) == {1}
+    assert sorted(set(points[:, 1])) == [3, 11, 19, 27]

@@ -80,13 +80,14 @@ def test_a_voxel_of_another_pattern_is_found_again():
 
 
 @pytest.fixture(scope="module")
-def variables():
-    return sam.init(CONFIG, jax.random.key(3))
+def network():
+    variables = sam.init(CONFIG, jax.random.key(3))
+    return sam.TrainedSam(CONFIG, variables, 1.5, quantile_range=(0.0, 1.0))
 
 
-def test_sam_describes_the_fine_grid_in_the_scans_world(variables):
+def test_sam_describes_the_fine_grid_in_the_scans_world(network):
     volume = scan()
-    found = points.by_sam(volume, RULE, CONFIG, variables, spacing_mm=1.5)
+    found = points.by_sam(volume, RULE, network)
     # 30 x 31.2 x 34 mm: 20 x 21 x 23 voxels, padded to 20 x 32 x 32.
     assert found.vectors.shape == (10, 16, 16, 12)
     assert found.inside.shape == (10, 16, 16)
@@ -102,10 +103,10 @@ def test_sam_describes_the_fine_grid_in_the_scans_world(variables):
     assert np.median(np.linalg.norm(there.points_mm - here, axis=-1)) < 1.5
 
 
-def test_nothing_is_found_beyond_the_scan(variables):
+def test_nothing_is_found_beyond_the_scan(network):
     volume = scan()
-    query = points.by_sam(volume, RULE, CONFIG, variables, spacing_mm=1.5)
-    key = points.by_sam(scan(seed=4), RULE, CONFIG, variables, spacing_mm=1.5)
+    query = points.by_sam(volume, RULE, network)
+    key = points.by_sam(scan(seed=4), RULE, network)
     found = points.find(inner_points(volume, 60, 0), query, key)
     inverse = np.linalg.inv(key.scan.affine_mm)
     at = found.points_mm @ inverse[:3, :3].T + inverse[:3, 3]
@@ -155,3 +156,9 @@ def test_intensities_are_those_of_sam():
         points.as_sam_sees(scaled, narrow), [-50, -18.125, 77.5], atol=1e-4
     )
     assert isinstance(points.as_sam_sees(scaled, ct), np.ndarray)
+
+
+def test_a_network_of_ct_is_shown_nothing_else():
+    network = sam.TrainedSam(CONFIG, {})
+    with pytest.raises(UserError, match="knows CT alone, scan.nii.gz is another"):
+        points.by_sam(scan(), RULE, network)

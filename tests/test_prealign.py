@@ -80,6 +80,14 @@ def test_too_few_matches_are_refused(query, said):
         prealign.matched_affine(matches_of(query, query), (32, 32, 32), (32, 32, 32))
 
 
+def test_matches_in_a_plane_of_either_image_are_refused():
+    points = np.random.default_rng(0).integers(0, 32, (20, 3))
+    flat = points * [1, 0, 1]
+    for query, key in ((points, flat), (flat, points)):
+        with pytest.raises(UserError, match="20 matched points along 2 directions"):
+            prealign.matched_affine(matches_of(query, key), (32, 32, 32), (32, 32, 32))
+
+
 def test_small_images_have_no_coarse_field():
     points = np.random.default_rng(0).integers(0, 30, (9, 3))
     with pytest.raises(UserError, match="two control points 16 voxels apart"):
@@ -187,6 +195,25 @@ def test_what_makes_things_worse_is_not_kept():
     config = prealign.IntensityConfig(levels=1, iterations=1, step=50.0)
     found = prealign.intensity_affine(fixed, fixed, FIXED, FIXED, config=config)
     np.testing.assert_allclose(affine.to_mm(found, FIXED, FIXED), np.eye(4), atol=1e-6)
+
+
+@pytest.mark.parametrize("loss", ["mind", "ncc"])
+def test_images_thrown_out_of_each_other_are_not_alike(loss):
+    """Of no voxels, or of a few, the losses are small."""
+    rng = np.random.default_rng(2)
+    fixed, moving = (jnp.asarray(rng.normal(size=(1, 8, 8, 8, 1)), "f4") for _ in "ab")
+    over = grid((8, 8, 8), (1, 1, 1), (0, 0, 0))
+    away = np.zeros((3, 4))
+    for shift, far in (((0, 0, 7.0), False), ((0, 0, 50.0), True)):
+        away[:, 3] = shift
+        same, inverse = np.eye(4), np.linalg.inv(over.unit_to_mm)
+        level = (fixed, moving, jnp.ones_like(fixed), over.unit_to_mm, inverse, 1.0)
+        value, share = prealign._unlikeness(level, 1.0, loss, jnp.asarray(away))
+        assert float(share) == (0 if far else 1 / 8)
+        assert np.isinf(prealign.unlikeness(value, share)) == far
+    config = prealign.IntensityConfig(loss=loss, levels=1, iterations=1, step=200.0)
+    found = prealign.intensity_affine(fixed, moving, over, over, config=config)
+    np.testing.assert_allclose(affine.to_mm(found, over, over), same, atol=1e-6)
 
 
 def test_levels_halve_the_finer_axes_first():

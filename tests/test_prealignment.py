@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxreg import matching, prealign, prealignment, register, zoo
+from jaxreg import matching, points, prealign, prealignment, refine, register, zoo
 from jaxreg.data import preprocess
 from jaxreg.data.preprocess import Placement, Preprocessing
 from jaxreg.errors import UserError
@@ -185,6 +185,42 @@ def test_a_bend_lies_between_the_network_and_the_affine_map(scans, monkeypatch, 
     assert result.inverse_residual_mm[0] < 0.02
 
 
+@pytest.mark.parametrize("bent", [False, True], ids=["affine", "coarse"])
+def test_a_pre_alignment_alone_is_exact(scans, monkeypatch, tmp_path, bent):
+    start = Prealignment(TRUTH, *bend_of(0.04)) if bent else Prealignment(TRUTH)
+    given(monkeypatch, start)
+    result = register.register(*scans, None, OPTIONS)
+    expected = start.transform.map_points(POINTS)
+    np.testing.assert_allclose(result.transform.map_points(POINTS), expected, atol=1e-4)
+    np.testing.assert_allclose(result.inverse.map_points(expected), POINTS, atol=0.05)
+    assert result.similarity_after < 0.5 * result.similarity_before
+    transforms.write_transform(tmp_path / "t.tfm", result.transform, FIXED)
+    written = transforms.read_transform(tmp_path / "t.tfm")
+    np.testing.assert_allclose(written.map_points(POINTS), expected, atol=1e-3)
+    assert len(written.steps) == (3 if bent else 1)
+
+
+def test_a_pre_alignment_that_was_found_is_not_looked_for(scans, monkeypatch):
+    monkeypatch.setattr(prealignment, "find", None)
+    result = register.register(*scans, None, OPTIONS, start=Prealignment(TRUTH))
+    np.testing.assert_allclose(
+        result.transform.map_points(POINTS), apply(TRUTH, POINTS), atol=1e-4
+    )
+
+
+def test_features_are_sams_on_a_grid_like_its_own_alone():
+    ct = dataclasses.replace(
+        OPTIONS, fixed_modality="ct", moving_modality="ct", io_iterations=2,
+        io_target="features", placement=Placement("pad_crop", "spl", 2.0),
+    )  # fmt: skip
+    assert register._extractor(NETWORK, ct) is not refine.mind_features
+    assert register._extractor(None, ct) is refine.mind_features
+    for placement in (None, Placement("pad_crop", "spl", 1.0), Placement()):
+        with pytest.warns(UserWarning, match="takes MIND's descriptors in place"):
+            other = dataclasses.replace(ct, placement=placement)
+            assert register._extractor(NETWORK, other) is refine.mind_features
+
+
 def test_labels_and_masks_are_carried_along(scans, monkeypatch):
     given(monkeypatch, Prealignment(TRUTH))
     parts = {
@@ -269,7 +305,7 @@ def matched(monkeypatch):
     def of(function, count=400):
         grids = {}
 
-        def embed(config, variables, image):
+        def embed(network, image):
             return image
 
         def correspond(moving, fixed, shape, *, query_mask, key_mask):
@@ -288,7 +324,7 @@ def matched(monkeypatch):
             assert body.any()
             return image, grid, body
 
-        monkeypatch.setattr(prealignment, "_embed", embed)
+        monkeypatch.setattr(points, "embed", embed)
         monkeypatch.setattr(matching, "correspond", correspond)
         monkeypatch.setattr(prealignment, "_for_sam", for_sam)
 
@@ -381,6 +417,50 @@ def test_a_sam_of_mri_sees_its_own_spacing_and_scale(scans):
     assert float(image.min()) == pytest.approx(low, abs=1)
     assert high - 40 < float(image.max()) <= high + 1e-3
     assert 0 < body.mean() < 1
+
+
+def shown(image):
+    """Hounsfield units of what SAM sees."""
+    low, high = sam.SAM_RANGE
+    return (np.asarray(image, np.float64) - low) / (high - low) * 4095 - 1024
+
+
+def test_a_window_of_sam_keeps_its_hounsfield_units_everywhere(ct, monkeypatch):
+    """The same scan, cut off alike, for pre-alignment, points and features."""
+    network = dataclasses.replace(NETWORK, ct_window=(-800.0, -300.0))
+    image, grid, body = prealignment._for_sam(ct[0], network)
+    whole, _, _ = prealignment._for_sam(ct[0], NETWORK)
+    expected = shown(whole).clip(-800, -300)
+    np.testing.assert_allclose(shown(image), expected, atol=15)
+    assert 0 < body.mean() < 1
+    asked = []
+
+    def embed(network, image):
+        asked.append(image)
+        raise UserError("asked")
+
+    monkeypatch.setattr(points, "embed", embed)
+    rule = Preprocessing("ct", network.ct_window)
+    with pytest.raises(UserError, match="asked"):
+        points.by_sam(ct[0].volume, rule, network)
+    np.testing.assert_array_equal(asked[0], image)
+    stored = jnp.asarray((shown(whole) + 1000) / 2000, jnp.float32).clip(0, 1)
+    with pytest.raises(UserError, match="asked"):
+        refine.sam_features(network, stored, (-1000.0, 1000.0))
+    np.testing.assert_allclose(shown(asked[1]), expected, atol=0.1)
+
+
+def test_beyond_a_scan_sam_sees_its_edge_and_no_body(ct):
+    scan = ct[0]
+    bright = dataclasses.replace(scan.volume, array=scan.volume.array + 1000)
+    image, grid, body = prealignment._for_sam(
+        dataclasses.replace(scan, volume=bright), NETWORK
+    )
+    assert grid.shape == (36, 48, 48)  # of 34 x 36 x 40
+    assert body[:34, :36, :40].all()
+    assert body.sum() == body[:34, :36, :40].sum()
+    edge = np.repeat(image[0, :, 35:36], 12, axis=1)
+    np.testing.assert_array_equal(image[0, :, 36:], edge)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from jaxreg import cli, experiment, sam_experiment, sam_training, zoo
 from jaxreg.errors import UserError
+from jaxreg.io import checkpoints
 from jaxreg.models import sam
 from jaxreg.training import optimizer
 
@@ -78,7 +79,8 @@ def test_a_run_leaves_weights_that_load(trained):
     assert loaded.config == sam.SamConfig((2, 2, 3, 3), 4, form="native")
     assert loaded.spacing_mm == 1.0
     assert loaded.ct_window == sam.HU_RANGE and loaded.quantile_range == (0.0, 0.99)
-    assert loaded.bundle.licence.startswith("CC-BY-SA 4.0")
+    stored = checkpoints.load_bundle(outcome.weights)
+    assert stored.licence.startswith("CC-BY-SA 4.0")
     # Batch statistics moved.
     count = loaded.variables["batch_stats"]["backbone"]["stem"]["norm"]["count"]
     assert int(count) in (2, 4)

@@ -603,7 +603,29 @@ def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
     assert bundle.preprocessing["ct_window"] == [-1024.0, 3071.0]
     other = dataclasses.replace(bundle, model="rdp")
     checkpoints.save_bundle(tmp_path / "other", other)
-    with pytest.raises(UserError, match="holds a rdp network, expected a SAM"):
+    with pytest.raises(UserError, match="holds a rdp network, .* describes no places"):
         zoo.load_sam(tmp_path / "other")
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="there are no SAM weights at"):
         zoo.load_sam(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        sam.TrainedSam(sam.SamConfig(), {}),
+        sam.TrainedSam(sam.SamConfig(), {}, 1.5, (-200.0, 300.0), (0.01, 0.98)),
+    ],
+    ids=["released", "trained on MR"],
+)
+def test_a_unireg_knows_the_scans_of_its_sam(trained, monkeypatch):
+    monkeypatch.setattr(zoo, "config_of", lambda variables: trained.config)
+    rule = json.loads(json.dumps(zoo.sam_rule(trained)))  # as a checkpoint stores it
+    for stored in (rule, {}):
+        bundle = checkpoints.Bundle(
+            {"sam": {}}, "unireg", {}, {"sam": stored}, "a test", "none"
+        )
+        model = zoo.LoadedModel("held", None, bundle.variables, bundle)  # pyright: ignore
+        found = zoo.sam_of(model)
+        assert found == (trained if stored else sam.TrainedSam(trained.config, {}))
+    without = dataclasses.replace(model, variables={})
+    assert zoo.sam_of(without) is None

@@ -29,6 +29,8 @@ from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 FINE_STRIDE = 2
 """Voxels of the image per voxel of the fine grid, along every axis."""
+COARSE_STRIDE = (4, 16, 16)
+"""The same for the coarse grid, along D, H and W."""
 HU_RANGE = (-1024.0, 3071.0)
 SAM_RANGE = (-50.0, 205.0)
 """What `HU_RANGE` is mapped to."""
@@ -246,8 +248,10 @@ class TrainedSam:
       config: its sizes.
       variables: {"params": ..., "batch_stats": ...}.
       spacing_mm: of the voxels that it sees.
-      ct_window: the Hounsfield units that are the ends of its scale.
-      quantile_range: the quantiles of an MRI that are; None if it knows CT alone.
+      ct_window: Hounsfield units that CT is cut off at; they keep their place in SAM's
+        scale.
+      quantile_range: the quantiles of an MR scan that become the ends of SAM's scale;
+        None if it knows CT alone.
     """
 
     config: SamConfig

@@ -20,7 +20,7 @@ from jaxreg.space.grid import Shape
 from jaxreg.typing import Image, Variables
 
 FINE = (2, 2, 2)
-COARSE = (4, 16, 16)
+COARSE = sam.COARSE_STRIDE
 """Voxels of the image per voxel of the features, along D H W."""
 MIND_CHANNELS = 12
 Features = sam.Embeddings

@@ -40,23 +40,6 @@ def to_mm(
     return moving.unit_to_mm @ matrix
 
 
-def on_other_grids(
-    transform: Transform,
-    before: tuple[grid_lib.Grid, grid_lib.Grid],
-    after: tuple[grid_lib.Grid, grid_lib.Grid],
-) -> Transform:
-    """Returns the same map in mm in the unit coordinates of other grids.
-
-    Args:
-      transform: in unit coordinates of the first grids.
-      before: fixed and moving grid that it was found on.
-      after: fixed and moving grid that it is to be used on.
-    """
-    enter = np.linalg.inv(before[0].unit_to_mm) @ after[0].unit_to_mm
-    leave = np.linalg.inv(after[1].unit_to_mm) @ before[1].unit_to_mm
-    return Transform((Affine(enter), *transform.steps, Affine(leave)))
-
-
 def centres(fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Transform:
     """Returns the translation that puts the middles of two grids onto each other."""
     return from_mm(_shift(_middle_mm(moving) - _middle_mm(fixed)), fixed, moving)

@@ -50,15 +50,6 @@ def test_a_field_has_no_matrix():
         affine.to_mm(field, FIXED, MOVING)
 
 
-def test_other_grids_keep_the_map_in_mm():
-    matrix = some_affine()
-    after = FIXED.resized((9, 3, 5)), MOVING.resized_aligned((4, 4, 4))
-    moved = affine.on_other_grids(
-        affine.from_mm(matrix, FIXED, MOVING), (FIXED, MOVING), after
-    )
-    np.testing.assert_allclose(affine.to_mm(moved, *after), matrix, atol=1e-12)
-
-
 def test_middles_meet():
     transform = affine.centres(FIXED, MOVING)
     middle = np.full((1, 3), 0.5)
