@@ -145,6 +145,8 @@ class Registration:
       fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
+      told: what the network was told of the pair: region, pairing and, where it can be
+        asked for one, the smoothness; empty for other networks.
     """
 
     transform: transform_lib.Transform
@@ -163,6 +165,7 @@ class Registration:
     fixed_image: np.ndarray
     warped_before: np.ndarray
     warped_after: np.ndarray
+    told: str = ""
 
 
 def check_options(options: Options) -> None:
@@ -410,6 +413,7 @@ def register(
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
+        told=told.text,
     )
 
 
@@ -463,20 +467,56 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
 
 
 def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
-    """Returns the options with the weights' intensity rule where they have none."""
+    """Returns the options with the weights' intensity rule where they have none.
+
+    Raises:
+      UserError: see `check_intensities`.
+    """
+    check_intensities(model, options)
     if model.mask_inputs and not options.input_masking:
         warnings.warn(
             f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
             "and --input-masking to show it the same",
             stacklevel=3,
         )
+    config: Any = getattr(model.model, "config", None)
     return dataclasses.replace(
         options,
-        ct_window=options.ct_window or model.ct_window,
+        ct_window=options.ct_window
+        or model.ct_window
+        or kinds.hounsfield_window(config),
         placement=options.placement
         or preprocess.Placement.of_weights(model.bundle.preprocessing),
         quantile_range=options.quantile_range or model.quantile_range,
     )
+
+
+def check_intensities(model: zoo.LoadedModel, options: Options) -> None:
+    """Checks that a network which reads Hounsfield units is shown them as they are.
+
+    Raises:
+      UserError: a scan is no CT, or another window would move what it reads.
+    """
+    config: Any = getattr(model.model, "config", None)
+    needed = kinds.hounsfield_window(config)
+    if needed is None:
+        return
+    for name in ("fixed_modality", "moving_modality"):
+        modality = getattr(options, name)
+        if modality != "ct":
+            raise UserError(
+                f"{_option(name)} is {modality}, but {model.name} reads Hounsfield "
+                f"units; give {_option(name)} ct if it is one, or weights trained with "
+                "--model.features mind --model.backbone_window None"
+            )
+    low, high = options.ct_window or model.ct_window or needed
+    if (low, high) != needed:
+        given = "--ct-window is" if options.ct_window else "its weights state"
+        raise UserError(
+            f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
+            f"window {needed[0]:g} {needed[1]:g}; give --ct-window {needed[0]:g} "
+            f"{needed[1]:g}"
+        )
 
 
 def _sam_of(model: zoo.LoadedModel | None) -> TrainedSam | None:
@@ -513,7 +553,9 @@ def prealigned(
     Raises:
       UserError: see `prealignment.find`.
     """
-    options = options if model is None else _with_rule_of(model, options)
+    if model is not None:
+        words = (options.task, options.pairing, options.smoothness)
+        options = _with_rule_of(tasks.tell(model, *words).model, options)
     regions = regions or Regions()
     return _prealigned(moving, fixed, model, options, regions, sam).transform
 
@@ -577,6 +619,8 @@ def summary(result: Registration) -> dict[str, str]:
         "folded voxels": f"{result.folding_percent:.4f} %",
     }
     rows = {name: text for name, text in rows.items() if text}
+    if result.told:
+        rows = {"told": result.told, **rows}
     if result.domains:
         nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)

@@ -215,6 +215,17 @@ def smoothness_range(config: Config) -> SmoothnessRange | None:
     return None
 
 
+def hounsfield_window(config: Config) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that must be 0 and 1 in a network's images.
+
+    None: any scaling will do.
+    """
+    if not isinstance(config, UniRegConfig):
+        return None
+    reads = config.features == "sam" or config.backbone_window is not None
+    return config.window if reads else None
+
+
 def prompts_in(variables: Variables) -> int:
     """Returns how many static prompts weights of any kind hold."""
     bottleneck = variables["params"].get("bottleneck", {})
