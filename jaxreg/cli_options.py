@@ -145,7 +145,7 @@ PairingName = Annotated[
     choice(
         "--pairing",
         "For UniReg: scans of two subjects (inter) or of one (intra). Default: that of "
-        "the task.",
+        "the task in training.",
         TASK,
     ),
 ]
@@ -154,7 +154,8 @@ Smoothness = Annotated[
     option(
         "--smoothness",
         "For a network that can be asked for it: weight of the smoothness term, as in "
-        "training (lambda). Default: what tune-lambda found, or the middle.",
+        "training (lambda). Default: what tune-lambda found, else the task's own in "
+        "training, else the middle.",
         TASK,
     ),
 ]

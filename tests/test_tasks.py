@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg import experiment, register, tasks, trainer, zoo
+from jaxreg import cli, experiment, register, tasks, trainer, zoo
 from jaxreg import sources as sources_lib
 from jaxreg.data import synthetic
 from jaxreg.data.manifest import Record
@@ -413,6 +413,11 @@ def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
 
 def registered(model, **words):
     """Returns where two points come to lie when two scans of noise are registered."""
+    found = registered_result(model, **words).transform
+    return np.asarray(found.map_points(np.zeros((1, 2, 3)) + 7.0))
+
+
+def registered_result(model, **words):
     rng = np.random.default_rng(5)
     moving, fixed = (
         Volume(rng.uniform(size=SHAPE).astype("f4"), Grid(SHAPE, np.eye(4)))
@@ -421,8 +426,7 @@ def registered(model, **words):
     options = register.Options(
         **{"io_iterations": None, "shape": SHAPE, "inverse": False, **words}
     )
-    found = register.register(moving, fixed, model, options).transform
-    return np.asarray(found.map_points(np.zeros((1, 2, 3)) + 7.0))
+    return register.register(moving, fixed, model, options)
 
 
 @pytest.mark.parametrize("prealign", ["none", "centre"])
@@ -463,3 +467,43 @@ def test_only_a_pyramid_of_tasks_has_levels_to_repeat():
         registered(plain, level_iterations=3)
     with pytest.raises(UserError, match="--level-iterations is 3, but no network"):
         registered(None, level_iterations=3, io_iterations=1, io_target="displacement")
+
+
+def test_what_tune_lambda_stores_is_what_register_asks_for(tmp_path, capsys):
+    """From weights and a manifest to a registration, on the command line."""
+    manifest = synthetic.write_dataset(
+        tmp_path / "data", synthetic.SyntheticConfig("thing", SHAPE), subjects=2
+    )
+    weights = tmp_path / "weights"
+    model = dataclasses.replace(SMALL, smoothness_range=RANGE)
+    saved(weights, model, sources_of(regions=("anatomy0", "liver", "anatomy0")))
+    scans = ["--fixed-modality", "mri", "--moving-modality", "mri"]
+    tune = ["tune-lambda", "--manifest", str(manifest), "--model", str(weights), *scans]
+    tune += ["--out", str(tmp_path / "rows.csv"), "--smoothness", "0.2,5", "--write"]
+    assert cli.main(tune) == 2  # every subject is for training
+    assert "--split train" in capsys.readouterr().err
+    assert cli.main([*tune, "--split", "train", "--count", "1"]) == 0
+    printed = capsys.readouterr().out
+    best = checkpoints.load_bundle(weights).preprocessing["smoothness"]
+    assert list(best) == ["anatomy0, inter"]
+    weight = best["anatomy0, inter"]
+    assert weight in (0.2, 5.0)
+    assert f"anatomy0, inter: smoothness {weight:g}, Dice" in printed
+    fixed, moving = sorted((tmp_path / "data" / "images").iterdir())
+    status = cli.main(
+        ["register", "--fixed", str(fixed), "--moving", str(moving), *scans,
+         "--model", str(weights), "--task", "a", "--io-iterations", "None",
+         "--transform-out", str(tmp_path / "t.h5")]
+    )  # fmt: skip
+    assert status == 0
+    told = next(
+        line for line in capsys.readouterr().out.splitlines() if line[:4] == "told"
+    )
+    assert told.split(maxsplit=1)[1] == f"anatomy0, inter, smoothness {weight:g}"
+
+
+def test_only_networks_that_are_told_something_say_so(trained):
+    result = registered_result(trained, task="b")
+    assert register.summary(result)["told"] == "liver, intra, smoothness 1"
+    silent = dataclasses.replace(result, told="")
+    assert "told" not in register.summary(silent)
