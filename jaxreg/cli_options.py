@@ -148,7 +148,7 @@ PairingName = Annotated[
     choice(
         "--pairing",
         "For UniReg: scans of two subjects (inter) or of one (intra). Default: that of "
-        "the task.",
+        "the task in training.",
         TASK,
     ),
 ]
@@ -157,7 +157,8 @@ Smoothness = Annotated[
     option(
         "--smoothness",
         "For a network that can be asked for it: weight of the smoothness term, as in "
-        "training (lambda). Default: what tune-lambda found, or the middle.",
+        "training (lambda). Default: what tune-lambda found, else the task's own in "
+        "training, else the middle.",
         TASK,
     ),
 ]

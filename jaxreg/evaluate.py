@@ -15,7 +15,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 
+Pairing = manifest_lib.Pairing
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
@@ -52,9 +53,11 @@ class PairSpec:
       moving_landmarks: the same points in the moving scan, in the same order.
       fixed_modality: "ct" or "mri"; the options' own if None.
       moving_modality: the same for the moving scan.
-      task: which table the pair counts in, and what a network with heads for tasks is
-        told unless the options name one.
-      pairing: "inter" or "intra" subject, or None; told to such a network.
+      task: which table the pair counts in ("all" if None), and what a network with
+        heads for tasks is told unless the options name one.
+      region: part of the body; where such a network knows it, it is told that.
+      pairing: "inter" or "intra" subject, told to such a network; that of the task in
+        its training if None.
       transform_out: where to write the transform of the last way of registering.
       warped_out: where to write the moving scan warped by it.
     """
@@ -69,14 +72,20 @@ class PairSpec:
     moving_landmarks: pathlib.Path | None = None
     fixed_modality: register.Modality | None = None
     moving_modality: register.Modality | None = None
-    task: str = "all"
-    pairing: Literal["inter", "intra"] | None = None
+    task: str | None = None
+    region: str | None = None
+    pairing: Pairing | None = None
     transform_out: pathlib.Path | None = None
     warped_out: pathlib.Path | None = None
 
+    @property
+    def table(self) -> str:
+        """The name of the table that the pair counts in."""
+        return self.task or "all"
+
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(PairSpec))
-_WORDS = ("fixed_modality", "moving_modality", "task", "pairing")
+_WORDS = ("fixed_modality", "moving_modality", "task", "region", "pairing")
 _IMAGES = (
     "fixed",
     "moving",
@@ -113,7 +122,7 @@ def read_pairs(path: files.PathLike) -> tuple[PairSpec, ...]:
     pairs = [_pair(row, where, path.parent) for where, row in rows]
     seen: dict[tuple[str, pathlib.Path, pathlib.Path], str] = {}
     for (where, _), pair in zip(rows, pairs, strict=True):
-        key = (pair.task, pair.fixed, pair.moving)
+        key = (pair.table, pair.fixed, pair.moving)
         if key in seen:
             raise UserError(f"{where} repeats the pair of {seen[key]}; remove one")
         seen[key] = where
@@ -222,31 +231,75 @@ def pairs_of_manifest(
     split: str = "val",
     neighbours: int = 3,
     across_modalities: bool = False,
+    model: zoo.LoadedModel | None = None,
+    options: register.Options | None = None,
 ) -> tuple[PairSpec, ...]:
     """Returns the pairs of held-out scans, by `manifest.neighbour_pairs`.
 
     A pair's task is its dataset. Label maps and landmarks come along where both scans
-    have them.
+    have them. A dataset of which the manifest says no pairing is paired as the network
+    will be told of it: as the options say, or as it was trained on it.
 
     Args:
       manifest: the scans.
       split: which of them.
       neighbours: moving images per fixed one, at most.
       across_modalities: see `manifest.neighbour_pairs`.
+      model: that is to register them.
+      options: how; the defaults if None.
 
     Raises:
       UserError: the split leaves no pair.
     """
     chosen = [record for record in manifest.records if record.split == split]
+    told = {
+        (record.dataset, record.region): _trained_pairing(record, model, options)
+        for record in chosen
+        if record.dataset in manifest.unpaired
+    }
+    chosen = [
+        dataclasses.replace(record, pairing=pairing)
+        if (pairing := told.get((record.dataset, record.region))) is not None
+        else record
+        for record in chosen
+    ]
     found = manifest_lib.neighbour_pairs(
         chosen, neighbours, across_modalities=across_modalities
     )
     if not found:
+        held = any(record.split == "val" for record in manifest.records)
+        mend = (
+            "give another --split, or hold out at least two subjects (of intra pairs: "
+            "two scans of one)"
+            if held or split != "val"
+            else "give --holdout 5, --split train, or a column split"
+        )
         raise UserError(
             f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '
-            "pair among them; hold out at least two subjects (or two scans of one)"
+            f"pair among them; {mend}"
         )
-    return tuple(_pair_of_records(fixed, moving) for fixed, moving in found)
+    pairs = []
+    for fixed, moving in found:
+        pair = _pair_of_records(fixed, moving)
+        if told.get((fixed.dataset, fixed.region), "") is None:
+            pair = dataclasses.replace(pair, pairing=None)
+        pairs.append(pair)
+    return tuple(pairs)
+
+
+def _trained_pairing(
+    record: manifest_lib.Record,
+    model: zoo.LoadedModel | None,
+    options: register.Options | None,
+) -> Pairing | None:
+    """Returns what a network is told of a record's dataset; None if unsure."""
+    if model is None or not tasks.told_of_regions(model):
+        return None
+    pair = dataclasses.replace(_pair_of_records(record, record), pairing=None)
+    try:
+        return told_of(pair, model, options or register.Options()).pairing
+    except UserError:  # which is said of the pair, with its name
+        return None
 
 
 def _pair_of_records(
@@ -263,9 +316,26 @@ def _pair_of_records(
         fixed_modality=preprocess.kind(fixed.modality),
         moving_modality=preprocess.kind(moving.modality),
         task=fixed.dataset,
+        region=fixed.region or None,
         pairing=fixed.pairing,
         **fields,
     )
+
+
+def told_of(
+    pair: PairSpec, model: zoo.LoadedModel, options: register.Options
+) -> tasks.Told:
+    """Returns what a network is told of a pair: by the options, else by the pair.
+
+    Raises:
+      UserError: see `tasks.tell`; it names the column.
+    """
+    chosen, said = _options_of(pair, options, model), "--task"
+    if options.task == "auto" and tasks.told_of_regions(model):
+        columns = {"region": pair.region, "task": pair.task}
+        column = next((n for n, word in columns.items() if word == chosen.task), None)
+        said = f"the column {column}" if column else "without a column task, --task"
+    return tasks.tell(model, chosen.task, chosen.pairing, chosen.smoothness, said=said)
 
 
 def pair_names(pairs: Sequence[PairSpec]) -> tuple[str, ...]:
@@ -396,6 +466,7 @@ def evaluate(
     ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
+    _check_told(pairs, names, model, options, smoothness)
     rows: list[results.Row] = []
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):
@@ -421,7 +492,7 @@ def _rows_of(
         scans = _read(pair, name, options, frame)
     except UserError as error:
         warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
-        yield from (results.Row(way.name, pair.task, name) for way in ways)
+        yield from (results.Row(way.name, pair.table, name) for way in ways)
         return
     present = _labels_of(scans, labels)
     for way in ways:
@@ -433,7 +504,7 @@ def _rows_of(
             yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
         except UserError as error:
             warnings.warn(f"pair {name}: {way.name} failed: {error}", stacklevel=3)
-            yield results.Row(way.name, pair.task, name)
+            yield results.Row(way.name, pair.table, name)
 
 
 def _in_order(
@@ -581,7 +652,7 @@ def _prealigned(
             scans.moving,
             scans.fixed,
             model,
-            _options_of(scans.spec, options),
+            _options_of(scans.spec, options, model),
             regions=scans.regions,
             sam=sam,
         )
@@ -619,21 +690,13 @@ def _registered(
     sam: TrainedSam | None,
     start: _Start | None,
 ):
-    told = tasks.told_of_regions(model)
-
     def find(scans: _Scans) -> tuple[Transform, float]:
-        chosen = _options_of(scans.spec, options)
-        if told:
-            spec = scans.spec
-            named = spec.task if options.task == "auto" else options.task
-            pairing = options.pairing or spec.pairing
-            chosen = dataclasses.replace(chosen, task=named, pairing=pairing)
         begin, seconds = (None, 0.0) if start is None else start(scans)
         found = register.register(
             scans.moving,
             scans.fixed,
             model,
-            chosen,
+            _options_of(scans.spec, options, model),
             regions=scans.regions,
             sam=sam,
             start=begin,
@@ -645,12 +708,23 @@ def _registered(
     return find
 
 
-def _options_of(pair: PairSpec, options: register.Options) -> register.Options:
-    return dataclasses.replace(
+def _options_of(
+    pair: PairSpec, options: register.Options, model: zoo.LoadedModel | None = None
+) -> register.Options:
+    """Returns the options with a pair's modalities, and its words for the network."""
+    chosen = dataclasses.replace(
         options,
         fixed_modality=pair.fixed_modality or options.fixed_modality,
         moving_modality=pair.moving_modality or options.moving_modality,
         inverse=False,
+    )
+    if model is None or not tasks.told_of_regions(model):
+        return chosen
+    own = tasks.word_of(model, pair.task, pair.region)
+    return dataclasses.replace(
+        chosen,
+        task=own if options.task == "auto" else options.task,
+        pairing=options.pairing or pair.pairing,
     )
 
 
@@ -669,9 +743,9 @@ def _check_pairs(
     outputs: set[pathlib.Path] = set()
     seen: set[tuple[str, str]] = set()
     for pair, name in zip(pairs, names, strict=True):
-        if (pair.task, name) in seen:
-            raise UserError(f"pair {name} of {pair.task} is listed twice; remove one")
-        seen.add((pair.task, name))
+        if (pair.table, name) in seen:
+            raise UserError(f"pair {name} of {pair.table} is listed twice; remove one")
+        seen.add((pair.table, name))
         try:
             _check_pair(pair, options, frame, grids, outputs)
         except UserError as error:
@@ -682,6 +756,44 @@ def _check_pairs(
             "--loss-function-masking",
             stacklevel=3,
         )
+
+
+def _check_told(
+    pairs: Sequence[PairSpec],
+    names: Sequence[str],
+    model: zoo.LoadedModel | None,
+    options: register.Options,
+    smoothness: Sequence[float],
+) -> None:
+    """Says what the network cannot be told or shown of a pair, and warns of doubts."""
+    if model is None:
+        tasks.refuse(options.task, options.pairing, options.smoothness)
+        return
+    doubts: dict[str, None] = {}
+    for pair, name in zip(pairs, names, strict=True):
+        try:
+            for weight in smoothness or (options.smoothness,):
+                asking = dataclasses.replace(options, smoothness=weight)
+                told = told_of(pair, model, asking)
+                shown = _options_of(pair, options, model)
+                register.check_units(told.model, shown)
+        except UserError as error:
+            raise UserError(f"pair {name}: {error}") from error
+        if not tasks.told_of_regions(model):
+            continue
+        if options.pairing and pair.pairing not in (None, options.pairing):
+            doubts[
+                f"{pair.table} is {pair.pairing} in the list, but --pairing is "
+                f"{options.pairing}, which the network is told"
+            ] = None
+        elif not told.trained:
+            doubts[
+                f"{pair.table} is told to {model.name} as {told.key}, which training "
+                "did not have; correct the column pairing, or give --pairing, if the "
+                "pairs are of the other type"
+            ] = None
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=3)
 
 
 def _check_pair(pair: PairSpec, options: register.Options, frame, grids, outputs):
@@ -826,7 +938,7 @@ def _measure(
     determinant = transform_lib.jacobian_map(found, scans.fixed.grid)
     return results.Row(
         method=method,
-        task=scans.spec.task,
+        task=scans.spec.table,
         pair=scans.name,
         dice=dice,
         hd95_mm=hd95,

@@ -50,6 +50,8 @@ class Options:
         -1000 to 1000 where there is none.
       quantile_range: for MRI, the quantiles that become 0 and 1; if None the model's
         own, or the minimum and the 0.99 quantile where there are none.
+      foreground: these quantiles are of the voxels above 0 alone; if None as the
+        model's.
       input_masking: set preprocessed intensities outside the masks to 0.
       loss_function_masking: count similarity inside the masks only.
       io_iterations: steps of instance optimisation, for a displacement per level of
@@ -88,6 +90,7 @@ class Options:
     moving_modality: Modality = "mri"
     ct_window: tuple[float, float] | None = None
     quantile_range: tuple[float, float] | None = None
+    foreground: bool | None = None
     input_masking: bool = False
     loss_function_masking: bool = False
     io_iterations: int | None = 50
@@ -145,6 +148,8 @@ class Registration:
       fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
+      told: what the network was told of the pair: region, pairing and, where it can be
+        asked for one, the smoothness; empty for other networks.
     """
 
     transform: transform_lib.Transform
@@ -163,6 +168,7 @@ class Registration:
     fixed_image: np.ndarray
     warped_before: np.ndarray
     warped_after: np.ndarray
+    told: str = ""
 
 
 def check_options(options: Options) -> None:
@@ -437,6 +443,7 @@ def register(
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
+        told=told.text,
     )
 
 
@@ -490,20 +497,61 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
 
 
 def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
-    """Returns the options with the weights' intensity rule where they have none."""
+    """Returns the options with the weights' intensity rule where they have none.
+
+    Raises:
+      UserError: see `check_units`.
+    """
+    check_units(model, options)
     if model.mask_inputs and not options.input_masking:
         warnings.warn(
             f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
             "and --input-masking to show it the same",
             stacklevel=3,
         )
+    config: Any = getattr(model.model, "config", None)
     return dataclasses.replace(
         options,
-        ct_window=options.ct_window or model.ct_window,
+        ct_window=options.ct_window
+        or model.ct_window
+        or kinds.hounsfield_window(config),
         placement=options.placement
         or preprocess.Placement.of_weights(model.bundle.preprocessing),
         quantile_range=options.quantile_range or model.quantile_range,
+        foreground=model.foreground
+        if options.foreground is None
+        else options.foreground,
     )
+
+
+def check_units(model: zoo.LoadedModel, options: Options) -> None:
+    """Checks that a network which reads Hounsfield units is shown them as they are.
+
+    Raises:
+      UserError: a scan is no CT for a network that knows nothing else, or another
+        window would move what it reads.
+    """
+    config: Any = getattr(model.model, "config", None)
+    needed = kinds.hounsfield_window(config)
+    if needed is None:
+        return
+    for name in ("fixed_modality", "moving_modality"):
+        modality = getattr(options, name)
+        if modality != "ct" and kinds.reads_ct_alone(config):
+            raise UserError(
+                f"{_option(name)} is {modality}, but {model.name} reads Hounsfield "
+                f"units; give {_option(name)} ct if it is one, or weights trained with "
+                "--model.features mind --model.backbone_window None"
+            )
+    low, high = options.ct_window or model.ct_window or needed
+    ct = "ct" in (options.fixed_modality, options.moving_modality)
+    if ct and (low, high) != needed:
+        given = "--ct-window is" if options.ct_window else "its weights state"
+        raise UserError(
+            f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
+            f"window {needed[0]:g} {needed[1]:g}; give --ct-window {needed[0]:g} "
+            f"{needed[1]:g}"
+        )
 
 
 def _sam_for(
@@ -559,7 +607,9 @@ def prealigned(
     Raises:
       UserError: see `prealignment.find`.
     """
-    options = options if model is None else _with_rule_of(model, options)
+    if model is not None:
+        words = (options.task, options.pairing, options.smoothness)
+        options = _with_rule_of(tasks.tell(model, *words).model, options)
     regions = regions or Regions()
     return _prealigned(moving, fixed, model, options, regions, sam)
 
@@ -623,6 +673,8 @@ def summary(result: Registration) -> dict[str, str]:
         "folded voxels": f"{result.folding_percent:.4f} %",
     }
     rows = {name: text for name, text in rows.items() if text}
+    if result.told:
+        rows = {"told": result.told, **rows}
     if result.domains:
         nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)
@@ -689,6 +741,7 @@ def _rules(
             modality=modality,
             ct_window=options.ct_window or (-1000.0, 1000.0),
             quantile_range=options.quantile_range,
+            foreground=bool(options.foreground),
         )
         for modality in (options.moving_modality, options.fixed_modality)
     )

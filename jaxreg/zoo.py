@@ -34,7 +34,7 @@ from jaxreg.io import (
     released_unireg,
 )
 from jaxreg.io.checkpoints import Bundle
-from jaxreg.models import kinds, sam, unireg
+from jaxreg.models import kinds, unireg
 from jaxreg.models.base import Registration
 from jaxreg.models.sam import (
     HU_RANGE,
@@ -115,6 +115,11 @@ class LoadedModel:
     def quantile_range(self) -> tuple[float, float] | None:
         """The quantiles of an MRI that were 0 and 1 in training; None: not stated."""
         return self._range("mri_quantiles")
+
+    @property
+    def foreground(self) -> bool:
+        """Whether these quantiles were of the voxels above 0 alone."""
+        return bool(self.bundle.preprocessing.get("mri_foreground", False))
 
     @property
     def mask_inputs(self) -> bool:
@@ -207,8 +212,8 @@ UNIREG_RPN_PREPROCESSING = {
     "resize": "linear, aligned",
     "resize_labels": "nearest, aligned",
     "ct_window": [-150.0, 250.0],
-    # Of the voxels above 0 in the release.
     "mri_quantiles": [0.005, 0.995],
+    "mri_foreground": True,
 }
 UNIREG_RPN_TASKS = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
 
@@ -457,30 +462,6 @@ def _with_rule(
         ct_window=window or HU_RANGE,
         quantile_range=quantiles,
     )
-
-
-def sam_of(model: LoadedModel) -> TrainedSam | None:
-    """Returns the SAM network that a UniReg holds."""
-    if unireg.SAM not in model.variables:
-        return None
-    said = {**SAM_PREPROCESSING, **model.bundle.preprocessing.get("sam", {})}
-    variables = model.variables[unireg.SAM]
-    return TrainedSam(
-        sam.config_of(variables),
-        variables,
-        spacing_mm=Placement.of_weights(said).spacing_mm,
-        ct_window=tuple(said["ct_window"]),
-        quantile_range=tuple(said["mri_quantiles"]),
-    )
-
-
-def sam_rule(trained: TrainedSam) -> dict[str, Any]:
-    """Returns how a SAM network is shown scans, as weights carry it."""
-    return {
-        **Placement("pad_crop", "spl", trained.spacing_mm).to_dict(),
-        "ct_window": list(trained.ct_window),
-        "mri_quantiles": list(trained.quantile_range or (0.0, 0.99)),
-    }
 
 
 def _no_registration(name: str) -> UserError:

@@ -85,7 +85,7 @@ TABLE = {
         (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
     ),
     "evaluate": Room((*_TOP, "data.manifest", "prealignment", "results")),
-    "tuning": Room((*_TOP, "results")),
+    "tuning": Room((*_TOP, "nn.dynamic", "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
     "report": Room(_TOP, ("nibabel.orientations", "matplotlib")),
@@ -96,6 +96,7 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
+    "cli_evaluation",
     "cli_options", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))

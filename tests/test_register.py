@@ -195,6 +195,7 @@ def seen_range(modality, model, **options) -> np.ndarray:
     [
         ("ct", {"ct_window": [100.0, 300.0]}, {"ct_window": (100.0, 300.0)}),
         ("mri", {"mri_quantiles": [0.2, 0.6]}, {"quantile_range": (0.2, 0.6)}),
+        ("mri", {"mri_foreground": True}, {"foreground": True}),
     ],
 )
 def test_the_weights_intensity_rule_holds_unless_an_option_says_other(
@@ -206,7 +207,7 @@ def test_the_weights_intensity_rule_holds_unless_an_option_says_other(
     np.testing.assert_array_equal(
         seen_range(modality, loaded(Shifting(), **own)), wanted
     )
-    other = {name: [0.0, 1.0] for name in own}
+    other = {name: [0.0, 1.0] for name in own if name != "mri_foreground"}
     np.testing.assert_array_equal(
         seen_range(modality, loaded(Shifting(), **other), **option), wanted
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg import experiment, register, tasks, trainer, zoo
+from jaxreg import cli, experiment, register, tasks, trainer, zoo
 from jaxreg import sources as sources_lib
 from jaxreg.data import synthetic
 from jaxreg.data.manifest import Record
@@ -247,10 +247,18 @@ def test_weights_carry_their_names_and_what_they_can_be_asked_for(trained):
 )
 def test_region_and_pairing_are_told_by_name(trained, task, pairing, expected):
     found = tasks.tell(trained, task, pairing)
-    assert found.model.model.config.tasks == (expected,)
+    assert found.model.model.config.tasks[found.number] == expected
+    assert found.trained == (expected != (1, "inter"))
     pair = found.of(Pair(*images()))
-    np.testing.assert_array_equal(pair.task, [0])
+    np.testing.assert_array_equal(pair.task, [found.number])
     np.testing.assert_allclose(pair.smoothness, [1.0], rtol=1e-6)
+
+
+def test_weights_are_one_program_whatever_they_are_told(trained):
+    a, b = (tasks.tell(trained, task) for task in "ab")
+    assert a.number != b.number
+    assert a.model.model == b.model.model
+    assert hash(a.model.model) == hash(b.model.model)
 
 
 @pytest.mark.parametrize(
@@ -265,6 +273,80 @@ def test_region_and_pairing_are_told_by_name(trained, task, pairing, expected):
 def test_what_a_network_cannot_be_told_is_refused(trained, told, said):
     with pytest.raises(UserError, match=said):
         tasks.tell(trained, *told)
+
+
+def stating(model, **preprocessing):
+    """Returns the weights with more in their preprocessing."""
+    stored = {**model.bundle.preprocessing, **preprocessing}
+    bundle = dataclasses.replace(model.bundle, preprocessing=stored)
+    return dataclasses.replace(model, bundle=bundle)
+
+
+def test_two_tasks_of_one_dataset_are_told_apart_by_pairing(trained):
+    model = stating(trained, tasks=["a", "b", "a"])
+    with pytest.raises(UserError, match="a within and between .* --pairing"):
+        tasks.tell(model, "a")
+    for pairing in ("inter", "intra"):
+        found = tasks.tell(model, "a", pairing)
+        assert (found.region, found.pairing) == ("head", pairing)
+        assert found.trained
+    # Two regions of one dataset: the region is the better word.
+    with pytest.raises(UserError, match="several regions; name head or liver"):
+        tasks.tell(stating(trained, tasks=["x", "a", "a"]), "a", "intra")
+
+
+@pytest.mark.parametrize(
+    ("task", "region", "word"),
+    [
+        ("a", None, "a"),
+        ("a", "head", "a"),  # with its own pairing and smoothness
+        ("a", "liver", "liver"),
+        ("a", "skull", "a"),
+        ("new", "liver", "liver"),
+        ("new", "skull", "new"),
+        ("new", None, "new"),
+        (None, None, "auto"),
+    ],
+)
+def test_a_pair_is_told_by_its_region_or_task(trained, task, region, word):
+    assert tasks.word_of(trained, task, region) == word
+
+
+RULES = [
+    {"ct_window": [-150, 250], "quantile_range": None, "smoothness": 3.0},
+    {"ct_window": None, "quantile_range": [0.1, 0.9], "smoothness": None},
+    {"ct_window": None, "quantile_range": None, "smoothness": None},
+]
+
+
+def test_a_task_brings_its_own_intensities(trained):
+    model = stating(trained, task_rules=RULES, ct_window=[-9, 9], mri_quantiles=[0, 1])
+    windows = {"a": (-150, 250), "b": (-9, 9), "c": (-9, 9)}
+    quantiles = {"a": (0, 1), "b": (0.1, 0.9), "c": (0, 1)}
+    for task, window in windows.items():
+        found = tasks.tell(model, task).model
+        assert found.ct_window == window
+        assert found.quantile_range == quantiles[task]
+    assert tasks.tell(model, "head", "inter").model.ct_window == (-150, 250)
+    # Never trained, so that no task's are right.
+    assert tasks.tell(model, "liver", "inter").model.ct_window == (-9, 9)
+
+
+def test_register_scales_by_the_tasks_window_unless_told_otherwise(trained):
+    model = stating(trained, task_rules=RULES, ct_window=[-9, 9])
+    array = np.full(SHAPE, 50.0, "f4")
+    array[0, 0, 0] = 51.0  # a constant scan is refused
+    scan = Volume(array, Grid(SHAPE, np.eye(4)))
+    ct = {"fixed_modality": "ct", "moving_modality": "ct", "task": "a"}
+
+    def seen(**words):
+        options = register.Options(
+            **{"io_iterations": None, "shape": SHAPE, "inverse": False, **ct, **words}
+        )
+        return register.register(scan, scan, model, options).fixed_image[5, 5, 5]
+
+    assert seen() == pytest.approx(0.5)
+    assert seen(ct_window=(0.0, 200.0)) == pytest.approx(0.25)
 
 
 def test_other_networks_are_told_nothing():
@@ -282,17 +364,61 @@ def test_other_networks_are_told_nothing():
             tasks.refuse(*(*told, None, None)[:3])
 
 
-def test_the_weight_that_was_found_best_is_asked_for(trained):
-    best = {**trained.bundle.preprocessing, "smoothness": {"a": 4.0}}
-    bundle = dataclasses.replace(trained.bundle, preprocessing=best)
-    tuned = dataclasses.replace(trained, bundle=bundle)
-    assert tasks.tell(tuned, "a").smoothness == 4.0
-    assert tasks.tell(tuned, "b").smoothness == pytest.approx(1.0)
-    assert tasks.tell(tuned, "a", smoothness=0.2).smoothness == 0.2
+def test_smoothness_is_asked_for_by_region_and_pairing(trained):
+    """What was found best, then that of the training, then the middle."""
+    model = stating(trained, task_rules=RULES, smoothness={"head, intra": 4.0})
+    assert tasks.tell(model, "c").smoothness == 4.0
+    assert tasks.tell(model, "head", "intra").smoothness == 4.0
+    assert tasks.tell(model, "head", "intra", 0.2).smoothness == 0.2
+    assert tasks.tell(model, "a").smoothness == 3.0
+    assert tasks.tell(model, "head", "inter").smoothness == 3.0
+    assert tasks.tell(model, "b").smoothness == pytest.approx(1.0)
+    best = stating(model, smoothness={"head, inter": 0.4})
+    assert tasks.tell(best, "a").text == "head, inter, smoothness 0.4"
+
+
+def test_of_several_tasks_of_a_region_the_named_one_is_asked_for(trained):
+    rules = [RULES[0], RULES[1], {**RULES[2], "smoothness": 0.7}]
+    config = dataclasses.replace(
+        trained.model.config, tasks=((0, "inter"), (1, "intra"), (0, "inter"))
+    )
+    model = dataclasses.replace(trained, model=kinds.build(config))
+    model = stating(model, task_rules=rules)
+    assert tasks.tell(model, "c").smoothness == 0.7
+    assert tasks.tell(model, "head").smoothness == 3.0
+
+
+def hounsfield(**preprocessing):
+    bundle = checkpoints.Bundle({}, "unireg", {}, preprocessing, "", "")
+    return zoo.LoadedModel("reads HU", kinds.build(PAPER), {}, bundle)
+
+
+def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
+    low, high = PAPER.window
+    two_ct = register.Options(fixed_modality="ct", moving_modality="ct")
+    register.check_units(hounsfield(ct_window=[low, high]), two_ct)
+    register.check_units(hounsfield(), two_ct)
+    other = dataclasses.replace(two_ct, ct_window=(-150.0, 250.0))
+    mend = f"give --ct-window {low:g} {high:g}"
+    with pytest.raises(UserError, match=f"--ct-window is -150 250, .* {mend}"):
+        register.check_units(hounsfield(ct_window=[low, high]), other)
+    with pytest.raises(UserError, match=f"weights state -9 9, .* {mend}"):
+        register.check_units(hounsfield(ct_window=[-9, 9]), two_ct)
+    mixed = dataclasses.replace(two_ct, moving_modality="mri")
+    with pytest.raises(UserError, match="--moving-modality is mri, .* Hounsfield"):
+        register.check_units(hounsfield(), mixed)
+    free = kinds.build(dataclasses.replace(PAPER, backbone_window=None))
+    model = dataclasses.replace(hounsfield(), model=free)
+    register.check_units(model, mixed)
 
 
 def registered(model, **words):
     """Returns where two points come to lie when two scans of noise are registered."""
+    found = registered_result(model, **words).transform
+    return np.asarray(found.map_points(np.zeros((1, 2, 3)) + 7.0))
+
+
+def registered_result(model, **words):
     rng = np.random.default_rng(5)
     moving, fixed = (
         Volume(rng.uniform(size=SHAPE).astype("f4"), Grid(SHAPE, np.eye(4)))
@@ -301,8 +427,7 @@ def registered(model, **words):
     options = register.Options(
         **{"io_iterations": None, "shape": SHAPE, "inverse": False, **words}
     )
-    found = register.register(moving, fixed, model, options).transform
-    return np.asarray(found.map_points(np.zeros((1, 2, 3)) + 7.0))
+    return register.register(moving, fixed, model, options)
 
 
 @pytest.mark.parametrize("prealign", ["none", "centre"])
@@ -343,3 +468,43 @@ def test_only_a_pyramid_of_tasks_has_levels_to_repeat():
         registered(plain, level_iterations=3)
     with pytest.raises(UserError, match="--level-iterations is 3, but no network"):
         registered(None, level_iterations=3, io_iterations=1, io_target="displacement")
+
+
+def test_what_tune_lambda_stores_is_what_register_asks_for(tmp_path, capsys):
+    """From weights and a manifest to a registration, on the command line."""
+    manifest = synthetic.write_dataset(
+        tmp_path / "data", synthetic.SyntheticConfig("thing", SHAPE), subjects=2
+    )
+    weights = tmp_path / "weights"
+    model = dataclasses.replace(SMALL, smoothness_range=RANGE)
+    saved(weights, model, sources_of(regions=("anatomy0", "liver", "anatomy0")))
+    scans = ["--fixed-modality", "mri", "--moving-modality", "mri"]
+    tune = ["tune-lambda", "--manifest", str(manifest), "--model", str(weights), *scans]
+    tune += ["--out", str(tmp_path / "rows.csv"), "--smoothness", "0.2,5", "--write"]
+    assert cli.main(tune) == 2  # every subject is for training
+    assert "--split train" in capsys.readouterr().err
+    assert cli.main([*tune, "--split", "train", "--count", "1"]) == 0
+    printed = capsys.readouterr().out
+    best = checkpoints.load_bundle(weights).preprocessing["smoothness"]
+    assert list(best) == ["anatomy0, inter"]
+    weight = best["anatomy0, inter"]
+    assert weight in (0.2, 5.0)
+    assert f"anatomy0, inter: smoothness {weight:g}, Dice" in printed
+    fixed, moving = sorted((tmp_path / "data" / "images").iterdir())
+    status = cli.main(
+        ["register", "--fixed", str(fixed), "--moving", str(moving), *scans,
+         "--model", str(weights), "--task", "a", "--io-iterations", "None",
+         "--transform-out", str(tmp_path / "t.h5")]
+    )  # fmt: skip
+    assert status == 0
+    told = next(
+        line for line in capsys.readouterr().out.splitlines() if line[:4] == "told"
+    )
+    assert told.split(maxsplit=1)[1] == f"anatomy0, inter, smoothness {weight:g}"
+
+
+def test_only_networks_that_are_told_something_say_so(trained):
+    result = registered_result(trained, task="b")
+    assert register.summary(result)["told"] == "liver, intra, smoothness 1"
+    silent = dataclasses.replace(result, told="")
+    assert "told" not in register.summary(silent)

@@ -248,7 +248,7 @@ def from_variables(
       UserError: leaves are unknown, missing, misshapen or of the wrong type, or the
         network can be asked for a smoothness, which the released code cannot.
     """
-    if (config or {}).get("smoothness_range"):
+    if _asked(config):
         raise UserError(
             f"{source} has a smoothness_range, which the released code cannot hold; "
             "train without one to export"
@@ -276,8 +276,7 @@ def check_variables(
     """
     sizes = variable_sizes(variables, source=source)
     released.check_tree(variables, entries(sizes), source=source, network=_NAME)
-    asked = (config or {}).get("smoothness_range")
-    if asked:  # its knots follow the regions
+    if asked := _asked(config):  # its knots follow the regions
         sizes = dataclasses.replace(sizes, regions=sizes.regions - asked["knots"])
     got = {name: value for name, value in dataclasses.asdict(sizes).items() if value}
     said = {name: (config or {}).get(name, value) for name, value in got.items()}
@@ -286,3 +285,10 @@ def check_variables(
             f"{source} holds weights of the sizes {got}, its config says {said}; the "
             "two do not belong together"
         )
+
+
+def _asked(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Returns the range of smoothness that dynamic heads can be asked for."""
+    fields = config or {}
+    dynamic = fields.get("head", "dynamic") == "dynamic"
+    return fields.get("smoothness_range") if dynamic else None

@@ -44,6 +44,14 @@ def test_sizes_are_read_from_either_side(sizes):
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
+def test_a_range_of_smoothness_means_nothing_to_static_heads():
+    state = random_state(SIZES[2])
+    variables = released_unireg.to_variables(state)
+    config = {**released_unireg.read_config(state), "smoothness_range": {"knots": 5}}
+    released_unireg.check_variables(variables, config)
+    assert set(released_unireg.from_variables(variables, config)) == set(state)
+
+
 def test_config_of_six_and_of_other_regions():
     six = released_unireg.read_config(random_state(SIZES[1]))
     assert six["regions"] == 6 and "tasks" not in six
