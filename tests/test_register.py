@@ -182,8 +182,9 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
 
 
 def seen_range(modality, model, **options) -> np.ndarray:
-    """What the network sees of scans of 0 to about 1000, by the order of storage."""
+    """What the network sees of scans of -100 to about 900, by the order of storage."""
     scan = blobs(make_grid())
+    scan = dataclasses.replace(scan, array=scan.array - 100)
     options = dataclasses.replace(
         OPTIONS, fixed_modality=modality, moving_modality=modality, **options
     )
