@@ -718,7 +718,7 @@ def _from_path(name: str) -> Bundle:
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
-    if any(key.startswith(("backbone.conv1.", "read_out_head.")) for key in state):
+    if any(key.startswith(("backbone.conv1.conv.", "read_out_head.")) for key in state):
         return SAM
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
