@@ -18,6 +18,7 @@ from jaxreg.experiment import Experiment, Stage
 from jaxreg.io import checkpoints
 from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.unireg import UniRegConfig
 from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
 from jaxreg.nn import dynamic
@@ -330,6 +331,29 @@ def test_a_task_brings_its_own_intensities(trained):
     assert tasks.tell(model, "head", "inter").model.ct_window == (-150, 250)
     # Never trained, so that no task's are right.
     assert tasks.tell(model, "liver", "inter").model.ct_window == (-9, 9)
+
+
+def test_domains_of_a_bank_bring_intensities_where_they_agree():
+    bank = np.zeros((3, 2, 2, 2, 4), "f4")
+    variables = {"params": {"bottleneck": {"generator": {"bank": bank}}}}
+    stored = {"tasks": ["a", "b", "c"], "ct_window": [-9, 9]}
+    rules = [{"ct_window": window} for window in ([0, 5], [0, 5], None)]
+    bundle = checkpoints.Bundle(variables, "promptreg", {}, stored, "", "")
+    network = kinds.build(PromptRegConfig(tasks=3))
+    model = zoo.LoadedModel("bank", network, variables, bundle)
+    assert tasks.tell(model, "a").model.ct_window == (-9, 9)
+    model = stating(model, task_rules=rules)
+    windows = {
+        "a": (0, 5),
+        "b,a": (0, 5),
+        "c": (-9, 9),
+        "a,c": (-9, 9),
+        "auto": (-9, 9),
+    }
+    for task, window in windows.items():
+        assert tasks.tell(model, task).model.ct_window == window, task
+    alike = stating(model, task_rules=rules[:1] * 3)
+    assert tasks.tell(alike).model.ct_window == (0, 5)
 
 
 def test_register_scales_by_the_tasks_window_unless_told_otherwise(trained):
