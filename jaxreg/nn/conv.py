@@ -76,19 +76,13 @@ def _columns(slab: jax.Array, kernel_shape, *, along_w: bool = True) -> list[jax
     ]
 
 
-def _stack_slabs(y: jax.Array, depth: int) -> jax.Array:
-    """Slabs N T ... stacked along a leading axis to N D ..., cut to `depth`."""
-    y = jnp.moveaxis(y, 0, 1)  # N slabs planes ...
-    return y.reshape((y.shape[0], -1) + y.shape[3:])[:, :depth]
-
-
 def _slab(xs: Parts, ws: Parts) -> jax.Array:
     """The primitive as one matrix product per slab of planes."""
     kd, kh, kw = ws[0].shape[:3]
     out = ws[0].shape[-1]
     planes, slabs, depth = _planes(xs, kd)
-    xs = tuple(_pad_end(x, planes * slabs - depth) for x in xs)
-    width = xs[0].shape[3] - kw + 1
+    n, _, height, width, _ = xs[0].shape
+    height, width = height - kh + 1, width - kw + 1
     # Taps along two axes gathered, those along the third added after the product:
     # 9 copies of the inputs and 3 of the outputs instead of 27 of the inputs.
     after = out < 3 * sum(x.shape[-1] for x in xs)
@@ -97,19 +91,25 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
         ws = tuple(jnp.moveaxis(w, 2, 3).reshape(-1, kw * out) for w in ws)
     matrix = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in ws])
 
-    def one(first):
+    def one(y, index):
+        # The last slab ends with the volume, and so overlaps the one before.
+        first = jnp.minimum(index * planes, depth - planes)
         taps = []
         for x in xs:
             slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
             taps += _columns(slab, (kd, kh, kw), along_w=not after)
-        y = jnp.concatenate(taps, -1) @ matrix
-        if not after:
-            return y
-        return sum(
-            y[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
-        )
+        rows = jnp.concatenate(taps, -1) @ matrix
+        if after:
+            rows = sum(
+                rows[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
+            )
+        return lax.dynamic_update_slice_in_dim(y, rows, first, axis=1), None
 
-    return _stack_slabs(lax.map(one, jnp.arange(slabs) * planes), depth)
+    # Anything, for all of it is written. Zeros would not depend on the input, and XLA
+    # would allocate those of many layers at once, long before they are needed.
+    anything = sum(x[(0, *(m // 2 for m in x.shape[1:4]), 0)] for x in xs)
+    y = jnp.broadcast_to(anything, (n, depth, height, width, out))
+    return lax.scan(one, y, jnp.arange(slabs))[0]
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
