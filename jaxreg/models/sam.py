@@ -36,6 +36,12 @@ SAM_RANGE = (-50.0, 205.0)
 """What `HU_RANGE` is mapped to."""
 SPACING_MM = 2.0
 _SMALLEST_NORM = 1e-12
+_STEM, _STEM_PADDING = (3, 7, 7), (0, 3, 3)  # D is padded before, see `Backbone`
+# Of the stem's output in use, the largest array, per slab: a twelfth of it at the
+# paper's 192 x 192 x 160. A few such arrays are less than what follows there (380 MB in
+# each copy of the fine embedding) and have slices enough for the loop to cost nothing.
+# What is smaller as a whole needs no loop.
+_SLAB_BYTES = 2**27
 # Of each stage's first and second block: kernel, and the stride of the first.
 _FLAT, _CUBE = (1, 3, 3), (3, 3, 3)
 _STAGES = (
@@ -99,6 +105,7 @@ class ConvNorm(nn.Module):
     outputs: int
     size: tuple[int, int, int]
     stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] | None = None
     activated: bool = False
     form: conv.Form = "auto"
     batching: Batching = ONE_CALL
@@ -107,7 +114,12 @@ class ConvNorm(nn.Module):
     def __call__(self, x: Image, *, train: bool) -> Image:
         """Maps N D H W I to N D' H' W' outputs."""
         layer = StridedConvolution(
-            self.outputs, self.size, self.stride, form=self.form, name="conv"
+            self.outputs,
+            self.size,
+            self.stride,
+            self.padding,
+            form=self.form,
+            name="conv",
         )
         x = BatchNorm(self.batching, name="norm")(layer(x), train=train)
         return nn.relu(x) if self.activated else x
@@ -140,7 +152,12 @@ class BasicBlock(nn.Module):
 
 
 class Backbone(nn.Module):
-    """One image to features at four resolutions, finest first."""
+    """One image to features at four resolutions, finest first.
+
+    What has all of the image's slices, the stem and the first stage, sees its
+    neighbours along D in the stem alone. In use it runs on slabs of slices where it
+    would be large, so that its arrays never exist as a whole.
+    """
 
     config: SamConfig
     batching: Batching = ONE_CALL
@@ -148,33 +165,66 @@ class Backbone(nn.Module):
     @nn.compact
     def __call__(self, image: Image, *, train: bool) -> tuple[Image, ...]:
         """Maps N D H W 1 to N D/2 H/2^l W/2^l, l = 1 .. 3, and N D/4 H/16 W/16."""
-        form, batching = self.config.form, self.batching
-        stem = ConvNorm(
-            self.config.channels[0],
-            (3, 7, 7),
-            activated=True,
-            form=form,
-            batching=batching,
-            name="stem",
-        )
-        x = stem(image, train=train)
-        features = []
-        for stage, (size, stride) in enumerate(_STAGES, start=1):
-            block = functools.partial(
-                BasicBlock,
-                self.config.channels[stage - 1],
-                size,
-                form=form,
-                batching=batching,
-            )
-            x = block(stride=stride, projected=True, name=f"stage_{stage}_0")(
-                x, train=train
-            )
-            x = block(name=f"stage_{stage}_1")(x, train=train)
-            # The first stage keeps D; its features are halved before anyone sees them.
-            x = _max_pool_depth(x) if stage == 1 else x
+        # The stem's own zeros along D: a slab has neighbours in their place.
+        image = jnp.pad(image, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+        pairs = _pairs_per_slab(image, self.config)
+        if train or self.is_initializing() or pairs is None:
+            x = self._full_depth(image, train=train)
+        else:
+            x = self._in_slabs(image, pairs)
+        features = [x]
+        for stage in (2, 3, 4):
+            x = self._stage(x, stage, train=train)
             features.append(x)
         return tuple(features)
+
+    def _stage(self, x: Image, stage: int, *, train: bool) -> Image:
+        size, stride = _STAGES[stage - 1]
+        block = functools.partial(
+            BasicBlock,
+            self.config.channels[stage - 1],
+            size,
+            form=self.config.form,
+            batching=self.batching,
+        )
+        first = block(stride=stride, projected=True, name=f"stage_{stage}_0")
+        return block(name=f"stage_{stage}_1")(first(x, train=train), train=train)
+
+    def _full_depth(self, image: Image, *, train: bool) -> Image:
+        """Maps slices N 2P+2 H W 1, one more at either end, to N P H/2 W/2 C."""
+        stem = ConvNorm(
+            self.config.channels[0],
+            _STEM,
+            padding=_STEM_PADDING,
+            activated=True,
+            form=self.config.form,
+            batching=self.batching,
+            name="stem",
+        )
+        x = self._stage(stem(image, train=train), 1, train=train)
+        # The first stage keeps D; its features are halved before anyone sees them.
+        return _max_pool_depth(x)
+
+    def _in_slabs(self, image: Image, pairs: int) -> Image:
+        """Returns what `_full_depth` does in use, `pairs` pairs of slices at a time."""
+        total = (image.shape[1] - 2) // 2
+        slabs = -(-total // pairs)
+        # The last slab is made whole by slices that nobody sees.
+        behind = max(2 * slabs * pairs + 2 - image.shape[1], 0)
+        image = jnp.pad(image, ((0, 0), (0, behind), (0, 0), (0, 0), (0, 0)))
+
+        def one(backbone, carry, first):
+            slab = jax.lax.dynamic_slice_in_dim(image, first, 2 * pairs + 2, axis=1)
+            return carry, backbone._full_depth(slab, train=False)
+
+        loop = nn.scan(
+            one,
+            variable_broadcast=("params", "batch_stats"),
+            split_rngs={"params": False},
+            out_axes=1,
+        )
+        _, x = loop(self, (), 2 * pairs * jnp.arange(slabs))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :total]
 
 
 class SamNetwork(nn.Module):
@@ -212,6 +262,20 @@ class SamNetwork(nn.Module):
         fine = head("fine", _CUBE)(x)
         coarse = head("coarse", _CUBE)(head("lateral_coarse", (1, 1, 1))(last))
         return Embeddings(normalise(fine), normalise(coarse))
+
+
+def _pairs_per_slab(image: Image, config: SamConfig) -> int | None:
+    """Returns how many pairs of slices run together; None if all of them do.
+
+    Args:
+      image: N D+2 H W 1.
+      config: of the network.
+    """
+    n, d, h, w, _ = image.shape
+    pair = 2 * n * h * w * config.channels[0] * image.dtype.itemsize
+    total = (d - 2) // 2
+    slabs = -(-total // max(_SLAB_BYTES // pair, 1))
+    return -(-total // slabs) if slabs > 1 else None
 
 
 def _max_pool_depth(x: Image) -> Image:

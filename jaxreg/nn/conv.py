@@ -32,7 +32,7 @@ Form = Literal["auto", "native", "slab"]
 Parts = tuple[jax.Array, ...]
 
 _ROWS = 2048  # rows of a slab's matrix product: enough to amortise reading the kernel
-_THIN = 8  # channels below which 27 copies cost less than two sets of copies
+_THIN = 5  # channels below which a tap is a whole row of a kernel, see `_taps_along_w`
 
 
 # --- the primitive: stride 1, no padding ---------------------------------------------
@@ -76,10 +76,14 @@ def _columns(slab: jax.Array, kernel_shape, *, along_w: bool = True) -> list[jax
     ]
 
 
-def _stack_slabs(y: jax.Array, depth: int) -> jax.Array:
-    """Slabs N T ... stacked along a leading axis to N D ..., cut to `depth`."""
-    y = jnp.moveaxis(y, 0, 1)  # N slabs planes ...
-    return y.reshape((y.shape[0], -1) + y.shape[3:])[:, :depth]
+def _taps_along_w(x: jax.Array, taps: int) -> jax.Array:
+    """The neighbours along W as channels, N D H W-taps+1 taps*I.
+
+    A thin input's taps are single numbers: hundreds of them for a wide kernel, which
+    takes XLA seconds to compile and long to gather; a row of them is one tap.
+    """
+    width = x.shape[3] - taps + 1
+    return jnp.concatenate([x[:, :, :, c : c + width] for c in range(taps)], -1)
 
 
 def _slab(xs: Parts, ws: Parts) -> jax.Array:
@@ -87,29 +91,39 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
     kd, kh, kw = ws[0].shape[:3]
     out = ws[0].shape[-1]
     planes, slabs, depth = _planes(xs, kd)
-    xs = tuple(_pad_end(x, planes * slabs - depth) for x in xs)
-    width = xs[0].shape[3] - kw + 1
+    n, _, height, width, _ = xs[0].shape
+    height, width = height - kh + 1, width - kw + 1
     # Taps along two axes gathered, those along the third added after the product:
     # 9 copies of the inputs and 3 of the outputs instead of 27 of the inputs.
-    after = out < 3 * sum(x.shape[-1] for x in xs)
+    channels = sum(x.shape[-1] for x in xs)
+    after = out < 3 * channels
+    if not after and kw > 1 and channels < _THIN:
+        wide = tuple(_taps_along_w(x, kw) for x in xs)
+        return _slab(wide, tuple(w.reshape(kd, kh, 1, -1, out) for w in ws))
     if after:
         # rows (kd kh I), columns (kw O)
         ws = tuple(jnp.moveaxis(w, 2, 3).reshape(-1, kw * out) for w in ws)
     matrix = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in ws])
 
-    def one(first):
+    def one(y, index):
+        # The last slab ends with the volume, and so overlaps the one before.
+        first = jnp.minimum(index * planes, depth - planes)
         taps = []
         for x in xs:
             slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
             taps += _columns(slab, (kd, kh, kw), along_w=not after)
-        y = jnp.concatenate(taps, -1) @ matrix
-        if not after:
-            return y
-        return sum(
-            y[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
-        )
+        rows = jnp.concatenate(taps, -1) @ matrix
+        if after:
+            rows = sum(
+                rows[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
+            )
+        return lax.dynamic_update_slice_in_dim(y, rows, first, axis=1), None
 
-    return _stack_slabs(lax.map(one, jnp.arange(slabs) * planes), depth)
+    # Anything, for all of it is written. Zeros would not depend on the input, and XLA
+    # would allocate those of many layers at once, long before they are needed.
+    anything = sum(x[(0, *(m // 2 for m in x.shape[1:4]), 0)] for x in xs)
+    y = jnp.broadcast_to(anything, (n, depth, height, width, out))
+    return lax.scan(one, y, jnp.arange(slabs))[0]
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
@@ -122,28 +136,27 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
         margin = ((0, 0), (kd - 1,) * 2, (kh - 1,) * 2, (kw - 1,) * 2, (0, 0))
         swapped = _kernel_gradient(jnp.pad(dy, margin), x, (kd, kh, kw, o, i))
         return jnp.swapaxes(jnp.flip(swapped, (0, 1, 2)), 3, 4)
+    if kw > 1 and i < _THIN:
+        wide = _taps_along_w(x, kw)
+        return _kernel_gradient(wide, dy, (kd, kh, 1, kw * i, o)).reshape(kernel_shape)
     x, dy = _pad_end(x, extra), _pad_end(dy, extra)
-    # As in `_slab`: 9 copies of x and 3 of dy, unless the copies of x are thin anyway.
-    shifts = kw if i >= _THIN else 1
 
     def add(total, first):
+        # As in `_slab`: 9 copies of x and 3 of dy.
         slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
-        columns = _columns(slab, (kd, kh, kw), along_w=shifts == 1)
+        columns = _columns(slab, (kd, kh, kw), along_w=False)
         rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
-        if shifts > 1:
-            rows = jnp.concatenate(
-                [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
-            )
+        rows = jnp.concatenate(
+            [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
+        )
         columns = jnp.concatenate(columns, -1)
         product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(
             -1, rows.shape[-1]
         )
         return total + product, None
 
-    zero = jnp.zeros((kd * kh * kw // shifts * i, shifts * o), dy.dtype)
+    zero = jnp.zeros((kd * kh * i, kw * o), dy.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
-    if shifts == 1:
-        return total.reshape(kernel_shape)
     return jnp.moveaxis(total.reshape(kd, kh, i, kw, o), 3, 2)
 
 

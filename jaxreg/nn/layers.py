@@ -140,8 +140,9 @@ class StridedConvolution(nn.Module):
 
     Attributes:
       outputs: channels.
-      size: of the kernel, kD kH kW, odd; the padding is half of it.
+      size: of the kernel, kD kH kW, odd.
       stride: per axis, 1 or 2.
+      padding: voxels of zeros on either side, per axis; half the kernel if None.
       biased: whether there is a bias; it starts at zero.
       kernel_init: of the kernel.
       form: see `jaxreg.nn.conv`.
@@ -150,6 +151,7 @@ class StridedConvolution(nn.Module):
     outputs: int
     size: tuple[int, int, int]
     stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] | None = None
     biased: bool = False
     kernel_init: Callable = kaiming_normal()
     form: conv.Form = "auto"
@@ -163,7 +165,7 @@ class StridedConvolution(nn.Module):
         # The backward pass pads and folds once more instead of keeping both.
         @jax.checkpoint
         def apply(x, kernel):
-            padding = [k // 2 for k in self.size]
+            padding = self.padding or [k // 2 for k in self.size]
             return conv.strided(
                 x,
                 kernel.astype(x.dtype),

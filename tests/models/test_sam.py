@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -207,6 +208,52 @@ def test_sizes_of_the_embeddings(small, shape, fine, coarse):
     found = jax.eval_shape(lambda x: sam.features(SMALL, small, x), image_of(shape))
     assert found.fine.shape == (shape[0], *fine, 5)
     assert found.coarse.shape == (shape[0], *coarse, 5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "pairs", "slabs"),
+    [
+        ((1, 8, 16, 16), 2, 2),
+        ((2, 9, 18, 17), 3, 2),  # odd D in even slabs, of 2 pairs each
+        ((1, 13, 16, 20), 4, 2),  # odd D, the last slab has nothing behind it
+        ((1, 14, 17, 16), 3, 3),  # the last slab is made whole
+        ((3, 5, 16, 16), 1, 2),
+        ((1, 3, 16, 16), 1, 1),  # no loop
+    ],
+)
+def test_slabs_are_the_whole(small, monkeypatch, shape, pairs, slabs):
+    image, rng = image_of(shape), np.random.default_rng(2)
+    # Statistics that a fresh network, mean 0 and variance 1, does not have.
+    moved = jax.tree.map(
+        lambda a: a + rng.uniform(0.2, 1, a.shape).astype("f4"), small["batch_stats"]
+    )
+    variables = {**small, "batch_stats": moved}
+
+    def run(v, x):
+        return sam.features(SMALL, v, x)
+
+    n, d, h, w = shape
+    stem = f"f32[{n},{d},{h},{w},4]"
+    assert stem in str(jax.make_jaxpr(run)(variables, image))
+    whole = jax.jit(run)(variables, image)
+    monkeypatch.setattr(sam, "_SLAB_BYTES", pairs * n * 2 * h * w * 4 * 4)
+    in_slabs = functools.partial(run)  # a function that was not traced before
+    assert (stem in str(jax.make_jaxpr(in_slabs)(variables, image))) == (slabs == 1)
+    found = jax.jit(in_slabs)(variables, image)
+    assert distance(found.fine, whole.fine) < 1e-5
+    assert distance(found.coarse, whole.coarse) < 1e-5
+
+
+@pytest.mark.parametrize("axis", ["even", "odd"])
+def test_gradient_of_slabs(small, monkeypatch, axis):
+    image = image_of((1, 8 if axis == "even" else 9, 16, 16))
+
+    def gradient(x):
+        return jax.grad(lambda x: sam.features(SMALL, small, x).fine[..., 0].sum())(x)
+
+    whole = jax.jit(gradient)(image)
+    monkeypatch.setattr(sam, "_SLAB_BYTES", 0)
+    assert distance(jax.jit(functools.partial(gradient))(image), whole) < 1e-4
 
 
 @pytest.fixture(scope="module")
