@@ -34,6 +34,7 @@ from jaxreg.cli_options import (
     Target,
     TaskName,
     choice,
+    load_sam,
     option,
     parse_labels,
     parse_shape,
@@ -160,7 +161,9 @@ def evaluate_verb(  # noqa: PLR0913
         )
     wanted = None if labels is None else parse_labels(labels)
     listed = _read(pairs, manifest, holdout)
-    loaded = None if model in (None, "none") else zoo.load(model)
+    named = None if model == "none" else model
+    sam = load_sam(prealign.value, sam_weights, named)
+    loaded = None if named is None else zoo.load(named)
     grid = (175, 175, 175) if loaded is None else loaded.shape
     options = register.Options(
         fixed_modality=(fixed_modality or Modality.MRI).value,
@@ -203,7 +206,7 @@ def evaluate_verb(  # noqa: PLR0913
         labels=wanted,
         landmarks_frame=landmarks_frame.value,
         name=name,
-        sam=None if sam_weights is None else zoo.load_sam(sam_weights),
+        sam=sam,
         progress=_row_done,
     )
     print(results.markdown(found, label_names=names))
@@ -314,6 +317,7 @@ def tune_verb(  # noqa: PLR0913
     given = None if smoothness is None else _parse_weights(smoothness)
     wanted = None if labels is None else parse_labels(labels)
     listed = _read(pairs, manifest, holdout)
+    sam = load_sam(prealign.value, sam_weights, model)
     loaded = zoo.load(model)
     tried = given or tuning.weights_to_try(loaded, 7 if steps is None else steps)
     tuning.check_weights(loaded, tried)
@@ -350,7 +354,7 @@ def tune_verb(  # noqa: PLR0913
         label_names=names,
         labels=wanted,
         name=name,
-        sam=None if sam_weights is None else zoo.load_sam(sam_weights),
+        sam=sam,
         progress=_row_done,
     )
     print(results.markdown(found.result, label_names=names))
