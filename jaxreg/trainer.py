@@ -32,6 +32,7 @@ from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import TrainedSam
 from jaxreg.sources import (
     Sources,
+    TaskRule,
     loading_of,
     loss_of,
     make_prepare,
@@ -341,10 +342,14 @@ def bundle_of(
     named = {}
     if told is not None:
         assert sources is not None  # the caller's promise
+        rules: Sequence[TaskRule] = sources.rules
+        if told == "tasks":  # one for each prompt, whose data need not be there
+            of_row = dict(zip(sources.rows, sources.rules, strict=False))
+            rules = [of_row.get(row, TaskRule()) for row in range(len(sources.bank))]
         named = {
             "tasks": list(sources.tasks),
             told: list(sources.bank),
-            "task_rules": [dataclasses.asdict(rule) for rule in sources.rules],
+            "task_rules": [dataclasses.asdict(rule) for rule in rules],
         }
     if sam is not None:
         named["sam"] = zoo.sam_rule(sam)

@@ -16,6 +16,7 @@ from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import checkpoints
 from jaxreg.losses.objective import Objective
 from jaxreg.models import sam
+from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import HU_RANGE, SamConfig, TrainedSam
 from jaxreg.models.unireg import UniRegConfig
 from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
@@ -167,6 +168,17 @@ def test_weights_carry_the_rules_of_their_tasks():
     stored = trainer.bundle_of(chosen, {}, found).preprocessing
     assert stored["tasks"] == stored["regions"] == ["inter_mono"]
     assert stored["task_rules"] == [dataclasses.asdict(rule)]
+
+
+def test_a_bank_carries_a_rule_for_each_prompt():
+    chosen = tiny(PromptRegConfig())
+    found = sources.make_sources(chosen)
+    rule = sources.TaskRule(smoothness=3.0)
+    found = dataclasses.replace(found, rules=(rule,))
+    found = sources.with_bank(found, ("before",), chosen.model)
+    stored = trainer.bundle_of(chosen, {}, found).preprocessing
+    assert stored["tasks"] == ["before", "inter_mono"]
+    assert [told["smoothness"] for told in stored["task_rules"]] == [None, 3.0]
 
 
 # --- intensities ----------------------------------------------------------------------
