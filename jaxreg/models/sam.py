@@ -281,7 +281,10 @@ def _pairs_per_slab(image: Image, config: SamConfig) -> int | None:
 def _max_pool_depth(x: Image) -> Image:
     """N D H W C to N D/2 H W C, a last odd plane left out."""
     n, d, h, w, c = x.shape
-    return x[:, : d // 2 * 2].reshape(n, d // 2, 2, h, w, c).max(2)
+    x = x[:, : d // 2 * 2].reshape(n, d // 2, 2, h, w, c)
+    # Not `max(2)`, whose gradient divides by the number of slices that equal the
+    # maximum: none where XLA computes them once more and rounds otherwise.
+    return jnp.maximum(x[:, :, 0], x[:, :, 1])
 
 
 def normalise(x: Image) -> Image:

@@ -214,10 +214,8 @@ def test_sizes_of_the_embeddings(small, shape, fine, coarse):
     ("shape", "pairs", "slabs"),
     [
         ((1, 8, 16, 16), 2, 2),
-        ((2, 9, 18, 17), 3, 2),  # odd D in even slabs, of 2 pairs each
-        ((1, 13, 16, 20), 4, 2),  # odd D, the last slab has nothing behind it
-        ((1, 14, 17, 16), 3, 3),  # the last slab is made whole
-        ((3, 5, 16, 16), 1, 2),
+        ((2, 9, 18, 17), 3, 2),  # odd D, whose last slice the stem alone sees
+        ((1, 14, 17, 16), 3, 3),  # the last slab has less than the others
         ((1, 3, 16, 16), 1, 1),  # no loop
     ],
 )
@@ -244,13 +242,11 @@ def test_slabs_are_the_whole(small, monkeypatch, shape, pairs, slabs):
     assert distance(found.coarse, whole.coarse) < 1e-5
 
 
-@pytest.mark.parametrize("axis", ["even", "odd"])
-def test_gradient_of_slabs(small, monkeypatch, axis):
-    image = image_of((1, 8 if axis == "even" else 9, 16, 16))
-
+def test_gradient_of_slabs(small, monkeypatch):
     def gradient(x):
         return jax.grad(lambda x: sam.features(SMALL, small, x).fine[..., 0].sum())(x)
 
+    image = image_of((1, 9, 16, 16))
     whole = jax.jit(gradient)(image)
     monkeypatch.setattr(sam, "_SLAB_BYTES", 0)
     assert distance(jax.jit(functools.partial(gradient))(image), whole) < 1e-4
