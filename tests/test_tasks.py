@@ -252,7 +252,9 @@ def test_region_and_pairing_are_told_by_name(trained, task, pairing, expected):
     assert found.trained == (expected != (1, "inter"))
     pair = found.of(Pair(*images()))
     np.testing.assert_array_equal(pair.task, [found.number])
-    np.testing.assert_allclose(pair.smoothness, [1.0], rtol=1e-6)
+    # As in training, which had the liver within subjects with a weight of its own.
+    weight = 3.0 if expected == (1, "intra") else 1.0
+    np.testing.assert_allclose(pair.smoothness, [weight], rtol=1e-6)
 
 
 def test_weights_are_one_program_whatever_they_are_told(trained):
