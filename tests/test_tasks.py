@@ -531,6 +531,6 @@ def test_what_tune_lambda_stores_is_what_register_asks_for(tmp_path, capsys):
 
 def test_only_networks_that_are_told_something_say_so(trained):
     result = registered_result(trained, task="b")
-    assert register.summary(result)["told"] == "liver, intra, smoothness 1"
+    assert register.summary(result)["told"] == "liver, intra, smoothness 3"
     silent = dataclasses.replace(result, told="")
     assert "told" not in register.summary(silent)
