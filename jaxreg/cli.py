@@ -8,7 +8,6 @@ is quick.
 """
 
 import contextlib
-import csv
 import dataclasses
 import enum
 import pathlib
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__, cli_training
+from jaxreg import __version__, cli_matching, cli_training
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     INPUT,
@@ -34,13 +33,21 @@ from jaxreg.cli_options import (
     IoLr,
     IoSim,
     IoTarget,
+    LevelIterations,
     LossMasking,
     Modality,
+    PairingName,
+    Prealign,
+    PrealignWay,
     QuantileRange,
+    SamWeights,
     Seed,
     Similarity,
+    Smoothness,
     Target,
+    TaskName,
     choice,
+    load_sam,
     option,
     parse_shape,
     print_numbers,
@@ -49,6 +56,7 @@ from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.space.grid import Volume
+    from jaxreg.zoo import LoadedModel
 
 # typer carries its own copy of click since 0.26; the base of all usage errors is found
 # through the one exception that it exports in every version.
@@ -66,6 +74,7 @@ app = typer.Typer(
 
 
 cli_training.add_to(app)
+cli_matching.add_to(app)
 
 
 class Precision(enum.StrEnum):
@@ -188,15 +197,6 @@ StoredOrientation = Annotated[
         _MODEL,
     ),
 ]
-TaskName = Annotated[
-    str,
-    option(
-        "--task",
-        "For a network with a prompt bank: auto weighs all its domains, NAME[,NAME] "
-        "these alone. The closest domains are printed.",
-        _MODEL,
-    ),
-]
 FixedSegmentation = Annotated[
     Path | None,
     option("--fixed-segmentation", "Label map of the fixed scan.", REGIONS),
@@ -242,6 +242,11 @@ def register_verb(  # noqa: PLR0913
     precision: PrecisionName = Precision.FLOAT32,
     stored_orientation: StoredOrientation = False,
     task: TaskName = "auto",
+    pairing: PairingName = None,
+    smoothness: Smoothness = None,
+    level_iterations: LevelIterations = None,
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
@@ -284,6 +289,10 @@ def register_verb(  # noqa: PLR0913
         precision=precision.value,
         stored_orientation=stored_orientation,
         task=task,
+        pairing=None if pairing is None else pairing.value,
+        smoothness=smoothness,
+        level_iterations=level_iterations,
+        prealign=prealign.value,
         seed=seed,
         inverse=inverse_out is not None,
     )
@@ -303,26 +312,36 @@ def register_verb(  # noqa: PLR0913
     regions, options = _segmentations_as_masks(regions, options)
     register_lib.check_options(options)
     register_lib.check_regions(options, regions)
-    weights = _choose_weights(model, network_weights, options.io_target)
+    weights = _choose_weights(model, network_weights, options)
     _warn_about_idle_options(options, regions, fill, outputs)
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
         shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
+        sam_weights=sam_weights,
     )  # fmt: skip
 
 
 def _register(
-    scans, outputs, options, weights, fill, command: str, *, trained_shape: bool
+    scans,
+    outputs,
+    options,
+    weights,
+    fill,
+    command: str,
+    *,
+    trained_shape: bool,
+    sam_weights: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg import report, zoo
+    from jaxreg import report
     from jaxreg.io import files, transforms, volumes
     from jaxreg.space import transform as transform_lib
 
     for name, path in scans.items():
         if path is not None:
             files.check_readable(path, f"--{name.replace('_', '-')}")
+    sam = load_sam(options.prealign, sam_weights, weights)
     fixed = volumes.read_volume(scans["fixed"])
     moving = volumes.read_volume(scans["moving"])
     regions = register_lib.Regions(
@@ -340,15 +359,17 @@ def _register(
     if outputs["--warped-moving-out"]:
         stored = volumes.read_volume(scans["moving"], kind="stored")
         value = _storable(value, stored)
-    model = None
-    if weights is not None:
-        with _Bar("fetch weights") as bar:
-            model = zoo.load(weights, progress=bar.bytes)
-        if trained_shape:
-            options = dataclasses.replace(options, shape=model.shape)
+    model = None if weights is None else _fetch(weights)
+    if model is not None and trained_shape:
+        options = dataclasses.replace(options, shape=model.shape)
+    if sam is not None and not register_lib.uses_sam(model, options):
+        warn(
+            "--sam-weights has no effect without --prealign sam, --io-target features "
+            "of two CT scans, or a UniReg that lacks its SAM network"
+        )
     with _Bar("optimise") as bar:
         result = register_lib.register(
-            moving, fixed, model, options, regions=regions, progress=bar.step
+            moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
 
     numbers = register_lib.summary(result)
@@ -372,6 +393,13 @@ def _register(
         )  # fmt: skip
     print_numbers(numbers)
     _print_written(outputs.values())
+
+
+def _fetch(weights: str | pathlib.Path) -> "LoadedModel":
+    from jaxreg import zoo
+
+    with _Bar("fetch weights") as bar:
+        return zoo.load(weights, progress=bar.bytes)
 
 
 @app.command("warp")
@@ -542,8 +570,8 @@ def convert_verb(
         str | None,
         option(
             "--model",
-            "Kind of network (gradicon, promptreg, rdp), or a name of jaxreg models. "
-            "Default: whose names the tensors have.",
+            "Kind of network (gradicon, promptreg, rdp, unireg_rpn, sam), or a name of "
+            "jaxreg models. Default: whose names the tensors have.",
         ),
     ] = None,
 ) -> None:
@@ -697,9 +725,10 @@ def _segmentations_as_masks(regions: dict, options):
 
 
 def _choose_weights(
-    model: str | None, network_weights: pathlib.Path | None, target: str
+    model: str | None, network_weights: pathlib.Path | None, options
 ) -> str | pathlib.Path | None:
-    """Returns what `zoo.load` is to load; None for displacement optimisation."""
+    """Returns what `zoo.load` is to load; None where no network takes part."""
+    target, prealigned = options.io_target, options.prealign != "none"
     named = [
         f"{option} {value}"
         for option, value in (
@@ -716,9 +745,15 @@ def _choose_weights(
             )
         return None
     if model is not None and model.lower() == "none":
+        if target in ("features", "map"):  # from where the scans are
+            return None
+        if prealigned and options.io_iterations is None:
+            return None
         raise UserError(
             "--model none leaves nothing to optimise or predict with; add --io-target "
             "displacement to register without weights"
+            + ", or --io-iterations None to pre-align alone"
+            * prealigned
         )
     from jaxreg import zoo
 
@@ -742,6 +777,16 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
                 "--loss-function-masking affects only the printed similarity with "
                 "--io-iterations None"
             )
+    elif options.io_target == "features":
+        for name, used in (
+            ("--loss-function-masking", options.loss_function_masking),
+            (f"--io-sim {options.io_sim}", options.io_sim != type(options).io_sim),
+        ):
+            if used:
+                warn(
+                    f"{name} affects only the printed similarity with --io-target "
+                    "features"
+                )
     if regions["fixed_segmentation"] and options.dice_loss_weight == 0:
         warn("the segmentations have no effect without --dice-loss-weight")
     if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):
@@ -783,53 +828,12 @@ def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Fr
     """
     import numpy as np
 
-    from jaxreg.io import files
+    from jaxreg.io import tables
 
-    try:
-        with open(files.check_readable(source, "--points"), newline="") as file:
-            rows = [
-                row for row in csv.reader(file) if any(cell.strip() for cell in row)
-            ]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"--points {source} is no CSV text ({error})") from error
-    header = rows[0] if rows and not _is_number(rows[0][0]) else None
-    columns, body = [0, 1, 2], rows
-    if header is not None:
-        names = [name.strip().lower() for name in header]
-        body = rows[1:]
-        if not {"x", "y", "z"} <= set(names):
-            raise UserError(
-                f"--points {source} has the columns {', '.join(names)}, expected x, y "
-                "and z"
-            )
-        columns = [names.index(name) for name in "xyz"]
-    try:
-        places = np.array([[float(row[c]) for c in columns] for row in body])
-    except (ValueError, IndexError):
-        raise UserError(
-            f"--points {source} has a row without three numbers x, y, z; correct it"
-        ) from None
-    if not len(places) or not np.isfinite(places).all():
-        raise UserError(f"--points {source} holds no points, or some not finite")
-    signs = np.array([-1.0, -1.0, 1.0]) if frame is Frame.LPS else np.ones(3)
-    mapped = np.asarray(mapping.map_points((places * signs)[None]))[0] * signs
-    with files.atomic_path(target) as unfinished:
-        with open(unfinished, "w", newline="") as file:
-            writer = csv.writer(file)
-            if header is not None:
-                writer.writerow(header)
-            for row, place in zip(body, mapped, strict=True):
-                for column, value in zip(columns, place, strict=True):
-                    row[column] = f"{value:.6f}"
-                writer.writerow(row)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    table = tables.read(source, "--points")
+    given = tables.to_mm(table.places, frame.value)
+    mapped = np.asarray(mapping.map_points(given[None]))[0]
+    tables.write(target, table, tables.from_mm(mapped, frame.value))
 
 
 class _Bar:

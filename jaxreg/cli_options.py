@@ -1,12 +1,16 @@
 """What the verbs of the command line share: options, shapes, printed numbers."""
 
 import enum
+import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.models.sam import TrainedSam
 
 
 def option(name: str, text: str, panel: str | None = None, **settings) -> Any:
@@ -31,6 +35,19 @@ class Target(enum.StrEnum):
 
     NETWORK = "network"
     DISPLACEMENT = "displacement"
+    FEATURES = "features"
+    MAP = "map"
+
+
+class Prealign(enum.StrEnum):
+    """Names of prealignment.WAYS."""
+
+    NONE = "none"
+    CENTRE = "centre"
+    AFFINE = "affine"
+    SAM = "sam"
+    SAM_AFFINE = "sam-affine"
+    SAM_COARSE = "sam-coarse"
 
 
 class Similarity(enum.StrEnum):
@@ -41,7 +58,15 @@ class Similarity(enum.StrEnum):
     MIND = "mind"
     NMI = "nmi"
     NCC = "ncc"
+    BOX_NCC = "box_ncc"
     MSE = "mse"
+
+
+class PairingChoice(enum.StrEnum):
+    """Whose scans they are."""
+
+    INTER = "inter"
+    INTRA = "intra"
 
 
 class LandmarksFrame(enum.StrEnum):
@@ -54,19 +79,41 @@ class LandmarksFrame(enum.StrEnum):
 
 # One line of help per option, its unit and default in it. [brackets] would be markup.
 SCANS = "Scans"
-OPTIMISE, REGIONS, INPUT = (
+START, OPTIMISE, REGIONS, INPUT, TASK = (
+    "Pre-alignment",
     "Instance optimisation",
     "Masks and segmentations",
     "Intensities",
+    "Task",
 )
 FIXED_MODALITY = choice("--fixed-modality", "Kind of the fixed scan.", SCANS)
 MOVING_MODALITY = choice("--moving-modality", "Kind of the moving scan.", SCANS)
+PrealignWay = Annotated[
+    Prealign,
+    choice(
+        "--prealign",
+        "What comes before the network, in mm: centre puts centres of mass onto each "
+        "other, affine matches intensities; sam-affine and sam-coarse (sam is the "
+        "same) follow SAM's matches.",
+        START,
+    ),
+]
+SamWeights = Annotated[
+    pathlib.Path | None,
+    option(
+        "--sam-weights",
+        "SAM network for --prealign sam and for a UniReg without one: checkpoint "
+        "folder or .pth. Default: the one that a UniReg holds.",
+        START,
+    ),
+]
 IoTarget = Annotated[
     Target,
     choice(
         "--io-target",
-        "What is optimised: a copy of the network's weights, or an affine and a "
-        "displacement field without any network.",
+        "What is optimised: a copy of the network's weights; an affine and a "
+        "displacement field without any network; after the network, a displacement by "
+        "features (of SAM, or MIND's descriptors), or its map by intensities.",
         OPTIMISE,
     ),
 ]
@@ -75,8 +122,8 @@ IoLr = Annotated[
     float | None,
     option(
         "--io-lr",
-        "Learning rate of Adam. Default: 2e-5 (network), the optimiser's own "
-        "(displacement).",
+        "Learning rate of Adam. Default: 2e-5 (network), 0.05 (features), 0.008 "
+        "(map), the optimiser's own (displacement).",
         OPTIMISE,
     ),
 ]
@@ -84,6 +131,45 @@ Seed = Annotated[
     int,
     option(
         "--seed", "Seed of the optimisation's noise.", OPTIMISE, min=0, max=2**32 - 1
+    ),
+]
+TaskName = Annotated[
+    str,
+    option(
+        "--task",
+        "For a network with a prompt bank: auto weighs all its domains, NAME[,NAME] "
+        "these alone. The closest domains are printed. For UniReg: a region, or a task "
+        "that it was trained on; for another part of the body the nearest one.",
+        TASK,
+    ),
+]
+PairingName = Annotated[
+    PairingChoice | None,
+    choice(
+        "--pairing",
+        "For UniReg: scans of two subjects (inter) or of one (intra). Default: that of "
+        "the task in training.",
+        TASK,
+    ),
+]
+Smoothness = Annotated[
+    float | None,
+    option(
+        "--smoothness",
+        "For a network that can be asked for it: weight of the smoothness term, as in "
+        "training (lambda). Default: what tune-lambda found, else the task's own in "
+        "training, else the middle.",
+        TASK,
+    ),
+]
+LevelIterations = Annotated[
+    int | None,
+    option(
+        "--level-iterations",
+        "For UniReg-RPN: repeat each level up to so many times, as long as it helps; "
+        "10 is the released UniReg-IIRPN. Default: the weights' own (1).",
+        TASK,
+        min=1,
     ),
 ]
 InputMasking = Annotated[
@@ -137,6 +223,33 @@ def parse_shape(text: str) -> tuple[int, int, int]:
             f"--shape is {text}, expected positive numbers such as 175,175,175"
         )
     return d, h, w
+
+
+def load_sam(
+    way: str, path: pathlib.Path | None, model: str | pathlib.Path | None
+) -> "TrainedSam | None":
+    """Loads a SAM network, before scans are read and other weights are fetched.
+
+    Args:
+      way: of pre-alignment, one of prealignment.WAYS.
+      path: of --sam-weights.
+      model: name or path of the network's weights; None for no network.
+
+    Raises:
+      UserError: the way needs SAM, and there is no path, nor a checkpoint folder that
+        might hold a UniReg with its own; or the path holds none.
+    """
+    from jaxreg import prealignment, zoo
+
+    if path is not None:
+        return zoo.load_sam(path)
+    if way in prealignment.SAM_WAYS and not (
+        model is not None
+        and str(model) not in zoo.ZOO
+        and pathlib.Path(model).suffix.lower() not in zoo.TORCH_SUFFIXES
+    ):
+        raise prealignment.without_sam(way)
+    return None
 
 
 def parse_labels(text: str) -> tuple[int, ...]:

@@ -1,39 +1,23 @@
-"""The verbs around training: ``jaxreg train``, ``evaluate``, ``compare``, ``data``.
+"""The verbs around training: ``jaxreg train`` and ``data``, and `cli_evaluation`'s.
 
-Their bodies live in `trainer`, `evaluate` and `data`; here options become arguments and
-results become text. Heavy imports live inside the verbs.
+Their bodies live in `trainer` and `data`; here options become arguments and results
+become text. Heavy imports live inside the verbs.
 """
 
+import functools
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jaxreg.cli_options import (
-    FIXED_MODALITY,
-    MOVING_MODALITY,
-    CtWindow,
-    InputMasking,
-    IoLr,
-    IoSim,
-    IoTarget,
-    LandmarksFrame,
-    LossMasking,
-    Modality,
-    QuantileRange,
-    Seed,
-    Similarity,
-    Target,
-    choice,
-    option,
-    parse_labels,
-    parse_shape,
-    print_numbers,
-)
+from jaxreg import cli_evaluation
+from jaxreg.cli_options import option, print_numbers
 from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.experiment import Experiment
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="Look after training data.")
@@ -97,19 +81,33 @@ def train_verb(
     if distributed or (coordinator, processes, process) != (None, None, None):
         _join(coordinator, processes, process)
 
-    from jaxreg import dryrun, trainer
     from jaxreg import experiment as experiment_lib
+    from jaxreg import sam_experiment, sam_training, trainer
 
-    chosen = experiment_lib.override(experiment_lib.load(config), changes)
+    found = experiment_lib.load_any(config)
+    if isinstance(found, sam_experiment.SamExperiment):
+        itself = sam_experiment.override(found, changes)
+        dry = functools.partial(sam_training.dry_run, itself)
+        train = functools.partial(sam_training.run, itself)
+    else:
+        chosen = experiment_lib.override(experiment_lib.checked(found, config), changes)
+        dry = functools.partial(_dry_rows, chosen)
+        train = functools.partial(trainer.run, chosen)
     if dry_run:
-        print_numbers(dryrun.dry_run(chosen).rows())
+        print_numbers(dry())
         return
     assert out is not None
-    outcome = trainer.run(chosen, out, resume=resume, say=_say)
+    outcome = train(out, resume=resume, say=_say)
     _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
     for name, value in outcome.scores.items():
         _say(f"validation {name}: {value:.5g}")
     _say(f"wrote {outcome.weights}")
+
+
+def _dry_rows(chosen: "Experiment") -> dict[str, str]:
+    from jaxreg import dryrun
+
+    return dryrun.dry_run(chosen).rows()
 
 
 def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -191,210 +189,8 @@ def check_verb(
     print("no problem found" if not problems else f"{len(problems)} warnings")
 
 
-_WHICH, _HOW = "Which pairs", "Registration"
-
-
-def evaluate_verb(  # noqa: PLR0913
-    *,
-    out: Annotated[
-        pathlib.Path,
-        option("--out", "Rows as .csv; the tables go beside it as .md."),
-    ],
-    pairs: Annotated[
-        pathlib.Path | None, option("--pairs", "CSV or JSON of pairs.", _WHICH)
-    ] = None,
-    manifest: Annotated[
-        pathlib.Path | None,
-        option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
-    ] = None,
-    split: Annotated[str, option("--split", "Of the manifest.", _WHICH)] = "val",
-    holdout: Annotated[
-        int | None,
-        option(
-            "--holdout",
-            "Every n-th subject of a manifest without splits belongs to val.",
-            _WHICH,
-        ),
-    ] = None,
-    neighbours: Annotated[
-        int,
-        option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH),
-    ] = 3,
-    across_modalities: Annotated[
-        bool,
-        option(
-            "--across-modalities",
-            "Pair scans of two modalities of a manifest as well.",
-            _WHICH,
-        ),
-    ] = False,
-    count: Annotated[
-        int | None, option("--count", "Only so many pairs, from the first.", _WHICH)
-    ] = None,
-    labels: Annotated[
-        str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
-    ] = None,
-    landmarks_frame: Annotated[
-        LandmarksFrame,
-        choice(
-            "--landmarks-frame",
-            "What landmark files hold: mm as in ITK (lps) or NIfTI (ras), or NIfTI's "
-            "voxel indices, as Learn2Reg's do.",
-            _WHICH,
-        ),
-    ] = LandmarksFrame.LPS,
-    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
-    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
-    model: Annotated[
-        str | None,
-        option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
-    ] = None,
-    name: Annotated[
-        str | None, option("--name", "What the tables call it.", _HOW)
-    ] = None,
-    shape: Annotated[
-        str | None,
-        option("--shape", "Network grid. Default: the weights' own.", _HOW),
-    ] = None,
-    io_iterations: Annotated[
-        int | None,
-        option(
-            "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
-        ),
-    ] = None,
-    io_target: IoTarget = Target.NETWORK,
-    io_sim: IoSim = Similarity.LNCC,
-    io_lr: IoLr = None,
-    seed: Seed = 0,
-    input_masking: InputMasking = False,
-    loss_function_masking: LossMasking = False,
-    ct_window: CtWindow = None,
-    quantile_range: QuantileRange = None,
-    others: Annotated[
-        str | None,
-        option("--others", "Other tools beside it: SyN, greedy.", _HOW),
-    ] = None,
-) -> None:
-    """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
-
-    A pair that names no modality takes the options', MRI without. The files of --out
-    are written anew after every pair; a pair that fails is warned about and left empty.
-    """
-    if (pairs is None) == (manifest is None):
-        raise UserError("give either --pairs or --manifest, to say what to evaluate")
-    from jaxreg import comparison, evaluate, register, results, zoo
-    from jaxreg.data import manifest as manifest_lib
-
-    tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
-    comparison.check_installed(tools)
-    displacement = io_target is Target.DISPLACEMENT
-    if (model is None or model == "none") and not tools and not displacement:
-        raise UserError(
-            "give a --model, --others SyN,greedy or --io-target displacement, to "
-            "evaluate"
-        )
-    wanted = None if labels is None else parse_labels(labels)
-    names = None
-    if manifest is not None:
-        listed = manifest_lib.read_manifest(manifest, holdout=holdout)
-        names = listed.labels
-        chosen = evaluate.pairs_of_manifest(
-            listed,
-            split=split,
-            neighbours=neighbours,
-            across_modalities=across_modalities,
-        )
-    else:
-        assert pairs is not None
-        chosen = evaluate.read_pairs(pairs)
-    chosen = chosen if count is None else chosen[:count]
-    unknown = sum(
-        (pair.fixed_modality or fixed_modality) is None
-        or (pair.moving_modality or moving_modality) is None
-        for pair in chosen
-    )
-    if unknown:
-        warnings.warn(
-            f"{unknown} of {len(chosen)} pairs name no modality and count as MRI; "
-            "give --fixed-modality and --moving-modality, or columns of that name",
-            stacklevel=2,
-        )
-    loaded = None if model in (None, "none") else zoo.load(model)
-    grid = (175, 175, 175) if loaded is None else loaded.shape
-    options = register.Options(
-        fixed_modality=(fixed_modality or Modality.MRI).value,
-        moving_modality=(moving_modality or Modality.MRI).value,
-        input_masking=input_masking,
-        loss_function_masking=loss_function_masking,
-        io_iterations=io_iterations,
-        io_target=io_target.value,
-        io_sim=io_sim.value,
-        io_lr=io_lr,
-        seed=seed,
-        ct_window=ct_window,
-        quantile_range=quantile_range,
-        shape=grid if shape is None else parse_shape(shape),
-        inverse=False,
-    )
-    found = evaluate.evaluate_files(
-        chosen,
-        loaded,
-        options,
-        out=out,
-        label_names=names,
-        with_optimisation=io_iterations is not None,
-        others={tool: comparison.TOOLS[tool] for tool in tools},
-        labels=wanted,
-        landmarks_frame=landmarks_frame.value,
-        name=name,
-        progress=_row_done,
-    )
-    print(results.markdown(found, label_names=names))
-    print(f"wrote {out} and {out.with_suffix('.md')}")
-    if found.failed:
-        raise UserError(
-            f"{len(found.failed)} of {len(found.rows)} rows failed for the reasons "
-            "above and are empty; mend these pairs or leave them out"
-        )
-
-
-def _row_done(done: int, total: int, row) -> None:
-    if sys.stderr.isatty() or done == total or done % 50 == 0:
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        text = f"{done} of {total}: {row.method}, Dice {row.mean_dice:.3f}   "
-        print(text, end=end, file=sys.stderr, flush=True)
-
-
-def compare_verb(
-    *,
-    a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
-    b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
-    metric: Annotated[
-        str,
-        option(
-            "--metric",
-            "dice, hd95_mm, tre_mm, folding_percent, sdlogj or seconds; dice_N or "
-            "hd95_mm_N for label N.",
-        ),
-    ] = "dice",
-    method_a: Annotated[
-        str | None, option("--method-a", "Which method of the first.")
-    ] = None,
-    method_b: Annotated[
-        str | None, option("--method-b", "Which method of the second.")
-    ] = None,
-) -> None:
-    """Test whether two results differ by more than chance, pair by pair."""
-    from jaxreg import results
-
-    print(
-        results.compare_files(a, b, metric=metric, method_a=method_a, method_b=method_b)
-    )
-
-
 def add_to(app: typer.Typer) -> None:
     """Adds the verbs to the command line."""
     app.command("train", context_settings=_PASS_ON)(train_verb)
-    app.command("evaluate")(evaluate_verb)
-    app.command("compare")(compare_verb)
+    cli_evaluation.add_to(app)
     app.add_typer(data_app, name="data")

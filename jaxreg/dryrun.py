@@ -5,7 +5,7 @@ import functools
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jaxreg import experiment as experiment_lib
 from jaxreg.data import manifest, synthetic
 from jaxreg.experiment import DataConfig, Experiment
 from jaxreg.io import files
-from jaxreg.models import kinds
+from jaxreg.models import kinds, sam, unireg
+from jaxreg.models.base import Registration
 from jaxreg.sources import (
     Sources,
     loss_of,
@@ -26,11 +27,19 @@ from jaxreg.sources import (
     with_bank,
     with_tasks,
 )
-from jaxreg.trainer import metric_of, shared_out, tasks_of_start, trained_rows
+from jaxreg.space.grid import Shape
+from jaxreg.trainer import (
+    metric_of,
+    sam_of,
+    shared_out,
+    tasks_of_start,
+    trained_rows,
+)
 from jaxreg.training import optimizer, state, step
 from jaxreg.training.parallel import Layout
 
-_SOME_TASKS = ("",) * 5  # where a dry run cannot know
+_SOME_TASKS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
+_SOME_PAIRINGS = ("inter",) * len(_SOME_TASKS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,7 @@ class DryRun:
       activation_bytes: of one step, scaled up by voxels and batch from the small grid.
       small: the grid that the step was compiled at.
       compile_seconds: for that.
-      data: a sentence about each manifest of any stage.
+      data: a sentence about each manifest of any stage, and about SAM weights.
     """
 
     parameters: int
@@ -87,12 +96,13 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
       UserError: settings, devices or data do not fit together.
     """
     # What is quickly found comes before what takes minutes.
-    data = tuple(_quick_checks(experiment))
-    last = _with_likely_tasks(experiment_lib.stages(experiment)[-1][1])
+    known = tasks_of_start(experiment)
+    data = tuple(_quick_checks(experiment, known))
+    last = _with_likely_tasks(experiment_lib.stages(experiment)[-1][1], known)
     shape = last.loading.shape
     factor = min(1.0, small / max(shape))
     # What every network takes.
-    grid = tuple(max(16, 8 * math.ceil(n * factor / 8)) for n in shape)
+    grid = tuple(16 * math.ceil(n * factor / 16) for n in shape)
     grid = (grid[0], grid[1], grid[2])
     began = time.perf_counter()
     compiled = _lowered(last, grid, 1).compile()
@@ -100,10 +110,7 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     memory = compiled.memory_analysis()
     batch = last.train.batch
     model = kinds.build(last.model)
-    variables, at_small = (
-        jax.eval_shape(functools.partial(model.init, shape=size), jax.random.key(0))
-        for size in (shape, grid)
-    )
+    variables, at_small = (_abstract(model, last, size) for size in (shape, grid))
     # A prompt bank grows with the grid.
     parameters, small_parameters = (
         sum(leaf.size for leaf in jax.tree.leaves(found["params"]))
@@ -129,21 +136,40 @@ def dry_run(experiment: Experiment, *, small: int = 32) -> DryRun:
     )
 
 
-def _with_likely_tasks(experiment: Experiment) -> Experiment:
+def _with_likely_tasks(experiment: Experiment, known: Sequence[str]) -> Experiment:
     """Returns the experiment with a prompt for each task it starts with or names."""
     data = experiment.data
     if _is_there(data):
-        known = tasks_of_start(experiment)
-        return with_tasks(experiment, with_bank(make_sources(experiment), known).bank)
-    names = [task.dataset for task in data.tasks]
-    left = [name for name in names if name not in data.exclude]
-    return with_tasks(experiment, left or _SOME_TASKS)
+        sources = with_bank(make_sources(experiment), known, experiment.model)
+        return with_tasks(experiment, sources)
+    left = [task for task in data.tasks if task.dataset not in data.exclude]
+    likely = Sources(
+        train=synthetic.SyntheticPairs([synthetic.SyntheticConfig()]),
+        validation=None,
+        validation_count=0,
+        objectives=(),
+        classes=(),
+        tasks=tuple(task.dataset for task in left) or _SOME_TASKS,
+        regions=tuple(task.region or task.dataset for task in left) or _SOME_TASKS,
+        pairings=tuple(task.pairing or "inter" for task in left) or _SOME_PAIRINGS,
+    )
+    return with_tasks(experiment, with_bank(likely, (), experiment.model))
 
 
 def _is_there(data: DataConfig) -> bool:
     """Whether pairs can be drawn now."""
     manifests = [pathlib.Path(path) for path in data.manifests]
     return bool(data.synthetic or manifests) and all(p.exists() for p in manifests)
+
+
+def _abstract(model: Registration, experiment: Experiment, shape: Shape) -> Any:
+    """Returns the shapes of fresh variables, with those of released SAM if needed."""
+    key = jax.random.key(0)
+    variables = dict(jax.eval_shape(functools.partial(model.init, shape=shape), key))
+    if kinds.correlates_sam(experiment.model):
+        released = functools.partial(sam.init, sam.SamConfig())
+        variables[unireg.SAM] = jax.eval_shape(released, key)
+    return variables
 
 
 def _abstract_state(experiment: Experiment, variables: Any) -> dict[str, Any]:
@@ -187,7 +213,7 @@ def _lowered(experiment: Experiment, grid, count: int):
         make_prepare(experiment, sources, one),
         step.StepConfig(ema=experiment.train.ema),
     )
-    variables = jax.eval_shape(lambda key: model.init(key, grid), jax.random.key(0))
+    variables = _abstract(model, experiment, grid)
     shapes = jax.eval_shape(
         lambda v: state.start(v, rule, jax.random.key(0), ema=experiment.train.ema > 0),
         variables,
@@ -201,13 +227,18 @@ def _check_cache(folder: pathlib.Path) -> None:
     files.check_writable(there / "entry", "loading.cache_dir")
 
 
-def _quick_checks(experiment: Experiment) -> list[str]:
+def _quick_checks(experiment: Experiment, known: Sequence[str]) -> list[str]:
     """Checks each stage as training does before it starts, as far as its data exist.
 
     Returns:
-      A sentence about each manifest.
+      A sentence about each manifest, and about SAM weights that are still missing.
     """
     said: list[str] = []
+    needed = kinds.correlates_sam(experiment.model)
+    if needed and experiment.train.sam is None and experiment.train.start is None:
+        said.append("SAM weights are not given yet; training will need --train.sam")
+    else:
+        sam_of(experiment)
     for stage, changed in experiment_lib.stages(experiment):
         kinds.build(changed.model)
         per_epoch, *_ = shared_out(changed)
@@ -215,8 +246,7 @@ def _quick_checks(experiment: Experiment) -> list[str]:
         said.extend(_data_sentences(changed))
         kinds.check_grid(changed.model, changed.loading.shape)
         if _is_there(changed.data):
-            known = tasks_of_start(changed)
-            sources = with_bank(make_sources(changed), known)
+            sources = with_bank(make_sources(changed), known, changed.model)
             metric_of(changed, sources)
             if changed.train.only != "all":
                 first = stage == experiment.stages[0]

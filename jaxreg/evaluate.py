@@ -7,6 +7,7 @@ other tools (see `comparison`) are warped and measured by the same functions.
 
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -14,21 +15,22 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from jaxreg import metrics, register, results, zoo
+from jaxreg import metrics, prealignment, register, results, tasks, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import files, transforms, volumes
+from jaxreg.io import files, tables, transforms, volumes
+from jaxreg.io.tables import Frame
+from jaxreg.models.sam import TrainedSam
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 
-Frame = Literal["lps", "ras", "voxel"]
-"""Of landmarks: mm as in ITK, mm as in NIfTI, or NIfTI's voxel indices i, j, k."""
+Pairing = manifest_lib.Pairing
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
@@ -51,8 +53,11 @@ class PairSpec:
       moving_landmarks: the same points in the moving scan, in the same order.
       fixed_modality: "ct" or "mri"; the options' own if None.
       moving_modality: the same for the moving scan.
-      task: which table the pair counts in.
-      pairing: "inter" or "intra" subject, or None.
+      task: which table the pair counts in ("all" if None), and what a network with
+        heads for tasks is told unless the options name one.
+      region: part of the body; where such a network knows it, it is told that.
+      pairing: "inter" or "intra" subject, told to such a network; that of the task in
+        its training if None.
       transform_out: where to write the transform of the last way of registering.
       warped_out: where to write the moving scan warped by it.
     """
@@ -67,14 +72,20 @@ class PairSpec:
     moving_landmarks: pathlib.Path | None = None
     fixed_modality: register.Modality | None = None
     moving_modality: register.Modality | None = None
-    task: str = "all"
-    pairing: Literal["inter", "intra"] | None = None
+    task: str | None = None
+    region: str | None = None
+    pairing: Pairing | None = None
     transform_out: pathlib.Path | None = None
     warped_out: pathlib.Path | None = None
 
+    @property
+    def table(self) -> str:
+        """The name of the table that the pair counts in."""
+        return self.task or "all"
+
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(PairSpec))
-_WORDS = ("fixed_modality", "moving_modality", "task", "pairing")
+_WORDS = ("fixed_modality", "moving_modality", "task", "region", "pairing")
 _IMAGES = (
     "fixed",
     "moving",
@@ -111,7 +122,7 @@ def read_pairs(path: files.PathLike) -> tuple[PairSpec, ...]:
     pairs = [_pair(row, where, path.parent) for where, row in rows]
     seen: dict[tuple[str, pathlib.Path, pathlib.Path], str] = {}
     for (where, _), pair in zip(rows, pairs, strict=True):
-        key = (pair.task, pair.fixed, pair.moving)
+        key = (pair.table, pair.fixed, pair.moving)
         if key in seen:
             raise UserError(f"{where} repeats the pair of {seen[key]}; remove one")
         seen[key] = where
@@ -220,31 +231,75 @@ def pairs_of_manifest(
     split: str = "val",
     neighbours: int = 3,
     across_modalities: bool = False,
+    model: zoo.LoadedModel | None = None,
+    options: register.Options | None = None,
 ) -> tuple[PairSpec, ...]:
     """Returns the pairs of held-out scans, by `manifest.neighbour_pairs`.
 
     A pair's task is its dataset. Label maps and landmarks come along where both scans
-    have them.
+    have them. A dataset of which the manifest says no pairing is paired as the network
+    will be told of it: as the options say, or as it was trained on it.
 
     Args:
       manifest: the scans.
       split: which of them.
       neighbours: moving images per fixed one, at most.
       across_modalities: see `manifest.neighbour_pairs`.
+      model: that is to register them.
+      options: how; the defaults if None.
 
     Raises:
       UserError: the split leaves no pair.
     """
     chosen = [record for record in manifest.records if record.split == split]
+    told = {
+        (record.dataset, record.region): _trained_pairing(record, model, options)
+        for record in chosen
+        if record.dataset in manifest.unpaired
+    }
+    chosen = [
+        dataclasses.replace(record, pairing=pairing)
+        if (pairing := told.get((record.dataset, record.region))) is not None
+        else record
+        for record in chosen
+    ]
     found = manifest_lib.neighbour_pairs(
         chosen, neighbours, across_modalities=across_modalities
     )
     if not found:
+        held = any(record.split == "val" for record in manifest.records)
+        mend = (
+            "give another --split, or hold out at least two subjects (of intra pairs: "
+            "two scans of one)"
+            if held or split != "val"
+            else "give --holdout 5, --split train, or a column split"
+        )
         raise UserError(
             f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '
-            "pair among them; hold out at least two subjects (or two scans of one)"
+            f"pair among them; {mend}"
         )
-    return tuple(_pair_of_records(fixed, moving) for fixed, moving in found)
+    pairs = []
+    for fixed, moving in found:
+        pair = _pair_of_records(fixed, moving)
+        if told.get((fixed.dataset, fixed.region), "") is None:
+            pair = dataclasses.replace(pair, pairing=None)
+        pairs.append(pair)
+    return tuple(pairs)
+
+
+def _trained_pairing(
+    record: manifest_lib.Record,
+    model: zoo.LoadedModel | None,
+    options: register.Options | None,
+) -> Pairing | None:
+    """Returns what a network is told of a record's dataset; None if unsure."""
+    if model is None or not tasks.told_of_regions(model):
+        return None
+    pair = dataclasses.replace(_pair_of_records(record, record), pairing=None)
+    try:
+        return told_of(pair, model, options or register.Options()).pairing
+    except UserError:  # which is said of the pair, with its name
+        return None
 
 
 def _pair_of_records(
@@ -261,9 +316,26 @@ def _pair_of_records(
         fixed_modality=preprocess.kind(fixed.modality),
         moving_modality=preprocess.kind(moving.modality),
         task=fixed.dataset,
+        region=fixed.region or None,
         pairing=fixed.pairing,
         **fields,
     )
+
+
+def told_of(
+    pair: PairSpec, model: zoo.LoadedModel, options: register.Options
+) -> tasks.Told:
+    """Returns what a network is told of a pair: by the options, else by the pair.
+
+    Raises:
+      UserError: see `tasks.tell`; it names the column.
+    """
+    chosen, said = _options_of(pair, options, model), "--task"
+    if options.task == "auto" and tasks.told_of_regions(model):
+        columns = {"region": pair.region, "task": pair.task}
+        column = next((n for n, word in columns.items() if word == chosen.task), None)
+        said = f"the column {column}" if column else "without a column task, --task"
+    return tasks.tell(model, chosen.task, chosen.pairing, chosen.smoothness, said=said)
 
 
 def pair_names(pairs: Sequence[PairSpec]) -> tuple[str, ...]:
@@ -301,47 +373,7 @@ def read_landmarks(
     Raises:
       UserError: the file is missing or has a row without three finite numbers.
     """
-    path = files.check_readable(path, "landmarks")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = [row for row in csv.reader(file) if any(c.strip() for c in row)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"landmarks {path} is no CSV text ({error})") from error
-    columns, first = [0, 1, 2], 0
-    if rows and not _is_number(rows[0][0]):
-        names = [name.strip().lower() for name in rows[0]]
-        if not {"x", "y", "z"} <= set(names):
-            raise UserError(
-                f"landmarks {path} has the columns {', '.join(names)}, expected x, y "
-                "and z"
-            )
-        columns, first = [names.index(name) for name in "xyz"], 1
-    points = []
-    for number, row in enumerate(rows[first:], start=first + 1):
-        cells = [row[c] if c < len(row) else "" for c in columns]
-        if not all(_is_number(cell) and math.isfinite(float(cell)) for cell in cells):
-            raise UserError(
-                f"landmarks {path}, row {number}: {', '.join(cells)} are not three "
-                "finite numbers x, y, z; correct it"
-            )
-        points.append([float(cell) for cell in cells])
-    if not points:
-        raise UserError(f"landmarks {path} holds no points; add some or leave it out")
-    array = np.array(points)
-    if frame == "voxel":
-        if grid is None:
-            raise ValueError('frame "voxel" needs the scan\'s grid')
-        # Columns are NIfTI's i, j, k; arrays have them reversed.
-        return array[:, ::-1] @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
-    return array * (-1.0, -1.0, 1.0) if frame == "lps" else array
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    return tables.to_mm(tables.read(path, "landmarks").places, frame, grid)
 
 
 # --- register and measure ------------------------------------------------------------
@@ -350,7 +382,7 @@ Progress = Callable[[int, int, results.Row], None]
 """Called after each row with (rows done, rows in all, the row)."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Scans:
     """A pair in memory; landmarks are P 3, RAS+ mm."""
 
@@ -378,18 +410,21 @@ def evaluate(
     options: register.Options,
     *,
     with_optimisation: bool = False,
+    smoothness: Sequence[float] = (),
     others: Mapping[str, Method] | None = None,
     labels: Sequence[int] | None = None,
     landmarks_frame: Frame = "lps",
     name: str | None = None,
+    sam: TrainedSam | None = None,
     progress: Progress | None = None,
     keep: Callable[[results.Result], None] | None = None,
 ) -> results.Result:
     """Registers every pair in every way that was asked for, and measures the results.
 
     There are always two rows for the start: "initial", where the scans' headers place
-    them, and "initial, resized", where both scans' extents coincide. Then come the
-    other tools, the model's prediction, and the result of instance optimisation.
+    them, and "initial, resized", where both scans' extents coincide; and one more for
+    the pre-alignment, if the options ask for one. Then come the other tools, the
+    model's prediction, and the result of instance optimisation.
 
     The grid of the fixed scan is that of all measures. Labels are warped by nearest
     neighbour. A label of either scan of a pair counts; one that neither has is NaN and
@@ -404,10 +439,13 @@ def evaluate(
         (`options.io_target`), or for other tools alone.
       options: how to register; modalities are replaced by a pair's own.
       with_optimisation: add a row after `options.io_iterations` steps from the model.
+      smoothness: a row for each of these weights in place of the model's one, for a
+        network that can be asked for them.
       others: further ways by name, e.g. of `comparison.TOOLS`.
       labels: which to score; all positive ones of either scan if None.
       landmarks_frame: what the numbers of landmark files are.
       name: what to call the model; its own name if None.
+      sam: see `register.register`.
       progress: called after each row.
       keep: called after each pair with all rows so far, to save them.
 
@@ -425,9 +463,10 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    ways = _ways(model, options, with_optimisation, name, others or {})
+    ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
+    _check_told(pairs, names, model, options, smoothness)
     rows: list[results.Row] = []
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):
@@ -453,7 +492,7 @@ def _rows_of(
         scans = _read(pair, name, options, frame)
     except UserError as error:
         warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
-        yield from (results.Row(way.name, pair.task, name) for way in ways)
+        yield from (results.Row(way.name, pair.table, name) for way in ways)
         return
     present = _labels_of(scans, labels)
     for way in ways:
@@ -465,7 +504,7 @@ def _rows_of(
             yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
         except UserError as error:
             warnings.warn(f"pair {name}: {way.name} failed: {error}", stacklevel=3)
-            yield results.Row(way.name, pair.task, name)
+            yield results.Row(way.name, pair.table, name)
 
 
 def _in_order(
@@ -498,15 +537,73 @@ def _in_order(
 
 
 def _ways(
-    model: Any, options: register.Options, with_optimisation, name, others
+    model: Any,
+    options: register.Options,
+    with_optimisation,
+    name,
+    others,
+    smoothness: Sequence[float],
+    sam: TrainedSam | None,
 ) -> list[_Way]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
-    if model is None and not displacement and not others:
+    prealigned = options.prealign != "none"
+    if (
+        prealigned
+        and model is None
+        and with_optimisation
+        and options.io_target == "network"
+    ):
+        raise UserError(
+            "--io-iterations has no network to optimise; give a --model or another "
+            "--io-target, or leave it out"
+        )
+    if model is None and not displacement and not others and not prealigned:
         raise UserError(
             "there is nothing to evaluate; name a model with --model, pass --io-target "
-            "displacement, or name another tool"
+            "displacement or --prealign, or name another tool"
         )
+    start = _prealigned(model, options, sam) if prealigned else None
+    ways = _starts(model, options, start)
+    ways += [_Way(other, _timed(method)) for other, method in others.items()]
+    if model is not None:
+        called = name or pathlib.PurePath(model.name).name
+        single = dataclasses.replace(
+            options,
+            io_iterations=None,
+            io_target="network",
+            intensity_conservation_loss=False,
+        )
+        asked = {
+            weight_name(called, weight): dataclasses.replace(single, smoothness=weight)
+            for weight in smoothness
+        } or {called: single}
+        ways += [
+            _Way(row, _registered(model, each, sam, start), compiles=True)
+            for row, each in asked.items()
+        ]
+        if with_optimisation and not displacement:
+            optimised = _registered(model, options, sam, start)
+            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
+    refined = model is None and with_optimisation and options.io_target != "network"
+    if refined or (displacement and (model is None or with_optimisation)):
+        alone = dataclasses.replace(
+            options, task="auto", pairing=None, smoothness=None, level_iterations=None
+        )
+        found = _registered(None, alone, sam, start)
+        ways.append(_Way(options.io_target, found, compiles=True))
+    if (with_optimisation or displacement) and options.io_iterations is None:
+        raise UserError(
+            "instance optimisation needs a number of steps; pass --io-iterations"
+        )
+    _check_unlike([way.name for way in ways])
+    return ways
+
+
+def _starts(
+    model: Any, options: register.Options, start: "_Start | None"
+) -> list[_Way]:
+    """Returns the rows before any registration."""
     placement = options.placement or preprocess.Placement.of_weights(
         {} if model is None else model.bundle.preprocessing
     )
@@ -518,30 +615,50 @@ def _ways(
         _Way(results.INITIAL, lambda scans: (Transform(()), math.nan)),
         _Way(results.RESIZED, resized),
     ]
-    ways += [_Way(other, _timed(method)) for other, method in others.items()]
-    if model is not None:
-        called = name or pathlib.PurePath(model.name).name
-        single = dataclasses.replace(
-            options,
-            io_iterations=None,
-            io_target="network",
-            intensity_conservation_loss=False,
-        )
-        ways.append(_Way(called, _registered(model, single), compiles=True))
-        if with_optimisation and not displacement:
-            optimised = _registered(model, options)
-            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
-    if displacement and (model is None or with_optimisation):
-        ways.append(_Way("displacement", _registered(None, options), compiles=True))
-    if (with_optimisation or displacement) and options.io_iterations is None:
-        raise UserError(
-            "instance optimisation needs a number of steps; pass --io-iterations"
-        )
-    names = [way.name for way in ways]
-    for way in names:
-        if names.count(way) > 1:
-            raise UserError(f"two rows would be called {way}; pass another name")
+    if start is not None:
+
+        def prealigned(scans):
+            found, seconds = start(scans)
+            return found.in_world, seconds
+
+        name = f"pre-aligned, {options.prealign}"
+        ways.append(_Way(name, prealigned, compiles=True))
     return ways
+
+
+def _check_unlike(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"two rows would be called {name}; pass another name")
+
+
+def weight_name(model: str, weight: float) -> str:
+    """Returns what a model that is asked for a smoothness is called in the tables."""
+    return f"{model}, smoothness {weight:g}"
+
+
+_Start = Callable[[_Scans], tuple[prealignment.Prealignment, float]]
+
+
+def _prealigned(
+    model: Any, options: register.Options, sam: TrainedSam | None
+) -> _Start:
+    """Returns what finds a pair's pre-alignment, once for all its rows."""
+
+    @functools.lru_cache(maxsize=1)
+    def find(scans: _Scans) -> tuple[prealignment.Prealignment, float]:
+        start = time.perf_counter()
+        found = register.prealigned(
+            scans.moving,
+            scans.fixed,
+            model,
+            _options_of(scans.spec, options, model),
+            regions=scans.regions,
+            sam=sam,
+        )
+        return found, time.perf_counter() - start
+
+    return find
 
 
 def _resized(
@@ -567,26 +684,47 @@ def _timed(method: Method):
     return find
 
 
-def _registered(model: Any, options: register.Options):
+def _registered(
+    model: Any,
+    options: register.Options,
+    sam: TrainedSam | None,
+    start: _Start | None,
+):
     def find(scans: _Scans) -> tuple[Transform, float]:
+        begin, seconds = (None, 0.0) if start is None else start(scans)
         found = register.register(
             scans.moving,
             scans.fixed,
             model,
-            _options_of(scans.spec, options),
+            _options_of(scans.spec, options, model),
             regions=scans.regions,
+            sam=sam,
+            start=begin,
         )
-        return found.transform, found.seconds["preprocess"] + found.seconds["register"]
+        for phase in ("preprocess", "prealign", "register"):
+            seconds += found.seconds.get(phase, 0.0)
+        return found.transform, seconds
 
     return find
 
 
-def _options_of(pair: PairSpec, options: register.Options) -> register.Options:
-    return dataclasses.replace(
+def _options_of(
+    pair: PairSpec, options: register.Options, model: zoo.LoadedModel | None = None
+) -> register.Options:
+    """Returns the options with a pair's modalities, and its words for the network."""
+    chosen = dataclasses.replace(
         options,
         fixed_modality=pair.fixed_modality or options.fixed_modality,
         moving_modality=pair.moving_modality or options.moving_modality,
         inverse=False,
+    )
+    if model is None or not tasks.told_of_regions(model):
+        return chosen
+    own = tasks.word_of(model, pair.task, pair.region)
+    return dataclasses.replace(
+        chosen,
+        task=own if options.task == "auto" else options.task,
+        pairing=options.pairing or pair.pairing,
     )
 
 
@@ -605,9 +743,9 @@ def _check_pairs(
     outputs: set[pathlib.Path] = set()
     seen: set[tuple[str, str]] = set()
     for pair, name in zip(pairs, names, strict=True):
-        if (pair.task, name) in seen:
-            raise UserError(f"pair {name} of {pair.task} is listed twice; remove one")
-        seen.add((pair.task, name))
+        if (pair.table, name) in seen:
+            raise UserError(f"pair {name} of {pair.table} is listed twice; remove one")
+        seen.add((pair.table, name))
         try:
             _check_pair(pair, options, frame, grids, outputs)
         except UserError as error:
@@ -618,6 +756,44 @@ def _check_pairs(
             "--loss-function-masking",
             stacklevel=3,
         )
+
+
+def _check_told(
+    pairs: Sequence[PairSpec],
+    names: Sequence[str],
+    model: zoo.LoadedModel | None,
+    options: register.Options,
+    smoothness: Sequence[float],
+) -> None:
+    """Says what the network cannot be told or shown of a pair, and warns of doubts."""
+    if model is None:
+        tasks.refuse(options.task, options.pairing, options.smoothness)
+        return
+    doubts: dict[str, None] = {}
+    for pair, name in zip(pairs, names, strict=True):
+        try:
+            for weight in smoothness or (options.smoothness,):
+                asking = dataclasses.replace(options, smoothness=weight)
+                told = told_of(pair, model, asking)
+                shown = _options_of(pair, options, model)
+                register.check_units(told.model, shown)
+        except UserError as error:
+            raise UserError(f"pair {name}: {error}") from error
+        if not tasks.told_of_regions(model):
+            continue
+        if options.pairing and pair.pairing not in (None, options.pairing):
+            doubts[
+                f"{pair.table} is {pair.pairing} in the list, but --pairing is "
+                f"{options.pairing}, which the network is told"
+            ] = None
+        elif not told.trained:
+            doubts[
+                f"{pair.table} is told to {model.name} as {told.key}, which training "
+                "did not have; correct the column pairing, or give --pairing, if the "
+                "pairs are of the other type"
+            ] = None
+    for doubt in doubts:
+        warnings.warn(doubt, stacklevel=3)
 
 
 def _check_pair(pair: PairSpec, options: register.Options, frame, grids, outputs):
@@ -762,7 +938,7 @@ def _measure(
     determinant = transform_lib.jacobian_map(found, scans.fixed.grid)
     return results.Row(
         method=method,
-        task=scans.spec.task,
+        task=scans.spec.table,
         pair=scans.name,
         dice=dice,
         hd95_mm=hd95,

@@ -102,8 +102,9 @@ class TrainConfig:
       seed: of weights, pairs, augmentation and noise.
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
-      start_tasks: names of the prompts in the bank of `start`, in their order, where
+      start_tasks: names of the prompts, or regions, of `start`, in their order, where
         the weights do not tell (PyTorch files) or call the datasets otherwise.
+      sam: SAM weights whose embeddings a UniReg correlates; those of `start` if None.
       only: which parameters change: all, a bank's static prompts, or those of tasks
         that the weights to start from do not know.
     """
@@ -117,6 +118,7 @@ class TrainConfig:
     seed: int = 0
     start: str | None = None
     start_tasks: tuple[str, ...] = ()
+    sam: str | None = None
     only: Literal["all", "prompts", "new_prompts"] = "all"
 
     def __post_init__(self):
@@ -203,7 +205,8 @@ class Experiment:
         Raises:
           UserError: no stage, stages of one name, an unknown objective or synthetic
             task, losses of prompts without a bank, data of two kinds, settings that
-            synthetic data cannot have, or `loading.canonical`.
+            synthetic data cannot have, `loading.canonical`, or a window of Hounsfield
+            units that is not the network's.
         """
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
@@ -236,6 +239,7 @@ class Experiment:
                 "evaluate to turn scans; leave it out and store all scans in one "
                 "orientation"
             )
+        self._check_windows()
         for objective in (self.objective, *dict(self.objectives).values()):
             prompted = objective.orthogonality_weight, objective.task_weight
             if any(prompted) and not isinstance(self.model, PromptRegConfig):
@@ -248,12 +252,55 @@ class Experiment:
         for task in self.data.tasks:
             _known(task.objective, known, f"objective of task {task.dataset}")
 
+    def _check_windows(self) -> None:
+        """Checks that a network that reads Hounsfield units is shown them rightly."""
+        needed = kinds.hounsfield_window(self.model)
+        if needed is None or not self.data.manifests:
+            return
+        given = {"loading.ct_window": self.loading.ct_window}
+        given |= {
+            f"ct_window of task {task.dataset}": task.ct_window
+            for task in self.data.tasks
+            if task.ct_window is not None
+        }
+        for name, window in given.items():
+            if tuple(window) != tuple(needed):
+                raise UserError(
+                    f"{name} is {window[0]:g} to {window[1]:g} HU, but the network "
+                    f"takes 0 and 1 for {needed[0]:g} and {needed[1]:g} HU "
+                    "(model.window); give both the same, or for a network without "
+                    "units --model.backbone_window None and --model.features mind"
+                )
+
 
 def load(path: str | os.PathLike[str]) -> Experiment:
     """Runs a configuration file and returns its experiment.
 
     Raises:
       UserError: there is no such file, or it defines no `get_config`.
+    """
+    return checked(load_any(path), path)
+
+
+def checked(found: Any, path: str | os.PathLike[str]) -> Experiment:
+    """Returns what a configuration file gave, if it is an experiment.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if not isinstance(found, Experiment):
+        raise UserError(
+            f"--config {path} has no function get_config() that returns an "
+            "experiment.Experiment; see configs/demo.py"
+        )
+    return found
+
+
+def load_any(path: str | os.PathLike[str]) -> Any:
+    """Runs a configuration file and returns what its `get_config` does, or None.
+
+    Raises:
+      UserError: there is no such file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
@@ -262,13 +309,7 @@ def load(path: str | os.PathLike[str]) -> Experiment:
             f"--config {path} does not exist{_near(path.name, [p.name for p in near])}"
         )
     get_config = runpy.run_path(str(path)).get("get_config")
-    experiment = get_config() if callable(get_config) else None
-    if not isinstance(experiment, Experiment):
-        raise UserError(
-            f"--config {path} has no function get_config() that returns an "
-            "experiment.Experiment; see configs/demo.py"
-        )
-    return experiment
+    return get_config() if callable(get_config) else None
 
 
 def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Experiment:
@@ -301,6 +342,11 @@ def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Expe
     return dataclasses.replace(changed, stages=tuple(own))
 
 
+def changed(tree: Any, changes: Iterable[tuple[str, Any]]) -> Any:
+    """Returns any tree of settings with some leaves changed; see `override`."""
+    return _replaced(tree, _paths(changes), "")
+
+
 def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
     """Returns each stage with the experiment as it is during it."""
     return tuple(
@@ -309,12 +355,12 @@ def stages(experiment: Experiment) -> tuple[tuple[Stage, Experiment], ...]:
     )
 
 
-def to_dict(experiment: Experiment) -> dict[str, Any]:
+def to_dict(experiment: Any) -> dict[str, Any]:
     """Returns the tree as JSON can hold it."""
     return json.loads(json.dumps(dataclasses.asdict(experiment), default=str))
 
 
-def write(path: pathlib.Path, experiment: Experiment) -> None:
+def write(path: pathlib.Path, experiment: Any) -> None:
     """Writes the tree as JSON, for the record and for `--resume`."""
     with files.atomic_path(path) as temporary:
         text = json.dumps(to_dict(experiment), indent=2) + "\n"
@@ -327,7 +373,7 @@ _FREE = ("loop.", "train.parallel", "train.space", "loading.workers",
          "loading.cache_limit_gb", "paper", "licence")  # fmt: skip
 
 
-def check_same(path: pathlib.Path, experiment: Experiment) -> None:
+def check_same(path: pathlib.Path, experiment: Any) -> None:
     """Checks that a run to be resumed was started with the same settings.
 
     Raises:

@@ -7,6 +7,7 @@ determinants that the folding measures count; a determinant map in mm
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from scipy import ndimage
 from jaxreg.space import fields
 
 SDLOGJ_FLOOR = 1e-9
+SDLOGJ_LEAST = 1e-6
 
 
 def _check_same_shape(warped: np.ndarray, fixed: np.ndarray) -> None:
@@ -63,7 +65,9 @@ def mean_score(scores: Mapping[int, float]) -> float:
     return float(np.mean(values)) if values else float("nan")
 
 
-def cell_determinant(points: np.ndarray) -> np.ndarray:
+def cell_determinant(
+    points: np.ndarray, *, differences: fields.Differences = "backward"
+) -> np.ndarray:
     """Returns the Jacobian determinant per grid cell of a map; 1 for the identity.
 
     As the original: in 3-D backward differences at ``[1:, 1:, 1:]``, in 2-D forward
@@ -71,6 +75,7 @@ def cell_determinant(points: np.ndarray) -> np.ndarray:
 
     Args:
       points: N D H W 3 or N H W 2, unit coordinates of the mapped voxels.
+      differences: in 3-D, see `fields.jacobian_determinant`.
 
     Returns:
       N D-1 H-1 W-1 or N H-1 W-1.
@@ -88,7 +93,10 @@ def cell_determinant(points: np.ndarray) -> np.ndarray:
             f"points have shape {points.shape}, expected N D H W 3 or N H W 2"
         )
     if dimension == 3:
-        return np.asarray(fields.jacobian_determinant(jnp.asarray(points)))
+        found = fields.jacobian_determinant(
+            jnp.asarray(points), differences=differences
+        )
+        return np.asarray(found)
     n_h, n_w = points.shape[1:3]
     here = points[:, :-1, :-1]
     a = (points[:, 1:, :-1] - here) * max(n_h - 1, 1)
@@ -116,20 +124,28 @@ def folding_fraction(determinant: np.ndarray) -> float:
     return float(100.0 * np.mean(determinant < 0)) if determinant.size else 0.0
 
 
-def sdlogj(determinant: np.ndarray) -> float:
-    """Returns the standard deviation (population) of log |J|; 0 for affine maps.
-
-    Determinants below 1e-9, folded ones among them, count as 1e-9. The Learn2Reg
-    script's shift by 3 is not added: it belongs to another convention of the field.
+def sdlogj(
+    determinant: np.ndarray, *, mode: Literal["clip", "exclude", "l2r"] = "clip"
+) -> float:
+    """Returns the standard deviation of log |J|; 0 for affine maps.
 
     Args:
       determinant: any shape, see `cell_determinant`.
+      mode: "clip": determinants below 1e-9, folded ones among them, count as 1e-9, and
+        the deviation is the population's. "exclude": those up to 1e-6 do not count,
+        and it is the sample's, as in UniReg's release. "l2r": 3 is added before the
+        clipping, as in the Learn2Reg script, whose field has another convention.
 
     References:
       Leow et al., Statistical properties of Jacobian maps, IEEE TMI 2007; Hering et
       al., Learn2Reg, IEEE TMI 2022.
     """
-    values = np.maximum(np.asarray(determinant, np.float64), SDLOGJ_FLOOR)
+    values = np.asarray(determinant, np.float64)
+    if mode == "exclude":
+        kept = values[values > SDLOGJ_LEAST]
+        return float(np.std(np.log(kept), ddof=1)) if kept.size > 1 else float("nan")
+    values = values + 3.0 if mode == "l2r" else values
+    values = np.clip(values, SDLOGJ_FLOOR, 1.0 / SDLOGJ_FLOOR)
     return float(np.std(np.log(values))) if values.size else 0.0
 
 

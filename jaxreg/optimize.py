@@ -71,7 +71,7 @@ def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Report:
+class Report:
     """Passes a step on to the user's function.
 
     Compares by its fields, so that a second pair reuses the first one's program.
@@ -87,6 +87,18 @@ class _Report:
         if int(step) < self.steps:
             numbers = {name: float(value) for name, value in parts.items()}
             self.progress(self.done + int(step) + 1, self.total, numbers)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _remember(model, variables, pair):
+    return model.remember(variables, pair.moving, pair.fixed)
+
+
+def _remembered(model: Registration, variables: Variables, pair: Pair) -> Variables:
+    """Returns variables with what no step changes, from a network that can tell it."""
+    if not hasattr(model, "remember"):
+        return variables
+    return _remember(model, variables, pair)
 
 
 def _noise(key: Key, step, shape: Shape, given):
@@ -157,7 +169,8 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    report = None if progress is None else _Report(progress, steps, steps)
+    report = None if progress is None else Report(progress, steps, steps)
+    variables = _remembered(model, variables, pair)
     (forward, backward), history, _ = _network_loop(
         jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
         pair,
@@ -210,7 +223,7 @@ def _coarser(pair: Pair, factor: int) -> Pair:
         )
 
     def resize(name, value):
-        if value is None or name in ("valid", "task", "objective"):
+        if value is None or value.ndim != 5:  # what is known of a pair besides images
             return value
         if name.endswith("mask"):
             return sampling.resize_nearest_floor(value, shape)
@@ -374,7 +387,7 @@ def optimize_displacement(
     loop = functools.partial(_direct_loop, objective=objective, affine=affine)
 
     def report(steps, done):
-        return None if progress is None else _Report(progress, total, steps, done)
+        return None if progress is None else Report(progress, total, steps, done)
 
     coarse = _coarser(pair, config.affine_factor)
     best = _best_start(coarse, (np.eye(4), *starts), objective, key)

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -18,19 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import metrics, optimize, zoo
+from jaxreg import metrics, optimize, prealignment, refine, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective
-from jaxreg.models.promptreg import PromptReg, bank_of, choose_rows
+from jaxreg.models import kinds, unireg
+from jaxreg.models.sam import TrainedSam
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
 
 Modality = Literal["ct", "mri"]
-Target = Literal["network", "displacement"]
+Target = Literal["network", "displacement", "features", "map"]
+_REFINING = ("features", "map")
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -46,11 +50,16 @@ class Options:
         -1000 to 1000 where there is none.
       quantile_range: for MRI, the quantiles that become 0 and 1; if None the model's
         own, or the minimum and the 0.99 quantile where there are none.
+      foreground: these quantiles are of the voxels above 0 alone; if None as the
+        model's.
       input_masking: set preprocessed intensities outside the masks to 0.
       loss_function_masking: count similarity inside the masks only.
       io_iterations: steps of instance optimisation, for a displacement per level of
         resolution; None for a single prediction.
-      io_target: optimise the network's weights, or a displacement field directly.
+      io_target: optimise the network's weights ("network"); without it an affine map
+        and a displacement ("displacement"); or after it, by the images' features, a
+        displacement ("features") or, by intensities, the map itself ("map"), see
+        `refine`.
       io_sim: similarity, a key of `losses.similarity.SIMILARITIES`.
       io_lr: learning rate of Adam; the target's own default if None.
       dice_loss_weight: weight of the Dice term; needs both segmentations.
@@ -63,15 +72,25 @@ class Options:
       seed: of the noise in the inverse consistency term.
       inverse: compute the inverse transform as well.
       task: for a network with a prompt bank: "auto" weighs all its domains, names (with
-        commas) these alone; other networks know no tasks.
+        commas) these alone. For UniReg a region, or a task that it was trained on.
+        Other networks know no tasks.
+      pairing: for UniReg: scans of two subjects or of one; that of the task if None.
+      smoothness: for a network that can be asked for it: the weight of the smoothness
+        term as in training; the task's own if None.
+      level_iterations: for a UniReg-RPN: most steps of each level, 10 for the released
+        UniReg-IIRPN; the weights' own number if None.
       placement: how scans become arrays on the network grid; if None the model's own,
         or GradICON's where there is none.
+      prealign: how the scans are aligned in mm before anything else, see
+        `prealignment.Way`; the network sees the moving scan carried over by that, and
+        the results hold it.
     """
 
     fixed_modality: Modality = "mri"
     moving_modality: Modality = "mri"
     ct_window: tuple[float, float] | None = None
     quantile_range: tuple[float, float] | None = None
+    foreground: bool | None = None
     input_masking: bool = False
     loss_function_masking: bool = False
     io_iterations: int | None = 50
@@ -86,7 +105,11 @@ class Options:
     seed: int = 0
     inverse: bool = True
     task: str = "auto"
+    pairing: Pairing | None = None
+    smoothness: float | None = None
+    level_iterations: int | None = None
     placement: preprocess.Placement | None = None
+    prealign: prealignment.Way = "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,11 +132,13 @@ class Registration:
       inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` over the moving
         network grid's voxels that come from inside the fixed scan, or None.
       fixed_grid: the fixed scan's network grid.
-      moving_grid: the moving scan's network grid.
+      moving_grid: the moving scan's network grid; with a pre-alignment, the fixed
+        scan's moved by its affine part.
       history: parts of the objective per step, by name; empty without optimisation.
       similarity: the loss that `similarity_before` and `similarity_after` are values
         of; smaller is better.
       similarity_before: with the scans where their headers place them.
+      similarity_prealigned: with the scans pre-aligned, or None if they were not.
       similarity_after: with the moving scan warped by the transform.
       folding_percent: share of network cells whose Jacobian determinant is negative,
         0 to 100.
@@ -123,6 +148,8 @@ class Registration:
       fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
+      told: what the network was told of the pair: region, pairing and, where it can be
+        asked for one, the smoothness; empty for other networks.
     """
 
     transform: transform_lib.Transform
@@ -133,6 +160,7 @@ class Registration:
     history: Mapping[str, np.ndarray]
     similarity: str
     similarity_before: float
+    similarity_prealigned: float | None
     similarity_after: float
     folding_percent: float
     domains: Mapping[str, float]
@@ -140,6 +168,7 @@ class Registration:
     fixed_image: np.ndarray
     warped_before: np.ndarray
     warped_after: np.ndarray
+    told: str = ""
 
 
 def check_options(options: Options) -> None:
@@ -149,11 +178,7 @@ def check_options(options: Options) -> None:
       UserError: a value out of its range, or values that contradict each other.
     """
     _check_modality_options(options)
-    if options.stored_orientation and options.io_target == "displacement":
-        raise UserError(
-            "--stored-orientation is for networks; --io-target displacement starts "
-            "from the scans' headers, leave one of the two away"
-        )
+    _check_prealign(options)
     if options.io_sim not in similarity.SIMILARITIES:
         known = ", ".join(sorted(similarity.SIMILARITIES))
         raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")
@@ -173,9 +198,25 @@ def check_options(options: Options) -> None:
             f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
             "of at least 8; leave it out for the grid of the weights"
         )
+    _check_target(options)
+
+
+def _check_target(options: Options) -> None:
+    if options.stored_orientation and options.io_target == "displacement":
+        raise UserError(
+            "--stored-orientation is for networks; --io-target displacement starts "
+            "from the scans' headers, leave one of the two away"
+        )
+    if options.io_target in _REFINING and (
+        options.dice_loss_weight > 0 or options.intensity_conservation_loss
+    ):
+        raise UserError(
+            f"--io-target {options.io_target} knows neither --dice-loss-weight nor "
+            "--intensity-conservation-loss; leave them out"
+        )
     if options.io_iterations is None:
         for name, used in (
-            ("--io-target displacement", options.io_target == "displacement"),
+            (f"--io-target {options.io_target}", options.io_target != "network"),
             ("--dice-loss-weight", options.dice_loss_weight > 0),
             ("--intensity-conservation-loss", options.intensity_conservation_loss),
         ):
@@ -186,13 +227,48 @@ def check_options(options: Options) -> None:
                 )
 
 
+def _check_prealign(options: Options) -> None:
+    if options.prealign not in prealignment.WAYS:
+        known = ", ".join(prealignment.WAYS)
+        raise UserError(f"--prealign is {options.prealign}, expected one of {known}")
+    if options.prealign != "none" and options.stored_orientation:
+        raise UserError(
+            "--stored-orientation shows the network the moving scan as it is stored, "
+            f"--prealign {options.prealign} over the fixed scan; leave one of the two "
+            "away"
+        )
+
+
 def _check_modality_options(options: Options) -> None:
     modalities = (options.fixed_modality, options.moving_modality)
     for name, modality in zip(("fixed", "moving"), modalities, strict=True):
         if modality not in ("ct", "mri"):
             raise UserError(f"--{name}-modality is {modality}, expected ct or mri")
-    if options.ct_window is not None:
-        low, high = options.ct_window
+    check_intensities(options.ct_window, options.quantile_range, modalities)
+    if options.intensity_conservation_loss and set(modalities) != {"ct"}:
+        raise UserError(
+            "--intensity-conservation-loss needs two CT scans, the modalities are "
+            f"{modalities[0]} and {modalities[1]}; leave it out"
+        )
+
+
+def check_intensities(
+    ct_window: tuple[float, float] | None,
+    quantile_range: tuple[float, float] | None,
+    modalities: Sequence[str],
+) -> None:
+    """Checks how intensities are to be scaled.
+
+    Args:
+      ct_window: see `Options`.
+      quantile_range: see `Options`.
+      modalities: of both scans, "ct" or "mri".
+
+    Raises:
+      UserError: a range is empty, or one for scans that neither is.
+    """
+    if ct_window is not None:
+        low, high = ct_window
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UserError(
                 f"--ct-window is {low:g} {high:g}, expected two Hounsfield units, the "
@@ -203,8 +279,8 @@ def _check_modality_options(options: Options) -> None:
                 "--ct-window has no effect, because neither modality is ct; leave it "
                 "out or correct the modality"
             )
-    if options.quantile_range is not None:
-        low, high = options.quantile_range
+    if quantile_range is not None:
+        low, high = quantile_range
         if not 0 <= low < high <= 1:
             raise UserError(
                 f"--quantile-range is {low:g} {high:g}, expected two numbers between 0 "
@@ -215,11 +291,6 @@ def _check_modality_options(options: Options) -> None:
                 "--quantile-range has no effect, because neither modality is mri; "
                 "leave it out or correct the modality"
             )
-    if options.intensity_conservation_loss and set(modalities) != {"ct"}:
-        raise UserError(
-            "--intensity-conservation-loss needs two CT scans, the modalities are "
-            f"{modalities[0]} and {modalities[1]}; leave it out"
-        )
 
 
 def check_regions(options: Options, given: Mapping[str, Any]) -> None:
@@ -271,6 +342,8 @@ def register(
     options: Options,
     *,
     regions: Regions | None = None,
+    sam: TrainedSam | None = None,
+    start: prealignment.Prealignment | None = None,
     progress: Progress | None = None,
 ) -> Registration:
     """Registers one scan onto another.
@@ -278,9 +351,13 @@ def register(
     Args:
       moving: the scan to be warped, D H W, stored intensities.
       fixed: the scan that stays.
-      model: weights from `zoo.load`; None for `io_target` "displacement" alone.
+      model: weights from `zoo.load`; None where `io_target` can do without, or for a
+        pre-alignment alone (without `io_iterations`).
       options: how to register.
       regions: masks and label maps of the two scans.
+      sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
+        a UniReg's own aligns.
+      start: the pre-alignment, where `prealigned` found it already.
       progress: called after each step with its number, the total and the objective's
         parts.
 
@@ -294,13 +371,8 @@ def register(
     check_options(options)
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
-    if model is not None:
-        options = _with_rule_of(model, options)
-        model = _with_chosen_tasks(model, options.task)
-    elif options.task != "auto":
-        raise UserError(
-            f"--task is {options.task}, but no network takes part; leave it out"
-        )
+    model, told = _told(model, options, sam)
+    options = options if model is None else _with_rule_of(model, options)
     if not options.stored_orientation:
         turn = functools.partial(oriented_like, reference=fixed.grid)
         moving = turn(moving)
@@ -308,37 +380,54 @@ def register(
     placement = options.placement or preprocess.AS_GRADICON
     moving, fixed = placement.turned(moving), placement.turned(fixed)
     regions = _each(regions, placement.turned)
-    if model is None and options.io_target == "network":
+    alone = model is None and options.io_target == "network"
+    if alone and (options.prealign == "none" or options.io_iterations is not None):
         raise UserError(
-            "--io-target network needs a model; name one with --model, or pass "
-            "--io-target displacement to register without weights"
+            "--io-target network needs a model; name one with --model, pass "
+            "--io-target displacement to register without weights, or --prealign and "
+            "--io-iterations None to pre-align alone"
         )
     seconds: dict[str, float] = {}
 
     with _Clock(seconds, "preprocess"):
         grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
-        pair = make_pair(moving, fixed, options, regions)
+        pair = told.of(make_pair(moving, fixed, options, regions))
+    apart, bend = (pair, grids), None
+    if options.prealign != "none":
+        with _Clock(seconds, "prealign"):
+            if start is None:
+                start = _prealigned(moving, fixed, model, options, regions, sam)
+            carried = preprocess.Carried(grids[0], start.transform)
+            pair = told.of(make_pair(moving, fixed, options, regions, carried))
+            grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(_MATMUL[options.precision]):
-            found = _optimise(pair, model, options, grids, progress)
-            domains = _domains(pair, model)
-        forward = transform_lib.flatten(found.forward, options.shape)
-        backward = transform_lib.flatten(found.backward, options.shape)
+            found = _optimise(pair, model, options, grids, progress, sam)
+            domains = {} if model is None else tasks.domains(model, pair)
+        forward, backward = _bent(found, bend, options.shape)
+        # What the pair's moving image, which is bent already, lacks.
+        rest = forward if bend is None else found.forward
         _check_finite(forward, options)
     with _Clock(seconds, "score"):
-        headers = _unit_matrix(np.eye(4), *grids)
-        apart = transform_lib.Transform(
+        headers = _unit_matrix(np.eye(4), *apart[1])
+        placed = transform_lib.Transform(
             (transform_lib.Affine(jnp.asarray(headers, "f4")),)
         )
-        before, warped_before, _ = _score(pair, apart, options)
-        after, warped_after, folding = _score(pair, forward, options)
+        before, warped_before = _score(apart[0], placed, options)
+        between = None
+        if options.prealign != "none":
+            between, _ = _score(pair, transform_lib.Transform(()), options)
+        after, warped_after = _score(pair, rest, options)
     inverse, residual = None, None
     if options.inverse:
         with _Clock(seconds, "inverse"):
             inverse, residual = _inverse(forward, backward, *grids)
     return Registration(
-        transform=transform_lib.in_world(forward, *grids),
+        # A pre-alignment alone is exact as it is.
+        transform=start.in_world
+        if alone and start
+        else transform_lib.in_world(forward, *grids),
         inverse=inverse,
         inverse_residual_mm=residual,
         fixed_grid=grids[0],
@@ -347,74 +436,218 @@ def register(
         similarity=options.io_sim,
         similarity_before=before,
         similarity_after=after,
-        folding_percent=folding,
+        similarity_prealigned=between,
+        folding_percent=_folded(forward, options.shape),
         domains=domains,
         seconds=seconds,
         fixed_image=np.asarray(pair.fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
+        told=told.text,
+    )
+
+
+def _told(
+    model: zoo.LoadedModel | None, options: Options, sam: TrainedSam | None
+) -> tuple[zoo.LoadedModel | None, tasks.Words]:
+    """Returns the network as it serves the task, and what its pairs are to carry."""
+    words = (options.task, options.pairing, options.smoothness)
+    if model is None:
+        tasks.refuse(*words)
+        if options.level_iterations is not None:
+            raise UserError(
+                f"--level-iterations is {options.level_iterations}, but no network "
+                "takes part; leave it out"
+            )
+        return None, tasks.NOTHING
+    told = tasks.tell(_repeating(model, options), *words)
+    return _with_sam(told.model, sam), told
+
+
+def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
+    """Returns a pyramid that repeats its levels as often as it is asked to.
+
+    Raises:
+      UserError: the network has no levels to repeat, or has no derivative by which it
+        could be optimised.
+    """
+    config: Any = getattr(model.model, "config", None)
+    asked = options.level_iterations
+    if not isinstance(config, UniRegRpnConfig):
+        if asked is not None:
+            raise UserError(
+                f"--level-iterations is {asked}, but {model.name} is no UniReg-RPN; "
+                "leave it out"
+            )
+        return model
+    if asked is not None:
+        config = dataclasses.replace(config, iterations=asked)
+    optimised = options.io_iterations is not None and options.io_target == "network"
+    if config.iterations > 1 and optimised:
+        raise UserError(
+            "--io-target network cannot optimise a network that repeats its levels; "
+            "give --io-iterations None, --io-target map or --level-iterations 1"
+        )
+    fields = {**model.bundle.config, "iterations": config.iterations}
+    return dataclasses.replace(
+        model,
+        model=kinds.build(config),
+        bundle=dataclasses.replace(model.bundle, config=fields),
     )
 
 
 def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
-    """Returns the options with the weights' intensity rule where they have none."""
+    """Returns the options with the weights' intensity rule where they have none.
+
+    Raises:
+      UserError: see `check_units`.
+    """
+    check_units(model, options)
     if model.mask_inputs and not options.input_masking:
         warnings.warn(
             f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
             "and --input-masking to show it the same",
             stacklevel=3,
         )
+    config: Any = getattr(model.model, "config", None)
     return dataclasses.replace(
         options,
-        ct_window=options.ct_window or model.ct_window,
+        ct_window=options.ct_window
+        or model.ct_window
+        or kinds.hounsfield_window(config),
         placement=options.placement
         or preprocess.Placement.of_weights(model.bundle.preprocessing),
         quantile_range=options.quantile_range or model.quantile_range,
+        foreground=model.foreground
+        if options.foreground is None
+        else options.foreground,
     )
 
 
-def _with_chosen_tasks(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
-    """Returns the network with some of its bank's prompts alone."""
-    if task == "auto":
-        return model
-    if not isinstance(model.model, PromptReg):
-        raise UserError(
-            f"--task is {task}, but {model.name} has no prompt bank; leave it out"
-        )
-    known, names = _domain_names(model), [name.strip() for name in task.split(",")]
-    for name in names:
-        if name not in known:
+def check_units(model: zoo.LoadedModel, options: Options) -> None:
+    """Checks that a network which reads Hounsfield units is shown them as they are.
+
+    Raises:
+      UserError: a scan is no CT for a network that knows nothing else, or another
+        window would move what it reads.
+    """
+    config: Any = getattr(model.model, "config", None)
+    needed = kinds.hounsfield_window(config)
+    if needed is None:
+        return
+    for name in ("fixed_modality", "moving_modality"):
+        modality = getattr(options, name)
+        if modality != "ct" and kinds.reads_ct_alone(config):
             raise UserError(
-                f"--task names {name}, which is not among the domains of {model.name} "
-                f"({', '.join(known)}); give some of these, or auto"
+                f"{_option(name)} is {modality}, but {model.name} reads Hounsfield "
+                f"units; give {_option(name)} ct if it is one, or weights trained with "
+                "--model.features mind --model.backbone_window None"
             )
-    if len(set(names)) < len(names):
+    low, high = options.ct_window or model.ct_window or needed
+    ct = "ct" in (options.fixed_modality, options.moving_modality)
+    if ct and (low, high) != needed:
+        given = "--ct-window is" if options.ct_window else "its weights state"
         raise UserError(
-            f"--task is {task}, which names a domain twice; name each of them once"
+            f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
+            f"window {needed[0]:g} {needed[1]:g}; give --ct-window {needed[0]:g} "
+            f"{needed[1]:g}"
         )
-    rows = [known.index(name) for name in names]
+
+
+def _sam_for(
+    model: zoo.LoadedModel | None, given: TrainedSam | None
+) -> TrainedSam | None:
+    """Returns the SAM network in use: the given one before that of a UniReg."""
+    return given if given or model is None else zoo.sam_of(model)
+
+
+def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
+    """Whether registering has a use for a SAM network that is given."""
+    config: Any = getattr(model and model.model, "config", None)
+    lacks = (
+        model is not None
+        and kinds.correlates_sam(config)
+        and unireg.SAM not in model.variables
+    )
+    shown = (
+        options.io_iterations is not None
+        and options.io_target == "features"
+        and _both_ct(options)
+    )
+    return lacks or shown or options.prealign in prealignment.SAM_WAYS
+
+
+def _both_ct(options: Options) -> bool:
+    return {options.fixed_modality, options.moving_modality} == {"ct"}
+
+
+def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
+    """Returns a UniReg that lacks its SAM network with the given one."""
+    lacks = isinstance(model.model, unireg.UniReg) and unireg.SAM not in model.variables
+    if sam is None or not lacks:
+        return model
     return dataclasses.replace(
-        model,
-        variables=choose_rows(model.variables, rows),
-        bundle=dataclasses.replace(
-            model.bundle, preprocessing={**model.bundle.preprocessing, "tasks": names}
-        ),
+        model, variables=unireg.with_sam(model.variables, sam.variables)
     )
 
 
-def _domain_names(model: zoo.LoadedModel) -> list[str]:
-    """Returns the names of a bank's prompts; numbers where the weights have none."""
-    count = len(bank_of(model.variables))
-    names = model.tasks
-    return list(names) if len(names) == count else [f"task {i}" for i in range(count)]
+def prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    *,
+    regions: Regions | None = None,
+    sam: TrainedSam | None = None,
+) -> prealignment.Prealignment:
+    """Returns the pre-alignment that `register` would start from.
+
+    The arguments are those of `register`.
+
+    Raises:
+      UserError: see `prealignment.find`.
+    """
+    if model is not None:
+        words = (options.task, options.pairing, options.smoothness)
+        options = _with_rule_of(tasks.tell(model, *words).model, options)
+    regions = regions or Regions()
+    return _prealigned(moving, fixed, model, options, regions, sam)
 
 
-def _domains(pair: Pair, model: zoo.LoadedModel | None) -> dict[str, float]:
-    if model is None or not isinstance(model.model, PromptReg):
-        return {}
-    found = optimize.auxiliaries(model.model, model.variables, pair)
-    shares = found["task_weights"][0].tolist()
-    return dict(zip(_domain_names(model), shares, strict=True))
+def _prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    regions: Regions,
+    sam: TrainedSam | None,
+) -> prealignment.Prealignment:
+    moving_rule, fixed_rule = _rules(options)
+    masked = options.input_masking or options.loss_function_masking
+    scans = [
+        prealignment.Scan(volume, rule, mask if masked else None)
+        for volume, rule, mask in (
+            (moving, moving_rule, regions.moving_mask),
+            (fixed, fixed_rule, regions.fixed_mask),
+        )
+    ]
+    return prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
+
+
+def _bent(
+    found: optimize.Optimized, bend: transform_lib.Transform | None, shape: Shape
+) -> tuple[transform_lib.Transform, transform_lib.Transform]:
+    """Returns forward and backward with the bend that the network did not see."""
+    forward, backward = found.forward, found.backward
+    if bend is not None:
+        back = _solve_inverse(bend, jnp.zeros((1, *shape, 3)))
+        forward = forward.then(bend)
+        undone = transform_lib.Transform((transform_lib.Displacement(back),))
+        backward = undone.then(backward)
+    return (
+        transform_lib.flatten(forward, shape),
+        transform_lib.flatten(backward, shape),
+    )
 
 
 def _each(
@@ -433,9 +666,15 @@ def summary(result: Registration) -> dict[str, str]:
     name = result.similarity
     rows = {
         f"{name} loss before": f"{result.similarity_before:.4f} (smaller is better)",
+        f"{name} loss pre-aligned": f"{result.similarity_prealigned:.4f}"
+        if result.similarity_prealigned is not None
+        else "",
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
     }
+    rows = {name: text for name, text in rows.items() if text}
+    if result.told:
+        rows = {"told": result.told, **rows}
     if result.domains:
         nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)
@@ -487,36 +726,46 @@ def oriented_like(volume: Volume, reference: Grid) -> Volume:
     arrays alone: two scans stored in different orders would look rotated or mirrored
     to it (the original feeds them as they are stored).
     """
-    change = orientations.ornt_transform(
-        orientations.io_orientation(volume.grid.affine_mm),
-        orientations.io_orientation(reference.affine_mm),
+    turned = preprocess.oriented(
+        volume, orientations.io_orientation(reference.affine_mm)
     )
-    array = orientations.apply_orientation(volume.array, change)
-    back = orientations.inv_ornt_aff(change, volume.grid.shape)
-    grid = Grid(array.shape, volume.grid.affine_mm @ back)
-    return Volume(np.ascontiguousarray(array), grid, volume.source)
+    return dataclasses.replace(turned, array=np.ascontiguousarray(turned.array))
+
+
+def _rules(
+    options: Options,
+) -> tuple[preprocess.Preprocessing, preprocess.Preprocessing]:
+    """Returns the intensity rules of the moving and of the fixed scan."""
+    moving, fixed = (
+        preprocess.Preprocessing(
+            modality=modality,
+            ct_window=options.ct_window or (-1000.0, 1000.0),
+            quantile_range=options.quantile_range,
+            foreground=bool(options.foreground),
+        )
+        for modality in (options.moving_modality, options.fixed_modality)
+    )
+    return moving, fixed
 
 
 def make_pair(
-    moving: Volume, fixed: Volume, options: Options, regions: Regions
+    moving: Volume,
+    fixed: Volume,
+    options: Options,
+    regions: Regions,
+    carried: preprocess.Carried | None = None,
 ) -> Pair:
     """Returns both scans on the network grid, with what the objective needs of them.
 
     The volumes have their axes in the network's order already, see
-    `preprocess.Placement.turned`.
+    `preprocess.Placement.turned`. With `carried`, the moving scan is read over the
+    fixed scan's network grid.
 
     Raises:
       UserError: see `preprocess.network_pair`; or the segmentations share no label.
     """
     placement = options.placement or preprocess.AS_GRADICON
-    rules = [
-        preprocess.Preprocessing(
-            modality=modality,
-            ct_window=options.ct_window or (-1000.0, 1000.0),
-            quantile_range=options.quantile_range,
-        )
-        for modality in (options.moving_modality, options.fixed_modality)
-    ]
+    rules = _rules(options)
     pair = preprocess.network_pair(
         moving,
         fixed,
@@ -528,13 +777,16 @@ def make_pair(
         mask_inputs=options.input_masking,
         mask_loss=options.loss_function_masking,
         placement=placement,
+        moving_placement=carried,
     )
     segmentations = (regions.moving_segmentation, regions.fixed_segmentation)
     if options.dice_loss_weight == 0 or None in segmentations:
         return pair
     labels = [
-        preprocess.network_labels(volume, options.shape, placement=placement)
-        for volume in segmentations
+        preprocess.network_labels(volume, options.shape, placement=where)
+        for volume, where in zip(
+            segmentations, (carried or placement, placement), strict=True
+        )
         if volume is not None
     ]
     # On the network grid, where a small structure may have vanished.
@@ -558,24 +810,67 @@ def _objective(options: Options) -> Objective:
     )
 
 
-def _optimise(pair: Pair, model, options: Options, grids, progress):
+def _optimise(
+    pair: Pair,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    grids,
+    progress: Progress | None,
+    sam: TrainedSam | None,
+) -> optimize.Optimized:
     """Returns the unit transforms of the chosen way to find them."""
+    predicted = refine.UNTOUCHED
+    if model is not None and (
+        options.io_iterations is None or options.io_target in _REFINING
+    ):
+        predicted = optimize.predict(model.model, model.variables, pair)
     if options.io_iterations is None:
-        return optimize.predict(model.model, model.variables, pair)
+        return predicted
     common: dict[str, Any] = {
         "steps": options.io_iterations,
-        "key": jax.random.key(options.seed),
         "progress": progress,
     }
     if options.io_lr is not None:
         common["learning_rate"] = options.io_lr
+    if options.io_target == "map":
+        return refine.optimize_map(pair, predicted, loss=options.io_sim, **common)
+    if options.io_target == "features":
+        extract = _extractor(_sam_for(model, sam), options)
+        return refine.optimize_features(pair, predicted, extract, **common)
+    common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":
         return optimize.optimize_displacement(
-            pair, _objective(options), starts=_starts(pair, *grids), **common
+            pair,
+            _objective(options),
+            # A pre-alignment is the start: the identity between these grids.
+            starts=_starts(pair, *grids) if options.prealign == "none" else (),
+            **common,
         )
+    assert model is not None
     return optimize.optimize_network(
         model.model, model.variables, pair, _objective(options), **common
     )
+
+
+def _extractor(network: TrainedSam | None, options: Options) -> refine.Extract:
+    """Returns SAM's features for two CT scans on a grid like its own, or descriptors.
+
+    A SAM network knows voxels of one size in one orientation, and another placement
+    would show it something else.
+    """
+    if network is None or not _both_ct(options):
+        return refine.mind_features
+    own = preprocess.Placement("pad_crop", "spl", network.spacing_mm)
+    if options.placement != own:
+        warnings.warn(
+            "--io-target features takes MIND's descriptors in place of SAM's: the "
+            f"network grid has not SAM's voxels of {own.spacing_mm:g} mm towards "
+            "superior, posterior and left, as a UniReg's has",
+            stacklevel=2,
+        )
+        return refine.mind_features
+    window = options.ct_window or (-1000.0, 1000.0)
+    return lambda image: refine.sam_features(network, image, window)
 
 
 def _unit_matrix(world: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
@@ -606,15 +901,22 @@ def _starts(pair: Pair, fixed: Grid, moving: Grid) -> list[np.ndarray]:
     return [_unit_matrix(world, fixed, moving) for world in (np.eye(4), shift)]
 
 
-def _score(pair: Pair, unit: transform_lib.Transform, options: Options):
-    """Returns the similarity loss, the warped image D H W, and the folded per cent."""
+def _score(
+    pair: Pair, unit: transform_lib.Transform, options: Options
+) -> tuple[float, np.ndarray]:
+    """Returns the similarity loss and the warped image, D H W."""
     points = jnp.asarray(unit.map_points(sampling.identity(options.shape)))
     warped = fields.warp(pair.moving, points, outside="zeros")
     measure = similarity.SIMILARITIES[options.io_sim]
     mask = pair.fixed_mask if options.loss_function_masking else None
     loss = float(measure(warped, pair.fixed, mask=mask))
-    folded = metrics.folding_fraction(metrics.cell_determinant(np.asarray(points)))
-    return loss, np.asarray(warped[0, ..., 0]), folded
+    return loss, np.asarray(warped[0, ..., 0])
+
+
+def _folded(unit: transform_lib.Transform, shape: Shape) -> float:
+    """Returns the share of cells with a negative determinant, per cent."""
+    points = np.asarray(unit.map_points(sampling.identity(shape)))
+    return metrics.folding_fraction(metrics.cell_determinant(points))
 
 
 class _Clock:

@@ -1,25 +1,45 @@
 """An experiment's data: manifests or synthetic anatomies to pairs on the device."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.data import augment, manifest, pairs, pipeline, synthetic
-from jaxreg.data.manifest import Manifest, Record
+from jaxreg.data import augment, manifest, pairs, pipeline, preprocess, synthetic
+from jaxreg.data.manifest import Manifest, Pairing, Record
 from jaxreg.errors import UserError
 from jaxreg.experiment import Experiment
 from jaxreg.losses.objective import Objective, TaskObjective
-from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models import kinds
+from jaxreg.nn.dynamic import SmoothnessRange
 from jaxreg.training import parallel, step
 from jaxreg.training.parallel import Layout
-from jaxreg.typing import Pair
+from jaxreg.typing import Key, Pair
 
 Source = pipeline.PairSource | pipeline.ReadyPairs
 T = TypeVar("T")
 _VALIDATION_SEED = 1
+_SMOOTHNESS = 0x5300  # what a stream of random numbers is for
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRule:
+    """What weights tell of a task besides its name, for those who use them.
+
+    Attributes:
+      ct_window: the task's own, None for that of all.
+      quantile_range: the same.
+      smoothness: the weight that the task was trained or validated with, None for its
+        objective's.
+    """
+
+    ct_window: tuple[float, float] | None = None
+    quantile_range: tuple[float, float] | None = None
+    smoothness: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +53,11 @@ class Sources:
       objectives: which objective scores each task, as an index into `objectives_of`.
       classes: label values of the Dice term.
       tasks: names of the tasks, as batches count them.
-      bank: names of a prompt bank's rows, see `with_bank`.
-      rows: of each task in the bank, which `Pair.task` then is.
+      regions: of each task.
+      pairings: of each task.
+      rules: of each task.
+      bank: names that the weights carry, see `with_bank`.
+      rows: of each task in the bank.
     """
 
     train: Source
@@ -43,6 +66,9 @@ class Sources:
     objectives: tuple[int, ...]
     classes: tuple[int, ...]
     tasks: tuple[str, ...] = ()
+    regions: tuple[str, ...] = ()
+    pairings: tuple[Pairing, ...] = ()
+    rules: tuple[TaskRule, ...] = ()
     bank: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
 
@@ -137,6 +163,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         schedule=data.schedule,
         seed=_pairs_seed(experiment.train.seed, number),
     )
+    _check_modalities(experiment, whole.records, tasks)
     plans, held_out = _validation_plans(whole, tasks, experiment)
     classes = data.classes or tuple(
         sorted({value for named in whole.labels.values() for value in named} - {0})
@@ -152,7 +179,19 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         objectives=tuple(names.index(task.objective) for task in tasks),
         classes=classes,
         tasks=tuple(task.dataset for task in tasks),
+        regions=tuple(_region(train, task) for task in tasks),
+        pairings=tuple(pairs.pairing_of(train, task) for task in tasks),
+        rules=tuple(
+            TaskRule(task.ct_window, task.quantile_range, task.smoothness)
+            for task in tasks
+        ),
     )
+
+
+def _region(records: Sequence[Record], task: pairs.Task) -> str:
+    """Returns what a network is told of a task's place in the body."""
+    said = {r.region for r in records if r.dataset == task.dataset and r.region}
+    return task.region or (said.pop() if len(said) == 1 else task.dataset)
 
 
 def _left(items: Sequence[T], exclude: Sequence[str], name: Callable[[T], str]):
@@ -205,6 +244,9 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
         objectives=(0,) * len(configs),
         classes=data.classes or tuple(range(1, data.synthetic_labels + 1)),
         tasks=tuple(config.name for config in configs),
+        regions=tuple(config.name for config in configs),
+        pairings=tuple(config.pairing for config in configs),
+        rules=(TaskRule(),) * len(configs),
     )
 
 
@@ -240,6 +282,22 @@ def _validation_plans(
     count = min(len(found), experiment.data.validation_pairs)
     chosen = np.linspace(0, len(found), count, endpoint=False).astype(int)
     return tuple(found[i] for i in chosen), held_out
+
+
+def _check_modalities(
+    experiment: Experiment, records: Sequence[Record], tasks: Sequence[pairs.Task]
+) -> None:
+    if not kinds.reads_ct_alone(experiment.model):
+        return
+    datasets = {task.dataset for task in tasks}
+    for record in records:
+        if record.dataset in datasets and preprocess.kind(record.modality) != "ct":
+            raise UserError(
+                f"{record.image} of {record.dataset} has modality {record.modality}, "
+                "but the network takes its images for Hounsfield units; give "
+                "--model.backbone_window None, and --model.features mind or a SAM "
+                "network of that modality"
+            )
 
 
 def _check_annotations(
@@ -295,35 +353,81 @@ def make_prepare(
 
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
-        return parallel.constrain(addressed(pair, experiment, sources), layout)
+        pair = addressed(pair, experiment, sources)
+        asked = kinds.smoothness_range(experiment.model)
+        if asked is not None and key is not None:
+            drawn = _draw_smoothness(key, batch["index"], asked)
+            pair = dataclasses.replace(pair, smoothness=drawn)
+        return parallel.constrain(pair, layout)
 
     return prepare
 
 
+def _draw_smoothness(key: Key, index: jax.Array, asked: SmoothnessRange) -> jax.Array:
+    """Draws a weight for each pair of a batch, uniform in its logarithm."""
+    key = jax.random.fold_in(key, _SMOOTHNESS)
+
+    def draw(number):  # by the pair's number: not by its place on a device
+        return jax.random.uniform(jax.random.fold_in(key, number))
+
+    span = math.log(asked.high / asked.low)
+    return asked.low * jnp.exp(span * jax.vmap(draw)(index))
+
+
 def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
-    """Returns the pair with its own objective, and its row in the bank as its task."""
+    """Returns the pair with what its task says: objective, smoothness, row in a bank.
+
+    A network that is told of regions keeps the task's own number.
+    """
     if len(objectives_of(experiment)) > 1:
         objectives = jnp.asarray(sources.objectives, jnp.int32)
         pair = dataclasses.replace(pair, objective=objectives[pair.task])
-    if sources.rows:
+    weights = _smoothness(experiment, sources)
+    if weights is not None:
+        of_task = jnp.asarray(weights, jnp.float32)
+        pair = dataclasses.replace(pair, smoothness=of_task[pair.task])
+    if sources.rows and kinds.tells_tasks(experiment.model) == "tasks":
         rows = jnp.asarray(sources.rows, jnp.int32)
         pair = dataclasses.replace(pair, task=rows[pair.task])
     return pair
 
 
-def with_bank(sources: Sources, known: Sequence[str]) -> Sources:
-    """Returns the sources with a bank: the known tasks' rows, then the new ones'.
+def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
+    """Returns each task's weight of smoothness; None where objectives say it all."""
+    asked = kinds.smoothness_range(experiment.model)
+    own = [rule.smoothness for rule in sources.rules]
+    if asked is None and not any(weight is not None for weight in own):
+        return None
+    several = objectives_of(experiment)
+    return [
+        weight if weight is not None
+        else asked.middle if asked else several[number].smoothness_weight
+        for weight, number in zip(
+            own or (None,) * len(sources.objectives), sources.objectives, strict=True
+        )
+    ]  # fmt: skip
 
-    A known task whose data are not there keeps its row; tasks of one dataset share one.
+
+def with_bank(sources: Sources, known: Sequence[str], model: kinds.Config) -> Sources:
+    """Returns the sources with the names that the weights of a network carry.
+
+    The known ones come first and the new ones after them: tasks of a bank of prompts,
+    or regions of heads. A known one whose data are not there keeps its place; tasks of
+    one dataset, or of one region, share one.
     """
-    bank = tuple(dict.fromkeys((*known, *sources.tasks)))
-    rows = tuple(bank.index(name) for name in sources.tasks)
+    told = kinds.tells_tasks(model)
+    if told is None:
+        return sources
+    names = getattr(sources, told)
+    bank = tuple(dict.fromkeys((*known, *names)))
+    rows = tuple(bank.index(name) for name in names)
     return dataclasses.replace(sources, bank=bank, rows=rows)
 
 
-def with_tasks(experiment: Experiment, tasks: Sequence[str]) -> Experiment:
-    """Returns the experiment with a bank of one prompt per task, if it has a bank."""
-    if not isinstance(experiment.model, PromptRegConfig):
+def with_tasks(experiment: Experiment, sources: Sources) -> Experiment:
+    """Returns the experiment with a network for as many tasks as the bank names."""
+    if kinds.tells_tasks(experiment.model) is None:
         return experiment
-    model = dataclasses.replace(experiment.model, tasks=len(tasks))
+    tasks = tuple(zip(sources.rows, sources.pairings, strict=False))
+    model = kinds.with_names(experiment.model, sources.bank, tasks)
     return dataclasses.replace(experiment, model=model)

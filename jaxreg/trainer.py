@@ -3,6 +3,7 @@
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
 OUT/start_tasks.txt   names of the prompts in the bank that it started from
+OUT/sam/              the SAM network whose embeddings a UniReg correlates
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
@@ -26,10 +27,12 @@ from jaxreg.data.manifest import Record
 from jaxreg.errors import UserError
 from jaxreg.experiment import Experiment, Stage
 from jaxreg.io import checkpoints, files, runs
-from jaxreg.models import kinds
+from jaxreg.models import kinds, unireg
 from jaxreg.models.promptreg import PromptRegConfig
+from jaxreg.models.sam import TrainedSam
 from jaxreg.sources import (
     Sources,
+    TaskRule,
     loading_of,
     loss_of,
     make_prepare,
@@ -44,9 +47,10 @@ from jaxreg.typing import Key, Variables
 from jaxreg.validation import make_blame, make_validation
 
 Say = Callable[[str], None]
-_SETTINGS = "experiment.json"
-_SCANS = "scans.txt"
+SETTINGS = "experiment.json"
+SCANS = "scans.txt"
 _START_TASKS = "start_tasks.txt"
+_SAM = "sam"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,21 +81,26 @@ def _steps_key(seed: int, number: int) -> Key:
 
 
 def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
-    """Returns the names of the prompts in the bank that training starts from.
+    """Returns the names of the prompts, or regions, of the weights to start from.
 
     Raises:
       UserError: the weights do not name them and `train.start_tasks` does not either,
         or it has another number of names.
     """
     start, names = experiment.train.start, experiment.train.start_tasks
-    if start is None or not isinstance(experiment.model, PromptRegConfig):
+    told = kinds.tells_tasks(experiment.model)
+    if start is None or told is None:
         return ()
     loaded = zoo.load(start)
-    count = kinds.prompts_in(loaded.variables)
-    names = (names or loaded.tasks) if count else ()
+    config = kinds.config_of(loaded.bundle.model, loaded.bundle.config)
+    count = kinds.names_in(config, loaded.variables)
+    if not count:
+        return ()
+    names = names or tuple(loaded.bundle.preprocessing.get(told, ()))
     if len(set(names)) != count:
+        what = "prompts" if told == "tasks" else "regions"
         raise UserError(
-            f"{start} has a bank of {count} prompts, but the names of their tasks are "
+            f"{start} has {count} {what}, but their names are "
             f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
             "with a name for each, in their order"
         )
@@ -105,6 +114,7 @@ def initial_variables(
     say: Say,
     bank: Sequence[str] = (),
     known: Sequence[str] = (),
+    sam: TrainedSam | None = None,
 ) -> Variables:
     """Returns the variables that a stage starts with.
 
@@ -113,8 +123,9 @@ def initial_variables(
       model: the network.
       before: of the previous stage, or None.
       say: takes a sentence about what was loaded.
-      bank: names of the prompts of the network's bank.
-      known: those of the bank to start from.
+      bank: names of the network's prompts or regions.
+      known: those of the weights to start from.
+      sam: the network for a UniReg's embeddings, see `sam_of`.
 
     Raises:
       UserError: the weights to start from have other sizes, nothing in common, or,
@@ -123,7 +134,7 @@ def initial_variables(
     train, shape = experiment.train, experiment.loading.shape
     fresh = jax.tree.map(np.asarray, model.init(_weights_key(train.seed), shape))
     if before is None and train.start is None:
-        return fresh
+        return _with_sam(fresh, sam)
     if before is not None:
         source, name = before, "the previous stage"
     else:
@@ -132,7 +143,8 @@ def initial_variables(
         source, name = loaded.variables, f"train.start {train.start}"
         _compare_meaning(experiment, loaded, say)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
-    source = kinds.fitted(experiment.model, source, shape, fresh, rows)
+    source = state.changing(source)  # SAM joins at the end
+    source = kinds.fitted(experiment.model, source, shape, fresh, rows, len(known))
     merged = runs.merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
@@ -153,8 +165,71 @@ def initial_variables(
     )
     if known:
         new = [task for task in bank if task not in known]
-        say(f"prompts kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
-    return merged.variables
+        what = (
+            "prompts" if kinds.tells_tasks(experiment.model) == "tasks" else "regions"
+        )
+        say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
+    return _with_sam(merged.variables, sam)
+
+
+def _with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
+    return variables if sam is None else unireg.with_sam(variables, sam.variables)
+
+
+def sam_of(
+    experiment: Experiment, out: pathlib.Path | None = None
+) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg of the experiment correlates.
+
+    That of the run in `out`, of `train.sam`, or of `train.start`, in this order.
+
+    Raises:
+      UserError: it is needed and there is none, or given and no stage needs it, or it
+        knows voxels of another size.
+    """
+    stages = [during for _, during in experiment_lib.stages(experiment)]
+    needing = [during for during in stages if kinds.correlates_sam(during.model)]
+    named, start = experiment.train.sam, experiment.train.start
+    if not needing:
+        if named is not None:
+            raise UserError(
+                f"train.sam is {named}, but the network correlates no embeddings of "
+                "SAM; leave it out, or give --model.features sam"
+            )
+        return None
+    found = None
+    if out is not None and (out / _SAM).is_dir():
+        found = zoo.load_sam(out / _SAM)
+    elif named is not None:
+        found = zoo.load_sam(named)
+    elif start is not None:
+        found = zoo.sam_of(zoo.load(start))
+    if found is None:
+        raise UserError(
+            "model.features is sam, but there are no SAM weights; give --train.sam "
+            "PATH (jaxreg train --config configs/sam.py makes some), or "
+            "--model.features mind"
+        )
+    for during in needing:
+        loading = during.loading
+        if loading.resize == "pad_crop" and loading.spacing_mm != found.spacing_mm:
+            raise UserError(
+                f"the SAM network knows voxels of {found.spacing_mm:g} mm, the network "
+                f"grid has {loading.spacing_mm:g} mm; give --loading.spacing_mm "
+                f"{found.spacing_mm:g}"
+            )
+    return found
+
+
+def _bundle_of_sam(sam: TrainedSam) -> checkpoints.Bundle:
+    return checkpoints.Bundle(
+        variables=sam.variables,
+        model=zoo.SAM,
+        config=dataclasses.asdict(sam.config),
+        preprocessing=zoo.sam_rule(sam),
+        source="the SAM network that a training run was given",
+        licence="that of the network that the run was given",
+    )
 
 
 def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
@@ -207,17 +282,19 @@ def run(
     started_with = _recorded_tasks(out)
     if started_with is None:
         started_with = tasks_of_start(experiment)
+    sam = sam_of(experiment, out)
     stage_runs: list[_StageRun] = []
     for stage, changed in experiment_lib.stages(experiment):
         before = stage_runs[-1].sources.bank if stage_runs else started_with
         # New is what the weights of the run's start do not know, in every stage.
         known = before if experiment.train.start is None else started_with
-        stage_runs.append(_StageRun(changed, stage, out, say, before, known))
-    if not (out / _SETTINGS).is_file():
+        own = sam if kinds.correlates_sam(changed.model) else None
+        stage_runs.append(_StageRun(changed, stage, out, say, before, known, own))
+    if not (out / SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
-        if experiment.train.start is not None:
-            first = stage_runs[0]
+        first = stage_runs[0]
+        if experiment.train.start or first.sam:
             initial_variables(
                 first.experiment,
                 first.model,
@@ -225,9 +302,12 @@ def run(
                 lambda _: None,
                 first.sources.bank,
                 started_with,
+                first.sam,
             )
-    records = {_SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
-    _open_folder(experiment, out, records, resume=resume)
+    records = {SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
+    open_folder(experiment, out, records, resume=resume)
+    if sam is not None and jax.process_index() == 0 and not (out / _SAM).is_dir():
+        checkpoints.save_bundle(out / _SAM, _bundle_of_sam(sam))
     variables: Variables | None = None
     scores: Mapping[str, float] = {}
     steps = 0
@@ -238,30 +318,53 @@ def run(
     if jax.process_index() == 0:
         assert variables is not None  # an experiment has a stage
         last = stage_runs[-1]
-        bundle = bundle_of(last.experiment, variables, last.sources.bank)
+        bundle = bundle_of(last.experiment, variables, last.sources, last.sam)
         checkpoints.save_bundle(weights, bundle)
     parallel.barrier("weights written")
     return Outcome(weights, scores, steps, time.perf_counter() - began)
 
 
 def bundle_of(
-    experiment: Experiment, variables: Variables, tasks: Sequence[str] = ()
+    experiment: Experiment,
+    variables: Variables,
+    sources: Sources | None = None,
+    sam: TrainedSam | None = None,
 ) -> checkpoints.Bundle:
-    """Returns trained weights as they are stored, with the names of their prompts."""
-    prompted = isinstance(experiment.model, PromptRegConfig)
-    config = dataclasses.asdict(experiment.model)
-    loading = experiment.loading
+    """Returns trained weights as they are stored.
+
+    Args:
+      experiment: as it was during the last stage.
+      variables: of the network.
+      sources: with the names of prompts or regions, for networks that know tasks.
+      sam: the network that the variables hold for a UniReg's embeddings.
+    """
+    loading, told = experiment.loading, kinds.tells_tasks(experiment.model)
+    named = {}
+    if told is not None:
+        assert sources is not None  # the caller's promise
+        rules: Sequence[TaskRule] = sources.rules
+        if told == "tasks":  # one for each prompt, whose data need not be there
+            of_row = dict(zip(sources.rows, sources.rules, strict=False))
+            rules = [of_row.get(row, TaskRule()) for row in range(len(sources.bank))]
+        named = {
+            "tasks": list(sources.tasks),
+            told: list(sources.bank),
+            "task_rules": [dataclasses.asdict(rule) for rule in rules],
+        }
+    if sam is not None:
+        named["sam"] = zoo.sam_rule(sam)
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),
-        config=config,
+        config=dataclasses.asdict(experiment.model),
         preprocessing={
             **loading.placement.to_dict(),
             "shape": list(loading.shape),
             "ct_window": list(loading.ct_window),
             "mri_quantiles": list(loading.quantile_range or (0.0, 0.99)),
+            "mri_foreground": loading.foreground,
             "mask_inputs": loading.mask_inputs,
-            **({"tasks": list(tasks)} if prompted else {}),
+            **named,
         },
         source=f"trained by jaxreg, experiment {experiment.name}",
         licence=experiment.licence,
@@ -274,11 +377,12 @@ def _scans_of(stage_runs: Sequence["_StageRun"]) -> list[str]:
     for trainer in stage_runs:
         for source in (trainer.sources.train, trainer.sources.validation):
             if isinstance(source, pipeline.PairSource):
-                found += [_line(trainer.stage.name, r) for r in source.records]
+                found += [line_of(trainer.stage.name, r) for r in source.records]
     return found
 
 
-def _line(stage: str, record: Record) -> str:
+def line_of(stage: str, record: Record) -> str:
+    """Returns what is kept of a scan, to tell whether a run goes on with the same."""
     values = dataclasses.asdict(record)
     for name, value in values.items():
         # The same scans may lie elsewhere when a run goes on.
@@ -293,7 +397,7 @@ def _recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
 
     What it started from need not be there any more when it goes on.
     """
-    if not (out / _SETTINGS).is_file():
+    if not (out / SETTINGS).is_file():
         return None
     path = out / _START_TASKS
     return tuple(path.read_text("utf-8").splitlines()) if path.is_file() else ()
@@ -310,13 +414,24 @@ def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
             )
 
 
-def _open_folder(
-    experiment: Experiment,
+def open_folder(
+    experiment: Any,
     out: pathlib.Path,
     records: Mapping[str, Sequence[str]],
     *,
     resume: bool,
 ) -> None:
+    """Writes settings and lists of a new run, or compares them with an old one's.
+
+    Args:
+      experiment: any tree of settings.
+      out: folder of the run.
+      records: lines of text by name of file.
+      resume: whether an old run goes on.
+
+    Raises:
+      UserError: the folder does not fit, or cannot be written.
+    """
     problem = None
     if jax.process_index() == 0:
         problem = _folder_problem(experiment, out, records, resume=resume)
@@ -326,13 +441,13 @@ def _open_folder(
 
 
 def _folder_problem(
-    experiment: Experiment,
+    experiment: Any,
     out: pathlib.Path,
     records: Mapping[str, Sequence[str]],
     *,
     resume: bool,
 ) -> str | None:
-    settings = out / _SETTINGS
+    settings = out / SETTINGS
     try:
         if settings.is_file():
             if not resume:
@@ -341,7 +456,7 @@ def _folder_problem(
                     "or give another folder"
                 )
             experiment_lib.check_same(settings, experiment)
-            _check_scans(out / _SCANS, records[_SCANS])
+            _check_scans(out / SCANS, records[SCANS])
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             return f"--out {out} exists and holds no run; give another folder"
@@ -412,8 +527,10 @@ def shared_out(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
 
 
 def metric_of(experiment: Experiment, sources: Sources) -> str | None:
-    """Returns the score by which a checkpoint is best; None without validation."""
+    """Returns the score by which a checkpoint is best; None if the last one is."""
     wanted, source = experiment.loop.metric, sources.validation
+    if wanted == "last":
+        return None
     if source is None:
         if wanted != "auto":
             raise UserError(
@@ -447,14 +564,15 @@ class _StageRun:
         say: Say,
         before: Sequence[str],
         known: Sequence[str],
+        sam: TrainedSam | None,
     ):
-        self.stage, self.say, self.before = stage, say, before
+        self.stage, self.say, self.before, self.sam = stage, say, before, sam
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
         kinds.check_grid(experiment.model, experiment.loading.shape)
         found = make_sources(experiment, number=self.number)
-        self.sources = with_bank(found, before)
-        experiment = with_tasks(experiment, self.sources.bank)
+        self.sources = with_bank(found, before, experiment.model)
+        experiment = with_tasks(experiment, self.sources)
         self.experiment, self.model = experiment, kinds.build(experiment.model)
         self.per_epoch, self.layout, shares = shared_out(experiment)
         self.replicas, self.span = shares
@@ -497,7 +615,9 @@ class _StageRun:
             self.say(sentence)
         if found.skipped:
             self.say(f"the weights are those of step {found.step} of {self.steps}")
-        return state.averaged(state.from_tree(found.state)), scores, self.steps
+        held = state.frozen(start.variables)
+        best = state.from_tree(found.state, held)
+        return state.averaged(best), scores, self.steps
 
     def _start(
         self, kept: runs.RunCheckpoints, before: Variables | None, *, resume: bool
@@ -507,7 +627,10 @@ class _StageRun:
         going_on = resume and kept.latest_step() is not None
         # What a run started from need not be there any more when it goes on.
         variables = (
-            jax.tree.map(np.asarray, self.model.init(_weights_key(seed), shape))
+            _with_sam(
+                jax.tree.map(np.asarray, self.model.init(_weights_key(seed), shape)),
+                self.sam,
+            )
             if going_on
             else initial_variables(
                 self.experiment,
@@ -516,6 +639,7 @@ class _StageRun:
                 self.say,
                 self.sources.bank,
                 self.before,
+                self.sam,
             )
         )
         fresh = state.start(
@@ -530,7 +654,8 @@ class _StageRun:
         for sentence in restored.skipped:
             self.say(sentence)
         self.say(f"resumed at step {restored.step} of {self.steps}")
-        return state.from_tree(restored.state), restored.record
+        held = state.frozen(variables)
+        return state.from_tree(restored.state, held), restored.record
 
     def _train(
         self,

@@ -39,6 +39,8 @@ class Batching:
         global batch). A positive number splits each call into that many replicas with
         statistics of their own, as on as many GPUs under PyTorch's DataParallel; the
         running statistics take the replicas' average.
+      mirrored: of two calls, the second has the first's moving and fixed images
+        exchanged: what depends on one image alone is known from the first.
       axis: the name of the mapped axis (pmap, shard_map) over which the batch is split,
         None where this array is all of it.
       span: with one replica: the number of neighbouring devices that it spans.
@@ -46,6 +48,7 @@ class Batching:
 
     calls: int = 1
     replicas: int = 0
+    mirrored: bool = False
     axis: str | None = None
     span: int = 1
 
@@ -88,6 +91,7 @@ ONE_CALL = Batching()
         "fixed_target",
         "task",
         "objective",
+        "smoothness",
     ],
     meta_fields=[],
 )
@@ -108,6 +112,8 @@ class Pair:
       fixed_target: the same for the fixed scan.
       task: number of each pair's task, N; its row in a bank of prompts.
       objective: which of several objectives each pair is trained by, N.
+      smoothness: each pair's own weight of the smoothness term, N, in place of the
+        objective's; shown to networks that are conditioned on it.
     """
 
     moving: Image
@@ -121,3 +127,4 @@ class Pair:
     fixed_target: Image | None = None
     task: Int[Array, " N"] | None = None
     objective: Int[Array, " N"] | None = None
+    smoothness: Float[Array, " N"] | None = None

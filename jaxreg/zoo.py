@@ -19,13 +19,30 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import platformdirs
 
+from jaxreg.data.preprocess import Placement
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released, released_promptreg
+from jaxreg.io import (
+    checkpoints,
+    files,
+    released,
+    released_promptreg,
+    released_sam,
+    released_unireg,
+)
 from jaxreg.io.checkpoints import Bundle
-from jaxreg.models import kinds
+from jaxreg.models import kinds, unireg
 from jaxreg.models.base import Registration
+from jaxreg.models.sam import (
+    HU_RANGE,
+    SPACING_MM,
+    SamConfig,
+    TrainedSam,
+    config_of,
+)
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
@@ -100,6 +117,11 @@ class LoadedModel:
         return self._range("mri_quantiles")
 
     @property
+    def foreground(self) -> bool:
+        """Whether these quantiles were of the voxels above 0 alone."""
+        return bool(self.bundle.preprocessing.get("mri_foreground", False))
+
+    @property
     def mask_inputs(self) -> bool:
         """Whether it was trained on scans that are 0 outside their masks."""
         return bool(self.bundle.preprocessing.get("mask_inputs", False))
@@ -143,6 +165,7 @@ class Kind:
       preprocessing: variables -> that of weights that do not say their own.
       wrapper: the entry of a PyTorch file that holds the tensors, if they are not
         all of it.
+      beside: further entries of such a file.
     """
 
     read_config: Callable[..., dict[str, Any]]
@@ -151,6 +174,7 @@ class Kind:
     check_variables: Callable[..., None]
     preprocessing: Callable[[Variables], Mapping[str, Any]]
     wrapper: str | None = None
+    beside: Mapping[str, Any] | None = None
 
 
 _GRADICON_CONFIG = {
@@ -182,6 +206,72 @@ def _promptreg_preprocessing(variables: Variables) -> dict[str, Any]:
     return {**PROMPTREG_PREPROCESSING, "shape": list(shape)}
 
 
+UNIREG_RPN_PREPROCESSING = {
+    "shape": [160, 192, 192],
+    "axes": "D H W: NIfTI's i, j, k reversed; the image's direction is not used",
+    "resize": "linear, aligned",
+    "resize_labels": "nearest, aligned",
+    "ct_window": [-150.0, 250.0],
+    "mri_quantiles": [0.005, 0.995],
+    "mri_foreground": True,
+}
+UNIREG_RPN_TASKS = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
+
+
+def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
+    """Returns the released code's, with its tasks' names where they are the six."""
+    sizes = released_unireg.variable_sizes(variables, source="the weights")
+    known = sizes.regions == len(UNIREG_RPN_TASKS)
+    names = list(UNIREG_RPN_TASKS) if known else []
+    named = {"tasks": names, "regions": names} if known else {}
+    return {**UNIREG_RPN_PREPROCESSING, **named}
+
+
+SAM = "sam"
+"""The kind of network that finds places in scans and registers nothing."""
+SAM_PREPROCESSING = {
+    **Placement("pad_crop", "spl", SPACING_MM).to_dict(),
+    "ct_window": list(HU_RANGE),
+}
+"""Of the released network, which knows CT alone: it has no quantiles of MR scans."""
+
+
+def _no_torch(*_: Any, source: str = "the weights", **__: Any) -> Any:
+    raise UserError(
+        f"{source}: there is no PyTorch file of the network unireg, whose weights were "
+        "not released; keep it as a checkpoint folder"
+    )
+
+
+def _check_unireg(
+    variables: Variables, config: Mapping[str, Any] | None = None, *, source: str
+) -> None:
+    """Checks UniReg's variables, and SAM's where they hold a SAM network.
+
+    Raises:
+      UserError: leaves are unknown, missing or misshapen.
+    """
+    network = unireg.UniReg(kinds.config_of("unireg", config or {}))  # pyright: ignore
+    fresh = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = [
+        {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        for leaves in (
+            jax.tree_util.tree_flatten_with_path(tree.get("params"))[0]
+            for tree in (fresh, variables)
+        )
+    ]
+    expected, got = shapes
+    wrong = [k for k in expected | got if expected.get(k) != got.get(k)]
+    wrong += [name for name in variables if name not in ("params", unireg.SAM)]
+    if wrong:
+        raise UserError(
+            f"{source} does not hold the variables of this UniReg network ({wrong[0]} "
+            "is missing, misshapen or unknown); give its own weights"
+        )
+    if unireg.SAM in variables:
+        released_sam.check_variables(variables[unireg.SAM], source=f"{source}, sam")
+
+
 # The LICENSE file in unigradicon 1.0.6; the index entry of the same package says MIT.
 _UNIGRADICON_LICENCE = "Apache-2.0"
 
@@ -204,7 +294,32 @@ KINDS = {
         )
         for name in ("promptreg", "rdp")
     },
+    "unireg": Kind(
+        read_config=_no_torch,
+        to_variables=_no_torch,
+        from_variables=_no_torch,
+        check_variables=_check_unireg,
+        preprocessing=lambda _: {},
+    ),
+    "unireg_rpn": Kind(
+        read_config=released_unireg.read_config,
+        to_variables=released_unireg.to_variables,
+        from_variables=released_unireg.from_variables,
+        check_variables=released_unireg.check_variables,
+        preprocessing=_unireg_rpn_preprocessing,
+        wrapper="model_state_dict",
+    ),
+    SAM: Kind(
+        read_config=released_sam.read_config,
+        to_variables=released_sam.to_variables,
+        from_variables=released_sam.from_variables,
+        check_variables=released_sam.check_variables,
+        preprocessing=lambda _: SAM_PREPROCESSING,
+        wrapper="state_dict",
+        beside={"meta": {}},
+    ),
 }
+
 
 # No digest of the two files is published with the release, so none is stated here.
 ZOO = {
@@ -266,6 +381,8 @@ def load(
         download and where to put it.
     """
     name = os.fspath(name_or_path)
+    if name.lower() == SAM and not os.path.exists(name):
+        raise _no_registration(name)
     if name in ZOO:
         folder = _cache(cache_dir)
         bundle = _from_cache(name, folder)
@@ -273,10 +390,86 @@ def load(
             bundle = _fill_cache(name, folder, base_url, timeout_s, progress)
     else:
         bundle = _from_path(name)
+    if bundle.model == SAM:
+        raise _no_registration(name)
     kind = _kind(bundle.model, name)
     kind.check_variables(bundle.variables, bundle.config, source=name)
     model = kinds.build(kinds.config_of(bundle.model, bundle.config))
     return LoadedModel(name, model, bundle.variables, bundle)
+
+
+def load_sam(path: PathLike) -> TrainedSam:
+    """Loads SAM from a checkpoint folder or a PyTorch file; nothing is downloaded.
+
+    Raises:
+      UserError: there is no such file, or it holds damaged weights or another network.
+    """
+    name = os.fspath(path)
+    there = pathlib.Path(name).expanduser()
+    if not there.exists():
+        raise UserError(
+            f"there are no SAM weights at {name}; give a checkpoint folder of jaxreg "
+            "(as jaxreg train --config configs/sam.py leaves one), or the PyTorch "
+            "file of the released code"
+        )
+    bundle = _from_path(str(there))
+    if bundle.model != SAM:
+        raise UserError(
+            f"{name} holds a {bundle.model} network, which registers scans and "
+            "describes no places; give the weights of SAM"
+        )
+    released_sam.check_variables(bundle.variables, bundle.config, source=name)
+    config = kinds.read_fields(SamConfig, bundle.config)
+    return _with_rule(config, bundle.variables, bundle.preprocessing)
+
+
+def sam_of(model: LoadedModel) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg holds, None where there is none.
+
+    What the weights do not say of its scans is that of the released network.
+
+    Raises:
+      UserError: what they hold in its place is something else.
+    """
+    held = model.variables.get(unireg.SAM)
+    if held is None:
+        return None
+    return _with_rule(config_of(held), held, model.bundle.preprocessing.get(SAM, {}))
+
+
+def sam_rule(trained: TrainedSam) -> dict[str, Any]:
+    """Returns which scans a SAM network knows, as the preprocessing of its weights."""
+    rule = Placement("pad_crop", "spl", trained.spacing_mm).to_dict()
+    rule["ct_window"] = list(trained.ct_window)
+    if trained.quantile_range is not None:
+        rule["mri_quantiles"] = list(trained.quantile_range)
+    return rule
+
+
+def _with_rule(
+    config: SamConfig, variables: Variables, said: Mapping[str, Any]
+) -> TrainedSam:
+    """Returns SAM with what `sam_rule` says of it."""
+    said = {**SAM_PREPROCESSING, **said}
+    window, quantiles = (
+        None if (ends := said.get(name)) is None else (float(ends[0]), float(ends[1]))
+        for name in ("ct_window", "mri_quantiles")
+    )
+    return TrainedSam(
+        config,
+        variables,
+        spacing_mm=Placement.of_weights(said).spacing_mm,
+        ct_window=window or HU_RANGE,
+        quantile_range=quantiles,
+    )
+
+
+def _no_registration(name: str) -> UserError:
+    return UserError(
+        f"{name} is SAM, which finds places of one scan in another and registers "
+        "nothing; pass it as --sam-weights beside the network of --model, or to jaxreg "
+        "match as its --model"
+    )
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
@@ -323,7 +516,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
         )
     kind = _kind(bundle.model, str(source))
     state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
-    released.write_state_dict(target, state, wrapper=kind.wrapper)
+    released.write_state_dict(target, state, wrapper=kind.wrapper, beside=kind.beside)
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
@@ -525,10 +718,13 @@ def _from_path(name: str) -> Bundle:
 
 def _kind_of(state: Mapping[str, Any]) -> str:
     """Says whose network the names of a PyTorch file are."""
+    if any(key.startswith(("backbone.conv1.conv.", "read_out_head.")) for key in state):
+        return SAM
     if any(key.startswith("prompt_generator.") for key in state):
         return "promptreg"
-    pyramid = any(key.startswith("encoder_moving.") for key in state)
-    return "rdp" if pyramid else "gradicon"
+    if any(key.startswith("encoder_moving.") for key in state):
+        return "rdp"
+    return "unireg_rpn" if released_unireg.is_released(state) else "gradicon"
 
 
 def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:

@@ -48,19 +48,20 @@ def prompted(*domains: str, **train) -> Experiment:
 
 def saved_bank(folder, chosen, tasks):
     """Writes weights as a run of that experiment leaves them; returns the variables."""
-    chosen = sources_lib.with_tasks(chosen, tasks)
+    sources = sources_lib.with_bank(sources_of(tasks), (), chosen.model)
+    chosen = sources_lib.with_tasks(chosen, sources)
     variables = jax.tree.map(
         np.array, kinds.build(chosen.model).init(jax.random.key(7), (16, 16, 16))
     )
-    checkpoints.save_bundle(folder, trainer.bundle_of(chosen, variables, tasks))
+    checkpoints.save_bundle(folder, trainer.bundle_of(chosen, variables, sources))
     return variables
 
 
 def started(chosen, known, tasks):
     """What a stage starts with, and what was said."""
     said = []
-    sources = sources_lib.with_bank(sources_of(tasks), known)
-    chosen = sources_lib.with_tasks(chosen, sources.bank)
+    sources = sources_lib.with_bank(sources_of(tasks), known, chosen.model)
+    chosen = sources_lib.with_tasks(chosen, sources)
     variables = trainer.initial_variables(
         chosen, kinds.build(chosen.model), None, said.append, sources.bank, known
     )
@@ -79,13 +80,14 @@ def sources_of(tasks):
 
 
 def test_known_tasks_keep_their_rows_whether_their_data_are_there_or_not():
+    chosen = prompted("inter_mono")
     sources = sources_lib.with_bank(
-        sources_of(["liver", "brain", "liver"]), ("b", "brain")
+        sources_of(["liver", "brain", "liver"]), ("b", "brain"), chosen.model
     )
     assert sources.bank == ("b", "brain", "liver")
     assert sources.rows == (2, 1, 2)
     pair = Pair(jnp.zeros((3, 1)), jnp.zeros((3, 1)), task=jnp.array([0, 1, 2]))
-    pair = sources_lib.addressed(pair, prompted("inter_mono"), sources)
+    pair = sources_lib.addressed(pair, chosen, sources)
     np.testing.assert_array_equal(pair.task, [2, 1, 2])
 
 
@@ -229,7 +231,8 @@ def test_an_excluded_domain_takes_no_part():
     )
     sources = sources_lib.make_sources(chosen)
     assert sources.tasks == ("inter_mono", "intra_mono")
-    assert sources_lib.with_tasks(chosen, sources.tasks).model.tasks == 2
+    sources = sources_lib.with_bank(sources, (), chosen.model)
+    assert sources_lib.with_tasks(chosen, sources).model.tasks == 2
     wrong = experiment.override(chosen, [("data.exclude", "liver")])
     with pytest.raises(UserError, match="liver is not among"):
         sources_lib.make_sources(wrong)

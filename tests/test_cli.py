@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from jaxreg import cli
+from jaxreg import cli, zoo
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
+from jaxreg.models import sam
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -326,6 +327,39 @@ BAD = {
         {"stored_orientation": True, "io_target": "displacement"},
         "--stored-orientation",
     ),
+    "SAM's pre-alignment without SAM": (
+        {"prealign": "sam", "fixed_modality": "ct", "moving_modality": "ct"},
+        "--sam-weights",
+    ),
+    "SAM weights that are missing": (
+        {"prealign": "affine", "sam_weights": "@missing"},
+        "missing.nii.gz",
+    ),
+    "pre-alignment of a scan as stored": (
+        {"prealign": "centre", "stored_orientation": True, "io_target": "features"},
+        "leave one of the two away",
+    ),
+    "SAM is looked for before scans": (
+        {
+            "prealign": "sam-affine",
+            "moving": "@text",
+            "model": "unigradicon",
+            "io_target": None,
+        },
+        "--sam-weights",
+    ),
+    "SAM's path is looked at before scans": (
+        {"prealign": "sam", "moving": "@text", "sam_weights": "%nowhere"},
+        "no SAM weights at",
+    ),
+    "pre-alignment alone with steps": (
+        {"prealign": "affine", "io_target": None, "model": "none"},
+        "--io-iterations None to pre-align alone",
+    ),
+    "features without steps": (
+        {"io_target": "features", "io_iterations": "None"},
+        "--io-target features",
+    ),
     "fill of integers": (
         {"fill": "0.5", "warped_moving_out": "%warped.nii.gz"},
         "--fill",
@@ -465,6 +499,35 @@ def test_network_is_optimised_with_everything_on(inputs, weights, tmp_path, caps
     )  # fmt: skip
     assert cli.main(argv) == 0
     assert (tmp_path / "transform.h5").is_file()
+
+
+def test_sam_weights_and_pre_alignment_arrive(inputs, tmp_path, capsys, monkeypatch):
+    config = sam.SamConfig(channels=(1, 1, 1, 1), embedding=1)
+    frozen = jax.tree.map(np.asarray, dict(sam.init(config, jax.random.key(0))))
+    fields = {"channels": [1, 1, 1, 1], "embedding": 1}
+    bundle = checkpoints.Bundle(frozen, "sam", fields, {}, "random", "none")
+    checkpoints.save_bundle(tmp_path / "sam", bundle)
+    seen = []
+
+    def stop(moving, fixed, model, options, **more):
+        seen.append((model, options, more["sam"]))
+        raise UserError("stopped")
+
+    monkeypatch.setattr(register_lib, "register", stop)
+    argv = arguments(
+        inputs, tmp_path, prealign="sam-affine", sam_weights=str(tmp_path / "sam"),
+        fixed_modality="ct", moving_modality="ct", model="none", io_target="features",
+    )  # fmt: skip
+    assert refused(argv, capsys) == "jaxreg: stopped"
+    ((model, options, network),) = seen
+    assert model is None
+    assert (options.prealign, options.io_target) == ("sam-affine", "features")
+    assert network.config == config
+    jax.tree.map(np.testing.assert_array_equal, dict(network.variables), frozen)
+    wrong = arguments(
+        inputs, tmp_path, io_target=None, network_weights=str(tmp_path / "sam")
+    )
+    assert "pass it as --sam-weights" in refused(wrong, capsys)
 
 
 def test_command_line_of_the_pytorch_tool(asked, inputs, weights, tmp_path, capsys):
@@ -790,6 +853,35 @@ def test_idle_options_warn(asked, inputs, weights, tmp_path, capsys):
     assert len(warnings) == 2
     assert "--io-lr" in warnings[0]
     assert "--fill" in warnings[1]
+
+
+def test_idle_sam_and_similarity_warn(asked, inputs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(zoo, "load_sam", lambda path: "a network")
+    argv = arguments(
+        inputs, tmp_path, io_target="features", model="none", io_sim="mse",
+        sam_weights=str(tmp_path),
+    )  # fmt: skip
+    cli.main(argv)
+    warnings = [t for t in capsys.readouterr().err.splitlines() if "warning" in t]
+    assert len(warnings) == 2
+    assert "--io-sim mse affects only the printed similarity" in warnings[0]
+    assert "--sam-weights has no effect" in warnings[1]
+
+
+def test_a_pre_alignment_alone(inputs, tmp_path, capsys):
+    out = {name: tmp_path / name for name in ("t.tfm", "w.nii.gz", "r.html")}
+    argv = arguments(
+        inputs, tmp_path, io_target=None, io_iterations="None", model="none",
+        prealign="centre", transform_out=out["t.tfm"], report=out["r.html"],
+        warped_moving_out=out["w.nii.gz"],
+    )  # fmt: skip
+    assert cli.main(argv) == 0
+    assert "mse loss pre-aligned" in capsys.readouterr().out
+    mapping = transforms.read_transform(out["t.tfm"])
+    moved = np.asarray(mapping.map_points(np.zeros((1, 1, 3))))[0, 0]
+    # Two voxels of 1.2 mm along the last axis, which is x.
+    np.testing.assert_allclose(moved, [2.4, 0, 0], atol=0.7)
+    assert all(path.is_file() for path in out.values())
 
 
 def test_hyphens_leaves_values_alone():

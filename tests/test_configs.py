@@ -15,6 +15,7 @@ from jaxreg.errors import UserError
 from jaxreg.models import kinds
 from jaxreg.models.gradicon import GradIcon
 from jaxreg.models.rdp import RdpConfig
+from jaxreg.models.sam import HU_RANGE
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.glob("*.py"))
@@ -35,7 +36,7 @@ def test_the_recipes_that_were_asked_for_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_names_itself_its_paper_and_its_command(name):
-    chosen = load(name)
+    chosen = experiment.load_any(CONFIGS / f"{name}.py")
     text = (CONFIGS / f"{name}.py").read_text()
     doc = text.split('"""')[1]
     assert chosen.name == name
@@ -172,6 +173,50 @@ def test_rdp_is_promptreg_without_prompts():
     assert isinstance(without.model, RdpConfig)
 
 
+def test_unireg_has_the_papers_numbers():
+    chosen = load("unireg")
+    tasks = {t.dataset: (t.pairing, t.smoothness) for t in chosen.data.tasks}
+    assert tasks == {
+        "headneck": ("inter", 0.05), "chest": ("inter", 1.0),
+        "abdomen": ("inter", 0.1), "liver": ("intra", 10.0),
+    }  # fmt: skip
+    assert chosen.data.schedule == "per_dataset"
+    assert chosen.loading.shape == (160, 192, 192)
+    assert chosen.loading.placement == preprocess.Placement("pad_crop", "spl", 2.0)
+    assert chosen.model.backbone_window == (-800.0, 400.0)
+    assert chosen.loading.ct_window == chosen.model.window == HU_RANGE
+    objective, rule = chosen.objective, chosen.optimizer
+    assert (objective.similarity, objective.directions) == ("ncc", "forward")
+    assert (objective.smoothness_weight, objective.dice_weight) == (1.0, 1.0)
+    assert (rule.name, rule.learning_rate, rule.momentum) == ("sgd", 5e-5, 0.99)
+    steps = chosen.stages[0].epochs * chosen.data.pairs_per_epoch
+    assert (steps, chosen.train.batch) == (120_000, 1)
+
+
+def test_unireg_rpn_has_the_releases_numbers():
+    chosen = load("unireg_rpn")
+    static, dynamic = (during for _, during in experiment.stages(chosen))
+    assert (static.model.head, dynamic.model.head) == ("static", "dynamic")
+    lasting = [stage.epochs * chosen.data.pairs_per_epoch for stage in chosen.stages]
+    assert lasting == [80_000, 150_000] and chosen.train.batch == 1
+    rules = [(s.optimizer.learning_rate, s.optimizer.clip) for s in (static, dynamic)]
+    assert rules == [(1e-4, 0.0), (1e-5, 1.0)]
+    kept = [
+        t.dataset for t in static.data.tasks if t.dataset not in static.data.exclude
+    ]
+    assert kept == ["brain"] and not dynamic.data.exclude
+    tasks = {t.dataset: (t.weight, t.pairing, t.smoothness) for t in chosen.data.tasks}
+    assert tasks == {
+        "acdc": (4, "intra", 0.5), "liver": (2, "intra", 10), "head": (2, "inter", 1),
+        "abdomen": (2, "inter", 1), "chest": (2, "inter", 1), "brain": (2, "inter", 1),
+    }  # fmt: skip
+    assert chosen.data.schedule == "weighted"
+    assert chosen.objective.similarity == "box_ncc"
+    assert dict(chosen.objective.similarity_options) == {"window": 9}
+    assert chosen.objective.dice_weight == 0
+    assert (chosen.loading.ct_window, chosen.loading.resize) == ((-150, 250), "aligned")
+
+
 def test_finetuning_has_the_original_tools_defaults():
     chosen = load("finetune")
     assert [stage.epochs for stage in chosen.stages] == [100]
@@ -274,6 +319,8 @@ def test_a_small_recipe_dry_runs(name, capsys):
         "promptreg",
         pytest.param("rdp", marks=pytest.mark.slow),  # a part of the first
         "hippocampus_promptreg",
+        "unireg",
+        "unireg_rpn",
     ],
 )
 def test_a_pyramid_dry_runs(name, capsys, monkeypatch):

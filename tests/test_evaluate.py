@@ -18,7 +18,9 @@ from jaxreg.data import manifest as manifest_lib
 from jaxreg.errors import UserError
 from jaxreg.evaluate import PairSpec
 from jaxreg.io import checkpoints, transforms, volumes
+from jaxreg.models import kinds
 from jaxreg.models.base import Prediction
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Transform
@@ -289,7 +291,7 @@ def asked(monkeypatch):
     """Answers every registration with the identity and notes what was asked."""
     calls = []
 
-    def stand_in(moving, fixed, model, options, *, regions=None, progress=None):
+    def stand_in(moving, fixed, model, options, *, regions=None, sam=None, start=None):
         calls.append((model, options, regions))
         return type("Found", (), {
             "transform": Transform(()),
@@ -330,6 +332,48 @@ def test_displacement_optimisation_needs_no_model(asked, spec):
     assert predicted.io_target == "network"
     assert not predicted.intensity_conservation_loss
     assert optimised.intensity_conservation_loss
+
+
+def test_pre_alignment_has_a_row_of_its_own(asked, spec):
+    """Translated boxes, but not what is behind them: some of the way is found."""
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    found = evaluate.evaluate([spec], loaded(Shifting()), options)
+    assert found.methods[2:] == ("pre-aligned, centre", "known")
+    row = found.rows[2]
+    assert row.mean_dice > found.rows[0].mean_dice + 0.2
+    assert row.seconds > 0
+    assert asked[0][1].prealign == "centre"
+
+
+def test_a_pre_alignment_is_looked_for_once_for_all_rows(asked, spec, monkeypatch):
+    found, original = [], register.prealigned
+
+    def search(*scans, **more):
+        found.append(scans)
+        return original(*scans, **more)
+
+    monkeypatch.setattr(register, "prealigned", search)
+    options = dataclasses.replace(OPTIONS, prealign="centre", io_iterations=2)
+    pairs = [spec, dataclasses.replace(spec, fixed=spec.moving, task="other")]
+    result = evaluate.evaluate(
+        pairs, loaded(Shifting()), options, with_optimisation=True
+    )
+    assert len(asked) == 4 and len(found) == 2
+    assert all(r.seconds > 3.0 for r in result.rows if r.method.startswith("known"))
+
+
+def test_a_pre_alignment_alone(spec, tmp_path):
+    pair = dataclasses.replace(spec, transform_out=tmp_path / "t.tfm")
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    found = evaluate.evaluate([pair], None, options)
+    assert found.methods == ("initial", "initial, resized", "pre-aligned, centre")
+    written = transforms.read_transform(tmp_path / "t.tfm")
+    moved = np.asarray(written.map_points(np.zeros((1, 1, 3))))[0, 0]
+    # Towards the boxes, two voxels along axis 2.
+    assert moved @ make_grid().affine_mm[:3, 2] > 0
+    optimised = dataclasses.replace(options, io_iterations=3)
+    with pytest.raises(UserError, match="no network to optimise"):
+        evaluate.evaluate([pair], None, optimised, with_optimisation=True)
 
 
 def test_modalities_and_masks_of_a_pair(asked, spec, folder):
@@ -588,7 +632,8 @@ def test_landmarks_of_every_frame(tmp_path, spec):
 
 def test_landmarks_by_column_name(tmp_path):
     path = tmp_path / "points.csv"
-    path.write_text("name,Z,X,Y\nleft,3,1,2\n\n")
+    # As a spreadsheet saves it.
+    path.write_text("X,name,Z,Y\n1,left,3,2\n\n", encoding="utf-8-sig")
     np.testing.assert_array_equal(
         evaluate.read_landmarks(path, frame="ras"), [[1.0, 2.0, 3.0]]
     )
@@ -648,3 +693,133 @@ def test_an_interrupt_loses_the_pair_under_way_alone(tmp_path, spec):
     assert {row.pair for row in kept.rows} == {"moving to fixed"}
     assert kept.methods == ("initial", "initial, resized", "tool")
     assert "### boxes (1 pair)" in (tmp_path / "result.md").read_text()
+
+
+# --- what a network with heads for tasks is told --------------------------------------
+
+
+def with_heads(
+    names=("lungs", "liver"), regions=("chest", "belly"), pairings=("inter", "intra")
+) -> zoo.LoadedModel:
+    config = UniRegRpnConfig(
+        channels=1,
+        regions=len(regions),
+        tasks=tuple((i, pairing) for i, pairing in enumerate(pairings)),
+    )
+    return loaded(kinds.build(config), tasks=list(names), regions=list(regions))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Evaluates without registering; returns task and pairing of each registration."""
+    asked = []
+
+    def noting(moving, fixed, model, options, **rest):
+        asked.append((options.task, options.pairing))
+        raise UserError("enough")
+
+    monkeypatch.setattr(register, "register", noting)
+
+    def run(pairs, model, **options):
+        asked.clear()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*failed: enough")
+            evaluate.evaluate(pairs, model, dataclasses.replace(OPTIONS, **options))
+        return asked
+
+    return run
+
+
+def test_a_list_without_tasks_is_refused_before_the_first_registration(spec, told):
+    pair = dataclasses.replace(spec, task=None)
+    said = "pair moving to fixed: without a column task, --task is auto, .* lungs, liv"
+    with pytest.raises(UserError, match=said):
+        told([pair], with_heads())
+    assert told([pair], with_heads(), task="liver") == [("liver", None)]
+    other = dataclasses.replace(spec, task="knee")
+    with pytest.raises(UserError, match="the column task is knee, .* lungs, liver"):
+        told([other], with_heads())
+    other = dataclasses.replace(spec, task=None, region="knee")
+    with pytest.raises(UserError, match="the column region is knee"):
+        told([other], with_heads())
+
+
+def test_a_network_of_one_task_needs_no_word(spec, told):
+    pair = dataclasses.replace(spec, task=None)
+    one = with_heads(("liver",), ("belly",), ("intra",))
+    assert told([pair], one) == [("auto", None)]
+    assert pair.table == "all"
+
+
+def test_a_region_is_what_a_network_is_told(spec, told):
+    pair = dataclasses.replace(spec, task="unheard of", region="belly")
+    assert told([pair], with_heads()) == [("belly", None)]
+    # Its own task says more: the pairing, the window and the smoothness.
+    pair = dataclasses.replace(spec, task="liver", region="belly")
+    assert told([pair], with_heads()) == [("liver", None)]
+
+
+def test_a_pairing_that_training_did_not_have_is_warned_about(spec, told):
+    pair = dataclasses.replace(spec, task="liver", pairing="inter")
+    with pytest.warns(UserWarning, match="liver is told to known as belly, inter, wh"):
+        told([pair], with_heads())
+    with pytest.warns(UserWarning, match="liver is inter in the list, but --pairing"):
+        told([pair], with_heads(), pairing="intra")
+
+
+def test_pairs_of_a_manifest_are_those_of_the_training(tmp_path):
+    table = tmp_path / "m.csv"
+    rows = [f"{s}{v}.nii,{s},{v},liver,val" for s in "ab" for v in "xy"]
+    table.write_text("\n".join(["image,subject,session,dataset,split", *rows]))
+
+    def of(model, **options):
+        found = evaluate.pairs_of_manifest(
+            manifest_lib.read_manifest(table),
+            model=model,
+            options=dataclasses.replace(OPTIONS, **options),
+            neighbours=1,
+        )
+        return {(p.fixed.stem, p.moving.stem) for p in found}, {
+            p.pairing for p in found
+        }
+
+    within = {("ax", "ay"), ("ay", "ax"), ("bx", "by"), ("by", "bx")}
+    between = {("ax", "bx"), ("bx", "ax"), ("ay", "by"), ("by", "ay")}
+    assert of(with_heads()) == (within, {"intra"})
+    assert of(with_heads(), pairing="inter") == (between, {"inter"})
+    assert of(with_heads(("liver", "liver")), task="chest") == (between, {"inter"})
+    # What is not sure stays open, and is refused by name later.
+    assert of(with_heads(("liver", "liver"))) == (between, {None})
+    assert of(None) == (between, {None})
+    table.write_text(table.read_text().replace("\n", ",inter\n") + ",inter")
+    table.write_text(table.read_text().replace("split,inter", "split,pairing"))
+    assert of(with_heads()) == (between, {"inter"})
+
+
+def test_the_message_about_missing_pairs_names_the_option(tmp_path):
+    table = tmp_path / "m.csv"
+    table.write_text("image,subject\na.nii,a\nb.nii,b\n")
+    with pytest.raises(UserError, match="give --holdout 5, --split train"):
+        evaluate.pairs_of_manifest(manifest_lib.read_manifest(table))
+
+
+def test_the_prealigned_row_sees_the_tasks_window(spec, monkeypatch):
+    model = with_heads()
+    rules = [{"ct_window": [-150, 250]}, {"ct_window": None}]
+    stored = {**model.bundle.preprocessing, "task_rules": rules, "ct_window": [-9, 9]}
+    bundle = dataclasses.replace(model.bundle, preprocessing=stored)
+    model = dataclasses.replace(model, bundle=bundle)
+    seen = []
+
+    def noting(moving, fixed, model, options, *_):
+        seen.append(options.ct_window)
+        raise UserError("enough")
+
+    monkeypatch.setattr(register, "_prealigned", noting)
+    options = dataclasses.replace(OPTIONS, prealign="centre")
+    pairs = [dataclasses.replace(spec, task=task) for task in ("lungs", "liver")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluate.evaluate(pairs, model, options)
+    # The row of its own, and within the registration.
+    assert seen == [(-150, 250), (-150, 250), (-9, 9), (-9, 9)]

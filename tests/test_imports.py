@@ -45,7 +45,7 @@ RATIONED = (*FILE_FORMATS, "nibabel.orientations", "flax", "optax", "grain",
 
 _TOP = (
     "models", "losses", "metrics", "training.step", "data.preprocess", "space", "io",
-    "optimize", "zoo", "register", "evaluate", "report",
+    "optimize", "zoo", "tasks", "register", "evaluate", "report",
 )  # fmt: skip
 
 TABLE = {
@@ -72,9 +72,20 @@ TABLE = {
         ),
         ("flax", "optax", "rich"),
     ),
+    "matching": Room(("models.sam", "space")),
+    "prealign": Room(("matching", "losses", "space"), ("optax",)),
+    "points": Room(("matching", "models.sam", "data.preprocess", "space")),
     "optimize": Room(_TOP, ("optax",)),
-    "register": Room(_TOP, ("nibabel.orientations",)),
-    "evaluate": Room((*_TOP, "data.manifest", "results")),
+    "tasks": Room((*_TOP, "nn.dynamic")),
+    "prealignment": Room(
+        ("points", "prealign", "matching", "models.sam", "data", "losses", "space")
+    ),
+    "refine": Room((*_TOP, "nn", "points"), ("optax",)),
+    "register": Room(
+        (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
+    ),
+    "evaluate": Room((*_TOP, "data.manifest", "prealignment", "results")),
+    "tuning": Room((*_TOP, "nn.dynamic", "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
     "report": Room(_TOP, ("nibabel.orientations", "matplotlib")),
@@ -85,7 +96,8 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_options",
+    "cli_evaluation",
+    "cli_options", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
@@ -158,7 +170,19 @@ def test_no_module_needs_torch_to_be_imported(path):
 
 
 @pytest.mark.parametrize(
-    "room", ["space", "nn", "models", "losses", "metrics", "optimize", "register"]
+    "room",
+    [
+        "space",
+        "nn",
+        "models",
+        "losses",
+        "metrics",
+        "matching",
+        "points",
+        "prealign",
+        "optimize",
+        "register",
+    ],  # fmt: skip
 )
 def test_rooms_without_files_open_none(room):
     for path in modules():

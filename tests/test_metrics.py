@@ -6,6 +6,7 @@ from scipy.spatial import distance
 
 from jaxreg import metrics
 from jaxreg.space import sampling
+from jaxreg.space.grid import unit_scale
 
 SHAPE = (12, 10, 14)
 SPACING_MM = (2.5, 1.0, 0.7)
@@ -184,3 +185,48 @@ def test_tre_matches_scipy():
 def test_tre_checks_the_shapes():
     with pytest.raises(ValueError, match="P 3"):
         metrics.tre_mm(np.zeros((4, 3)), np.zeros((5, 3)))
+
+
+# --- UniReg's measures ----------------------------------------------------------------
+
+
+@pytest.mark.golden
+def test_folds_and_sdlogj_match_unireg(golden):
+    g = golden("unireg_rpn_small")
+    flow = np.moveaxis(g["flow"], 1, -1)
+    shape = flow.shape[1:4]
+    points = np.asarray(sampling.identity(shape)) + flow / unit_scale(shape)
+    forward = metrics.cell_determinant(points[:1], differences="forward")
+    assert (forward < 0).sum() == g["metric/fold_neg"]
+    assert forward.size == g["metric/fold_total"]
+    central = metrics.cell_determinant(points, differences="central")
+    expected = g["metric/sdlogj_voxel_units"]
+    np.testing.assert_allclose(
+        metrics.sdlogj(central, mode="exclude"), expected, rtol=1e-5
+    )
+    assert np.mean(central <= 0) == g["metric/nonpos_ratio_voxel_units"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"), [("backward", 2, 3), ("forward", 1, 2)]
+)
+def test_differences_lie_where_they_say(name, first, second):
+    points = np.array(sampling.identity((5, 6, 7)))
+    points[0, 2, 3, 4, 0] += 0.1  # along the first axis alone
+    changed = metrics.cell_determinant(points, differences=name)[0] - 1
+    corner = 1 if name == "backward" else 0  # the cell's place in the volume
+    found = np.argwhere(np.abs(changed) > 1e-3) + corner
+    np.testing.assert_array_equal(found, [[first, 3, 4], [second, 3, 4]])
+    central = metrics.cell_determinant(points, differences="central")[0] - 1
+    found = np.argwhere(np.abs(central) > 1e-3) + 1
+    np.testing.assert_array_equal(found, [[1, 3, 4], [3, 3, 4]])
+    np.testing.assert_allclose(central[0, 2, 3], 0.2, rtol=1e-4)
+
+
+def test_sdlogj_by_another_rule():
+    values = np.array([1.0, 2.0, -3.5, 0.0])
+    expected = np.std(np.log([1.0, 2.0]), ddof=1)
+    assert metrics.sdlogj(values, mode="exclude") == pytest.approx(expected)
+    expected = np.std(np.log([4.0, 5.0, 1e-9, 3.0]))
+    assert metrics.sdlogj(values, mode="l2r") == pytest.approx(expected)
+    assert np.isnan(metrics.sdlogj(np.array([-1.0, 2.0]), mode="exclude"))

@@ -337,3 +337,17 @@ def test_the_best_start_is_taken():
 def test_one_pair_at_a_time():
     with pytest.raises(ValueError, match="batch of 2"):
         optimize.optimize_displacement(tiny_pair(batch=2), CHEAP, key=jax.random.key(0))
+
+
+def test_a_coarser_pair_knows_the_same():
+    image = jnp.ones((1, 16, 16, 16, 1))
+    known = {
+        "valid": jnp.ones((1, 2), bool),
+        "task": jnp.zeros(1, jnp.int32),
+        "objective": jnp.ones(1, jnp.int32),
+        "smoothness": jnp.full(1, 0.3),
+    }
+    coarse = optimize._coarser(Pair(image, image, fixed_mask=image, **known), 2)
+    assert coarse.fixed.shape == coarse.fixed_mask.shape == (1, 8, 8, 8, 1)
+    for name, value in known.items():
+        assert getattr(coarse, name) is value

@@ -166,7 +166,7 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
     assert not np.array_equal(moving.array, fixed.array)
     seen = {}
 
-    def look(moving, fixed, options, regions):
+    def look(moving, fixed, options, regions, carried=None):
         seen["moving"] = moving
         raise UserError("seen")
 
@@ -182,8 +182,9 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
 
 
 def seen_range(modality, model, **options) -> np.ndarray:
-    """What the network sees of scans of 0 to about 1000, by the order of storage."""
+    """What the network sees of scans of -100 to about 900, by the order of storage."""
     scan = blobs(make_grid())
+    scan = dataclasses.replace(scan, array=scan.array - 100)
     options = dataclasses.replace(
         OPTIONS, fixed_modality=modality, moving_modality=modality, **options
     )
@@ -195,6 +196,7 @@ def seen_range(modality, model, **options) -> np.ndarray:
     [
         ("ct", {"ct_window": [100.0, 300.0]}, {"ct_window": (100.0, 300.0)}),
         ("mri", {"mri_quantiles": [0.2, 0.6]}, {"quantile_range": (0.2, 0.6)}),
+        ("mri", {"mri_foreground": True}, {"foreground": True}),
     ],
 )
 def test_the_weights_intensity_rule_holds_unless_an_option_says_other(
@@ -206,7 +208,7 @@ def test_the_weights_intensity_rule_holds_unless_an_option_says_other(
     np.testing.assert_array_equal(
         seen_range(modality, loaded(Shifting(), **own)), wanted
     )
-    other = {name: [0.0, 1.0] for name in own}
+    other = {name: [0.0, 1.0] for name in own if name != "mri_foreground"}
     np.testing.assert_array_equal(
         seen_range(modality, loaded(Shifting(), **other), **option), wanted
     )
@@ -413,7 +415,7 @@ def test_unknown_tasks_are_refused(prompted, task, said):
 def test_tasks_are_for_banks():
     scan = blobs(make_grid())
     options = dataclasses.replace(OPTIONS, task="hip")
-    with pytest.raises(UserError, match="known has no prompt bank"):
+    with pytest.raises(UserError, match="known has neither a prompt bank nor heads"):
         register.register(scan, scan, loaded(Shifting()), options)
 
 

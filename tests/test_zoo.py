@@ -16,10 +16,12 @@ import pytest
 
 from jaxreg import zoo
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints, files, released
+from jaxreg.io import checkpoints, files, released, released_sam, released_unireg
+from jaxreg.models import kinds, sam
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 from jaxreg.models.rdp import Rdp, RdpConfig
+from jaxreg.models.unireg_rpn import UniRegRpn
 
 SMALL = {
     "channels_down": (2, 3, 5),
@@ -551,3 +553,79 @@ def test_forms_that_the_released_code_lacks_are_not_exported(tmp_path):
     with pytest.raises(UserError, match=r"temperature 0\.1, readout spatial, which"):
         zoo.convert(tmp_path / "spatial", tmp_path / "spatial.pth")
     assert not (tmp_path / "spatial.pth").exists()
+
+
+# --- UniReg's released pyramid ------------------------------------------------------
+
+
+@pytest.mark.torch
+@pytest.mark.golden
+@pytest.mark.parametrize("prefix", ["", "base_model.net."])
+def test_released_unireg_goes_both_ways(golden, tmp_path, prefix):
+    torch = pytest.importorskip("torch")
+    g = golden("unireg_rpn_small")
+    state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
+    tensors = {k: torch.from_numpy(v) for k, v in state.items()}
+    wrapped = {prefix + key: tensor for key, tensor in tensors.items()}
+    content = {"model_state_dict": wrapped, "arch": "unireg_rpn", "step": 3}
+    torch.save(content, tmp_path / "released.pth")
+    zoo.convert(tmp_path / "released.pth", tmp_path / "weights")
+    model = zoo.load(tmp_path / "weights")
+    assert model.bundle.model == "unireg_rpn"
+    config = kinds.config_of("unireg_rpn", released_unireg.read_config(state))
+    assert model.model == UniRegRpn(config)
+    assert len(model.tasks) in (0, config.regions)
+    assert model.shape == (160, 192, 192) and model.ct_window == (-150, 250)
+    zoo.convert(tmp_path / "weights", tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model_state_dict"]
+    assert list(back) == list(state)
+    for key, tensor in tensors.items():
+        assert torch.equal(back[key], tensor), key
+
+
+# --- SAM ------------------------------------------------------------------------------
+
+
+def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
+    config = sam.SamConfig(channels=(2, 3, 4, 5), embedding=6)
+    variables = jax.tree.map(np.asarray, dict(sam.init(config, jax.random.key(0))))
+    released_sam.write(tmp_path / "sam.pth", variables)
+    zoo.convert(tmp_path / "sam.pth", tmp_path / "sam")  # known by its names
+    for path in ("sam.pth", "sam"):
+        found = zoo.load_sam(tmp_path / path)
+        assert found.config == config
+        assert (found.spacing_mm, found.ct_window) == (2.0, (-1024.0, 3071.0))
+        assert found.quantile_range is None
+        jax.tree.map(np.testing.assert_array_equal, dict(found.variables), variables)
+        with pytest.raises(UserError, match="pass it as --sam-weights"):
+            zoo.load(tmp_path / path)
+    bundle = checkpoints.load_bundle(tmp_path / "sam")
+    assert bundle.preprocessing["ct_window"] == [-1024.0, 3071.0]
+    other = dataclasses.replace(bundle, model="rdp")
+    checkpoints.save_bundle(tmp_path / "other", other)
+    with pytest.raises(UserError, match="holds a rdp network, .* describes no places"):
+        zoo.load_sam(tmp_path / "other")
+    with pytest.raises(UserError, match="there are no SAM weights at"):
+        zoo.load_sam(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "trained",
+    [
+        sam.TrainedSam(sam.SamConfig(), {}),
+        sam.TrainedSam(sam.SamConfig(), {}, 1.5, (-200.0, 300.0), (0.01, 0.98)),
+    ],
+    ids=["released", "trained on MR"],
+)
+def test_a_unireg_knows_the_scans_of_its_sam(trained, monkeypatch):
+    monkeypatch.setattr(zoo, "config_of", lambda variables: trained.config)
+    rule = json.loads(json.dumps(zoo.sam_rule(trained)))  # as a checkpoint stores it
+    for stored in (rule, {}):
+        bundle = checkpoints.Bundle(
+            {"sam": {}}, "unireg", {}, {"sam": stored}, "a test", "none"
+        )
+        model = zoo.LoadedModel("held", None, bundle.variables, bundle)  # pyright: ignore
+        found = zoo.sam_of(model)
+        assert found == (trained if stored else sam.TrainedSam(trained.config, {}))
+    without = dataclasses.replace(model, variables={})
+    assert zoo.sam_of(without) is None

@@ -71,11 +71,14 @@ class Manifest:
       records: in the file's order.
       source: the file or folder, for messages.
       labels: names of label values by dataset; empty where the file says nothing.
+      unpaired: datasets of which the file says no pairing; that of their records is
+        the default.
     """
 
     records: tuple[Record, ...]
     source: str
     labels: Labels = dataclasses.field(default_factory=dict)
+    unpaired: frozenset[str] = frozenset()
 
     def of_split(self, split: Split) -> tuple[Record, ...]:
         """Returns the records of one split, in order."""
@@ -193,6 +196,9 @@ def write_manifest(path: files.PathLike, manifest: Manifest) -> None:
         )
     folder = pathlib.Path(os.path.abspath(path.parent))
     rows = [_row(record, folder) for record in manifest.records]
+    for row in rows:
+        if row["dataset"] in manifest.unpaired:
+            row["pairing"] = ""
     with files.atomic_path(path) as temporary:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             if suffix == ".csv":
@@ -377,7 +383,7 @@ def _read_csv(text: str, path: pathlib.Path) -> Manifest:
     if not rows:
         raise UserError(f"manifest {path} has no rows, expected a header; write one")
     names = _known_names([c.strip().lower() for c in rows[0][1]], "column", path)
-    records = []
+    entries, records = [], []
     for line, row in rows[1:]:
         where = f"manifest {path}, line {line}"
         if len(row) != len(names):
@@ -385,9 +391,22 @@ def _read_csv(text: str, path: pathlib.Path) -> Manifest:
                 f"{where} has {len(row)} cells, expected {len(names)} as the header "
                 "has; correct the line (a comma within a cell needs quotes)"
             )
-        entry = dict(zip(names, row, strict=True))
-        records.append(_record(entry, where, path.parent, path.stem))
-    return Manifest(_name_subjects(records, path.parent), str(path))
+        entries.append(dict(zip(names, row, strict=True)))
+        records.append(_record(entries[-1], where, path.parent, path.stem))
+    records = _name_subjects(records, path.parent)
+    return Manifest(records, str(path), unpaired=_unpaired(entries, records))
+
+
+def _unpaired(
+    entries: Sequence[Mapping[str, Any]], records: Sequence[Record]
+) -> frozenset[str]:
+    """Returns the datasets of which no entry says a pairing."""
+    stated = {
+        record.dataset
+        for entry, record in zip(entries, records, strict=True)
+        if (entry.get("pairing") or "").strip()
+    }
+    return frozenset(record.dataset for record in records) - stated
 
 
 def _read_json(text: str, path: pathlib.Path) -> Manifest:
@@ -423,7 +442,7 @@ def _read_own_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
             f"manifest {path}: data is {type(data).__name__}, expected a list of "
             "entries; correct it"
         )
-    records = []
+    entries, records = [], []
     for number, entry in enumerate(data, start=1):
         where = f"manifest {path}, entry {number}"
         if not isinstance(entry, dict):
@@ -432,8 +451,8 @@ def _read_own_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
                 "correct it"
             )
         names = _known_names(list(entry), "key", path)
-        values = dict(zip(names, entry.values(), strict=True))
-        records.append(_record(values, where, path.parent, path.stem))
+        entries.append(dict(zip(names, entry.values(), strict=True)))
+        records.append(_record(entries[-1], where, path.parent, path.stem))
     records = _name_subjects(records, path.parent)
     given = content.get("labels", {})
     if isinstance(given, dict) and all(isinstance(v, dict) for v in given.values()):
@@ -441,7 +460,7 @@ def _read_own_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
     else:
         names = _label_names(given, path)
         labels = {record.dataset: names for record in records}
-    return Manifest(records, str(path), labels)
+    return Manifest(records, str(path), labels, _unpaired(entries, records))
 
 
 def _known_names(
@@ -568,6 +587,7 @@ def _read_dataset_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
     dataset = str(content.get("name") or base.name)
     modalities = _modalities(content)
     names = _label_names(content.get("labels") or {}, path)
+    said = str(content.get("pairings", "")).strip().lower()
     listed: dict[pathlib.Path, _Listed] = {}
     for key, split in _LISTS:
         for channel, entry in _entries(content.get(key), key, path):
@@ -579,15 +599,17 @@ def _read_dataset_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
                     withheld, old.channel or channel, {**old.files, **belonging}
                 )
     if listed:
-        paired = str(content.get("pairings", "")).strip().lower() == "paired"
-        pairing: Pairing = "intra" if paired else "inter"
+        pairing: Pairing = "intra" if said == "paired" else "inter"
         records = [
             _listed_record(image, found, dataset, modalities, pairing)
             for image, found in listed.items()
         ]
     else:  # nnU-Net's second version lists nothing
         records = _scan_folder(base, dataset, modalities)
-    return Manifest(tuple(records), str(path), {dataset: names} if names else {})
+    labels = {dataset: names} if names else {}
+    stated = bool(listed) and said in ("paired", "unpaired")
+    unpaired = frozenset() if stated else frozenset({dataset})
+    return Manifest(tuple(records), str(path), labels, unpaired)
 
 
 def _listed_record(
@@ -682,7 +704,8 @@ def _read_folder(folder: pathlib.Path) -> Manifest:
         )
     if lists:
         return _read_file(lists[0])
-    return Manifest(tuple(_scan_folder(folder, folder.name, {})), str(folder))
+    records = tuple(_scan_folder(folder, folder.name, {}))
+    return Manifest(records, str(folder), unpaired=frozenset({folder.name}))
 
 
 def _scan_folder(

@@ -53,6 +53,13 @@ class Task:
         that may be the same image, as uniGradICON was trained.
       objective: name of the settings (lambda, similarity, masks, label supervision)
         that this task's pairs are scored with.
+      region: body part that a network of tasks (UniReg) is told; the dataset's name if
+        None. Tasks may share a region.
+      smoothness: weight of the smoothness term for this task's pairs, UniReg's lambda;
+        that of the objective if None.
+      ct_window: Hounsfield values that become 0 and 1 in this task's scans; that of
+        the loading if None.
+      quantile_range: the same for other modalities.
     """
 
     dataset: str
@@ -62,6 +69,10 @@ class Task:
     invert_ct: bool = False
     distinct: bool = True
     objective: str = "default"
+    region: str | None = None
+    smoothness: float | None = None
+    ct_window: tuple[float, float] | None = None
+    quantile_range: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,6 +403,11 @@ def _check_settings(tasks, pairs_per_epoch: int, schedule: str, seed: int) -> No
                 f"task {task.dataset!r} has weight {weight:g}, expected a positive "
                 "number; leave the task out if it is not to be trained"
             )
+        if task.smoothness is not None and not 0 <= task.smoothness < math.inf:
+            raise UserError(
+                f"task {task.dataset!r} has smoothness {task.smoothness:g}, expected 0 "
+                "or more; leave it out for that of its objective"
+            )
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -399,6 +415,15 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(
             f"{name} is {value!r}, expected one of {', '.join(choices)}; correct it"
         )
+
+
+def pairing_of(records: Sequence[Record], task: Task) -> Pairing:
+    """Returns the kind of a task's pairs, as it says or its dataset's records do.
+
+    Raises:
+      UserError: there are no records, or they say both.
+    """
+    return _pairing(records, task, _members(records, task))
 
 
 def _members(records: Sequence[Record], task: Task) -> list[int]:

@@ -23,7 +23,6 @@ from typing import Any, Literal, Protocol, Self
 import grain
 import numpy as np
 from absl import flags
-from nibabel import orientations
 
 from jaxreg.data import cache as cache_lib
 from jaxreg.data import preprocess
@@ -31,7 +30,7 @@ from jaxreg.data.manifest import Record
 from jaxreg.data.pairs import PairPlan, Task, View
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
-from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.grid import Shape, Volume
 
 Storage = Literal["float32", "uint16"]
 Batch = dict[str, np.ndarray]
@@ -44,7 +43,7 @@ _SIDES = ("moving", "fixed")
 _ENDLESS = 2**40
 _AHEAD = 2
 """Batches that each worker prepares ahead; they lie in the cache, not in memory."""
-_SUPERIOR_ANTERIOR_RIGHT = np.array([[2, 1], [1, 1], [0, 1]])
+_SUPERIOR_ANTERIOR_RIGHT = ((2, 1), (1, 1), (0, 1))
 """Array axes (d, h, w) towards z, y, x of RAS+, as nibabel counts orientations."""
 
 
@@ -67,11 +66,13 @@ class Loading:
       ct_window: the Hounsfield values that become 0 and 1.
       quantile_range: the quantiles that become 0 and 1 in other images; the minimum
         and the 0.99 quantile if None.
+      foreground: those quantiles are of the voxels above 0 alone.
       canonical: turn every scan to the axis order and directions closest to RAS+ first
         (D towards superior, H anterior, W right), so that scans stored in different
         orders look alike; no voxel moves in the world.
       resize: see `preprocess.Placement`.
       axes: see `preprocess.Placement`.
+      spacing_mm: see `preprocess.Placement`.
       workers: processes that preprocess (or make pairs); 0 for threads of this process
         alone.
       read_threads: batches read at a time in this process, at most `prefetch`.
@@ -88,9 +89,11 @@ class Loading:
     storage: Storage = "float32"
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
+    foreground: bool = False
     canonical: bool = False
-    resize: Literal["half_pixel", "aligned"] = "half_pixel"
-    axes: Literal["kji", "ijk"] = "kji"
+    resize: preprocess.Resize = "half_pixel"
+    axes: preprocess.Axes = "kji"
+    spacing_mm: float = 2.0
     workers: int = 0
     read_threads: int = 2
     prefetch: int = 2
@@ -130,18 +133,26 @@ class Loading:
                 "leave cache_dir out to cache nothing"
             )
         self.rule("mri")
+        _ = self.placement  # which checks its own
 
     @property
     def placement(self) -> preprocess.Placement:
         """How scans become arrays on the network grid."""
-        return preprocess.Placement(self.resize, self.axes)
+        return preprocess.Placement(self.resize, self.axes, self.spacing_mm)
 
-    def rule(self, modality: str) -> preprocess.Preprocessing:
-        """Returns the intensity rule of a modality: "ct" in any case is CT."""
+    def rule(self, modality: str, task: Task | None = None) -> preprocess.Preprocessing:
+        """Returns the intensity rule of a modality: "ct" in any case is CT.
+
+        Args:
+          modality: of the scan.
+          task: whose own ranges come first.
+        """
+        own = (task.ct_window, task.quantile_range) if task else (None, None)
         return preprocess.Preprocessing(
             modality=preprocess.kind(modality),
-            ct_window=self.ct_window,
-            quantile_range=self.quantile_range,
+            ct_window=own[0] or self.ct_window,
+            quantile_range=own[1] or self.quantile_range,
+            foreground=self.foreground,
         )
 
 
@@ -276,16 +287,16 @@ class _ScanReader:
 
     def _parts(self, plan: PairPlan) -> Iterator[tuple[str, Callable, Record]]:
         """Yields what is read for a pair: its key, how, and of which record."""
-        records = self.source.records
+        records, task = self.source.records, self.source.sampler.tasks[plan.task]
         for key in _SIDES:
             network, target = getattr(plan, key), getattr(plan, f"{key}_target")
             record = records[network.record]
-            yield key, self._shown(network), record
+            yield key, self._shown(network, task), record
             if target is not None and (
                 target.record != network.record
                 or self._hides(target) != self._hides(network)
             ):
-                yield f"{key}_target", self._shown(target), records[target.record]
+                yield f"{key}_target", self._shown(target, task), records[target.record]
             if self.loading.use_labels:
                 yield f"{key}_labels", self._labels, record
             if self.loading.use_masks:
@@ -310,13 +321,15 @@ class _ScanReader:
         masked = self.loading.mask_inputs and self.source.records[view.record].mask
         return view.inverted and bool(masked)
 
-    def _shown(self, view: View) -> Callable[[Record, np.ndarray | None], None]:
-        return functools.partial(self._image, inverted=self._hides(view))
+    def _shown(
+        self, view: View, task: Task
+    ) -> Callable[[Record, np.ndarray | None], None]:
+        return functools.partial(self._image, task=task, inverted=self._hides(view))
 
     def _image(
-        self, record: Record, out: np.ndarray | None, *, inverted: bool = False
+        self, record: Record, out: np.ndarray | None, *, task: Task, inverted: bool
     ) -> None:
-        rule = self.loading.rule(record.modality)
+        rule = self.loading.rule(record.modality, task)
         mask = record.mask if self.loading.mask_inputs else None
 
         def build() -> tuple[np.ndarray, dict[str, Any]]:
@@ -452,16 +465,8 @@ def _listed(values: Any) -> str:
 
 
 def canonical(volume: Volume) -> Volume:
-    """Returns the volume with D towards superior, H anterior, W right, as it can be.
-
-    Voxels are permuted and flipped only. The array is a view.
-    """
-    change = orientations.ornt_transform(
-        orientations.io_orientation(volume.grid.affine_mm), _SUPERIOR_ANTERIOR_RIGHT
-    )
-    array = orientations.apply_orientation(volume.array, change)
-    back = orientations.inv_ornt_aff(change, volume.grid.shape)
-    return Volume(array, Grid(array.shape, volume.grid.affine_mm @ back), volume.source)
+    """Returns the volume with D towards superior, H anterior, W right, as it can be."""
+    return preprocess.oriented(volume, _SUPERIOR_ANTERIOR_RIGHT)
 
 
 def stored(image: np.ndarray, storage: Storage) -> np.ndarray:

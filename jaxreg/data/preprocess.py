@@ -8,17 +8,39 @@ grid whatever the spacing and orientation. Host side: NumPy in, NumPy float32 ou
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from nibabel import orientations
 
 from jaxreg.data import resize
 from jaxreg.errors import UserError
+from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.transform import Transform
 from jaxreg.typing import Pair
 
 Modality = Literal["ct", "mri"]
+Resize = Literal["half_pixel", "aligned", "pad_crop"]
+Axes = Literal["kji", "ijk", "spl"]
+_RESIZE_WORDS: Mapping[Resize, str] = MappingProxyType(
+    {
+        "half_pixel": "linear, half-pixel",
+        "aligned": "linear, aligned",
+        "pad_crop": "linear, fixed spacing, padded and cropped about the centre",
+    }
+)
+_AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
+    {
+        "kji": "D H W: NIfTI's i, j, k reversed; the image's direction is not used",
+        "ijk": "I J K: NIfTI's order; the image's direction is not used",
+        "spl": "D H W towards superior, posterior, left, by the image's direction",
+    }
+)
+_SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
+_AIR = -1000.0  # HU
 
 
 def kind(modality: str) -> Modality:
@@ -32,48 +54,103 @@ class Placement:
 
     Attributes:
       resize: "half_pixel" keeps the scan's extent (GradICON); "aligned" the centres of
-        its corner voxels (PromptReg).
-      axes: order of the network's array axes: "kji", as `Volume` has them, or "ijk",
-        NIfTI's own (PromptReg).
+        its corner voxels (PromptReg); "pad_crop" voxels of `spacing_mm` about the
+        scan's centre (UniReg).
+      axes: order of the network's array axes: "kji", as `Volume` has them; "ijk",
+        NIfTI's own (PromptReg); "spl": the scan is turned first, so that array
+        indices grow towards superior, posterior and left (UniReg).
+      spacing_mm: of the network's voxels, for "pad_crop" alone.
     """
 
-    resize: Literal["half_pixel", "aligned"] = "half_pixel"
-    axes: Literal["kji", "ijk"] = "kji"
+    resize: Resize = "half_pixel"
+    axes: Axes = "kji"
+    spacing_mm: float = 2.0
+
+    def __post_init__(self):
+        """Checks the values.
+
+        Raises:
+          UserError: a name is unknown or the spacing not positive.
+        """
+        for field, words in (("resize", _RESIZE_WORDS), ("axes", _AXES_WORDS)):
+            if getattr(self, field) not in words:
+                raise UserError(
+                    f'{field} is "{getattr(self, field)}", expected one of '
+                    f"{', '.join(words)}"
+                )
+        if not 0 < self.spacing_mm < math.inf:
+            raise UserError(
+                f"spacing_mm is {self.spacing_mm:g}, expected a positive number"
+            )
 
     @classmethod
     def of_weights(cls, preprocessing: Mapping[str, Any]) -> "Placement":
         """Returns what weights say of it, GradICON's where they say nothing."""
-        aligned = str(preprocessing.get("resize", "")).endswith("aligned")
-        ijk = str(preprocessing.get("axes", "")).startswith("I J K")
-        return cls("aligned" if aligned else "half_pixel", "ijk" if ijk else "kji")
 
-    def to_dict(self) -> dict[str, str]:
+        def named(words: Mapping[Any, str], name: str) -> Any:
+            said = str(preprocessing.get(name, ""))
+            first = next(iter(words))
+            return next(
+                (k for k, text in words.items() if said.startswith(text)), first
+            )
+
+        return cls(
+            named(_RESIZE_WORDS, "resize"),
+            named(_AXES_WORDS, "axes"),
+            float(preprocessing.get("spacing_mm", 2.0)),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
         """Returns what `of_weights` reads, in words."""
-        aligned, ijk = self.resize == "aligned", self.axes == "ijk"
-        order = "I J K: NIfTI's order" if ijk else "D H W: NIfTI's i, j, k reversed"
-        return {
-            "axes": f"{order}; the image's direction is not used",
-            "resize": f"linear, {'aligned' if aligned else 'half-pixel'}",
-            "resize_labels": f"nearest, {'aligned' if aligned else 'floor'}",
+        nearest = "floor" if self.resize == "half_pixel" else "aligned"
+        told: dict[str, Any] = {
+            "axes": _AXES_WORDS[self.axes],
+            "resize": _RESIZE_WORDS[self.resize],
+            "resize_labels": "nearest" + f", {nearest}" * (not self._fixed_spacing),
         }
+        return told | ({"spacing_mm": self.spacing_mm} if self._fixed_spacing else {})
+
+    @property
+    def _fixed_spacing(self) -> bool:
+        return self.resize == "pad_crop"
 
     def turned(self, volume: Volume) -> Volume:
-        """Returns the scan with its array axes in the network's order."""
+        """Returns the scan with its array axes in the network's order; a view."""
+        if self.axes == "spl":
+            return oriented(volume, _SUPERIOR_POSTERIOR_LEFT)
         return volume.transposed() if self.axes == "ijk" else volume
 
     def grid(self, grid: Grid, shape: Shape) -> Grid:
         """Returns the network grid over a turned scan's grid."""
+        if self._fixed_spacing:
+            return grid.centred(shape, self.spacing_mm)
         if self.resize == "aligned":
             return grid.resized_aligned(shape)
         return grid.resized(shape)
 
-    def image(self, array: np.ndarray, shape: Shape) -> np.ndarray:
-        """Resizes D H W, float32, linearly."""
+    def image(
+        self, array: np.ndarray, grid: Grid, shape: Shape, *, outside: float = 0.0
+    ) -> np.ndarray:
+        """Resamples linearly.
+
+        Args:
+          array: D H W, float32, turned.
+          grid: of the array.
+          shape: of the network grid.
+          outside: value beyond the array, for "pad_crop".
+        """
+        if self._fixed_spacing:
+            ratio = self.spacing_mm / grid.spacing_mm
+            return resize.centred(array, shape, ratio, outside=outside)
         linear = resize.aligned if self.resize == "aligned" else resize.half_pixel
         return linear(array, shape)
 
-    def labels(self, array: np.ndarray, shape: Shape) -> np.ndarray:
-        """Resizes D H W of any type to the nearest voxel."""
+    def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
+        """Resamples to the nearest voxel, 0 beyond; arguments as `image`, any type."""
+        if self._fixed_spacing:
+            return resize.nearest_centred(
+                array, shape, self.spacing_mm / grid.spacing_mm
+            )
         aligned = self.resize == "aligned"
         return (resize.nearest_aligned if aligned else resize.nearest_floor)(
             array, shape
@@ -81,6 +158,47 @@ class Placement:
 
 
 AS_GRADICON = Placement()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Carried:
+    """How a moving scan's voxels become those of a network grid over the fixed scan.
+
+    In place of a `Placement`: each voxel of the grid is read where a map leads it.
+
+    Attributes:
+      grid: the fixed scan's network grid.
+      transform: fixed mm to moving mm.
+    """
+
+    grid: Grid
+    transform: Transform
+
+    def image(
+        self, array: np.ndarray, grid: Grid, shape: Shape, *, outside: float = 0.0
+    ) -> np.ndarray:
+        """Resamples linearly; arguments as `Placement.image`."""
+        return self._read(array, grid, shape, order=1, fill=outside)
+
+    def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
+        """Resamples to the nearest voxel, 0 beyond; arguments as `Placement.labels`."""
+        return self._read(array, grid, shape, order=0, fill=0.0)
+
+    def _read(
+        self,
+        array: np.ndarray,
+        grid: Grid,
+        shape: Shape,
+        *,
+        order: Literal[0, 1],
+        fill: float,
+    ) -> np.ndarray:
+        if tuple(shape) != tuple(self.grid.shape):
+            raise ValueError(f"shape {shape} is not that of the grid {self.grid.shape}")
+        scan = Volume(array, grid)
+        return transform_lib.warp_volume(
+            scan, self.transform, self.grid, order=order, fill=fill
+        ).array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +210,13 @@ class Preprocessing:
       ct_window: the Hounsfield values that become 0 and 1.
       quantile_range: the quantiles that become 0 and 1 in MRI; the minimum and the
         0.99 quantile if None.
+      foreground: these quantiles are those of the voxels above 0 alone (UniReg-RPN).
     """
 
     modality: Modality = "mri"
     ct_window: tuple[float, float] = (-1000.0, 1000.0)
     quantile_range: tuple[float, float] | None = None
+    foreground: bool = False
 
     def __post_init__(self):
         """Checks the values; JSON's lists become tuples."""
@@ -119,12 +239,21 @@ class Preprocessing:
                 )
             object.__setattr__(self, "quantile_range", (low, high))
 
+    @property
+    def outside(self) -> float:
+        """What is beyond a scan, scaled: air in CT, else 0."""
+        if self.modality != "ct":
+            return 0.0
+        low, high = self.ct_window
+        return min(max((_AIR - low) / (high - low), 0.0), 1.0)
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON knows them."""
         return {
             "modality": self.modality,
             "ct_window": list(self.ct_window),
             "quantile_range": self.quantile_range and list(self.quantile_range),
+            **({"foreground": True} if self.foreground else {}),
         }
 
     @classmethod
@@ -142,6 +271,24 @@ class Preprocessing:
                 f"{', '.join(known)}; were the weights written by a newer jaxreg?"
             )
         return cls(**fields)
+
+
+def oriented(volume: Volume, axes: Any) -> Volume:
+    """Returns the volume with its array axes as near to given world axes as can be.
+
+    Voxels are only permuted and flipped, none moves in world space. A view.
+
+    Args:
+      volume: D H W.
+      axes: for each array axis the world axis (0 x, 1 y, 2 z of RAS+) and 1 or -1: an
+        array (3, 2) or what becomes one.
+    """
+    change = orientations.ornt_transform(
+        orientations.io_orientation(volume.grid.affine_mm), np.asarray(axes)
+    )
+    array = orientations.apply_orientation(volume.array, change)
+    back = orientations.inv_ornt_aff(change, volume.grid.shape)
+    return Volume(array, Grid(array.shape, volume.grid.affine_mm @ back), volume.source)
 
 
 def _two_numbers(name: str, values: Any) -> tuple[float, float]:
@@ -189,7 +336,9 @@ def normalise(
         mend = f"ct_window {low:g} {high:g}; give the window that holds its values"
     else:
         a, b = rule.quantile_range or (0.0, 0.99)
-        low, high = quantile(array, a), quantile(array, b)
+        seen = array[array > 0] if rule.foreground else array
+        seen = seen if seen.size else array
+        low, high = quantile(seen, a), quantile(seen, b)
         mend = f"quantiles {a:g} to {b:g}; widen quantile_range, e.g. to 0 1"
     low, high = np.float32(low), np.float32(high)
     if array.min() == array.max():
@@ -232,7 +381,7 @@ def network_image(
     *,
     mask: Volume | None = None,
     inverted: bool = False,
-    placement: Placement = AS_GRADICON,
+    placement: Placement | Carried = AS_GRADICON,
 ) -> np.ndarray:
     """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
 
@@ -259,11 +408,14 @@ def network_image(
                 f"mask {mask.source} leaves nothing of its image {volume.source} (all "
                 "voxels become 0); check that they belong together"
             )
-    return placement.image(array, shape)[None, ..., None]  # N D H W C
+    beyond = 1 - rule.outside if inverted else rule.outside
+    outside = 0.0 if mask is not None else beyond
+    placed = placement.image(array, volume.grid, shape, outside=outside)
+    return placed[None, ..., None]  # N D H W C
 
 
 def network_mask(
-    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+    volume: Volume, shape: Shape, *, placement: Placement | Carried = AS_GRADICON
 ) -> np.ndarray:
     """Returns a mask on the network grid, 1 D H W 1, float32: 1 where it is above 0.
 
@@ -271,11 +423,12 @@ def network_mask(
     image, the rule of the original. Aligned: the nearest voxel.
     """
     inside = (volume.array > 0).astype(np.float32)
-    return placement.labels(inside, shape)[None, ..., None]  # N D H W C
+    placed = placement.labels(inside, volume.grid, shape)
+    return placed[None, ..., None]  # N D H W C
 
 
 def network_labels(
-    volume: Volume, shape: Shape, *, placement: Placement = AS_GRADICON
+    volume: Volume, shape: Shape, *, placement: Placement | Carried = AS_GRADICON
 ) -> np.ndarray:
     """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
 
@@ -294,7 +447,8 @@ def network_labels(
             f"label map {volume.source} has labels up to {high}, expected at most "
             f"{np.iinfo(np.int32).max}; renumber it"
         )
-    return placement.labels(labels.astype(np.int32), shape)[None, ..., None]
+    placed = placement.labels(labels.astype(np.int32), volume.grid, shape)
+    return placed[None, ..., None]
 
 
 def network_pair(
@@ -309,6 +463,7 @@ def network_pair(
     mask_inputs: bool = False,
     mask_loss: bool = False,
     placement: Placement = AS_GRADICON,
+    moving_placement: Placement | Carried | None = None,
 ) -> Pair:
     """Returns both scans as model and objective see them.
 
@@ -325,6 +480,7 @@ def network_pair(
       mask_inputs: set each image to 0 outside its mask.
       mask_loss: put the masks into the pair; needs both.
       placement: how all of them, turned by it, are resized.
+      moving_placement: another one for what belongs to the moving scan.
 
     Raises:
       UserError: see `network_image`; or a mask is missing that was asked for.
@@ -343,24 +499,24 @@ def network_pair(
     for mask, image in ((moving_mask, moving), (fixed_mask, fixed)):
         if mask is not None:
             check_same_grid(mask, image)
+    placements = (moving_placement or placement, placement)
     images = [
         network_image(
             image,
             shape,
             rule,
             mask=mask if mask_inputs else None,
-            placement=placement,
+            placement=where,
         )
-        for image, rule, mask in (
-            (moving, moving_rule, moving_mask),
-            (fixed, fixed_rule, fixed_mask),
+        for image, rule, mask, where in zip(
+            (moving, fixed), (moving_rule, fixed_rule), masks, placements, strict=True
         )
     ]
     on_network = [
-        jnp.asarray(network_mask(mask, shape, placement=placement))
+        jnp.asarray(network_mask(mask, shape, placement=where))
         if mask is not None and mask_loss
         else None
-        for mask in masks
+        for mask, where in zip(masks, placements, strict=True)
     ]
     return Pair(
         moving=jnp.asarray(images[0]),

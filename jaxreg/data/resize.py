@@ -4,11 +4,13 @@ Whole scans are resized once, on the host, while the accelerator trains; a proce
 only reads should start no JAX backend, least of all on the GPU that others train on.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 from jaxreg.space.grid import Shape
+
+_ROUNDING = 1e-6
 
 
 def half_pixel(array: np.ndarray, shape: Shape) -> np.ndarray:
@@ -23,8 +25,10 @@ def half_pixel(array: np.ndarray, shape: Shape) -> np.ndarray:
     """
     return _linear(
         array,
-        shape,
-        lambda n, m: np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0.0, n - 1.0),
+        [
+            np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0.0, n - 1.0)
+            for n, m in zip(array.shape, shape, strict=True)
+        ],
     )
 
 
@@ -38,18 +42,72 @@ def aligned(array: np.ndarray, shape: Shape) -> np.ndarray:
     Returns:
       D H W, float32, within the range of `array` but for rounding.
     """
-    return _linear(array, shape, lambda n, m: np.linspace(0.0, n - 1.0, m))
+    return _linear(array, _aligned_positions(array.shape, shape))
 
 
-def _linear(
-    array: np.ndarray, shape: Shape, positions: Callable[[int, int], np.ndarray]
+def centred(
+    array: np.ndarray, shape: Shape, ratio: np.ndarray, *, outside: float
 ) -> np.ndarray:
+    """Trilinear resampling about the common centre: pads and crops.
+
+    Args:
+      array: D H W, float32.
+      shape: (D, H, W) of the result.
+      ratio: spacing of the result's voxels in voxels of `array`, along each axis.
+      outside: value of voxels whose centre lies beyond the array's outer faces.
+
+    Returns:
+      D H W, float32.
+    """
+    positions = _centred_positions(array.shape, shape, ratio)
+    result = _linear(
+        array,
+        [np.clip(p, 0, n - 1) for p, n in zip(positions, array.shape, strict=True)],
+    )
+    return _filled(result, positions, array.shape, outside)
+
+
+def nearest_centred(array: np.ndarray, shape: Shape, ratio: np.ndarray) -> np.ndarray:
+    """Nearest resampling about the common centre, 0 outside, D H W of any type."""
+    positions = _centred_positions(array.shape, shape, ratio)
+    index = [
+        np.clip(np.floor(p + 0.5), 0, n - 1).astype(int)
+        for p, n in zip(positions, array.shape, strict=True)
+    ]
+    return _filled(array[np.ix_(*index)], positions, array.shape, 0)
+
+
+def _aligned_positions(source: Shape, target: Shape) -> list[np.ndarray]:
+    return [np.linspace(0.0, n - 1.0, m) for n, m in zip(source, target, strict=True)]
+
+
+def _centred_positions(
+    source: Shape, target: Shape, ratio: np.ndarray
+) -> list[np.ndarray]:
+    return [
+        (np.arange(m) - (m - 1) / 2) * r + (n - 1) / 2
+        for n, m, r in zip(source, target, ratio, strict=True)
+    ]
+
+
+def _filled(
+    array: np.ndarray, positions: Sequence[np.ndarray], source: Shape, value: float
+) -> np.ndarray:
+    """Sets what lies more than half a voxel beyond the source's outer centres."""
+    for axis, (position, n) in enumerate(zip(positions, source, strict=True)):
+        beyond = np.abs(position - (n - 1) / 2) > n / 2 + _ROUNDING
+        array[(slice(None),) * axis + (beyond,)] = value
+    return array
+
+
+def _linear(array: np.ndarray, positions: Sequence[np.ndarray]) -> np.ndarray:
+    """Samples at positions along each axis, in voxels, all within the array."""
+    source = array.shape
     # The axis that shrinks most goes first: what follows has less to do.
-    for axis in sorted(range(3), key=lambda axis: shape[axis] / array.shape[axis]):
-        n, m = array.shape[axis], shape[axis]
-        if n == m:
+    for axis in sorted(range(3), key=lambda axis: len(positions[axis]) / source[axis]):
+        position, n = positions[axis], source[axis]
+        if len(position) == n and np.array_equal(position, np.arange(n)):
             continue
-        position = positions(n, m)
         low = np.floor(position).astype(np.intp)
         weight = (position - low).astype(np.float32)
         weight = weight.reshape([-1 if k == axis else 1 for k in range(3)])
@@ -79,8 +137,5 @@ def nearest_floor(array: np.ndarray, shape: Shape) -> np.ndarray:
 
 def nearest_aligned(array: np.ndarray, shape: Shape) -> np.ndarray:
     """Nearest resize with aligned corner centres, D H W of any type."""
-    index = [
-        np.floor(np.linspace(0.0, n - 1.0, m) + 0.5).astype(int)
-        for n, m in zip(array.shape, shape, strict=True)
-    ]
-    return array[np.ix_(*index)]
+    positions = _aligned_positions(array.shape, shape)
+    return array[np.ix_(*(np.floor(p + 0.5).astype(int) for p in positions))]

@@ -372,7 +372,7 @@ def read_state_dict(
     starts with `regis_net.`, that prefix is removed. Buffers called `identity_map`,
     which older versions of icon_registration store, are coordinates and are left out.
     No other name is changed or dropped. Of a training checkpoint, the entry
-    "model_state_dict" is read.
+    "model_state_dict" or "state_dict" is read.
 
     Args:
       path: a file written by torch.save, in its zip or its older format.
@@ -404,8 +404,10 @@ def read_state_dict(
             f"{source} cannot be read as PyTorch tensors ({_shorten(reason)}); "
             "save net.regis_net.state_dict() alone, or download the file again"
         ) from error
-    if isinstance(content, Mapping) and "model_state_dict" in content:
-        content = content["model_state_dict"]  # beside the optimiser's, as PromptReg's
+    # Beside the optimiser's, as PromptReg's; beside what is said of it, as SAM's.
+    for wrapper in ("model_state_dict", "state_dict"):
+        if isinstance(content, Mapping) and wrapper in content:
+            content = content[wrapper]
     _check_content(source, content, torch)
     state = {key: _to_numpy(tensor, torch) for key, tensor in content.items()}
     return _strip(state)
@@ -416,6 +418,7 @@ def write_state_dict(
     state: Mapping[str, np.ndarray],
     *,
     wrapper: str | None = None,
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes names and arrays as torch.save does, all at once or not at all.
 
@@ -423,6 +426,7 @@ def write_state_dict(
       path: the file to write; an existing one is replaced.
       state: PyTorch's names to arrays, in the order in which they are to be stored.
       wrapper: the file holds one entry of this name, which holds them.
+      beside: further entries beside the wrapper's, of plain Python values.
 
     Raises:
       UserError: torch is not installed, or the file cannot be written.
@@ -432,7 +436,8 @@ def write_state_dict(
     tensors = {k: torch.from_numpy(np.array(v, order="C")) for k, v in state.items()}
     # Through a handle, since torch writes a path's name into the file.
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        torch.save({wrapper: tensors} if wrapper else tensors, file)
+        content = {wrapper: tensors, **(beside or {})} if wrapper else tensors
+        torch.save(content, file)
 
 
 def require_torch(purpose: str) -> Any:

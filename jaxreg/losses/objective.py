@@ -49,7 +49,8 @@ class Objective:
         "sigma=5" on the command line.
       inverse_consistency_weight: the paper's lambda.
       dice_weight: 0 leaves the Dice term out.
-      smoothness_weight: of `regularity.smoothness`, in voxels.
+      smoothness_weight: of `regularity.smoothness`, in voxels; `Pair.smoothness` takes
+        its place.
       orthogonality_weight: of the model's auxiliary "orthogonality".
       task_weight: of the model's auxiliary "task_similarity".
       directions: "forward" scores moving onto fixed alone; then there can be no inverse
@@ -167,14 +168,18 @@ class Objective:
         loss = self.inverse_consistency_weight * consistency + alike
         if self.dice_weight > 0:
             parts["dice"] = _dice(pair, to_moving, to_fixed, axis)
-        if self.smoothness_weight > 0:
-            parts["smoothness"] = _smoothness(to_moving, to_fixed)
+        if _has("smoothness", self, pair):
+            rough = _smoothness(to_moving, to_fixed)
+            parts["smoothness"] = jnp.mean(rough)
+            own = pair.smoothness
+            weight = self.smoothness_weight if own is None else own
+            loss = loss + jnp.mean(weight * rough)
         if self.orthogonality_weight > 0:
             parts["orthogonality"] = _mean_of(aux, "orthogonality")
         if self.task_weight > 0:
             parts["task_similarity"] = _mean_of(aux, "task_similarity")
         for name, weight in _OPTIONAL.items():
-            if name in parts:
+            if name in parts and name != "smoothness":  # whose weight may be a pair's
                 loss = loss + getattr(self, weight) * parts[name]
         parts = {"loss": loss, **parts}
         if axis is not None:
@@ -221,8 +226,8 @@ class TaskObjective:
             raise ValueError("TaskObjective needs Pair.objective, the pair has none")
         optional = [
             name
-            for name, weight in _OPTIONAL.items()
-            if any(getattr(objective, weight) > 0 for objective in self.objectives)
+            for name in _OPTIONAL
+            if any(_has(name, objective, pair) for objective in self.objectives)
         ]
 
         def scored_by(objective):
@@ -270,6 +275,9 @@ def _check_options(name: str, options: tuple[tuple[str, Any], ...]) -> None:
             )
         if option == "intensity_range":
             fits, expected = _increasing(value), "two numbers, the lower first"
+        elif option == "window":
+            fits = _odd(value)
+            expected = "an odd number of voxels, or one for each of three axes"
         else:
             least = 4 if option == "bins" else 1  # a window of nmi spans four bins
             fits = type(value) is int and value >= least
@@ -288,6 +296,12 @@ def _increasing(value: Any) -> bool:
         and all(isinstance(number, int | float) for number in value)
         and value[0] < value[1]
     )
+
+
+def _odd(value: Any) -> bool:
+    edges = value if isinstance(value, tuple) else (value,) * 3
+    whole = all(type(edge) is int and edge > 0 for edge in edges)
+    return whole and len(edges) == 3 and all(edge % 2 for edge in edges)
 
 
 def _check_pair(objective: Objective, pair: Pair) -> None:
@@ -325,7 +339,10 @@ def _similarity(
     """All directions; each mask is that of the image compared with."""
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
     options = dict(objective.similarity_options)
-    if objective.similarity == "mind":  # the others see one sample at a time
+    if objective.similarity in (
+        "mind",
+        "box_ncc",
+    ):  # the others see one sample at a time
         options["axis"] = axis
     if pair.moving_target is not None or pair.fixed_target is not None:
         outside = "edge"
@@ -368,15 +385,24 @@ def _dice(
     return loss + overlap.dice_loss(warped, moving, pair.valid, axis=axis)
 
 
+def _has(name: str, objective: Objective, pair: Pair) -> bool:
+    """Whether a part that is optional is there."""
+    own = name == "smoothness" and pair.smoothness is not None
+    return own or getattr(objective, _OPTIONAL[name]) > 0
+
+
 def _smoothness(*maps: Points | None) -> jax.Array:
-    """Of all directions."""
-    total = jnp.zeros(())
-    for points in maps:
-        if points is not None:
-            d, h, w = points.shape[1:4]
-            moved = points - sampling.identity((d, h, w))
-            total += regularity.smoothness(moved * unit_scale((d, h, w)))
-    return total
+    """Of all directions, for each pair."""
+
+    def one(points):
+        d, h, w, _ = points.shape
+        moved = points - sampling.identity((d, h, w))
+        return regularity.smoothness(moved * unit_scale((d, h, w)))
+
+    return sum(
+        (jax.vmap(one)(points) for points in maps if points is not None),
+        jnp.zeros(()),
+    )
 
 
 def _mean_of(aux: Mapping[str, jax.Array], name: str) -> jax.Array:

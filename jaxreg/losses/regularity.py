@@ -96,7 +96,7 @@ def diffusion(field: Field) -> jax.Array:
     return total
 
 
-def smoothness(displacement: Field) -> jax.Array:
+def smoothness(displacement: Field, *, cropped: bool = False) -> jax.Array:
     """Returns the mean squared forward difference of a displacement in voxels.
 
     The mean over the three axes of the means over batch, components and voxels; the
@@ -104,11 +104,19 @@ def smoothness(displacement: Field) -> jax.Array:
 
     Args:
       displacement: N D H W 3, voxels; 2 or more along each axis.
+      cropped: whether all differences are taken where there is one along every axis,
+        at ``[:-1, :-1, :-1]``, as UniReg's release does.
 
     References:
       Balakrishnan et al., VoxelMorph, IEEE TMI 2019, equation 8.
     """
-    per_axis = [jnp.mean(jnp.diff(displacement, axis=axis) ** 2) for axis in (1, 2, 3)]
+    per_axis = []
+    for axis in (1, 2, 3):
+        difference = jnp.diff(displacement, axis=axis)
+        if cropped:
+            ends = [None if other == axis else -1 for other in (1, 2, 3)]
+            difference = difference[:, *(slice(end) for end in ends)]
+        per_axis.append(jnp.mean(difference**2))
     return jnp.mean(jnp.stack(per_axis))
 
 

@@ -6,46 +6,28 @@ never warped. For lncc, squared_lncc, mind_ssc and mse the map of the measure is
 from full images, averaged over the mask per sample (divisor at least 1) and then over
 samples, as uniGradICON does; ncc and nmi take their statistics inside the mask.
 
-Blurs and box means are banded matrices, one product per axis: XLA's depthwise
-convolutions are slow on CPU, and the products run at full float32 on every platform.
-
 References:
   Tian et al., uniGradICON, MICCAI 2024 (LNCC); Demir et al., multiGradICON, WBIR 2024
   (squared LNCC); Heinrich et al., MIND-SSC, MICCAI 2013; Studholme et al., An overlap
   invariant entropy measure, Pattern Recognition 1999 (NMI).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg.space import filters
 from jaxreg.typing import Image, Labels
 
 LNCC_EPSILON = 1e-5
-MIND_VARIANCE_RANGE = (1e-3, 1e3)
-# Below these an image is constant up to float32 rounding of [0, 1] intensities.
-_FLAT_MIND_VARIANCE = 1e-15
+_LEAST_COUNT = 1e-5
+_LEAST_SHARE = 0.25
+# Below it an image is constant up to float32 rounding of [0, 1] intensities.
 _FLAT_RELATIVE_VARIANCE = 1e-12
-
-# Pairs of the six neighbours that are sqrt(2) voxels apart, offsets along D H W.
-# The order is that of the reference implementation's descriptor channels.
-_MIND_PAIRS = (
-    ((+1, 0, 0), (0, -1, 0)),
-    ((0, +1, 0), (-1, 0, 0)),
-    ((0, -1, 0), (-1, 0, 0)),
-    ((0, +1, 0), (+1, 0, 0)),
-    ((0, -1, 0), (0, 0, -1)),
-    ((0, +1, 0), (0, 0, +1)),
-    ((0, 0, -1), (-1, 0, 0)),
-    ((+1, 0, 0), (0, 0, +1)),
-    ((0, +1, 0), (0, 0, -1)),
-    ((0, 0, +1), (0, -1, 0)),
-    ((+1, 0, 0), (0, 0, -1)),
-    ((0, 0, +1), (-1, 0, 0)),
-)
 
 
 def _check_shapes(warped: Image, target: Image, mask: Labels | None) -> None:
@@ -84,29 +66,6 @@ def _gaussian_matrix(n: int, sigma: int) -> np.ndarray:
     return np.where(inside, kernel[np.where(inside, distance + 2 * sigma, 0)], 0.0)
 
 
-def _box_matrix(n: int, radius: int) -> np.ndarray:
-    """Returns n x n weights of a mean over 2 radius + 1 voxels, edges replicated."""
-    matrix = np.zeros((n, n))
-    rows = np.arange(n)
-    for offset in range(-radius, radius + 1):
-        np.add.at(matrix, (rows, np.clip(rows + offset, 0, n - 1)), 1.0)
-    return matrix / (2 * radius + 1)
-
-
-def _along_axes(volumes: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
-    """Multiplies ... D H W by one matrix per spatial axis."""
-    for matrix in reversed(matrices):
-        # The contracted axis is last and its result goes to the front of the three, so
-        # that each is a plain matrix product; three turns restore the order.
-        volumes = jnp.einsum(
-            "aw,...dhw->...adh",
-            jnp.asarray(matrix, volumes.dtype),
-            volumes,
-            precision=jax.lax.Precision.HIGHEST,
-        )
-    return volumes
-
-
 def gaussian_blur(image: Image, sigma: int = 5) -> Image:
     """Returns the image blurred along D, H and W with a truncated Gaussian.
 
@@ -132,7 +91,7 @@ def _blur(volumes: jax.Array, sigma: int) -> jax.Array:
     if sigma != int(sigma) or sigma < 1:
         raise ValueError(f"sigma is {sigma}; it must be a positive number of voxels")
     matrices = [_gaussian_matrix(n, int(sigma)) for n in volumes.shape[-3:]]
-    return _along_axes(volumes, matrices)
+    return filters.along_axes(volumes, matrices)
 
 
 def lncc_map(warped: Image, target: Image, *, sigma: int = 5) -> Image:
@@ -216,6 +175,69 @@ def ncc(warped: Image, target: Image, *, mask: Labels | None = None) -> jax.Arra
     return 1.0 - jnp.mean(mean(normalise(warped) * normalise(target)))
 
 
+def box_ncc(
+    warped: Image,
+    target: Image,
+    *,
+    mask: Labels | None = None,
+    window: int | tuple[int, int, int] = 9,
+    axis: str | None = None,
+) -> jax.Array:
+    """Returns minus the mean squared correlation in boxes of voxels, in [-1, 0].
+
+    Beyond the image lie zeros, which count as voxels, as released networks trained.
+    With a mask the sums are those inside it, their number of voxels the mask's, and
+    only boxes that it fills to a quarter count: those of the whole batch weigh alike.
+    The original's mask is the product of the fixed one and the moving one, warped to
+    the nearest voxel.
+
+    Args:
+      warped: N D H W C.
+      target: N D H W C.
+      mask: N D H W 1.
+      window: the box's edge in voxels, an odd number, or one per axis.
+      axis: name of the mapped axis over which the batch is split, if it is.
+
+    Raises:
+      ValueError: the shapes differ, or an edge is not odd.
+
+    References:
+      Balakrishnan et al., VoxelMorph, IEEE TMI 2019, equation 6; the mask as in UniReg.
+    """
+    _check_shapes(warped, target, mask)
+    edges = (window,) * 3 if isinstance(window, int) else tuple(window)
+    if len(edges) != 3 or any(edge < 1 or edge % 2 == 0 for edge in edges):
+        raise ValueError(f"window is {window}; its edges must be odd numbers of voxels")
+    sizes = target.shape[1:4]
+    matrices = [filters.window_matrix(*pair) for pair in zip(sizes, edges, strict=True)]
+
+    def total(values):
+        return filters.along_axes(values, matrices)
+
+    i, j = (jnp.moveaxis(x, -1, 1).astype(jnp.float32) for x in (warped, target))
+    full = math.prod(edges)
+    inside = None if mask is None else jnp.moveaxis((mask != 0) * 1.0, -1, 1)
+    count = full if inside is None else jnp.maximum(total(inside), _LEAST_COUNT)
+    weight = 1.0 if inside is None else inside
+    sum_i, sum_j, sum_ii, sum_jj, sum_ij = (
+        total(weight * moment) for moment in (i, j, i * i, j * j, i * j)
+    )
+    mean_i, mean_j = sum_i / count, sum_j / count
+    cross = sum_ij - mean_j * sum_i - mean_i * sum_j + mean_i * mean_j * count
+    variance_i = sum_ii - 2.0 * mean_i * sum_i + mean_i**2 * count
+    variance_j = sum_jj - 2.0 * mean_j * sum_j + mean_j**2 * count
+    # Rounding makes the variances of a flat box negative.
+    product = jax.nn.relu(variance_i) * jax.nn.relu(variance_j)
+    squared = cross**2 / (product + LNCC_EPSILON)
+    if mask is None:
+        return -jnp.mean(squared)
+    valid = jnp.broadcast_to(count >= _LEAST_SHARE * full, squared.shape)
+    boxes = jnp.sum(valid).astype(jnp.float32)
+    if axis is not None:  # the mean over devices is then that of all boxes
+        boxes = jax.lax.pmean(boxes, axis)
+    return -jnp.sum(jnp.where(valid, squared, 0.0)) / jnp.maximum(boxes, 1.0)
+
+
 def mse(warped: Image, target: Image, *, mask: Labels | None = None) -> jax.Array:
     """Returns the mean squared difference.
 
@@ -224,75 +246,6 @@ def mse(warped: Image, target: Image, *, mask: Labels | None = None) -> jax.Arra
     """
     _check_shapes(warped, target, mask)
     return _mean((warped - target) ** 2, mask)
-
-
-def _neighbour(volumes: jax.Array, offset: tuple[int, ...]) -> jax.Array:
-    """Returns ``v -> volumes[v + offset]`` along D H W, edges replicated."""
-    for axis, step in zip((-3, -2, -1), offset, strict=True):
-        if step:
-            # Slices, not a gather: the gradient of a gather is a slow scatter.
-            n = volumes.shape[axis]
-            pad = [(0, 0)] * volumes.ndim
-            pad[axis] = (max(-step, 0), max(step, 0))
-            padded = jnp.pad(volumes, pad, mode="edge")
-            volumes = jax.lax.slice_in_dim(
-                padded, max(step, 0), max(step, 0) + n, axis=axis % volumes.ndim
-            )
-    return volumes
-
-
-def _mind(
-    image: Image, radius: int, dilation: int, axis: str | None = None
-) -> jax.Array:
-    """Returns the descriptor with its channels first, 12 N D H W."""
-    if image.shape[-1] != 1:
-        raise ValueError(f"MIND takes 1 channel, the image has {image.shape[-1]}")
-    volumes = image[..., 0]
-    shifted = {
-        offset: _neighbour(volumes, tuple(dilation * o for o in offset))
-        for pair in _MIND_PAIRS
-        for offset in pair
-    }
-    squares = jnp.stack([(shifted[a] - shifted[b]) ** 2 for a, b in _MIND_PAIRS])
-    distance = _along_axes(
-        squares, [_box_matrix(n, radius) for n in squares.shape[-3:]]
-    )
-    excess = distance - jnp.min(distance, 0)
-    variance = jnp.mean(excess, 0)
-    # One number for the whole batch and volume, constant in the gradient.
-    mean_variance = jax.lax.stop_gradient(jnp.mean(variance))
-    if axis is not None:
-        mean_variance = jax.lax.pmean(mean_variance, axis)
-    low, high = MIND_VARIANCE_RANGE
-    variance = jnp.clip(variance, low * mean_variance, high * mean_variance)
-    variance = jnp.where(mean_variance > _FLAT_MIND_VARIANCE, variance, 1.0)
-    return jnp.exp(-excess / variance)
-
-
-def mind_descriptor(image: Image, *, radius: int = 2, dilation: int = 2) -> Image:
-    """Returns the self-similarity descriptor of an image, N D H W 12, in (0, 1].
-
-    A channel compares two of a voxel's six neighbours: the squared difference of the
-    image shifted to either, averaged over a box. The minimum over channels is taken
-    off, the mean over channels V divides, and ``exp(-.)`` gives the descriptor. V is
-    clamped to 0.001 .. 1000 times its mean over batch and volume, so a batch of two
-    differs slightly from two batches of one, as in the original. A constant image gives
-    ones (the original gives NaN).
-
-    Args:
-      image: N D H W 1.
-      radius: the box has 2 radius + 1 voxels per axis.
-      dilation: distance of the neighbours in voxels.
-
-    Raises:
-      ValueError: the image has more than one channel.
-
-    References:
-      Heinrich et al., Towards realtime multimodal fusion for image-guided
-      interventions using self-similarities, MICCAI 2013; icon_registration 1.1.9,
-      losses.py: MINDSSC.
-    """
-    return jnp.moveaxis(_mind(image, radius, dilation), 0, -1)
 
 
 def mind_ssc(
@@ -310,20 +263,22 @@ def mind_ssc(
       warped: N D H W 1.
       target: N D H W 1.
       mask: N D H W 1; where the difference counts.
-      radius: see `mind_descriptor`.
-      dilation: see `mind_descriptor`.
+      radius: see `filters.mind_descriptor`.
+      dilation: see `filters.mind_descriptor`.
       axis: name of the mapped axis over which the batch is split, if it is.
 
     Raises:
       ValueError: the shapes differ, or there is more than one channel.
 
     References:
-      See `mind_descriptor`.
+      See `filters.mind_descriptor`.
     """
     _check_shapes(warped, target, mask)
-    difference = _mind(warped, radius, dilation, axis) - _mind(
-        target, radius, dilation, axis
-    )
+    descriptors = [
+        filters.mind_channels(image, radius, dilation, axis)
+        for image in (warped, target)
+    ]
+    difference = descriptors[0] - descriptors[1]
     squares = jnp.mean(difference**2, 0)[..., None]  # N D H W 1
     return _mean(squares, mask)
 
@@ -423,6 +378,7 @@ SIMILARITIES: Mapping[str, Callable[..., jax.Array]] = MappingProxyType(
         "mind": mind_ssc,
         "nmi": nmi,
         "ncc": ncc,
+        "box_ncc": box_ncc,
         "mse": mse,
     }
 )

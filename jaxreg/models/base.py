@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
@@ -43,6 +43,7 @@ class Registration(Protocol):
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -56,6 +57,8 @@ class Registration(Protocol):
           moving: N D H W C.
           fixed: N D H W C.
           task: number of each pair's task, for networks that train with it.
+          smoothness: weight of the smoothness term that each pair is scored with, for
+            networks that are conditioned on it.
           train: training mode.
           batching: what the batch is made of: how many calls end to end (what a call
             shares is kept apart, so the result equals separate calls in order), and

@@ -14,7 +14,7 @@ from typing import Literal, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxreg.models import multires
 from jaxreg.models.base import Prediction
@@ -115,6 +115,7 @@ class GradIcon:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -125,6 +126,7 @@ class GradIcon:
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
           task: makes no difference.
+          smoothness: makes no difference.
           train: use batch statistics, and move the running ones once per call.
           batching: see `jaxreg.models.base.Registration.apply`.
 

@@ -1,14 +1,16 @@
 """The kinds of network by name: from a configuration to the network, and back."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxreg.errors import UserError
+from jaxreg.models import rdp, unireg, unireg_rpn
 from jaxreg.models.base import Registration
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import (
@@ -18,21 +20,52 @@ from jaxreg.models.promptreg import (
     resize_bank,
     take_rows,
 )
-from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig, check_shape
+from jaxreg.models.rdp import DIVISOR, Rdp, RdpConfig
+from jaxreg.models.unireg import UniReg, UniRegConfig
+from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
+from jaxreg.nn import dynamic
+from jaxreg.nn.dynamic import SmoothnessRange, Tasks
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Variables
 
-Config = GradIconConfig | RdpConfig | PromptRegConfig
+Config = GradIconConfig | RdpConfig | PromptRegConfig | UniRegConfig | UniRegRpnConfig
 
 _KINDS: Mapping[str, tuple[Any, Any]] = MappingProxyType(
     {
         "gradicon": (GradIconConfig, GradIcon),
         "rdp": (RdpConfig, Rdp),
         "promptreg": (PromptRegConfig, PromptReg),
+        "unireg": (UniRegConfig, UniReg),
+        "unireg_rpn": (UniRegRpnConfig, UniRegRpn),
     }
 )
+_CHECKS: Mapping[str, Callable[[Shape], None]] = MappingProxyType(
+    {
+        "rdp": rdp.check_shape,
+        "promptreg": rdp.check_shape,
+        "unireg": unireg.check_shape,
+        "unireg_rpn": unireg_rpn.check_shape,
+    }
+)
+"""What a network grid must be, for those that cannot take any."""
+_SECTIONS: Mapping[str, Any] = MappingProxyType({"smoothness_range": SmoothnessRange})
+"""Fields of configurations that are configurations."""
 NAMES = tuple(_KINDS)
-_MEANING = ("slope", "temperature", "readout", "static_block")
+_MEANING = (
+    "slope",
+    "temperature",
+    "readout",
+    "static_block",
+    "integrate_steps",
+    "residual",
+    "features",
+    "pool_norm",
+    "downsample",
+    "matching",
+    "window",
+    "backbone_window",
+    "smoothness_range",
+)
 
 
 def name_of(config: Config) -> str:
@@ -55,7 +88,11 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
     Raises:
       UserError: a field is unknown, or its value is refused.
     """
-    known = _KINDS[kind][0]
+    return read_fields(_KINDS[kind][0], fields)
+
+
+def read_fields(known: type[Any], fields: Mapping[str, Any]) -> Any:
+    """Returns a configuration of a class from its fields; see `config_of`."""
     names = [field.name for field in dataclasses.fields(known)]
     unknown = [name for name in fields if name not in names]
     if unknown:
@@ -63,8 +100,16 @@ def config_of(kind: str, fields: Mapping[str, Any]) -> Config:
             f"the network's config has the fields {', '.join(unknown)}, which this "
             f"jaxreg does not know (it knows {', '.join(names)}); install a newer one"
         )
-    frozen = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return known(**frozen)
+    return known(**{name: _frozen(value, name) for name, value in fields.items()})
+
+
+def _frozen(value: Any, name: str = "") -> Any:
+    """Returns nested lists, as JSON has them, as tuples, and sections as they were."""
+    if isinstance(value, Mapping):
+        return _SECTIONS[name](**{key: _frozen(item) for key, item in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(item) for item in value)
+    return value
 
 
 def fitted(
@@ -73,25 +118,120 @@ def fitted(
     shape: Shape,
     fresh: Variables,
     rows: Mapping[int, int],
+    known: int,
 ) -> Variables:
     """Returns weights from elsewhere as a network takes them.
 
-    A bank of prompts is resized to the network grid, and its rows follow their tasks;
-    weights of every other kind, or of other widths, stay as they are.
+    A bank of prompts is resized to the network grid, and its rows follow their tasks.
+    Rows of controllers (UniReg) follow their regions. Weights of every other kind, or
+    of other widths, stay as they are.
 
     Args:
       config: of the network that takes them.
       variables: its own, or of another kind.
       shape: the network grid, D H W.
       fresh: variables of the network, for prompts that are new.
-      rows: of the network's bank to those of `variables`; the rest is new.
+      rows: of the network's bank, or its regions, to those of `variables`; the rest is
+        new.
+      known: how many rows or regions `variables` have.
     """
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return _with_regions(config, variables, fresh, rows, known)
     if not isinstance(config, PromptRegConfig) or not prompts_in(variables):
         return variables
     if bank_of(variables).shape[-1] != bank_of(fresh).shape[-1]:
         return variables
     d, h, w = (n // DIVISOR for n in shape)
     return take_rows(fresh, resize_bank(variables, (d, h, w)), rows)
+
+
+def _with_regions(
+    config: UniRegConfig | UniRegRpnConfig,
+    variables: Variables,
+    fresh: Variables,
+    rows: Mapping[int, int],
+    known: int,
+) -> Variables:
+    # The paper's condition has the regions before the two types, the release after.
+    behind = config.known - config.regions
+    if isinstance(config, UniRegRpnConfig):
+        behind -= len(unireg_rpn.TYPES)
+
+    def taken(path, old):
+        names = [part.key for part in path]
+        if names[-2:] != ["controller", "kernel"]:
+            return old
+        new: Any = fresh["params"]
+        for name in names:
+            new = new.get(name, {})
+        if np.ndim(new) != np.ndim(old) or new.shape[-1] != old.shape[-1]:
+            return old
+        first = new.shape[-2] - behind - config.regions
+        regions = (config.regions, known)
+        return dynamic.take_regions(new, old, rows, first, regions)
+
+    params = jax.tree_util.tree_map_with_path(taken, variables["params"])
+    return {**variables, "params": params}
+
+
+def tells_tasks(config: Config) -> Literal["tasks", "regions"] | None:
+    """Returns what weights of a network must name: prompts' tasks, heads' regions."""
+    if isinstance(config, PromptRegConfig):
+        return "tasks"
+    if isinstance(config, UniRegConfig | UniRegRpnConfig) and config.head == "dynamic":
+        return "regions"
+    return None
+
+
+def names_in(config: Config, variables: Variables) -> int:
+    """Returns how many prompts or regions weights have; 0 if they know no tasks."""
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return config.regions if config.head == "dynamic" else 0
+    return prompts_in(variables)
+
+
+def with_names(config: Config, names: Sequence[str], tasks: Tasks) -> Config:
+    """Returns the configuration for as many prompts or regions as there are names.
+
+    Args:
+      config: of any network; one that knows no tasks stays as it is.
+      names: of the bank's rows or of the regions.
+      tasks: region and type of each task, for networks that are told regions.
+    """
+    if isinstance(config, PromptRegConfig):
+        return dataclasses.replace(config, tasks=len(names))
+    if isinstance(config, UniRegConfig | UniRegRpnConfig):
+        return dataclasses.replace(config, regions=len(names), tasks=tuple(tasks))
+    return config
+
+
+def correlates_sam(config: Config) -> bool:
+    """Whether a network needs a SAM network among its variables."""
+    return isinstance(config, UniRegConfig) and config.features == "sam"
+
+
+def smoothness_range(config: Config) -> SmoothnessRange | None:
+    """Returns the weights of smoothness that a network can be asked for."""
+    if isinstance(config, UniRegConfig | UniRegRpnConfig) and config.head == "dynamic":
+        return config.smoothness_range
+    return None
+
+
+def hounsfield_window(config: Config | None) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that a CT scan's 0 and 1 must be for a network.
+
+    None where any scaling will do that is the same in training and in use.
+    """
+    if isinstance(config, UniRegConfig) and (
+        config.features == "sam" or config.backbone_window is not None
+    ):
+        return config.window
+    return None
+
+
+def reads_ct_alone(config: Config | None) -> bool:
+    """Whether a network takes its images for Hounsfield units."""
+    return isinstance(config, UniRegConfig) and config.backbone_window is not None
 
 
 def prompts_in(variables: Variables) -> int:
@@ -110,10 +250,11 @@ def unlike(config: Config, fields: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       Name to what it was there.
     """
+    said = {name: _frozen(fields[name], name) for name in _MEANING if name in fields}
     return {
         name: fields[name]
-        for name in _MEANING
-        if name in fields and getattr(config, name, fields[name]) != fields[name]
+        for name, value in said.items()
+        if getattr(config, name, value) != value
     }
 
 
@@ -121,10 +262,10 @@ def check_grid(config: Config, shape: Shape) -> None:
     """Checks a network grid.
 
     Raises:
-      UserError: see `rdp.check_shape`, for the networks that it is about.
+      UserError: the network cannot take it, see its module's `check_shape`.
     """
-    if not isinstance(config, GradIconConfig):
-        check_shape(shape)
+    if check := _CHECKS.get(name_of(config)):
+        check(shape)
 
 
 def prompt_mask(params: Any, *, rows: Sequence[int]) -> Any:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxreg.models import rdp
 from jaxreg.models.base import Prediction
@@ -137,6 +137,7 @@ class PromptReg:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -149,6 +150,7 @@ class PromptReg:
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
           task: each pair's row in the bank; for the task similarity alone.
+          smoothness: makes no difference.
           train: makes no difference.
           batching: makes no difference: nothing is shared by a batch.
 

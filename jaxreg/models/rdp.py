@@ -18,13 +18,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
 from jaxreg.nn import conv
 from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
-from jaxreg.space import fields, sampling
+from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -153,7 +153,7 @@ class RdpNetwork(nn.Module):
             )
             refine = ConvBlock(inputs, width, slope, form, name=f"refine_{level}")
             decoded = up(x)
-            field = _double(fields.compose_voxels(field, step))
+            field = fields.refine_voxels(fields.compose_voxels(field, step))
             f, m = fixed_features[level - 1], moving_features[level - 1]
             for index in range(_PASSES[level]):
                 if index:
@@ -162,16 +162,6 @@ class RdpNetwork(nn.Module):
                 x = join((f, fields.warp_voxels(m, field), decoded))
                 step = fields.integrate(head(x), _SQUARINGS)
         return fields.compose_voxels(field, step), aux
-
-
-def _double(field: jax.Array) -> jax.Array:
-    """A field in voxels on a grid of twice the size.
-
-    The exact factor between grids with aligned corners is (2n - 1) / (n - 1); released
-    weights were trained with 2.
-    """
-    d, h, w = field.shape[1:4]
-    return sampling.resize_aligned(2.0 * field, (2 * d, 2 * h, 2 * w))
 
 
 def check_shape(shape: Shape) -> None:
@@ -221,6 +211,7 @@ class Rdp:
         fixed: Image,
         *,
         task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
         train: bool = False,
         batching: Batching = ONE_CALL,
     ) -> tuple[Prediction, Variables]:
@@ -231,6 +222,7 @@ class Rdp:
           moving: N D H W C, [0, 1].
           fixed: N D H W C, [0, 1].
           task: makes no difference.
+          smoothness: makes no difference.
           train: makes no difference.
           batching: makes no difference: nothing is shared by a batch.
 

@@ -19,6 +19,7 @@ concatenation along channels, which is never built.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import jax
@@ -31,7 +32,7 @@ Form = Literal["auto", "native", "slab"]
 Parts = tuple[jax.Array, ...]
 
 _ROWS = 2048  # rows of a slab's matrix product: enough to amortise reading the kernel
-_THIN = 8  # channels below which 27 copies cost less than two sets of copies
+_THIN = 5  # channels below which a tap is a whole row of a kernel, see `_taps_along_w`
 
 
 # --- the primitive: stride 1, no padding ---------------------------------------------
@@ -75,10 +76,14 @@ def _columns(slab: jax.Array, kernel_shape, *, along_w: bool = True) -> list[jax
     ]
 
 
-def _stack_slabs(y: jax.Array, depth: int) -> jax.Array:
-    """Slabs N T ... stacked along a leading axis to N D ..., cut to `depth`."""
-    y = jnp.moveaxis(y, 0, 1)  # N slabs planes ...
-    return y.reshape((y.shape[0], -1) + y.shape[3:])[:, :depth]
+def _taps_along_w(x: jax.Array, taps: int) -> jax.Array:
+    """The neighbours along W as channels, N D H W-taps+1 taps*I.
+
+    A thin input's taps are single numbers: hundreds of them for a wide kernel, which
+    takes XLA seconds to compile and long to gather; a row of them is one tap.
+    """
+    width = x.shape[3] - taps + 1
+    return jnp.concatenate([x[:, :, :, c : c + width] for c in range(taps)], -1)
 
 
 def _slab(xs: Parts, ws: Parts) -> jax.Array:
@@ -86,29 +91,39 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
     kd, kh, kw = ws[0].shape[:3]
     out = ws[0].shape[-1]
     planes, slabs, depth = _planes(xs, kd)
-    xs = tuple(_pad_end(x, planes * slabs - depth) for x in xs)
-    width = xs[0].shape[3] - kw + 1
+    n, _, height, width, _ = xs[0].shape
+    height, width = height - kh + 1, width - kw + 1
     # Taps along two axes gathered, those along the third added after the product:
     # 9 copies of the inputs and 3 of the outputs instead of 27 of the inputs.
-    after = out < 3 * sum(x.shape[-1] for x in xs)
+    channels = sum(x.shape[-1] for x in xs)
+    after = out < 3 * channels
+    if not after and kw > 1 and channels < _THIN:
+        wide = tuple(_taps_along_w(x, kw) for x in xs)
+        return _slab(wide, tuple(w.reshape(kd, kh, 1, -1, out) for w in ws))
     if after:
         # rows (kd kh I), columns (kw O)
         ws = tuple(jnp.moveaxis(w, 2, 3).reshape(-1, kw * out) for w in ws)
     matrix = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in ws])
 
-    def one(first):
+    def one(y, index):
+        # The last slab ends with the volume, and so overlaps the one before.
+        first = jnp.minimum(index * planes, depth - planes)
         taps = []
         for x in xs:
             slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
             taps += _columns(slab, (kd, kh, kw), along_w=not after)
-        y = jnp.concatenate(taps, -1) @ matrix
-        if not after:
-            return y
-        return sum(
-            y[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
-        )
+        rows = jnp.concatenate(taps, -1) @ matrix
+        if after:
+            rows = sum(
+                rows[:, :, :, c : c + width, c * out : (c + 1) * out] for c in range(kw)
+            )
+        return lax.dynamic_update_slice_in_dim(y, rows, first, axis=1), None
 
-    return _stack_slabs(lax.map(one, jnp.arange(slabs) * planes), depth)
+    # Anything, for all of it is written. Zeros would not depend on the input, and XLA
+    # would allocate those of many layers at once, long before they are needed.
+    anything = sum(x[(0, *(m // 2 for m in x.shape[1:4]), 0)] for x in xs)
+    y = jnp.broadcast_to(anything, (n, depth, height, width, out))
+    return lax.scan(one, y, jnp.arange(slabs))[0]
 
 
 def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
@@ -121,28 +136,27 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
         margin = ((0, 0), (kd - 1,) * 2, (kh - 1,) * 2, (kw - 1,) * 2, (0, 0))
         swapped = _kernel_gradient(jnp.pad(dy, margin), x, (kd, kh, kw, o, i))
         return jnp.swapaxes(jnp.flip(swapped, (0, 1, 2)), 3, 4)
+    if kw > 1 and i < _THIN:
+        wide = _taps_along_w(x, kw)
+        return _kernel_gradient(wide, dy, (kd, kh, 1, kw * i, o)).reshape(kernel_shape)
     x, dy = _pad_end(x, extra), _pad_end(dy, extra)
-    # As in `_slab`: 9 copies of x and 3 of dy, unless the copies of x are thin anyway.
-    shifts = kw if i >= _THIN else 1
 
     def add(total, first):
+        # As in `_slab`: 9 copies of x and 3 of dy.
         slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
-        columns = _columns(slab, (kd, kh, kw), along_w=shifts == 1)
+        columns = _columns(slab, (kd, kh, kw), along_w=False)
         rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
-        if shifts > 1:
-            rows = jnp.concatenate(
-                [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
-            )
+        rows = jnp.concatenate(
+            [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
+        )
         columns = jnp.concatenate(columns, -1)
         product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(
             -1, rows.shape[-1]
         )
         return total + product, None
 
-    zero = jnp.zeros((kd * kh * kw // shifts * i, shifts * o), dy.dtype)
+    zero = jnp.zeros((kd * kh * i, kw * o), dy.dtype)
     total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
-    if shifts == 1:
-        return total.reshape(kernel_shape)
     return jnp.moveaxis(total.reshape(kd, kh, i, kw, o), 3, 2)
 
 
@@ -282,6 +296,64 @@ def conv3_stride2(
     return y + bias
 
 
+def strided(
+    x: Image,
+    kernel: jax.Array,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    form: Form = "auto",
+) -> Image:
+    """Convolution with a stride of 1 or 2 per axis, zero padding and no bias.
+
+    N D' H' W' O with ``D' = (D + 2 padding - kD) // stride + 1``, as
+    ``torch.nn.Conv3d``. Along a strided axis pairs of voxels become channels, as in
+    `conv3_stride2`; a kernel of one voxel reads every other one instead.
+
+    Args:
+      x: N D H W I.
+      kernel: kD kH kW I O.
+      stride: per axis, 1 or 2.
+      padding: voxels of zeros on either side, per axis.
+      form: see the module's docstring.
+
+    Raises:
+      ValueError: a stride is neither 1 nor 2, or the padded input is smaller than the
+        kernel.
+    """
+    for axis, (s, margin) in enumerate(zip(stride, padding, strict=True)):
+        n, k = x.shape[axis + 1], kernel.shape[axis]
+        if s not in (1, 2) or n + 2 * margin < k:
+            raise ValueError(
+                f"axis {axis} has {n} voxels, padding {margin}, kernel {k} and stride "
+                f"{s}; expected a stride of 1 or 2 and at least the kernel's size"
+            )
+        out = (n + 2 * margin - k) // s + 1
+        # What the last window does not reach is cut off.
+        behind = s * (out + -(-k // s) - 1) - n - margin
+        widths = [(0, 0, 0)] * 5
+        widths[axis + 1] = (margin, behind, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        if s == 2:
+            x, kernel = _fold_axis(x, kernel, axis)
+    return cast(jax.Array, _valid((x,), (kernel,), form))
+
+
+def _fold_axis(x: jax.Array, kernel: jax.Array, axis: int):
+    """Moves pairs of voxels along an axis into channels, in image and kernel."""
+    if kernel.shape[axis] == 1:
+        return lax.slice_in_dim(x, 0, None, 2, axis=axis + 1), kernel
+
+    def pairs(a, axis, channels):
+        shape = [*a.shape[:axis], a.shape[axis] // 2, 2, *a.shape[axis + 1 :]]
+        a = jnp.moveaxis(a.reshape(shape), axis + 1, channels)
+        return a.reshape(*a.shape[:channels], -1, *a.shape[channels + 2 :])
+
+    odd = [(0, 0)] * 5
+    odd[axis] = (0, kernel.shape[axis] % 2)
+    return pairs(x, axis + 1, 4), pairs(jnp.pad(kernel, odd), axis, 3)
+
+
 def conv4_transpose2(
     x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
 ) -> Image:
@@ -315,8 +387,36 @@ def average_pool2(x: Image) -> Image:
     as repeating the last one.
     """
     x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
+    return average_pool(x, (2, 2, 2))
+
+
+def average_pool(x: Image, sizes: tuple[int, int, int]) -> Image:
+    """Averages blocks of voxels that tile the volume: N D/a H/b W/c C.
+
+    Args:
+      x: N D H W C.
+      sizes: a, b and c; divisors of D, H and W.
+    """
+    return _blocks(x, sizes).mean((2, 4, 6))
+
+
+def max_pool2(x: Image) -> Image:
+    """2x2x2 maximum pooling, stride 2, of even sizes: N D/2 H/2 W/2 C."""
+    return _blocks(x, (2, 2, 2)).max((2, 4, 6))
+
+
+def _blocks(x: jax.Array, sizes: tuple[int, int, int]) -> jax.Array:
+    """N D H W C to N D/a a H/b b W/c c C."""
+    n, *spatial, c = x.shape
+    pairs = [(m // size, size) for m, size in zip(spatial, sizes, strict=True)]
+    return x.reshape(n, *(k for pair in pairs for k in pair), c)
+
+
+def repeat2(x: Image) -> Image:
+    """Nearest doubling, each voxel a block of eight: N 2D 2H 2W C."""
     n, d, h, w, c = x.shape
-    return x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c).mean((2, 4, 6))
+    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (n, d, 2, h, 2, w, 2, c))
+    return x.reshape(n, 2 * d, 2 * h, 2 * w, c)
 
 
 def upsample2(x: Image) -> Image:

@@ -52,6 +52,51 @@ def normal(deviation: float) -> Callable:
     return host_initializer(lambda g, shape: g.normal(0.0, deviation, shape))
 
 
+def kaiming_bound(fan_in: int, slope: float) -> float:
+    """Returns the bound of a uniform start that keeps the scale through a leaky ReLU.
+
+    References:
+      He et al., Delving deep into rectifiers, ICCV 2015.
+    """
+    return math.sqrt(6.0 / ((1.0 + slope**2) * fan_in))
+
+
+def kaiming_uniform(fan_in: int, slope: float) -> Callable:
+    """Uniform in the bound of `kaiming_bound`."""
+    bound = kaiming_bound(fan_in, slope)
+    return host_initializer(lambda g, shape: g.uniform(-bound, bound, shape))
+
+
+def kaiming_normal(gain: float = math.sqrt(2.0)) -> Callable:
+    """Normal with deviation gain / sqrt(fan out), for kernels kD kH kW I O.
+
+    References:
+      He et al., Delving deep into rectifiers, ICCV 2015.
+    """
+
+    def draw(generator, shape):
+        fan_out = math.prod(shape[:3]) * shape[4]
+        return generator.normal(0.0, gain / math.sqrt(fan_out), shape)
+
+    return host_initializer(draw)
+
+
+def xavier_uniform() -> Callable:
+    """Uniform in +-sqrt(6 / (fan in + fan out)), for kernels kD kH kW I O.
+
+    References:
+      Glorot and Bengio, Understanding the difficulty of training deep feedforward
+      neural networks, AISTATS 2010.
+    """
+
+    def draw(generator, shape):
+        fans = math.prod(shape[:3]) * (shape[3] + shape[4])
+        bound = math.sqrt(6.0 / fans)
+        return generator.uniform(-bound, bound, shape)
+
+    return host_initializer(draw)
+
+
 class Convolution(nn.Module):
     """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
 
@@ -88,6 +133,52 @@ class Convolution(nn.Module):
             return self.function(x, kernel, bias, form=self.form)
 
         return apply(x, kernel, bias)
+
+
+class StridedConvolution(nn.Module):
+    """Kernel, and bias if there is one, of `jaxreg.nn.conv.strided`.
+
+    Attributes:
+      outputs: channels.
+      size: of the kernel, kD kH kW, odd.
+      stride: per axis, 1 or 2.
+      padding: voxels of zeros on either side, per axis; half the kernel if None.
+      biased: whether there is a bias; it starts at zero.
+      kernel_init: of the kernel.
+      form: see `jaxreg.nn.conv`.
+    """
+
+    outputs: int
+    size: tuple[int, int, int]
+    stride: tuple[int, int, int] = (1, 1, 1)
+    padding: tuple[int, int, int] | None = None
+    biased: bool = False
+    kernel_init: Callable = kaiming_normal()
+    form: conv.Form = "auto"
+
+    @nn.compact
+    def __call__(self, x: Image) -> Image:
+        """Applies the layer to N D H W I."""
+        shape = (*self.size, x.shape[-1], self.outputs)
+        kernel = self.param("kernel", self.kernel_init, shape)
+
+        # The backward pass pads and folds once more instead of keeping both.
+        @jax.checkpoint
+        def apply(x, kernel):
+            padding = self.padding or [k // 2 for k in self.size]
+            return conv.strided(
+                x,
+                kernel.astype(x.dtype),
+                stride=self.stride,
+                padding=padding,
+                form=self.form,
+            )
+
+        y = apply(x, kernel)
+        if not self.biased:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
+        return y + bias.astype(y.dtype)
 
 
 @functools.partial(jax.checkpoint, static_argnums=1)  # keeps the input, nothing else

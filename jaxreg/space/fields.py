@@ -12,6 +12,14 @@ import jax.numpy as jnp
 from jaxreg.space import sampling
 from jaxreg.typing import Field, Image, Points
 
+Differences = Literal["backward", "forward", "central"]
+_CELLS = {
+    "backward": (slice(1, None), slice(None, -1), slice(1, None)),
+    "forward": (slice(None, -1), slice(None, -1), slice(1, None)),
+    "central": (slice(1, -1), slice(None, -2), slice(2, None)),
+}
+"""Where the determinant is taken, and the ends of a difference, along an axis."""
+
 
 def evaluate(field: Field, points: Points, *, outside: sampling.Outside = "edge"):
     """Returns ``points + field(points)``, N ... 3 in unit coordinates."""
@@ -66,24 +74,45 @@ def _voxels(field: jax.Array) -> jax.Array:
     return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1) + field
 
 
-def warp_voxels(image: Image, displacement: jax.Array) -> Image:
-    """Returns ``image[x + u(x)]``, N D H W C, zero beyond the last voxel.
+def warp_voxels(
+    image: Image, displacement: jax.Array, *, outside: sampling.Outside = "zeros"
+) -> Image:
+    """Returns ``image[x + u(x)]``, N D H W C.
 
     Args:
       image: N D H W C.
       displacement: N D H W 3, voxels of the same grid.
+      outside: see `sampling.Outside`.
     """
-    return sampling.sample_voxels(image, _voxels(displacement), outside="zeros")
+    return sampling.sample_voxels(image, _voxels(displacement), outside=outside)
 
 
-def compose_voxels(outer: jax.Array, inner: jax.Array) -> jax.Array:
-    """Returns the displacement of ``x -> outer(inner(x))``, in voxels, zero outside.
+def compose_voxels(
+    outer: jax.Array, inner: jax.Array, *, outside: sampling.Outside = "zeros"
+) -> jax.Array:
+    """Returns the displacement of ``x -> outer(inner(x))``, in voxels.
 
     Args:
       outer: N D H W 3, voxels of its grid.
       inner: N D H W 3, on the same grid.
+      outside: what `outer` is beyond its grid, see `sampling.Outside`.
     """
-    return inner + warp_voxels(outer, inner)
+    return inner + warp_voxels(outer, inner, outside=outside)
+
+
+def refine_voxels(displacement: jax.Array, factor: int = 2) -> jax.Array:
+    """Returns a displacement in voxels on a grid of `factor` times the size.
+
+    The exact ratio of two grids with aligned corners is (f n - 1) / (n - 1); released
+    pyramids were trained with f.
+
+    Args:
+      displacement: N D H W 3, voxels of its grid.
+      factor: f.
+    """
+    d, h, w = displacement.shape[1:4]
+    shape = (factor * d, factor * h, factor * w)
+    return sampling.resize_aligned(factor * displacement, shape)
 
 
 def integrate(velocity: jax.Array, squarings: int = 7) -> jax.Array:
@@ -156,22 +185,31 @@ def invert(
     return best, residual
 
 
-def jacobian_determinant(points: Points, *, spacing=None) -> jax.Array:
-    """Returns the determinant per cell of a map given on a grid, N D-1 H-1 W-1.
+def jacobian_determinant(
+    points: Points, *, spacing=None, differences: Differences = "backward"
+) -> jax.Array:
+    """Returns the determinant per cell of a map given on a grid, N D' H' W'.
 
     Backward differences along the three axes at ``[1:, 1:, 1:]``, as the original
-    counts folded voxels. With ``spacing`` None the map is taken in units of the unit
-    cube's own grid: the identity has determinant 1.
+    counts folded voxels, or others. With ``spacing`` None the map is taken in units of
+    the unit cube's own grid: the identity has determinant 1.
 
     Args:
       points: N D H W 3, unit coordinates of the mapped voxels.
       spacing: distance of neighbouring voxels per axis; ``1 / (n - 1)`` if None.
+      differences: "backward"; "forward", at ``[:-1, :-1, :-1]``; or "central", at
+        ``[1:-1, 1:-1, 1:-1]``.
     """
-    n, d, h, w, _ = points.shape
     if spacing is None:
-        spacing = (1.0 / max(d - 1, 1), 1.0 / max(h - 1, 1), 1.0 / max(w - 1, 1))
-    here = points[:, 1:, 1:, 1:]
-    a = (here - points[:, :-1, 1:, 1:]) / spacing[0]
-    b = (here - points[:, 1:, :-1, 1:]) / spacing[1]
-    c = (here - points[:, 1:, 1:, :-1]) / spacing[2]
-    return jnp.sum(jnp.cross(a, b) * c, axis=-1)
+        spacing = [1.0 / max(n - 1, 1) for n in points.shape[1:4]]
+    here, low, high = _CELLS[differences]
+    reach = 2 if differences == "central" else 1
+
+    def difference(axis):
+        ends = [
+            points[:, *(end if i == axis else here for i in range(3))]
+            for end in (high, low)
+        ]
+        return (ends[0] - ends[1]) / (reach * spacing[axis])
+
+    return jnp.sum(jnp.cross(difference(0), difference(1)) * difference(2), axis=-1)

@@ -77,6 +77,14 @@ class Grid:
         ratio = unit_scale(self.shape) / unit_scale(shape)
         return Grid(shape, self.affine_mm @ np.diag([*ratio, 1.0]))
 
+    def centred(self, shape: Shape, spacing_mm: float) -> "Grid":
+        """Returns a grid of isotropic voxels with this one's directions and centre."""
+        ratio = spacing_mm / self.spacing_mm
+        matrix = np.diag([*ratio, 1.0])
+        middle, there = ((np.asarray(s) - 1) / 2 for s in (self.shape, shape))
+        matrix[:3, 3] = middle - ratio * there
+        return Grid(shape, self.affine_mm @ matrix)
+
     def transposed(self) -> "Grid":
         """Returns the grid of the array with its axes in reverse order."""
         return Grid(self.shape[::-1], self.affine_mm[:, [2, 1, 0, 3]])

@@ -40,7 +40,7 @@ class LoopConfig:
       keep_latest: checkpoints kept for resuming.
       keep_best: checkpoints kept for their validation score.
       metric: of validation, by which a checkpoint is best: "dice" (larger is better) or
-        "loss"; "auto" takes Dice where there are labels.
+        "loss"; "auto" takes Dice where there are labels, "last" the last checkpoint.
     """
 
     log_every: int = 10
@@ -64,9 +64,9 @@ class LoopConfig:
                 raise UserError(
                     f"loop.{name} is {getattr(self, name)}, expected at least {least}"
                 )
-        if self.metric not in ("auto", "dice", "loss"):
+        if self.metric not in ("auto", "dice", "loss", "last"):
             raise UserError(
-                f'loop.metric is "{self.metric}", expected auto, dice or loss'
+                f'loop.metric is "{self.metric}", expected auto, dice, loss or last'
             )
 
 

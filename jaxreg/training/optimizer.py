@@ -25,7 +25,8 @@ class OptimizerConfig:
       learning_rate: peak.
       schedule: "constant", "cosine" (to `final` times the peak) or "polynomial"
         (``(1 - t)^power``, to the same).
-      warm_up: steps of linear growth from 0; they count among the total.
+      warm_up: steps of linear growth; they count among the total.
+      warm_up_from: the first learning rate as a fraction of the peak.
       final: last learning rate as a fraction of the peak.
       power: of the polynomial schedule, 0 or more.
       decay_every: "step", or "epoch": the rate after warm-up stays what it is at the
@@ -41,6 +42,7 @@ class OptimizerConfig:
     learning_rate: float = 5e-5
     schedule: Literal["constant", "cosine", "polynomial"] = "constant"
     warm_up: int = 0
+    warm_up_from: float = 0.0
     final: float = 0.0
     power: float = 0.9
     decay_every: Literal["step", "epoch"] = "step"
@@ -73,7 +75,8 @@ class OptimizerConfig:
                 "number"
             )
         for field in (
-            "warm_up", "final", "power", "weight_decay", "clip", "momentum"
+            "warm_up", "warm_up_from", "final", "power", "weight_decay", "clip",
+            "momentum",
         ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise UserError(
@@ -153,7 +156,8 @@ def make_schedule(
         decay = _by_epochs(decay, config.warm_up, per_epoch)
     if not config.warm_up:
         return decay
-    growth = optax.linear_schedule(0.0, config.learning_rate, config.warm_up)
+    first = config.warm_up_from * config.learning_rate
+    growth = optax.linear_schedule(first, config.learning_rate, config.warm_up)
     return optax.join_schedules([growth, decay], [config.warm_up])
 
 

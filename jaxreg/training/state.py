@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxreg.typing import Key, Variables
+
+FROZEN = ("sam",)
+"""Collections of variables that training never changes, averages or stores."""
 
 
 @functools.partial(
@@ -22,9 +27,10 @@ class TrainState:
 
     Attributes:
       step: number of steps done, int32 scalar.
-      variables: {"params", "batch_stats"} of the model.
+      variables: {"params", "batch_stats"} of the model, and what is `FROZEN`.
       opt_state: of the optimizer.
-      ema: moving average of the variables, batch statistics included, or None.
+      ema: moving average of the variables, batch statistics included and what is
+        `FROZEN` left out, or None.
       key: the root key; step i draws from ``fold_in(key, i)``.
     """
 
@@ -47,24 +53,46 @@ def start(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
         opt_state=optimizer.init(variables["params"]),
-        ema=jax.tree.map(jnp.array, variables) if ema else None,
+        ema=jax.tree.map(jnp.array, changing(variables)) if ema else None,
         key=key,
     )
 
 
+def changing(variables: Variables) -> dict[str, Any]:
+    """Returns the variables that training changes."""
+    return {name: tree for name, tree in variables.items() if name not in FROZEN}
+
+
+def frozen(variables: Variables) -> dict[str, Any]:
+    """Returns the variables that training leaves as they are."""
+    return {name: tree for name, tree in variables.items() if name in FROZEN}
+
+
 def to_tree(state: TrainState) -> dict[str, Any]:
-    """Returns the state as arrays that a checkpoint can hold; see `from_tree`."""
+    """Returns the state as arrays that a checkpoint can hold, without what is frozen.
+
+    See `from_tree`.
+    """
     tree = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
     tree["key"] = jax.random.key_data(state.key)
+    tree["variables"] = changing(state.variables)
     return {name: value for name, value in tree.items() if value is not None}
 
 
-def from_tree(tree: dict[str, Any]) -> TrainState:
-    """Returns the state that `to_tree` took apart."""
+def from_tree(
+    tree: dict[str, Any], held: Mapping[str, Any] = MappingProxyType({})
+) -> TrainState:
+    """Returns the state that `to_tree` took apart.
+
+    Args:
+      tree: of a checkpoint.
+      held: what was frozen, see `frozen`.
+    """
     key = jax.random.wrap_key_data(jnp.asarray(tree["key"]))
-    return TrainState(**{"ema": None, **tree, "key": key})
+    variables = {**tree["variables"], **held}
+    return TrainState(**{"ema": None, **tree, "key": key, "variables": variables})
 
 
 def averaged(state: TrainState) -> Variables:
     """Returns the variables to use and to score: the moving average if there is one."""
-    return state.variables if state.ema is None else state.ema
+    return state.variables if state.ema is None else {**state.variables, **state.ema}

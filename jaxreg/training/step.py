@@ -10,7 +10,7 @@ import optax
 
 from jaxreg.models.base import Registration
 from jaxreg.space.transform import Transform
-from jaxreg.training.state import TrainState
+from jaxreg.training.state import TrainState, changing
 from jaxreg.typing import Batching, Key, Pair, Points, Variables
 
 Parts = dict[str, jax.Array]
@@ -87,9 +87,15 @@ def predict(
         variables,
         moving,
         fixed,
-        **({} if pair.task is None else {"task": jnp.tile(pair.task, calls)}),
+        **_told(pair, calls),
         train=train,
-        batching=Batching(calls=calls, replicas=replicas, axis=axis, span=span),
+        batching=Batching(
+            calls=calls,
+            replicas=replicas,
+            mirrored=calls == 2,
+            axis=axis,
+            span=span,
+        ),
     )
     count = len(pair.moving)
 
@@ -101,6 +107,14 @@ def predict(
     aux = {name: per_pair(value) for name, value in found.aux.items()}
     forward, *backward = found.transform.split(calls)
     return Maps(forward, backward[0] if backward else None, aux), variables
+
+
+def _told(pair: Pair, calls: int) -> dict[str, jax.Array]:
+    """Returns what a network is told of each pair besides the images."""
+    given = {"task": pair.task, "smoothness": pair.smoothness}
+    return {
+        n: jnp.tile(value, calls) for n, value in given.items() if value is not None
+    }
 
 
 def evaluate(
@@ -221,7 +235,24 @@ def make_train_step(
       prepare: device side of the data: arrays of a batch and a key to a Pair.
       config: see `StepConfig`.
     """
-    parts_of = _accumulated(model, objective, prepare, config)
+    return guarded_step(
+        _accumulated(model, objective, prepare, config), optimizer, config.ema
+    )
+
+
+def guarded_step(
+    parts_of: Callable[[Variables, Batch, Key], tuple[Any, Parts, Variables]],
+    optimizer: optax.GradientTransformation,
+    ema: float = 0.0,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Parts]]:
+    """Returns ``step(state, batch) -> (state, parts)``; see `make_train_step`.
+
+    Args:
+      parts_of: ``f(variables, batch, key) -> (gradient, parts, variables after it)``,
+        of the global batch; "loss" is among the parts.
+      optimizer: applied to the gradient.
+      ema: see `StepConfig`.
+    """
 
     def step(state, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -229,23 +260,22 @@ def make_train_step(
         params = state.variables["params"]
         updates, opt_state = optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
-        variables = {**after, "params": params}
-        ema = state.ema
-        if ema is not None:
-            ema = _averaged(ema, variables, config.ema)
+        variables = {**state.variables, **changing(after), "params": params}
+        average = state.ema
+        if average is not None:
+            average = _averaged(average, changing(variables), ema)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         new = TrainState(
             step=state.step,
             variables=variables,
             opt_state=opt_state,
-            ema=ema,
+            ema=average,
             key=state.key,
         )
+        # What came back as it was needs no choice.
         kept = jax.tree.map(
-            lambda a, b: jnp.where(finite, a, b),
-            new,
-            state,
+            lambda a, b: b if a is b else jnp.where(finite, a, b), new, state
         )
         kept = dataclasses.replace(kept, step=state.step + 1)
         return kept, {**parts, "gradient_norm": norm, "finite": finite}

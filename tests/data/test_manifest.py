@@ -991,3 +991,25 @@ def test_landmarks_of_a_subject_correspond(tmp_path):
     found = check(with_points(tmp_path, ["1,2,3\n4,5,6\n", "1,2,3\n"]))
     assert kinds(found) == [("landmarks", "error")]
     assert "1 and 2 points" in found[0].sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "unpaired"),
+    [
+        ("m.csv", "image,dataset\na.nii,x\nb.nii,y\n", {"x", "y"}),
+        ("m.csv", "image,dataset,pairing\na.nii,x,\nb.nii,y,inter\n", {"x"}),
+        ("m.json", '{"data": [{"image": "a.nii"}]}', {"m"}),
+        ("m.json", '{"data": [{"image": "a.nii", "pairing": "intra"}]}', set()),
+        ("m.json", '{"name": "L", "training": ["a.nii"]}', {"L"}),
+        ("m.json", '{"name": "L", "training": ["a.nii"], "pairings": "paired"}', set()),
+    ],
+)
+def test_a_manifest_knows_where_it_says_no_pairing(tmp_path, name, text, unpaired):
+    path = tmp_path / name
+    path.write_text(text)
+    found = read_manifest(path)
+    assert found.unpaired == unpaired
+    again = tmp_path / "again.csv"
+    lib.write_manifest(again, found)
+    assert read_manifest(again).unpaired == unpaired
+    assert read_manifest(again).records == found.records

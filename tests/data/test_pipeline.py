@@ -175,6 +175,24 @@ def test_arrays_equal_those_of_preprocess(scans):
         np.testing.assert_array_equal(batch["fixed_mask"][row - 1], expected)
 
 
+def test_a_task_may_have_its_own_intensity_ranges(scans, tmp_path):
+    """Also where two tasks share the scans, and a cache."""
+    tasks = (
+        Task("brains"),
+        Task("brains", ct_window=(-10.0, 300.0), quantile_range=(0.2, 0.8)),
+    )
+    for cached in (None, tmp_path / "cache"):
+        loading = Loading(shape=SHAPE, cache_dir=cached)
+        batch = first(PairSource(scans, InTurn(tasks=tasks)), loading, batch_size=4)
+        for row, record in enumerate(scans):
+            rule = loading.rule(record.modality, tasks[row % 2])
+            image = volumes.read_volume(record.image)
+            expected = preprocess.network_image(image, SHAPE, rule)[0]
+            np.testing.assert_allclose(batch["moving"][row], expected, atol=1e-6)
+        assert loading.rule("mri", tasks[1]).quantile_range == (0.2, 0.8)
+        assert loading.rule("ct", tasks[1]).ct_window == (-10.0, 300.0)
+
+
 def test_masked_inputs_equal_those_of_preprocess(scans):
     loading = Loading(shape=SHAPE, mask_inputs=True, quantile_range=(0.1, 0.9))
     batch = first(source(scans), loading, batch_size=4)

@@ -115,6 +115,20 @@ def test_quantile_is_the_kth_value(q, expected):
     assert preprocess.quantile(values, q) == expected
 
 
+def test_quantiles_of_the_foreground_are_of_voxels_above_0():
+    values = np.r_[np.zeros(900), np.arange(1, 101)].reshape(10, 10, 10)
+    rule = Preprocessing("mri", quantile_range=(0.1, 0.9), foreground=True)
+    expected = (values.clip(10, 90) - 10) / 80
+    np.testing.assert_allclose(preprocess.normalise(values, rule), expected, rtol=1e-6)
+    assert Preprocessing.from_dict(rule.to_dict()) == rule
+    # Of nothing above 0 it is all voxels.
+    below = np.arange(1000.0).reshape(10, 10, 10) - 2000
+    np.testing.assert_array_equal(
+        preprocess.normalise(below, rule),
+        preprocess.normalise(below, quantiles((0.1, 0.9))),
+    )
+
+
 def test_quantile_counts_the_background():
     assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.98) == 0
     assert preprocess.quantile(np.r_[np.zeros(98), 5.0, 9.0], 0.99) == 5
@@ -295,7 +309,9 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
     rng = np.random.default_rng(5)
     array = rng.uniform(size=(5, 7, 6)).astype("f4")
     shape = (9, 4, 6)
-    found = preprocess.Placement("aligned").image(array, shape)
+    found = preprocess.Placement("aligned").image(
+        array, Grid(array.shape, np.eye(4)), shape
+    )
     at = [np.linspace(0, n - 1, m) for n, m in zip(array.shape, shape, strict=True)]
     at = np.stack(np.meshgrid(*at, indexing="ij"))
     expected = ndimage.map_coordinates(array.astype(np.float64), at, order=1)
@@ -305,14 +321,16 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
 def test_aligned_labels_are_the_nearest_voxels():
     labels = np.arange(4 * 5 * 3).reshape(4, 5, 3)
     shape = (7, 5, 2)
-    found = preprocess.Placement("aligned").labels(labels, shape)
+    found = preprocess.Placement("aligned").labels(
+        labels, Grid(labels.shape, np.eye(4)), shape
+    )
     at = [np.linspace(0, n - 1, m) for n, m in zip(labels.shape, shape, strict=True)]
     index = [np.floor(a + 0.5).astype(int) for a in at]
     np.testing.assert_array_equal(found, labels[np.ix_(*index)])
 
 
-@pytest.mark.parametrize("resize", ["half_pixel", "aligned"])
-@pytest.mark.parametrize("axes", ["kji", "ijk"])
+@pytest.mark.parametrize("resize", ["half_pixel", "aligned", "pad_crop"])
+@pytest.mark.parametrize("axes", ["kji", "ijk", "spl"])
 def test_network_voxels_lie_where_they_were_read(resize, axes):
     # An image whose intensity is a world coordinate keeps it on every grid.
     affine = np.eye(4)
@@ -321,10 +339,10 @@ def test_network_voxels_lie_where_they_were_read(resize, axes):
     grid = Grid((9, 11, 8), affine)
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
     world = index @ affine[:3, :3].T + affine[:3, 3]
-    placement = preprocess.Placement(resize, axes)
+    placement = preprocess.Placement(resize, axes, spacing_mm=0.9)
     volume = placement.turned(Volume(world[..., 0].astype("f4"), grid))
     shape = (6, 5, 7)
-    found = placement.image(volume.array, shape)
+    found = placement.image(volume.array, volume.grid, shape)
     network = placement.grid(volume.grid, shape)
     index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
     expected = (index @ network.affine_mm[:3, :3].T + network.affine_mm[:3, 3])[..., 0]
@@ -332,12 +350,80 @@ def test_network_voxels_lie_where_they_were_read(resize, axes):
     np.testing.assert_allclose(found[inside], expected[inside], atol=1e-4)
     if resize == "aligned":
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    assert volume.array.shape == (grid.shape[::-1] if axes == "ijk" else grid.shape)
+    if resize == "pad_crop":
+        np.testing.assert_allclose(network.spacing_mm, 0.9)
+        centres = [
+            g.affine_mm @ [*((np.array(g.shape) - 1) / 2), 1] for g in (network, grid)
+        ]
+        np.testing.assert_allclose(*centres)
+    # The array axes lie along z, y and x in this order.
+    turned = {"kji": grid.shape, "ijk": grid.shape[::-1], "spl": grid.shape}
+    assert volume.array.shape == turned[axes]
+    if axes == "spl":
+        directions = np.array([volume.grid.affine_mm[2 - i, i] for i in range(3)])
+        assert np.all(np.sign(directions) == [1, -1, -1])
 
 
-@pytest.mark.parametrize("resize", ["half_pixel", "aligned"])
-@pytest.mark.parametrize("axes", ["kji", "ijk"])
+def test_scans_are_padded_with_air_and_labels_with_background():
+    array = np.full((4, 4, 4), 50.0, "f4")
+    array[1:3] = 200.0
+    scan = volume(array, spacing=1.0)
+    placement = preprocess.Placement("pad_crop", spacing_mm=1.0)
+    rule = preprocess.Preprocessing("ct", ct_window=(-1024.0, 1024.0))
+    found = preprocess.network_image(scan, (8, 4, 2), rule, placement=placement)
+    found = found[0, ..., 0]
+    np.testing.assert_allclose(found[[0, 1, 6, 7]], 24 / 2048)
+    scaled = (array + 1024) / 2048
+    np.testing.assert_allclose(found[2:6], scaled[:, :, 1:3], rtol=1e-6)
+    labels = preprocess.network_labels(
+        volume(array.astype("i4"), spacing=1.0), (8, 4, 2), placement=placement
+    )
+    assert set(np.unique(labels)) == {0, 50, 200}
+    np.testing.assert_array_equal(labels[0, 2:6, ..., 0], array[:, :, 1:3])
+    inverted = preprocess.network_image(
+        scan, (8, 4, 2), rule, placement=placement, inverted=True
+    )
+    np.testing.assert_allclose(inverted[0, ..., 0], 1 - found, atol=1e-6)
+
+
+def test_padding_shifts_by_whole_voxels_and_resamples_between():
+    rng = np.random.default_rng(1)
+    array = rng.uniform(size=(6, 5, 7)).astype("f4")
+    grid = Grid(array.shape, np.diag([1.5, 1.0, 3.0, 1.0]))
+    placement = preprocess.Placement("pad_crop", spacing_mm=2.0)
+    found = placement.image(array, grid, (7, 4, 9), outside=-1.0)
+    at = [
+        (np.arange(m) - (m - 1) / 2) * 2.0 / spacing + (n - 1) / 2
+        for n, m, spacing in zip(array.shape, found.shape, (1.5, 1, 3), strict=True)
+    ]
+    points = np.stack(np.meshgrid(*at, indexing="ij"))
+    expected = ndimage.map_coordinates(
+        array.astype(np.float64), points, order=1, mode="nearest"
+    )
+    ends = np.array(array.shape).reshape(3, 1, 1, 1) - 0.5
+    beyond = ((points < -0.5) | (points > ends)).any(0)
+    assert 0 < beyond.sum() < beyond.size
+    np.testing.assert_allclose(found, np.where(beyond, -1, expected), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"resize": "cubic"}, 'resize is "cubic", expected one of half_pixel'),
+        ({"axes": "lps"}, 'axes is "lps"'),
+        ({"spacing_mm": 0}, "spacing_mm is 0"),
+    ],
+)
+def test_placements_that_do_not_exist_are_refused(fields, said):
+    with pytest.raises(UserError, match=said):
+        preprocess.Placement(**fields)
+
+
+@pytest.mark.parametrize("resize", ["half_pixel", "aligned", "pad_crop"])
+@pytest.mark.parametrize("axes", ["kji", "ijk", "spl"])
 def test_placement_survives_in_words(resize, axes):
-    placement = preprocess.Placement(resize, axes)
+    placement = preprocess.Placement(
+        resize, axes, 1.25 if resize == "pad_crop" else 2.0
+    )
     assert preprocess.Placement.of_weights(placement.to_dict()) == placement
     assert preprocess.Placement.of_weights({}) == preprocess.AS_GRADICON

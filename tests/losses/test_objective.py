@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
-from jaxreg.losses.objective import Objective
+from jaxreg.losses.objective import Objective, TaskObjective
 from jaxreg.space import fields, sampling
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.typing import Pair
@@ -486,6 +486,34 @@ def test_smoothness_is_the_mean_squared_difference_in_voxels():
         expected += np.mean(squares)
     np.testing.assert_allclose(parts["smoothness"], expected, rtol=1e-5)
     np.testing.assert_allclose(loss, before + 0.25 * expected, rtol=1e-5)
+
+
+def test_each_pair_may_have_its_own_weight_of_smoothness():
+    case = random_case(23, batch=2)
+    forward, _ = transforms(case)
+    weights = (0.25, 3.0)
+    plain = Objective(
+        similarity="mse", inverse_consistency_weight=0.0, directions="forward"
+    )
+    pair = dataclasses.replace(pair_of(case), smoothness=jnp.array(weights))
+    loss, parts = evaluate(plain, forward, None, pair, case["noise"])
+    of_each = []
+    for i, weight in enumerate(weights):
+        one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (forward, pair_of(case)))
+        weighted = dataclasses.replace(plain, smoothness_weight=weight)
+        of_each.append(evaluate(weighted, one[0], None, one[1], case["noise"]))
+    np.testing.assert_allclose(loss, np.mean([o[0] for o in of_each]), rtol=1e-5)
+    np.testing.assert_allclose(
+        parts["smoothness"], np.mean([o[1]["smoothness"] for o in of_each]), rtol=1e-5
+    )
+    # The same where each pair has its own objective.
+    both = TaskObjective((plain, dataclasses.replace(plain, similarity="ncc")))
+    chosen = dataclasses.replace(pair, objective=jnp.zeros(2, jnp.int32))
+    again, parts_again = evaluate(both, forward, None, chosen, case["noise"])
+    np.testing.assert_allclose(again, loss, rtol=1e-5)
+    np.testing.assert_allclose(
+        parts_again["smoothness"], parts["smoothness"], rtol=1e-5
+    )
 
 
 def test_a_models_own_terms_enter_with_their_weights():

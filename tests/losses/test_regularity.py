@@ -190,3 +190,12 @@ def test_an_axis_of_one_voxel_adds_nothing():
     x = np.asarray(sampling.identity((6, 1, 7)), np.float32)
     np.testing.assert_allclose(regularity.diffusion(x), 2 / 3, rtol=1e-5)
     assert np.isfinite(regularity.bending(x**2))
+
+
+@pytest.mark.golden
+def test_cropped_smoothness_matches_reference(golden):
+    g = golden("unireg_rpn_small")
+    flow = np.moveaxis(g["flow"], 1, -1)
+    found = regularity.smoothness(flow, cropped=True)
+    np.testing.assert_allclose(found, g["loss/grad_l2"], rtol=1e-5)
+    assert abs(regularity.smoothness(flow) / found - 1) > 1e-3

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import interpolate, ndimage
 
 from jaxreg.losses import similarity
+from jaxreg.space import filters
 
 SHAPE = (9, 8, 10)
 MEASURES = {
@@ -102,7 +103,7 @@ def test_maps_match_reference(golden):
         similarity.lncc_map(a, b), channels_last(g["lncc_map"]), atol=1e-4
     )
     np.testing.assert_allclose(
-        similarity.mind_descriptor(channels_last(g["mind_image"])),
+        filters.mind_descriptor(channels_last(g["mind_image"])),
         channels_last(g["mind_descriptor"]),
         rtol=1e-5,
         atol=1e-5,
@@ -137,9 +138,9 @@ def test_blur_matches_scipy(sigma):
 
 def test_box_mean_matches_scipy():
     volumes = random_image(1, smooth=0.3)[..., 0]
-    matrices = [similarity._box_matrix(n, 2) for n in SHAPE]
+    matrices = [filters.box_matrix(n, 2) for n in SHAPE]
     np.testing.assert_allclose(
-        similarity._along_axes(jnp.asarray(volumes), matrices)[0],
+        filters.along_axes(jnp.asarray(volumes), matrices)[0],
         ndimage.uniform_filter(volumes[0].astype(np.float64), 5, mode="nearest"),
         rtol=1e-5,
     )
@@ -175,7 +176,8 @@ def test_constant_images_give_finite_values_and_gradients(name):
         assert np.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", similarity.SIMILARITIES)
+# A full mask is not box_ncc without one: the mask ends where the image does.
+@pytest.mark.parametrize("name", sorted(set(similarity.SIMILARITIES) - {"box_ncc"}))
 def test_full_mask_equals_no_mask_and_any_nonzero_value_counts(name):
     measure = similarity.SIMILARITIES[name]
     a, b = random_image(1, batch=2), random_image(2, batch=2)
@@ -249,22 +251,22 @@ def test_squared_lncc_is_blind_to_contrast_inversion(seed):
 def test_mind_is_blind_to_contrast_inversion(seed, gain):
     a = random_image(seed)
     np.testing.assert_allclose(
-        similarity.mind_descriptor(1.0 - gain * a),
-        similarity.mind_descriptor(a),
+        filters.mind_descriptor(1.0 - gain * a),
+        filters.mind_descriptor(a),
         atol=2e-4,
     )
 
 
 def test_mind_couples_the_samples_of_a_batch():
     a, b = random_image(1), random_image(2) * 1e-3
-    together = np.asarray(similarity.mind_descriptor(np.concatenate([a, b])))
-    assert np.abs(together[1:] - similarity.mind_descriptor(b)).max() > 1e-3
+    together = np.asarray(filters.mind_descriptor(np.concatenate([a, b])))
+    assert np.abs(together[1:] - filters.mind_descriptor(b)).max() > 1e-3
 
 
 def test_mind_refuses_channels():
     image = random_image(0)
     with pytest.raises(ValueError, match="1 channel"):
-        similarity.mind_descriptor(np.concatenate([image, image], -1))
+        filters.mind_descriptor(np.concatenate([image, image], -1))
 
 
 def mind_by_definition(image, radius, dilation):
@@ -277,7 +279,7 @@ def mind_by_definition(image, radius, dilation):
         return volume[at[..., 0], at[..., 1], at[..., 2]]
 
     channels = []
-    for a, b in similarity._MIND_PAIRS:
+    for a, b in filters._MIND_PAIRS:
         assert np.sum((np.asarray(a) - np.asarray(b)) ** 2) == 2
         square = (
             read(image, index + dilation * np.asarray(a))
@@ -299,7 +301,7 @@ def mind_by_definition(image, radius, dilation):
 def test_mind_matches_its_definition(radius, dilation):
     image = random_image(5)
     expected = mind_by_definition(image[0, ..., 0].astype(np.float64), radius, dilation)
-    actual = similarity.mind_descriptor(image, radius=radius, dilation=dilation)
+    actual = filters.mind_descriptor(image, radius=radius, dilation=dilation)
     np.testing.assert_allclose(actual[0], expected, atol=2e-5)
 
 
@@ -390,3 +392,91 @@ def test_nmi_options_are_checked():
         similarity.nmi(a, a, intensity_range=(1.0, 1.0))
     scaled = similarity.nmi(100 * a, a * 100, intensity_range=(0.0, 100.0))
     np.testing.assert_allclose(scaled, similarity.nmi(a, a), rtol=1e-4)
+
+
+# --- correlation in boxes ------------------------------------------------------------
+
+
+UNIREG = "unireg_rpn_small"
+BOX_MASK = "loss/masked_ncc9_mask_fixed_gt_"
+
+
+@pytest.mark.golden
+def test_box_ncc_matches_reference(golden):
+    g = golden(UNIREG)
+    warped, fixed = channels_last(g["warped"]), channels_last(g["fixed"])
+    measure = jax.jit(similarity.box_ncc, static_argnames="window")
+    check(measure(warped, fixed), g["loss/ncc9"])
+    check(measure(warped, fixed, window=(3, 9, 9)), g["loss/ncc_3_9_9"])
+    masked = [key for key in g if key.startswith(BOX_MASK)]
+    assert masked
+    for key in masked:
+        mask = fixed > float(key.removeprefix(BOX_MASK))
+        check(measure(warped, fixed, mask=mask), g[key])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradient_of_box_ncc_is_that_of_a_difference_quotient(masked):
+    a, b, direction = (random_image(seed, (5, 6, 7)) for seed in (1, 2, 3))
+    mask = random_image(4, (5, 6, 7)) > 0.4 if masked else None
+
+    def total(step):
+        moved = a + step * (direction - 0.5)
+        return similarity.box_ncc(moved, b, mask=mask, window=(3, 5, 3))
+
+    slope = float(jax.grad(total)(0.0))
+    quotient = float(total(1e-2) - total(-1e-2)) / 2e-2
+    assert slope == pytest.approx(quotient, rel=2e-2)
+
+
+def box_ncc_by_hand(a, b, mask, edges):
+    """Box by box, in double precision."""
+    total, boxes = 0.0, 0
+    for n, *at in np.ndindex(a.shape[:4]):
+        box = (
+            n,
+            *(
+                slice(max(i - e // 2, 0), i + e // 2 + 1)
+                for i, e in zip(at, edges, strict=True)
+            ),
+        )
+        m = mask[box].ravel().astype(np.float64)
+        x, y = (v[box].ravel().astype(np.float64) for v in (a, b))
+        count = max(m.sum(), 1e-5)
+        if m.sum() < 0.25 * np.prod(edges):
+            continue
+        x, y = x - (m * x).sum() / count, y - (m * y).sum() / count
+        cross, product = (m * x * y).sum(), (m * x * x).sum() * (m * y * y).sum()
+        total, boxes = total + cross**2 / (product + 1e-5), boxes + 1
+    return -total / max(boxes, 1)
+
+
+def test_masked_box_ncc_is_that_of_its_boxes():
+    a, b = (random_image(seed, (4, 6, 5), batch=2) for seed in (1, 2))
+    mask = np.random.default_rng(3).random(a.shape) > 0.6
+    mask[1, :, 3:] = False
+    edges = (1, 3, 3)
+    expected = box_ncc_by_hand(a, b, mask, edges)
+    found = similarity.box_ncc(a, b, mask=mask, window=edges)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    assert similarity.box_ncc(a, b, mask=0 * mask) == 0
+    with pytest.raises(ValueError, match="window is 4"):
+        similarity.box_ncc(a, b, window=4)
+
+
+def test_masked_box_ncc_of_a_split_batch_is_that_of_the_whole():
+    a, b = (random_image(seed, (4, 6, 5), batch=2) for seed in (1, 2))
+    mask = np.ones_like(a, bool)
+    mask[1, :, 3:] = False
+
+    def one(a, b, mask):
+        return similarity.box_ncc(a[None], b[None], mask=mask[None], window=3, axis="n")
+
+    parts = jax.vmap(one, axis_name="n")(a, b, mask)
+    whole = similarity.box_ncc(a, b, mask=mask, window=3)
+    np.testing.assert_allclose(parts.mean(), whole, rtol=1e-5)
+    separate = [
+        similarity.box_ncc(a[i:][:1], b[i:][:1], mask=mask[i:][:1], window=3)
+        for i in (0, 1)
+    ]
+    assert abs(np.mean(separate) - whole) > 1e-4

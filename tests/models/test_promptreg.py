@@ -253,13 +253,13 @@ def test_weights_follow_grid_and_tasks_when_they_start_another_run(small):
     model, variables, _ = small
     wider = promptreg.PromptRegConfig(channels=2, tasks=4)
     fresh = promptreg.PromptReg(wider).init(jax.random.key(3), (32, 16, 24))
-    found = kinds.fitted(wider, variables, (32, 16, 24), fresh, {0: 2, 3: 0})
+    found = kinds.fitted(wider, variables, (32, 16, 24), fresh, {0: 2, 3: 0}, 3)
     bank = promptreg.bank_of(found)
     resized = promptreg.bank_of(promptreg.resize_bank(variables, (4, 2, 3)))
     np.testing.assert_array_equal(bank[[0, 3]], resized[np.array([2, 0])])
     np.testing.assert_array_equal(bank[1:3], promptreg.bank_of(fresh)[1:3])
     assert found["params"]["head_1"] is variables["params"]["head_1"]
-    other = kinds.fitted(model.config, {"params": {"step_1": {}}}, SHAPE, fresh, {})
+    other = kinds.fitted(model.config, {"params": {"step_1": {}}}, SHAPE, fresh, {}, 0)
     assert other == {"params": {"step_1": {}}}
 
 

@@ -32,6 +32,19 @@ def test_warp_in_voxels_is_scipys_grid_constant():
         np.testing.assert_allclose(found[0, ..., channel], expected, atol=2e-6)
 
 
+def test_fields_in_voxels_repeat_their_edge_where_told():
+    rng = np.random.default_rng(2)
+    outer, inner = (smooth(rng, (8, 7, 6), 3, 4.0) for _ in range(2))
+    grid = np.stack(np.meshgrid(*map(np.arange, (8, 7, 6)), indexing="ij"), -1)
+    at = np.moveaxis(grid + inner[0].astype(np.float64), -1, 0)
+    read = [
+        ndimage.map_coordinates(outer[0, ..., c], at, order=1, mode="nearest")
+        for c in range(3)
+    ]
+    found = fields.compose_voxels(outer, inner, outside="edge")
+    np.testing.assert_allclose(found[0], inner[0] + np.stack(read, -1), atol=1e-5)
+
+
 def test_composition_is_one_warp_after_the_other():
     rng = np.random.default_rng(1)
     outer, inner = (smooth(rng, (8, 8, 8), 3, 1.0) for _ in range(2))
@@ -70,7 +83,7 @@ def test_instance_norm_has_mean_zero_and_variance_one_per_sample_and_channel():
 
 def test_doubling_keeps_corners_and_doubles_voxels():
     field = np.arange(2.0, dtype="f4").reshape(1, 2, 1, 1, 1) * np.ones((1, 2, 2, 2, 3))
-    found = np.asarray(rdp._double(jnp.asarray(field, jnp.float32)))
+    found = np.asarray(fields.refine_voxels(jnp.asarray(field, jnp.float32)))
     assert found.shape == (1, 4, 4, 4, 3)
     np.testing.assert_allclose(found[0, :, 0, 0, 0], [0, 2 / 3, 4 / 3, 2], atol=1e-6)
 

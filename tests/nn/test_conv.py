@@ -101,6 +101,59 @@ def test_layer_and_gradients_match_torch(name, shape, batch, parts, out):
             check(value, wanted)
 
 
+STRIDED = [
+    ((6, 7, 8), (3, 7, 7), (1, 1, 1), (1, 3, 3)),
+    ((5, 7, 8), (1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    ((5, 8, 7), (3, 3, 3), (2, 2, 2), (1, 1, 1)),
+    ((4, 7, 6), (3, 3, 3), (1, 2, 2), (1, 1, 1)),
+    ((5, 7, 8), (1, 1, 1), (2, 2, 2), (0, 0, 0)),
+    ((6, 9, 8), (2, 2, 4), (2, 1, 2), (0, 1, 0)),
+]
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(("shape", "taps", "stride", "padding"), STRIDED)
+def test_strided_matches_torch(shape, taps, stride, padding):
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(sum(shape))
+    x, kernel = normal(rng, 2, *shape, 3), normal(rng, *taps, 3, 4)
+    image, weight = (
+        torch.from_numpy(np.ascontiguousarray(a, np.float64)).requires_grad_()
+        for a in (np.moveaxis(x, -1, 1), kernel.transpose(4, 3, 0, 1, 2))
+    )
+    y = torch.nn.functional.conv3d(image, weight, stride=stride, padding=padding)
+    cotangent = normal(rng, *y.shape)
+    y.backward(torch.from_numpy(cotangent.astype(np.float64)))
+    wanted = (
+        channels_last(y.detach().numpy()),
+        channels_last(image.grad.numpy()),
+        weight.grad.numpy().transpose(2, 3, 4, 1, 0),
+    )
+
+    @jax.jit
+    def run(x, kernel, cotangent):
+        def layer(form):
+            return lambda x, k: conv.strided(
+                x, k, stride=stride, padding=padding, form=form
+            )
+
+        found = [jax.vjp(layer(form), x, kernel) for form in FORMS]
+        return [(y, *back(cotangent)) for y, back in found]
+
+    for arrays in run(x, kernel, channels_last(cotangent)):
+        for value, reference in zip(arrays, wanted, strict=True):
+            check(value, reference)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((4, 4, 4), (1, 3, 1)), ((4, 2, 4), (1, 1, 1))]
+)
+def test_strided_refuses(shape, stride):
+    x, kernel = np.zeros((1, *shape, 1), "f4"), np.zeros((1, 3, 3, 1, 1), "f4")
+    with pytest.raises(ValueError, match="axis 1 has"):
+        conv.strided(x, kernel, stride=stride)
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("shape", SIZES)
@@ -166,3 +219,17 @@ def test_channel_mismatch_is_refused(name, parts):
     words = f"{sum(parts)} channels, the kernel expects 4"
     with pytest.raises(ValueError, match=words):
         layer(given if len(given) > 1 else given[0], kernel, jnp.zeros(2))
+
+
+def test_pooling_and_repetition_of_blocks():
+    x = normal(np.random.default_rng(0), 2, 4, 6, 8, 3)
+    block = x[1, 2:4, 4:6, 2:4, 1]
+    assert conv.max_pool2(x)[1, 1, 2, 1, 1] == block.max()
+    assert np.isclose(conv.average_pool2(x)[1, 1, 2, 1, 1], block.mean(), rtol=1e-5)
+    pooled = conv.average_pool(x, (4, 2, 1))
+    assert pooled.shape == (2, 1, 3, 8, 3)
+    assert np.isclose(pooled[1, 0, 2, 3, 1], x[1, :, 4:6, 3, 1].mean(), rtol=1e-5)
+    repeated = conv.repeat2(x)
+    assert repeated.shape == (2, 8, 12, 16, 3)
+    check(conv.max_pool2(repeated), x)
+    np.testing.assert_array_equal(repeated[:, 1::2, ::2, 1::2], x)

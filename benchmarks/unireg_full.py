@@ -1,0 +1,83 @@
+"""The paper's UniReg at its published grid: size, and one registration on this machine.
+
+    python benchmarks/unireg_full.py --features mind
+    python benchmarks/unireg_full.py --features sam
+
+Prints parameters and multiply-adds of its forms next to the paper's numbers, then
+compile time, the time of both directions of one pair (as `jaxreg register` asks for
+them) and the peak resident memory, compilation included. Weights are random.
+"""
+
+import argparse
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+
+from jaxreg.models import sam, unireg
+from jaxreg.models.unireg import UniReg, UniRegConfig
+from jaxreg.models.unireg_size import PAPER, PAPER_SHAPE, size_of
+from jaxreg.training import step
+from jaxreg.typing import Pair
+
+FORMS = {
+    "strided convolutions (the default)": UniRegConfig(),
+    "maximum pooling": UniRegConfig(downsample="maxpool"),
+    "SAME, its ancestor": unireg.SAME,
+}
+
+
+def print_sizes() -> None:
+    """Prints the count of each form at the paper's grid."""
+    for name, config in FORMS.items():
+        size = size_of(config)
+        print(
+            f"{name}: {size.parameters:,} parameters, "
+            f"{size.convolutions / 1e9:.1f} G multiply-adds, "
+            f"{size.correlation / 1e9:.1f} G more to correlate fine embeddings"
+        )
+    print(f"UniReg in the paper: {PAPER[0] / 1e6:.2f} M, {PAPER[1] / 1e9:.0f} G")
+
+
+def main() -> None:
+    """Parses the command line, counts, compiles, runs, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--features", choices=("mind", "sam", "none"), default="mind")
+    parser.add_argument("--shape", default=",".join(map(str, PAPER_SHAPE)))
+    parser.add_argument("--runs", type=int, default=1)
+    given = parser.parse_args()
+    print_sizes()
+    shape = tuple(int(n) for n in given.shape.split(","))
+    model = UniReg(UniRegConfig(features=given.features))
+    variables = dict(model.init(jax.random.key(0)))
+    if given.features == "sam":
+        frozen = sam.init(sam.SamConfig(), jax.random.key(1))
+        variables = unireg.with_sam(variables, frozen)
+    images = jax.random.uniform(jax.random.key(2), (2, 1, *shape, 1))
+
+    def both(variables, moving, fixed):
+        pair = Pair(moving, fixed, task=jnp.zeros(1, jnp.int32))
+        maps = step.predict(model, variables, pair)[0]
+        return [m.steps[0].field for m in (maps.forward, maps.backward)]
+
+    start = time.perf_counter()
+    program = jax.jit(both).lower(variables, *images).compile()
+    compiled = time.perf_counter() - start
+    seconds, found = [], None
+    for _ in range(given.runs):
+        start = time.perf_counter()
+        found = jax.block_until_ready(program(variables, *images))
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    finite = all(bool(jnp.isfinite(field).all()) for field in found or ())
+    print(
+        f"features {given.features}, {' x '.join(map(str, shape))} on "
+        f"{jax.devices()[0].platform}: compile {compiled:.1f} s, both directions "
+        f"{', '.join(f'{s:.1f} s' for s in seconds)}, peak memory {peak / 1e9:.1f} GB, "
+        f"finite {finite}"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""SAM as its released code trains it, on unlabelled CT of any part of the body.
+
+Method: Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in
+radiological images, IEEE TMI 2022, section III. The released configuration for several
+data sets: 20,000 steps of 3 volumes, two views of 32 x 96 x 96 voxels of 2 mm each. It
+leaves the blur of views out, as this does.
+
+    python train.py --config configs/sam.py --data.manifests scans.csv --out runs/sam
+"""
+
+from jaxreg.data.views import ViewConfig
+from jaxreg.losses.contrastive import ContrastiveConfig
+from jaxreg.models.sam import SamConfig
+from jaxreg.sam_experiment import RELEASED_RULE, SamExperiment, SamTrain
+from jaxreg.training.loop import LoopConfig
+
+
+def get_config() -> SamExperiment:
+    """Returns the experiment."""
+    return SamExperiment(
+        name="sam",
+        paper="Yan et al., SAM, IEEE TMI 2022, section III",
+        model=SamConfig(),
+        views=ViewConfig(blur_mm=0.0),
+        contrast=ContrastiveConfig(),
+        optimizer=RELEASED_RULE,
+        train=SamTrain(batch=3, steps=20_000, steps_per_epoch=1000),
+        loop=LoopConfig(validate_every=1, image_every=1, metric="loss"),
+    )

@@ -1,0 +1,412 @@
+"""The verbs that score: ``jaxreg evaluate``, ``tune-lambda`` and ``compare``.
+
+Their bodies live in `evaluate`, `tuning` and `results`; here options become arguments
+and results become text. Heavy imports live inside the verbs.
+"""
+
+import pathlib
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxreg.cli_options import (
+    FIXED_MODALITY,
+    MOVING_MODALITY,
+    CtWindow,
+    InputMasking,
+    IoLr,
+    IoSim,
+    IoTarget,
+    LandmarksFrame,
+    LevelIterations,
+    LossMasking,
+    Modality,
+    PairingName,
+    Prealign,
+    PrealignWay,
+    QuantileRange,
+    SamWeights,
+    Seed,
+    Similarity,
+    Smoothness,
+    Target,
+    TaskName,
+    choice,
+    load_sam,
+    option,
+    parse_labels,
+    parse_shape,
+)
+from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.data.manifest import Manifest
+    from jaxreg.evaluate import PairSpec
+
+_WHICH, _HOW = "Which pairs", "Registration"
+Out = Annotated[
+    pathlib.Path, option("--out", "Rows as .csv; the tables go beside it as .md.")
+]
+Pairs = Annotated[
+    pathlib.Path | None, option("--pairs", "CSV or JSON of pairs.", _WHICH)
+]
+ManifestPath = Annotated[
+    pathlib.Path | None,
+    option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
+]
+Split = Annotated[str, option("--split", "Of the manifest.", _WHICH)]
+Holdout = Annotated[
+    int | None,
+    option(
+        "--holdout",
+        "Every n-th subject of a manifest without splits belongs to val.",
+        _WHICH,
+    ),
+]
+Neighbours = Annotated[
+    int, option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH)
+]
+AcrossModalities = Annotated[
+    bool,
+    option(
+        "--across-modalities",
+        "Pair scans of two modalities of a manifest as well.",
+        _WHICH,
+    ),
+]
+Count = Annotated[
+    int | None, option("--count", "Only so many pairs, from the first.", _WHICH, min=1)
+]
+Labels = Annotated[
+    str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
+]
+Name = Annotated[str | None, option("--name", "What the tables call it.", _HOW)]
+GridShape = Annotated[
+    str | None, option("--shape", "Network grid. Default: the weights' own.", _HOW)
+]
+
+
+def evaluate_verb(  # noqa: PLR0913
+    *,
+    out: Out,
+    pairs: Pairs = None,
+    manifest: ManifestPath = None,
+    split: Split = "val",
+    holdout: Holdout = None,
+    neighbours: Neighbours = 3,
+    across_modalities: AcrossModalities = False,
+    count: Count = None,
+    labels: Labels = None,
+    landmarks_frame: Annotated[
+        LandmarksFrame,
+        choice(
+            "--landmarks-frame",
+            "What landmark files hold: mm as in ITK (lps) or NIfTI (ras), or NIfTI's "
+            "voxel indices, as Learn2Reg's do.",
+            _WHICH,
+        ),
+    ] = LandmarksFrame.LPS,
+    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
+    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
+    model: Annotated[
+        str | None,
+        option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
+    ] = None,
+    name: Name = None,
+    shape: GridShape = None,
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
+    io_iterations: Annotated[
+        int | None,
+        option(
+            "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
+        ),
+    ] = None,
+    io_target: IoTarget = Target.NETWORK,
+    io_sim: IoSim = Similarity.LNCC,
+    io_lr: IoLr = None,
+    seed: Seed = 0,
+    task: TaskName = "auto",
+    pairing: PairingName = None,
+    smoothness: Smoothness = None,
+    level_iterations: LevelIterations = None,
+    input_masking: InputMasking = False,
+    loss_function_masking: LossMasking = False,
+    ct_window: CtWindow = None,
+    quantile_range: QuantileRange = None,
+    others: Annotated[
+        str | None,
+        option("--others", "Other tools beside it: SyN, greedy.", _HOW),
+    ] = None,
+) -> None:
+    """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
+
+    A pair that names no modality takes the options', MRI without. The files of --out
+    are written anew after every pair; a pair that fails is warned about and left empty.
+    """
+    if (pairs is None) == (manifest is None):
+        raise UserError("give either --pairs or --manifest, to say what to evaluate")
+    from jaxreg import comparison, evaluate, register, results, zoo
+
+    tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
+    comparison.check_installed(tools)
+    displacement = io_target is Target.DISPLACEMENT
+    nothing = not tools and not displacement and prealign is Prealign.NONE
+    if (model is None or model == "none") and nothing:
+        raise UserError(
+            "give a --model, --others SyN,greedy, --io-target displacement or "
+            "--prealign, to evaluate"
+        )
+    wanted = None if labels is None else parse_labels(labels)
+    listed = _read(pairs, manifest, holdout)
+    named = None if model == "none" else model
+    sam = load_sam(prealign.value, sam_weights, named)
+    loaded = None if named is None else zoo.load(named)
+    grid = (175, 175, 175) if loaded is None else loaded.shape
+    options = register.Options(
+        fixed_modality=(fixed_modality or Modality.MRI).value,
+        moving_modality=(moving_modality or Modality.MRI).value,
+        task=task,
+        pairing=None if pairing is None else pairing.value,
+        smoothness=smoothness,
+        level_iterations=level_iterations,
+        input_masking=input_masking,
+        loss_function_masking=loss_function_masking,
+        io_iterations=io_iterations,
+        io_target=io_target.value,
+        io_sim=io_sim.value,
+        io_lr=io_lr,
+        prealign=prealign.value,
+        seed=seed,
+        ct_window=ct_window,
+        quantile_range=quantile_range,
+        shape=grid if shape is None else parse_shape(shape),
+        inverse=False,
+    )
+    chosen, names = _paired(
+        listed,
+        split=split,
+        neighbours=neighbours,
+        across_modalities=across_modalities,
+        model=loaded,
+        options=options,
+    )
+    chosen = chosen[:count]
+    _warn_about_modalities(chosen, fixed_modality, moving_modality)
+    found = evaluate.evaluate_files(
+        chosen,
+        loaded,
+        options,
+        out=out,
+        label_names=names,
+        with_optimisation=io_iterations is not None,
+        others={tool: comparison.TOOLS[tool] for tool in tools},
+        labels=wanted,
+        landmarks_frame=landmarks_frame.value,
+        name=name,
+        sam=sam,
+        progress=_row_done,
+    )
+    print(results.markdown(found, label_names=names))
+    print(f"wrote {out} and {out.with_suffix('.md')}")
+    if found.failed:
+        raise UserError(
+            f"{len(found.failed)} of {len(found.rows)} rows failed for the reasons "
+            "above and are empty; mend these pairs or leave them out"
+        )
+
+
+def _read(
+    pairs: pathlib.Path | None, manifest: pathlib.Path | None, holdout: int | None
+) -> "Manifest | tuple[PairSpec, ...]":
+    """Returns what a list of pairs or a manifest holds."""
+    from jaxreg import evaluate
+    from jaxreg.data import manifest as manifest_lib
+
+    if pairs is not None:
+        return evaluate.read_pairs(pairs)
+    assert manifest is not None  # the caller's promise
+    return manifest_lib.read_manifest(manifest, holdout=holdout)
+
+
+def _paired(listed: "Manifest | tuple[PairSpec, ...]", **how):
+    """Returns the pairs, and a manifest's names of labels."""
+    from jaxreg import evaluate
+
+    if isinstance(listed, tuple):
+        return listed, None
+    return evaluate.pairs_of_manifest(listed, **how), listed.labels
+
+
+def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
+    unknown = sum(
+        (pair.fixed_modality or fixed_modality) is None
+        or (pair.moving_modality or moving_modality) is None
+        for pair in pairs
+    )
+    if unknown:
+        warnings.warn(
+            f"{unknown} of {len(pairs)} pairs name no modality and count as MRI; "
+            "give --fixed-modality and --moving-modality, or columns of that name",
+            stacklevel=3,
+        )
+
+
+def _row_done(done: int, total: int, row) -> None:
+    if sys.stderr.isatty() or done == total or done % 50 == 0:
+        end = "\r" if sys.stderr.isatty() and done < total else "\n"
+        text = f"{done} of {total}: {row.method}, Dice {row.mean_dice:.3f}   "
+        print(text, end=end, file=sys.stderr, flush=True)
+
+
+def tune_verb(  # noqa: PLR0913
+    *,
+    out: Out,
+    model: Annotated[
+        str, option("--model", "Checkpoint folder, trained with a range.", _HOW)
+    ],
+    pairs: Pairs = None,
+    manifest: ManifestPath = None,
+    split: Split = "val",
+    holdout: Holdout = None,
+    neighbours: Neighbours = 3,
+    across_modalities: AcrossModalities = False,
+    count: Count = None,
+    labels: Labels = None,
+    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
+    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
+    steps: Annotated[
+        int | None,
+        option("--steps", "How many weights to try, over the range. Default: 7.", _HOW),
+    ] = None,
+    smoothness: Annotated[
+        str | None,
+        option("--smoothness", "Instead: these weights, such as 0.1,1,10.", _HOW),
+    ] = None,
+    name: Name = None,
+    shape: GridShape = None,
+    prealign: PrealignWay = Prealign.NONE,
+    sam_weights: SamWeights = None,
+    task: TaskName = "auto",
+    pairing: PairingName = None,
+    level_iterations: LevelIterations = None,
+    input_masking: InputMasking = False,
+    ct_window: CtWindow = None,
+    quantile_range: QuantileRange = None,
+    write: Annotated[
+        bool,
+        option("--write", "Store each task's best weight in the checkpoint.", _HOW),
+    ] = False,
+) -> None:
+    """Find the smoothness (lambda) that serves each task best, on labelled pairs.
+
+    One network, trained with model.smoothness_range, is asked for several weights.
+    Dice per structure and overall, folding and roughness of each are printed. Register
+    as you will later: pre-alignment, masks and intensities are those of evaluate.
+    """
+    if (pairs is None) == (manifest is None):
+        raise UserError("give either --pairs or --manifest, to say what to tune on")
+    if steps is not None and smoothness is not None:
+        raise UserError("--steps and --smoothness both say what to try; give one")
+    if write and not pathlib.Path(model).is_dir():
+        raise UserError(f"--write needs a checkpoint folder, --model is {model}")
+    from jaxreg import register, results, tuning, zoo
+
+    given = None if smoothness is None else _parse_weights(smoothness)
+    wanted = None if labels is None else parse_labels(labels)
+    listed = _read(pairs, manifest, holdout)
+    sam = load_sam(prealign.value, sam_weights, model)
+    loaded = zoo.load(model)
+    tried = given or tuning.weights_to_try(loaded, 7 if steps is None else steps)
+    tuning.check_weights(loaded, tried)
+    options = register.Options(
+        fixed_modality=(fixed_modality or Modality.MRI).value,
+        moving_modality=(moving_modality or Modality.MRI).value,
+        task=task,
+        pairing=None if pairing is None else pairing.value,
+        level_iterations=level_iterations,
+        input_masking=input_masking,
+        io_iterations=None,
+        prealign=prealign.value,
+        ct_window=ct_window,
+        quantile_range=quantile_range,
+        shape=loaded.shape if shape is None else parse_shape(shape),
+        inverse=False,
+    )
+    chosen, names = _paired(
+        listed,
+        split=split,
+        neighbours=neighbours,
+        across_modalities=across_modalities,
+        model=loaded,
+        options=options,
+    )
+    chosen = chosen[:count]
+    _warn_about_modalities(chosen, fixed_modality, moving_modality)
+    found = tuning.sweep(
+        chosen,
+        loaded,
+        options,
+        tried,
+        out=out,
+        label_names=names,
+        labels=wanted,
+        name=name,
+        sam=sam,
+        progress=_row_done,
+    )
+    print(results.markdown(found.result, label_names=names))
+    for told, weight in found.best.items():
+        scored = f"Dice {100 * found.dice[told]:.2f} % of {found.pairs[told]} pairs"
+        print(f"{told}: smoothness {weight:g}, {scored}")
+    print(f"wrote {out} and {out.with_suffix('.md')}")
+    tuning.check_found(found)
+    if write:
+        tuning.remember(model, found.best)
+        print(f"stored in {model}; register takes it for these tasks from now on")
+
+
+def _parse_weights(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--smoothness is {text}, expected numbers such as 0.1,1,10"
+        ) from None
+    return found
+
+
+def compare_verb(
+    *,
+    a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
+    b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
+    metric: Annotated[
+        str,
+        option(
+            "--metric",
+            "dice, hd95_mm, tre_mm, folding_percent, sdlogj or seconds; dice_N or "
+            "hd95_mm_N for label N.",
+        ),
+    ] = "dice",
+    method_a: Annotated[
+        str | None, option("--method-a", "Which method of the first.")
+    ] = None,
+    method_b: Annotated[
+        str | None, option("--method-b", "Which method of the second.")
+    ] = None,
+) -> None:
+    """Test whether two results differ by more than chance, pair by pair."""
+    from jaxreg import results
+
+    print(
+        results.compare_files(a, b, metric=metric, method_a=method_a, method_b=method_b)
+    )
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verbs to the command line."""
+    app.command("evaluate")(evaluate_verb)
+    app.command("tune-lambda")(tune_verb)
+    app.command("compare")(compare_verb)

@@ -1,0 +1,276 @@
+"""Instance optimisation of a map that is there already, without any network's weights.
+
+Two ways, as SAME's code has them: a displacement before the map, by the features of the
+images that it brings together; or the map itself, by intensities. Each is one jitted
+loop; as in `optimize`, the last iteration's update is dropped.
+
+Displacements are optimised in canonical units, in which an axis has length 2: the
+published rates and weights belong to these.
+
+References:
+  Tian et al., SAME++, 2023; Siebert et al., Fast 3D registration with accurate
+  optimisation and little learning, MICCAI 2021 (the smoothed displacement).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxreg import points
+from jaxreg.data.preprocess import Preprocessing
+from jaxreg.losses import similarity
+from jaxreg.models import sam, unireg_features
+from jaxreg.models.unireg_features import COARSE, Features
+from jaxreg.nn.correlation import normalised
+from jaxreg.optimize import Optimized, Progress, Report
+from jaxreg.space import fields, filters, sampling
+from jaxreg.space.transform import Displacement, Transform
+from jaxreg.typing import Field, Image, Pair
+
+Extract = Callable[[Image], Features]
+"""Images N D H W 1, [0, 1], to their features."""
+UNTOUCHED = Optimized(Transform(()), Transform(()))
+"""What the optimisation starts from without a network: the identity."""
+_EPSILON = 1e-4  # of Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig:
+    """How features are matched; the defaults are SAME's.
+
+    Attributes:
+      smoothness: weight of the smoothed displacement's squared differences.
+      smoothings: mean filters of 3^3 voxels, one after the other.
+      coarse: whether the coarse features count beside the fine ones.
+    """
+
+    smoothness: float = 1000.0
+    smoothings: int = 3
+    coarse: bool = True
+
+
+def mind_features(image: Image) -> Features:
+    """Returns descriptors on any grid: `unireg_features.mind_features`.
+
+    The image is resized first, with aligned corners, to the next grid that they divide.
+
+    Args:
+      image: N D H W 1, [0, 1].
+    """
+    sizes = zip(image.shape[1:4], COARSE, strict=True)
+    d, h, w = (-(-n // m) * m for n, m in sizes)
+    return _mind(sampling.resize_aligned(image, (d, h, w)))
+
+
+_mind = jax.jit(unireg_features.mind_features)
+
+
+def sam_features(
+    network: sam.TrainedSam, image: Image, window: tuple[float, float]
+) -> Features:
+    """Returns SAM's embeddings of a CT image.
+
+    Args:
+      network: the trained one.
+      image: N D H W 1, [0, 1].
+      window: the Hounsfield units of 0 and 1; SAM sees none beyond its own window.
+    """
+    shown = points.as_sam_sees(image, Preprocessing("ct", window))
+    ends = points.as_sam_sees(
+        np.array([0.0, 1.0], np.float32), Preprocessing("ct", network.ct_window)
+    )
+    return points.embed(network, shown.clip(*ends))
+
+
+def optimize_features(
+    pair: Pair,
+    start: Optimized,
+    extract: Extract,
+    *,
+    steps: int = 50,
+    learning_rate: float = 0.05,
+    config: FeatureConfig = FeatureConfig(),
+    progress: Progress | None = None,
+) -> Optimized:
+    """Returns a map with a displacement before it that makes features agree.
+
+    The displacement lives on the grid of the fine features. What is compared, and kept
+    smooth, is three times filtered by a mean; so is the result, at full resolution.
+
+    Args:
+      pair: one pair on the network grid, 1 D H W C.
+      start: what a network says of it; the moving image is warped by it first.
+      extract: images to features.
+      steps: number of updates, at least 1.
+      learning_rate: of Adam, canonical units per step.
+      config: see `FeatureConfig`.
+      progress: called after each step.
+
+    Raises:
+      ValueError: steps below 1, or more than one pair.
+    """
+    _check(pair, steps)
+    shape = pair.fixed.shape[1:4]
+    warped = _warped(pair.moving, start.forward.on_grid(shape))
+    source, target = (
+        _side_by_side(extract(image), coarse=config.coarse)
+        for image in (warped, pair.fixed)
+    )
+    report = None if progress is None else Report(progress, steps, steps)
+    found, history = _feature_loop(
+        source, target, learning_rate, steps=steps, config=config, progress=report
+    )
+    jax.effects_barrier()
+    found = sampling.resize_aligned(found, shape)
+    found = 0.5 * filters.mean_filter(found, config.smoothings)
+    return Optimized(
+        Transform((Displacement(found), *start.forward.steps)),
+        Transform((*start.backward.steps, Displacement(-found))),
+        {name: np.asarray(value) for name, value in history.items()},
+    )
+
+
+def _check(pair: Pair, steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    if pair.fixed.shape[0] != 1:
+        raise ValueError(f"one pair at a time, got a batch of {pair.fixed.shape[0]}")
+
+
+@jax.jit
+def _warped(image: Image, points: jax.Array) -> Image:
+    """The image at points, its least value beyond it."""
+    low = jnp.min(image)
+    return fields.warp(image - low, points, outside="zeros") + low
+
+
+@functools.partial(jax.jit, static_argnames="coarse")
+def _side_by_side(features: Features, *, coarse: bool) -> tuple[Image, ...]:
+    """Fine features and, resized to their grid, coarse ones."""
+    if not coarse:
+        return (features.fine,)
+    d, h, w = features.fine.shape[1:4]
+    return features.fine, normalised(
+        sampling.resize_aligned(features.coarse, (d, h, w))
+    )
+
+
+def feature_loss(
+    displacement: Field,
+    source: tuple[Image, ...],
+    target: tuple[Image, ...],
+    config: FeatureConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (loss, parts) of a displacement in canonical units.
+
+    Args:
+      displacement: 1 D H W 3, before it is smoothed.
+      source: features of the warped moving image, each 1 D H W C.
+      target: those of the fixed image.
+      config: see `FeatureConfig`.
+    """
+    smooth = filters.mean_filter(displacement, config.smoothings)
+    points = sampling.identity(displacement.shape[1:4]) + 0.5 * smooth
+    parts = {
+        name: -jnp.mean(_cosine(sampling.sample(there, points), here))
+        for name, there, here in zip(("fine", "coarse"), source, target, strict=False)
+    }
+    rough = jnp.stack([jnp.mean(jnp.diff(smooth, axis=a) ** 2) for a in (1, 2, 3)])
+    rough = jnp.sum(rough)
+    loss = jnp.sum(jnp.stack(list(parts.values()))) + config.smoothness * rough
+    return loss, {**parts, "smoothness": rough, "loss": loss}
+
+
+def _cosine(a: Image, b: Image) -> jax.Array:
+    """Of the angle between features, N D H W; 0 where either is zero."""
+    return jnp.sum(sam.normalise(a) * sam.normalise(b), -1)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "config", "progress"))
+def _feature_loop(source, target, learning_rate, *, steps, config, progress):
+    def gradient_of(d):
+        return jax.grad(feature_loss, has_aux=True)(d, source, target, config)
+
+    start = jnp.zeros((*source[0].shape[:4], 3))
+    return _descend(gradient_of, start, learning_rate, steps, progress)
+
+
+def _descend(gradient_of, start, learning_rate, steps: int, progress: Report | None):
+    """Adam; returns the last value that was scored, and parts of the loss per step."""
+    optimizer = optax.adam(learning_rate, eps=_EPSILON)
+
+    def iterate(carry, index):
+        value, state, _ = carry
+        gradient, parts = gradient_of(value)
+        updates, state = optimizer.update(gradient, state)
+        if progress is not None:
+            jax.debug.callback(progress, index, parts, ordered=True)
+        return (optax.apply_updates(value, updates), state, value), parts
+
+    carry = (start, optimizer.init(start), start)
+    (_, _, result), history = jax.lax.scan(iterate, carry, jnp.arange(steps + 1))
+    return result, history
+
+
+# --- the map itself -------------------------------------------------------------------
+
+
+def optimize_map(
+    pair: Pair,
+    start: Optimized,
+    *,
+    loss: str = "ncc",
+    steps: int = 100,
+    learning_rate: float = 0.008,
+    folding: float = 10.0,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Returns a map whose every voxel was moved to make intensities agree.
+
+    Args:
+      pair: one pair on the network grid, 1 D H W C.
+      start: what a network says of it.
+      loss: a key of `similarity.SIMILARITIES`; SAME has "ncc".
+      steps: number of updates, at least 1.
+      learning_rate: of Adam, canonical units per step.
+      folding: weight of the mean of what determinants lack to 0, the identity's being
+        1.
+      progress: called after each step.
+
+    Raises:
+      ValueError: steps below 1, or more than one pair.
+    """
+    _check(pair, steps)
+    shape = pair.fixed.shape[1:4]
+    begin = 2.0 * (start.forward.on_grid(shape) - sampling.identity(shape))
+    report = None if progress is None else Report(progress, steps, steps)
+    found, history = _map_loop(
+        begin, pair, learning_rate, folding, loss=loss, steps=steps, progress=report
+    )
+    jax.effects_barrier()
+    return Optimized(
+        Transform((Displacement(0.5 * found),)),
+        start.backward,
+        {name: np.asarray(value) for name, value in history.items()},
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("loss", "steps", "progress"))
+def _map_loop(begin, pair, learning_rate, folding, *, loss, steps, progress):
+    measure = similarity.SIMILARITIES[loss]
+
+    def value(displacement):
+        points = sampling.identity(pair.fixed.shape[1:4]) + 0.5 * displacement
+        warped = _warped(pair.moving, points)
+        unlike = measure(warped, pair.fixed, mask=pair.fixed_mask)
+        folds = jnp.mean(jax.nn.relu(-fields.jacobian_determinant(points)))
+        total = unlike + folding * folds
+        return total, {"similarity": unlike, "folding": folds, "loss": total}
+
+    gradient_of = jax.grad(value, has_aux=True)
+    return _descend(gradient_of, begin, learning_rate, steps, progress)

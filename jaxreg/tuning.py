@@ -1,0 +1,184 @@
+"""Which smoothness serves a task best: a network is asked for several and scored.
+
+References:
+  Hoopes et al., HyperMorph, IPMI 2021 (hyperparameters found after training).
+"""
+
+import collections
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxreg import evaluate, register, results, zoo
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints, files
+from jaxreg.models import kinds
+from jaxreg.nn.dynamic import SmoothnessRange
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What a sweep found.
+
+    Tasks are what the network is told: "chest, inter". Several of a list may be one.
+
+    Attributes:
+      result: rows of every weight.
+      best: each task's weight with the largest mean Dice, over the pairs that have one
+        with every weight; without the tasks that have no such pair.
+      dice: that mean, 0 to 1.
+      pairs: how many pairs that were.
+      unscored: the tasks without.
+    """
+
+    result: results.Result
+    best: Mapping[str, float]
+    dice: Mapping[str, float]
+    pairs: Mapping[str, int]
+    unscored: tuple[str, ...] = ()
+
+
+def weights_to_try(model: zoo.LoadedModel, count: int) -> tuple[float, ...]:
+    """Returns weights over a network's range, evenly spaced in their logarithm.
+
+    Args:
+      model: trained with a range of smoothness.
+      count: at least 2.
+
+    Raises:
+      UserError: it was trained with one weight per task, or there are too few.
+    """
+    asked = _range(model)
+    if count < 2:
+        raise UserError(f"--steps is {count}, expected at least 2 weights to try")
+    return tuple(float(w) for w in np.geomspace(asked.low, asked.high, count))
+
+
+def check_weights(model: zoo.LoadedModel, weights: Sequence[float]) -> None:
+    """Checks weights to try, before anything is read.
+
+    Raises:
+      UserError: there are fewer than two, one is repeated, no number or outside of the
+        network's range, or it has none.
+    """
+    asked = _range(model)
+    given = ",".join(f"{weight:g}" for weight in weights)
+    if len(weights) < 2 or len(set(weights)) < len(weights):
+        raise UserError(
+            f"--smoothness is {given}, expected two or more unlike weights to compare"
+        )
+    for weight in weights:
+        if not asked.low <= weight <= asked.high:  # nan as well
+            raise UserError(
+                f"--smoothness has {weight:g}, but {model.name} was trained for "
+                f"{asked.low:g} to {asked.high:g}; give numbers between"
+            )
+
+
+def _range(model: zoo.LoadedModel) -> SmoothnessRange:
+    config: Any = getattr(model.model, "config", None)
+    asked = kinds.smoothness_range(config)
+    if asked is None:
+        raise UserError(
+            f"{model.name} was not trained to be asked for a smoothness; train with "
+            "model.smoothness_range, or give --model of such weights"
+        )
+    return asked
+
+
+def sweep(
+    pairs: Sequence[evaluate.PairSpec],
+    model: zoo.LoadedModel,
+    options: register.Options,
+    weights: Sequence[float],
+    *,
+    out: files.PathLike,
+    **settings: Any,
+) -> Tuned:
+    """Registers every pair with every weight, and finds each task's best.
+
+    Args:
+      pairs: with label maps.
+      model: trained with a range of smoothness.
+      options: how to register; without optimisation.
+      weights: to try.
+      out: see `evaluate.evaluate_files`.
+      **settings: keyword arguments of `evaluate.evaluate_files`.
+
+    Raises:
+      UserError: see `check_weights` and `evaluate.evaluate_files`; or a pair has no
+        label maps.
+    """
+    check_weights(model, weights)
+    if any(pair.fixed_label is None for pair in pairs):
+        raise UserError(
+            "tuning compares Dice, but a pair has no label maps; give the columns "
+            "fixed_label and moving_label"
+        )
+    found = evaluate.evaluate_files(
+        pairs, model, options, out=out, smoothness=weights, **settings
+    )
+    called = settings.get("name") or pathlib.PurePath(model.name).name
+    methods = {evaluate.weight_name(called, weight): weight for weight in weights}
+    names = evaluate.pair_names(pairs)
+    told = {
+        (pair.table, name): evaluate.told_of(pair, model, options).key
+        for pair, name in zip(pairs, names, strict=True)
+    }
+    # Task to pair to weight to Dice.
+    scores: dict[str, dict[tuple[str, str], dict[float, float]]]
+    scores = collections.defaultdict(lambda: collections.defaultdict(dict))
+    for row in found.rows:
+        if row.method in methods and not math.isnan(row.mean_dice):
+            pair = (row.task, row.pair)
+            scores[told[pair]][pair][methods[row.method]] = row.mean_dice
+    best, dice, counts = {}, {}, {}
+    for task in dict.fromkeys(told.values()):
+        whole = [s for s in scores[task].values() if len(s) == len(weights)]
+        if whole:
+            means = {w: float(np.mean([s[w] for s in whole])) for w in weights}
+            best[task] = max(means, key=means.__getitem__)
+            dice[task], counts[task] = means[best[task]], len(whole)
+    unscored = tuple(t for t in dict.fromkeys(told.values()) if t not in best)
+    return Tuned(found, best, dice, counts, unscored)
+
+
+def check_found(found: Tuned) -> None:
+    """Checks that what was found can be relied on, before it is stored.
+
+    Raises:
+      UserError: a registration failed, or a task has no pair to compare.
+    """
+    failed = found.result.failed
+    if failed:
+        raise UserError(
+            f"{len(failed)} of {len(found.result.rows)} rows failed for the reasons "
+            "above, so that nothing is stored; mend these pairs or leave them out"
+        )
+    if found.unscored:
+        raise UserError(
+            f"{' and '.join(found.unscored)} has no pair with a Dice for every weight, "
+            "so that nothing is stored; give --labels that its label maps hold"
+        )
+
+
+def remember(folder: files.PathLike, best: Mapping[str, float]) -> None:
+    """Writes the best weights into a checkpoint, for registrations that name none.
+
+    Args:
+      folder: of the weights.
+      best: task to weight, see `Tuned`; other tasks keep what they have.
+
+    Raises:
+      UserError: it is no checkpoint folder.
+    """
+    bundle = checkpoints.load_bundle(folder)
+    known = {**bundle.preprocessing.get("smoothness", {}), **best}
+    preprocessing = {**bundle.preprocessing, "smoothness": known}
+    checkpoints.save_bundle(
+        folder, dataclasses.replace(bundle, preprocessing=preprocessing)
+    )

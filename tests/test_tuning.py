@@ -1,0 +1,261 @@
+"""The best smoothness of a task, by sweeping what a network is asked for."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import nibabel as nib
+import numpy as np
+import pytest
+
+from jaxreg import cli, evaluate, register, results, tuning, zoo
+from jaxreg.errors import UserError
+from jaxreg.io import checkpoints
+from jaxreg.models.base import Prediction
+from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.nn.dynamic import SmoothnessRange
+from jaxreg.space.transform import Displacement, Transform
+
+SHAPE = (8, 8, 16)
+CONFIG = UniRegRpnConfig(
+    channels=1, regions=2, tasks=((0, "inter"), (1, "inter")),
+    smoothness_range=SmoothnessRange(0.1, 10.0),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Obedient:
+    """Shifts along axis 2 by as many voxels as the smoothness asked for."""
+
+    config: UniRegRpnConfig = CONFIG
+
+    def init(self, key, shape):
+        return {}
+
+    def apply(self, variables, moving, fixed, *, smoothness, **_):
+        shape = fixed.shape[1:4]
+        voxels = smoothness.reshape(-1, 1, 1, 1, 1) * jnp.array([0.0, 0.0, 1.0])
+        field = jnp.zeros((len(fixed), *shape, 3)) + voxels / (shape[2] - 1)
+        return Prediction(Transform((Displacement(field),))), variables
+
+
+def model(config=CONFIG):
+    preprocessing = {"shape": list(SHAPE), "tasks": ["near", "far"]}
+    preprocessing["regions"] = ["box", "tube"]
+    bundle = checkpoints.Bundle({}, "unireg_rpn", {}, preprocessing, "a test", "none")
+    return zoo.LoadedModel("obedient", Obedient(config), {}, bundle)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Boxes that lie 1 voxel apart in one task, and 4 in the other."""
+    specs = []
+
+    def box(name, start):
+        array = np.zeros(SHAPE[::-1], np.uint8)
+        array[start : start + 4, 2:6, 2:6] = 1
+        path = tmp_path / f"{name}.nii.gz"
+        nib.Nifti1Image(array, np.eye(4)).to_filename(path)
+        return path
+
+    for task, gap in (("near", 1), ("far", 4)):
+        fixed, moving = box(f"{task}_fixed", 4), box(f"{task}_moving", 4 + gap)
+        specs.append(
+            evaluate.PairSpec(
+                fixed=fixed, moving=moving, fixed_label=fixed, moving_label=moving,
+                task=task, pairing="inter",
+            )
+        )  # fmt: skip
+    return specs
+
+
+@pytest.fixture(autouse=True)
+def obedient(monkeypatch):
+    monkeypatch.setattr("jaxreg.tasks.kinds.build", Obedient)
+
+
+OPTIONS = register.Options(shape=SHAPE, io_iterations=None, inverse=False)
+
+
+def test_each_task_gets_the_weight_that_overlaps_most(tmp_path, pairs):
+    found = tuning.sweep(
+        pairs, model(), OPTIONS, (0.2, 1.0, 4.0), out=tmp_path / "rows.csv"
+    )
+    assert found.best == {"box, inter": 1.0, "tube, inter": 4.0}
+    assert found.dice == {"box, inter": 1.0, "tube, inter": 1.0}
+    assert found.pairs == {"box, inter": 1, "tube, inter": 1}
+    methods = [m for m in found.result.methods if m.startswith("obedient")]
+    assert methods == [f"obedient, smoothness {w}" for w in ("0.2", "1", "4")]
+    # All told to be of one task.
+    options = dataclasses.replace(OPTIONS, task="box", pairing="inter")
+    found = tuning.sweep(pairs, model(), options, (1.0, 4.0), out=tmp_path / "rows.csv")
+    assert set(found.best) == {"box, inter"}
+    assert found.pairs == {"box, inter": 2}
+
+
+def test_weights_to_try_span_the_range_and_need_one():
+    tried = tuning.weights_to_try(model(), 3)
+    np.testing.assert_allclose(tried, [0.1, 1.0, 10.0])
+    with pytest.raises(UserError, match="at least 2"):
+        tuning.weights_to_try(model(), 1)
+    for config in (
+        dataclasses.replace(CONFIG, smoothness_range=None),
+        GradIconConfig(),
+    ):
+        with pytest.raises(UserError, match="not trained to be asked"):
+            tuning.weights_to_try(model(config), 3)
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ((0.5, 50.0), "--smoothness has 50, .* 0.1 to 10"),
+        ((0.5, float("nan")), "--smoothness has nan"),
+        ((-1.0, 1.0), "--smoothness has -1"),
+        ((1.0, 1.0), "--smoothness is 1,1, expected two or more unlike"),
+        ((1.0,), "--smoothness is 1, expected two or more"),
+    ],
+)
+def test_weights_that_cannot_be_compared_are_refused_first(weights, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        tuning.check_weights(model(), weights)
+    with pytest.raises(UserError, match=said):  # before pairs are looked at
+        tuning.sweep([], model(), OPTIONS, weights, out=tmp_path / "rows.csv")
+
+
+def test_weights_are_compared_over_the_pairs_that_all_have(
+    tmp_path, pairs, monkeypatch
+):
+    """A weight that failed on the hard pair is not best for the easy one alone."""
+    hard = dataclasses.replace(pairs[1], task="near")
+    original = evaluate.evaluate_files
+
+    def failing(*arguments, **settings):
+        found = original(*arguments, **settings)
+        rows = [
+            results.Row(r.method, r.task, r.pair)
+            if r.pair == "far_moving to far_fixed" and r.method.endswith("smoothness 1")
+            else r
+            for r in found.rows
+        ]
+        return results.Result(tuple(rows))
+
+    monkeypatch.setattr(evaluate, "evaluate_files", failing)
+    found = tuning.sweep(
+        [pairs[0], hard], model(), OPTIONS, (1.0, 4.0), out=tmp_path / "rows.csv"
+    )
+    assert found.pairs == {"box, inter": 1}
+    with pytest.raises(UserError, match="1 of 8 rows failed .* nothing is stored"):
+        tuning.check_found(found)
+    found = tuning.sweep(
+        [pairs[0], pairs[1]], model(), OPTIONS, (1.0, 4.0), out=tmp_path / "rows.csv"
+    )
+    assert found.best == {"box, inter": 1.0}
+    assert found.unscored == ("tube, inter",)
+    whole = dataclasses.replace(found, result=results.Result(()))
+    with pytest.raises(UserError, match="tube, inter has no pair with a Dice"):
+        tuning.check_found(whole)
+
+
+def test_pairs_without_labels_are_refused(tmp_path, pairs):
+    bare = dataclasses.replace(pairs[0], fixed_label=None, moving_label=None)
+    with pytest.raises(UserError, match="no label maps"):
+        tuning.sweep([bare], model(), OPTIONS, (1.0, 2.0), out=tmp_path / "rows.csv")
+
+
+@pytest.fixture
+def tune(tmp_path, pairs, monkeypatch, capsys):
+    """Runs ``jaxreg tune-lambda``; returns (status, stdout, stderr, what is stored)."""
+    folder = tmp_path / "weights"
+    bundle = dataclasses.replace(
+        model().bundle, variables={"params": {"a": np.ones(2)}}
+    )
+    checkpoints.save_bundle(folder, bundle)
+    monkeypatch.setattr(
+        zoo, "load", lambda path: dataclasses.replace(model(), name=str(path))
+    )
+
+    def run(*arguments):
+        rows = ["fixed,moving,fixed_label,moving_label,task,pairing"]
+        rows += [
+            f"{p.fixed},{p.moving},{p.fixed_label},{p.moving_label},{p.task},"
+            f"{p.pairing}"
+            for p in pairs
+        ]
+        (tmp_path / "pairs.csv").write_text("\n".join(rows) + "\n")
+        status = cli.main(
+            ["tune-lambda", "--model", str(folder), "--pairs",
+             str(tmp_path / "pairs.csv"), "--fixed-modality", "mri",
+             "--moving-modality", "mri", "--out", str(tmp_path / "rows.csv"),
+             *arguments]
+        )  # fmt: skip
+        said = capsys.readouterr()
+        stored = checkpoints.load_bundle(folder).preprocessing.get("smoothness")
+        return status, said.out, said.err, stored
+
+    return run
+
+
+def test_the_verb_prints_and_stores_the_best(tmp_path, tune):
+    status, printed, _, stored = tune("--smoothness", "1,4", "--write")
+    assert status == 0
+    assert "box, inter: smoothness 1, Dice 100.00 % of 1 pairs" in printed
+    assert "tube, inter: smoothness 4, Dice 100.00 %" in printed
+    assert stored == {"box, inter": 1.0, "tube, inter": 4.0}
+    assert (tmp_path / "rows.md").is_file()
+
+
+def test_nothing_is_stored_where_a_registration_failed(tune, monkeypatch):
+    original = register.register
+
+    def failing(moving, fixed, loaded, options, **rest):
+        if options.smoothness == 4.0 and options.task == "far":
+            raise UserError("no luck")
+        return original(moving, fixed, loaded, options, **rest)
+
+    monkeypatch.setattr(register, "register", failing)
+    status, printed, said, stored = tune("--smoothness", "1,4", "--write")
+    assert (status, stored) == (2, None)
+    assert "rows failed" in said and "stored in" not in printed
+
+
+def test_the_verb_registers_as_evaluate_does(tune, monkeypatch):
+    asked = []
+
+    def noting(moving, fixed, loaded, options, **rest):
+        asked.append((options, rest["sam"]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(register, "register", noting)
+    monkeypatch.setattr(zoo, "load_sam", lambda path: f"SAM of {path}")
+    monkeypatch.setattr(register, "prealigned", lambda *_, **__: Transform(()))
+    arguments = [
+        "--prealign", "sam", "--sam-weights", "w.pth", "--shape", "16,8,8",
+        "--quantile-range", "0", "0.9", "--level-iterations", "3",
+        "--steps", "2", "--count", "1", "--task", "far", "--pairing", "intra",
+    ]  # fmt: skip
+    assert tune(*arguments)[0] == 2
+    assert len(asked) == 2
+    options, sam = asked[0]
+    assert sam == "SAM of w.pth"
+    assert (options.prealign, options.shape) == ("sam", (16, 8, 8))
+    assert (options.quantile_range, options.level_iterations) == ((0.0, 0.9), 3)
+    assert (options.task, options.pairing, options.io_iterations) == (
+        "far", "intra", None
+    )  # fmt: skip
+    assert [o.smoothness for o, _ in asked] == pytest.approx([0.1, 10.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--steps", "3", "--smoothness", "1,2"], "give one"),
+        (["--smoothness", "1,x"], "--smoothness is 1,x"),
+        (["--smoothness", "1,50"], "--smoothness has 50"),
+        (["--steps", "1"], "--steps is 1"),
+    ],
+)
+def test_the_verb_refuses_what_it_cannot_try(tune, arguments, words):
+    status, _, said, stored = tune(*arguments, "--write")
+    assert (status, stored) == (2, None)
+    assert words in said
