@@ -2,7 +2,9 @@
 
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 import types
 
 import numpy as np
@@ -14,9 +16,23 @@ os.environ["XLA_FLAGS"] = " ".join(
     ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
 ).strip()
 
+# A program that several tests compile is compiled once: the processes of a run share a
+# folder, those that the tests start as well.
+STARTED_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if STARTED_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxreg-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
 GOLDEN = pathlib.Path(
     os.environ.get("JAXREG_GOLDEN", pathlib.Path(__file__).parent / "golden")
 )
+
+
+def pytest_unconfigure():
+    """Removes the compiled programs, where this process made their folder."""
+    if STARTED_HERE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -60,24 +76,3 @@ def icon():
 def unigradicon(icon):
     """The unigradicon package, or a skip where it is not installed."""
     return pytest.importorskip("unigradicon")
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Runs of the same program find it compiled."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()

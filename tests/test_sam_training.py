@@ -16,7 +16,6 @@ from jaxreg.io import checkpoints
 from jaxreg.models import sam
 from jaxreg.training import optimizer
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "hippocampus_sam.py"
 SMALL = {

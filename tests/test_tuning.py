@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from jaxreg import cli, evaluate, register, results, tuning, zoo
+from jaxreg import cli, evaluate, prealignment, register, results, tuning, zoo
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints
 from jaxreg.models.base import Prediction
@@ -228,7 +228,8 @@ def test_the_verb_registers_as_evaluate_does(tune, monkeypatch):
 
     monkeypatch.setattr(register, "register", noting)
     monkeypatch.setattr(zoo, "load_sam", lambda path: f"SAM of {path}")
-    monkeypatch.setattr(register, "prealigned", lambda *_, **__: Transform(()))
+    nothing = prealignment.Prealignment(np.eye(4))
+    monkeypatch.setattr(register, "prealigned", lambda *_, **__: nothing)
     arguments = [
         "--prealign", "sam", "--sam-weights", "w.pth", "--shape", "16,8,8",
         "--quantile-range", "0", "0.9", "--level-iterations", "3",

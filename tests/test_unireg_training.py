@@ -23,7 +23,6 @@ from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
 SHAPE = (16, 16, 16)
 FORWARD = Objective(
     similarity="mse",
