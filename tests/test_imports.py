@@ -51,8 +51,9 @@ _TOP = (
 TABLE = {
     "errors": Room(),
     "typing": Room(),
-    "space": Room(),
-    "nn": Room(others=("flax",)),
+    "late": Room(),
+    "space": Room(("late",)),
+    "nn": Room(("late",), ("flax",)),
     "io": Room(("space",), FILE_FORMATS),
     "data": Room(
         ("space", "io.volumes", "io.files"), ("grain", "nibabel.orientations")
