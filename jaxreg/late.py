@@ -8,6 +8,7 @@ wait for by a number that no compiler may leave out: zero times one of its value
 need not be zero. On other platforms the barriers hold and serve.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def _one(array: jax.Array) -> jax.Array:
     return array[tuple(n // 2 for n in array.shape)]
 
 
+@jax.jit  # traced once for each shape
 def tied(array: jax.Array, to: jax.Array) -> jax.Array:
     """Returns the array, on CPU not before `to` is known; NaN where that is not finite.
 
@@ -75,35 +77,52 @@ def mapped(function: Callable[[Any], jax.Array], xs, *, like: jax.Array) -> jax.
     return lax.scan(one, filled((count, *shape), like), (jnp.arange(count), xs))[0]
 
 
-def recomputed(function: Callable[..., jax.Array], x: Any, *parameters: jax.Array):
-    """Returns ``function(x, *parameters)``; its gradient keeps the arguments alone.
+def recomputed(
+    function: Callable[..., jax.Array],
+    x: Any,
+    /,
+    *parameters: jax.Array,
+    **settings: Any,
+) -> jax.Array:
+    """Returns ``function(x, *parameters, **settings)``, keeping these for the gradient.
 
     `jax.checkpoint` for one layer, but on CPU as well: see the module.
 
     Args:
-      function: closes over no arrays.
+      function: a module's own, so that it is traced once for each shape and setting.
       x: arrays, N first.
       *parameters: those that are smaller than x wait as well; a larger one is kept in
         any case, and would be copied.
+      **settings: not arrays; hashable.
     """
+    return _recomputed(function, tuple(sorted(settings.items())), x, parameters)
 
-    @jax.custom_vjp
-    def run(x, parameters):
-        return function(x, *parameters)
 
-    def forward(x, parameters):
-        return run(x, parameters), (x, parameters)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(function, settings, x, parameters):
+    return function(x, *parameters, **dict(settings))
 
-    def backward(saved, dy):
-        (x, parameters), dy = lax.optimization_barrier((saved, dy))
-        size = sum(leaf.size for leaf in jax.tree.leaves(x))
-        x = jax.tree.map(lambda leaf: tied(leaf, dy), x)
-        parameters = tuple(tied(p, dy) if p.size < size else p for p in parameters)
-        _, pull = jax.vjp(lambda x, parameters: function(x, *parameters), x, parameters)
-        dx, gradients = pull(dy)
-        # What updates a parameter in place must come after whatever else reads it.
-        last = jax.tree.leaves(dx)[0]
-        return dx, tuple(tied(g, last) for g in gradients)
 
-    run.defvjp(forward, backward)
-    return run(x, parameters)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _recomputed(function, settings, x, parameters):
+    return _run(function, settings, x, parameters)
+
+
+def _forward(function, settings, x, parameters):
+    return _run(function, settings, x, parameters), (x, parameters)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _backward(function, settings, saved, dy):
+    (x, parameters), dy = lax.optimization_barrier((saved, dy))
+    size = sum(leaf.size for leaf in jax.tree.leaves(x))
+    x = jax.tree.map(lambda leaf: tied(leaf, dy), x)
+    parameters = tuple(tied(p, dy) if p.size < size else p for p in parameters)
+    _, pull = jax.vjp(lambda *a: function(a[0], *a[1], **dict(settings)), x, parameters)
+    dx, gradients = pull(dy)
+    # What updates a parameter in place must come after whatever else reads it.
+    last = jax.tree.leaves(dx)[0]
+    return dx, tuple(tied(gradient, last) for gradient in gradients)
+
+
+_recomputed.defvjp(_forward, _backward)

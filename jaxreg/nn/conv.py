@@ -91,6 +91,7 @@ def _taps_along_w(x: jax.Array, taps: int) -> jax.Array:
     return jnp.concatenate([x[:, :, :, c : c + width] for c in range(taps)], -1)
 
 
+@jax.jit  # traced once for each shape, as the gradient below
 def _slab(xs: Parts, ws: Parts) -> jax.Array:
     """The primitive as one matrix product per slab of planes."""
     kd, kh, kw = ws[0].shape[:3]
@@ -128,6 +129,7 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
     return lax.scan(one, y, jnp.arange(slabs))[0]
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
     """Returns the gradient of `_valid` with respect to one kernel, slab by slab."""
     kd, kh, kw, i, o = kernel_shape
@@ -143,22 +145,25 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
         return _kernel_gradient(wide, dy, (kd, kh, 1, kw * i, o)).reshape(kernel_shape)
     x, dy = _pad_end(x, extra), _pad_end(dy, extra)
 
-    def add(total, first):
-        # As in `_slab`: 9 copies of x and 3 of dy.
-        slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
-        columns = _columns(slab, (kd, kh, kw), along_w=False)
-        rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
-        rows = jnp.concatenate(
-            [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
-        )
-        columns = jnp.concatenate(columns, -1)
-        product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(
-            -1, rows.shape[-1]
-        )
-        return total + product, None
+    # All taps of x, or those along two axes and dy's along the third (for 3 x 3 x 3: 9
+    # copies of x and 3 of dy), whichever is less.
+    whole = kd * kh * kw * i <= kd * kh * i + kw * o
 
-    zero = late.zeros((kd * kh * i, kw * o), dy)
-    total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
+    def add(total, first):
+        slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
+        columns = jnp.concatenate(_columns(slab, (kd, kh, kw), along_w=whole), -1)
+        rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
+        if not whole:
+            rows = jnp.concatenate(
+                [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
+            )
+        columns, rows = (a.reshape(-1, a.shape[-1]) for a in (columns, rows))
+        return total + columns.T @ rows, None
+
+    size = (kd * kh * kw * i, o) if whole else (kd * kh * i, kw * o)
+    total, _ = lax.scan(add, late.zeros(size, dy), jnp.arange(slabs) * planes)
+    if whole:
+        return total.reshape(kernel_shape)
     return jnp.moveaxis(total.reshape(kd, kh, i, kw, o), 3, 2)
 
 
@@ -477,13 +482,12 @@ def upsample2(x: Image) -> Image:
     ``out[2 i] = 0.25 in[i - 1] + 0.75 in[i]``, ``out[2 i + 1] = 0.75 in[i] +
     0.25 in[i + 1]`` along each axis.
     """
-    x = _double_axis(x, 3)
 
     def sums(x):
-        return _double_axis(_double_axis(x, 2), 1)
+        return functools.reduce(_double_axis, (3, 2, 1), x)
 
     def products(x):
-        return _double_by_product(_double_by_product(x, 2), 1)
+        return functools.reduce(_double_by_product, (3, 2, 1), x)
 
     # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
     return lax.platform_dependent(x, cpu=products, default=sums)
@@ -502,13 +506,16 @@ def _double_axis(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _double_by_product(x: jax.Array, axis: int) -> jax.Array:
-    """The same as a matrix product for each place along the axes before."""
+    """The same as matrix products: one, or one for each place before the axis."""
     n = x.shape[axis]
     matrix = 0.75 * np.repeat(np.eye(n), 2, 0)
     for odd in (0, 1):
         neighbours = np.clip(np.arange(n) + 2 * odd - 1, 0, n - 1)
         matrix[np.arange(n) * 2 + odd, neighbours] += 0.25
+    if axis == 3:
+        weights = jnp.asarray(matrix, x.dtype)
+        return jnp.einsum("ndhwc,vw->ndhvc", x, weights, precision="highest")
     blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)
     matrices = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(blocks), 2 * n, n))
-    y = jnp.matmul(matrices, blocks, precision=lax.Precision.HIGHEST)
+    y = jnp.matmul(matrices, blocks, precision="highest")
     return y.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])

@@ -166,16 +166,19 @@ class Convolution(nn.Module):
         bias_init = nn.initializers.zeros if self.kernel_init else uniform(fan)
         bias = self.param("bias", bias_init, (o,))
 
-        def apply(x, kernel, bias):
-            x = tuple(map(value, x)) if isinstance(x, tuple) else value(x)
-            dtype = self.dtype or jax.tree.leaves(x)[0].dtype
-            x = jax.tree.map(lambda part: part.astype(dtype), x)
-            kernel, bias = kernel.astype(dtype), bias.astype(dtype)
-            x = jax.tree.map(leaky, x) if self.activated else x
-            return self.function(x, kernel, bias, form=self.form)
-
         # The backward pass scales, pads and activates once more instead of keeping all.
-        return late.recomputed(apply, x, kernel, bias)
+        return late.recomputed(
+            _convolved, x, kernel, bias, function=self.function,
+            activated=self.activated, form=self.form, dtype=self.dtype,
+        )  # fmt: skip
+
+
+def _convolved(x, kernel, bias, *, function, activated, form, dtype):
+    x = tuple(map(value, x)) if isinstance(x, tuple) else value(x)
+    dtype = dtype or jax.tree.leaves(x)[0].dtype
+    x = jax.tree.map(lambda part: part.astype(dtype), x)
+    x = jax.tree.map(leaky, x) if activated else x
+    return function(x, kernel.astype(dtype), bias.astype(dtype), form=form)
 
 
 class StridedConvolution(nn.Module):
@@ -205,22 +208,19 @@ class StridedConvolution(nn.Module):
         shape = (*self.size, x.shape[-1], self.outputs)
         kernel = self.param("kernel", self.kernel_init, shape)
 
-        def apply(x, kernel):
-            padding = self.padding or [k // 2 for k in self.size]
-            return conv.strided(
-                x,
-                kernel.astype(x.dtype),
-                stride=self.stride,
-                padding=padding,
-                form=self.form,
-            )
-
         # The backward pass pads and folds once more instead of keeping both.
-        y = late.recomputed(apply, x, kernel)
+        y = late.recomputed(
+            _strided, x, kernel, stride=self.stride, form=self.form,
+            padding=self.padding or tuple(k // 2 for k in self.size),
+        )  # fmt: skip
         if not self.biased:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
         return y + bias.astype(y.dtype)
+
+
+def _strided(x, kernel, **settings):
+    return conv.strided(x, kernel.astype(x.dtype), **settings)
 
 
 def instance_norm_leaky(x: Image, slope: float) -> Image:
@@ -231,15 +231,15 @@ def instance_norm_leaky(x: Image, slope: float) -> Image:
     References:
       Ulyanov et al., Instance normalization, 2016.
     """
+    return late.recomputed(_normalised, x, slope=slope)
 
-    def normalised(x):
-        wide = x.astype(jnp.float32)
-        mean = wide.mean((1, 2, 3), keepdims=True)
-        variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
-        normal = (wide - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
-        return leaky(normal, slope).astype(x.dtype)
 
-    return late.recomputed(normalised, x)
+def _normalised(x, *, slope):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)
+    normal = (wide - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
+    return leaky(normal, slope).astype(x.dtype)
 
 
 def convolution(

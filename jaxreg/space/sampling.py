@@ -161,6 +161,9 @@ def _clamp(index: jax.Array, shape) -> jax.Array:
     return jnp.clip(index, 0.0, last)
 
 
+# Jitted, as the gradients below: a network samples arrays of the same few shapes many
+# times, and each is traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("order", "zeros"))
 def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool):
     """N D H W C at N P 3 voxel indices: N P C."""
     mode = "constant" if zeros else "nearest"
@@ -217,6 +220,7 @@ def _product(weights, offset, skip=None):
     return functools.reduce(jnp.multiply, factors)
 
 
+@functools.partial(jax.jit, static_argnames="zeros")
 def _index_gradient(values, index, dy, *, zeros: bool):
     """The gradient with respect to the indices: N P 3, by gathering."""
 
@@ -270,6 +274,7 @@ def _index_gradient(values, index, dy, *, zeros: bool):
     )
 
 
+@functools.partial(jax.jit, static_argnames="zeros")
 def _values_gradient(values, index, dy, *, zeros: bool):
     """The gradient with respect to the values: N D H W C, by scattering."""
     shape = values.shape[1:]
