@@ -482,12 +482,13 @@ def upsample2(x: Image) -> Image:
     ``out[2 i] = 0.25 in[i - 1] + 0.75 in[i]``, ``out[2 i + 1] = 0.75 in[i] +
     0.25 in[i + 1]`` along each axis.
     """
+    x = _double_axis(x, 3)
 
     def sums(x):
-        return functools.reduce(_double_axis, (3, 2, 1), x)
+        return functools.reduce(_double_axis, (2, 1), x)
 
     def products(x):
-        return functools.reduce(_double_by_product, (3, 2, 1), x)
+        return functools.reduce(_double_by_product, (2, 1), x)
 
     # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
     return lax.platform_dependent(x, cpu=products, default=sums)
@@ -506,15 +507,12 @@ def _double_axis(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _double_by_product(x: jax.Array, axis: int) -> jax.Array:
-    """The same as matrix products: one, or one for each place before the axis."""
+    """The same as a matrix product for each place along the axes before."""
     n = x.shape[axis]
     matrix = 0.75 * np.repeat(np.eye(n), 2, 0)
     for odd in (0, 1):
         neighbours = np.clip(np.arange(n) + 2 * odd - 1, 0, n - 1)
         matrix[np.arange(n) * 2 + odd, neighbours] += 0.25
-    if axis == 3:
-        weights = jnp.asarray(matrix, x.dtype)
-        return jnp.einsum("ndhwc,vw->ndhvc", x, weights, precision="highest")
     blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)
     matrices = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(blocks), 2 * n, n))
     y = jnp.matmul(matrices, blocks, precision="highest")

@@ -28,6 +28,7 @@ def outweighs(kernel_shape: tuple[int, ...], voxels: int) -> bool:
     return math.prod(kernel_shape) > _COPIES * voxels * sum(kernel_shape[3:])
 
 
+@jax.custom_vjp
 def down3(x: Image, kernel: jax.Array) -> Image:
     """3x3x3 convolution, stride 2, zero padding 1: N ceil(D/2) ceil(H/2) ceil(W/2) O.
 
@@ -35,17 +36,53 @@ def down3(x: Image, kernel: jax.Array) -> Image:
       x: N D H W I.
       kernel: 3 3 3 I O.
     """
+    return _down3_forward(x, kernel)[0]
+
+
+def _down3_forward(x, kernel):
+    rows = _gathered(x)
+    y = rows.reshape(-1, math.prod(kernel.shape[:4])) @ kernel.reshape(
+        -1, kernel.shape[-1]
+    )
+    return y.reshape(*rows.shape[:4], -1), (x, kernel)
+
+
+def _down3_backward(saved, dy):
+    x, kernel = saved
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    rows = _gathered(x).reshape(-1, len(matrix))
+    dy_rows = dy.reshape(-1, kernel.shape[-1])
+    taps = (dy_rows @ matrix.T).reshape(*dy.shape[:4], *kernel.shape[:4])
+    dx = _given_back(taps)[:, : x.shape[1], : x.shape[2], : x.shape[3]]
+    return dx, (rows.T @ dy_rows).reshape(kernel.shape)
+
+
+down3.defvjp(_down3_forward, _down3_backward)
+
+
+def _gathered(x: Image) -> jax.Array:
+    """N D H W C to its taps, N ceil(D/2) ceil(H/2) ceil(W/2) 3 3 3 C."""
     for axis in (1, 2, 3):
-        size = x.shape[axis]
+        # Pairs of voxels: tap 0 is the second of the pair before, 1 and 2 are the pair.
         widths = [(0, 0)] * x.ndim
-        widths[axis] = (1, size % 2)
-        padded = jnp.pad(x, widths)
-        last = 2 * (-(-size // 2)) - 1
-        taps = [lax.slice_in_dim(padded, k, k + last, 2, axis=axis) for k in range(3)]
-        x = jnp.stack(taps, -2)  # ... kD, ... kD kH, ... kD kH kW, before the channels
-    outputs = kernel.shape[-1]
-    rows = x.reshape(-1, math.prod(kernel.shape[:4]))
-    return (rows @ kernel.reshape(-1, outputs)).reshape(*x.shape[:4], outputs)
+        widths[axis] = (0, x.shape[axis] % 2)
+        x = jnp.pad(x, widths)
+        pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+        first, second = (
+            lax.index_in_dim(pairs, k, axis + 1, keepdims=False) for k in (0, 1)
+        )
+        x = jnp.stack([_moved(second, 1, axis), first, second], -2)
+    return x
+
+
+def _given_back(taps: jax.Array) -> Image:
+    """The transpose of `_gathered`, of even sizes: N 2D' 2H' 2W' C."""
+    for axis in (3, 2, 1):
+        before, first, second = (taps[..., k, :] for k in range(3))
+        pair = first, second + _moved(before, -1, axis)
+        taps = jnp.stack(pair, axis + 1)
+        taps = taps.reshape(*taps.shape[:axis], -1, *taps.shape[axis + 2 :])
+    return taps
 
 
 @jax.custom_vjp
@@ -97,14 +134,14 @@ def _interleaved(taps: jax.Array) -> jax.Array:
     for _ in range(3):
         # out[2 j] = tap1[j] + tap3[j - 1], out[2 j + 1] = tap2[j] + tap0[j + 1]; the
         # next axis's taps are first then, and its voxels fourth.
-        pair = taps[1] + _moved(taps[3], 1), taps[2] + _moved(taps[0], -1)
+        pair = taps[1] + _moved(taps[3], 1, 3), taps[2] + _moved(taps[0], -1, 3)
         taps = jnp.stack(pair, 4)
         taps = taps.reshape(*taps.shape[:3], -1, *taps.shape[5:])
     return taps
 
 
-def _moved(x: jax.Array, by: int) -> jax.Array:
-    """Moves the fourth axis by voxels; zeros come in."""
+def _moved(x: jax.Array, by: int, axis: int) -> jax.Array:
+    """Moves an axis by voxels; zeros come in."""
     widths = [(0, 0, 0)] * x.ndim
-    widths[3] = (by, -by, 0)
+    widths[axis] = (by, -by, 0)
     return lax.pad(x, jnp.zeros((), x.dtype), widths)
