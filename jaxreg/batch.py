@@ -18,6 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Literal
 
+import jax
+
 from jaxreg import pair_list, register, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
@@ -137,7 +139,9 @@ def check_outputs(
     Raises:
       UserError: names the row.
     """
-    taken = {path.resolve(): name for name, path in others.items()}
+    taken: dict[pathlib.Path, str] = {}
+    for name, path in others.items():
+        _take(path, name, taken)
     for row, pair in rows.items():
         for name, path in vars(pair).items():
             if isinstance(path, pathlib.Path) and name not in OUTPUTS:
@@ -159,12 +163,14 @@ def check_outputs(
                     else transforms.check_transform_path
                 )
                 check(path, f"{row}: {name}")
-            if path.resolve() in taken:
-                raise UserError(
-                    f"{row}: {name} {path} is also {taken[path.resolve()]}; name "
-                    "another file"
-                )
-            taken[path.resolve()] = f"{name} of {row}"
+            _take(path, f"{row}: {name}", taken)
+
+
+def _take(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
+    """Remembers whose file it is; refuses one that is somebody's already."""
+    whose = taken.setdefault(path.resolve(), name)
+    if whose != name:
+        raise UserError(f"{name} {path} is also {whose}; name another file")
 
 
 def _check_to_be_made(folder: pathlib.Path) -> None:
@@ -237,6 +243,9 @@ def register_all(
     Yields:
       The outcome of each row, in their order.
     """
+    if model is not None:  # once, not with each pair
+        on_device = jax.device_put(model.variables)
+        model = dataclasses.replace(model, variables=on_device)
     to_read = iter(rows.items())
     reading: collections.deque[tuple[str, PairSpec, futures.Future[_Scans]]]
     writing: collections.deque[tuple[str, PairSpec, futures.Future[Outcome]]]

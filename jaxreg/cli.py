@@ -358,7 +358,6 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg import report
     from jaxreg.io import files, transforms, volumes
     from jaxreg.space import transform as transform_lib
 
@@ -411,6 +410,8 @@ def _register(
         )
         volumes.write_volume(outputs["--warped-moving-out"], warped)
     if outputs["--report"]:
+        from jaxreg import report  # for drawing, which takes long to import
+
         report.write_report(
             outputs["--report"], moving, fixed, result,
             numbers=numbers, fill=value, command=command,
