@@ -334,7 +334,9 @@ def _write(
         pair.fixed,
         pair.moving,
         "done",
-        **_outputs(pair),
+        pair.transform_out,
+        pair.warped_out,
+        pair.inverse_out,
         similarity=found.similarity,
         before=found.similarity_before,
         after=found.similarity_after,
@@ -353,9 +355,12 @@ def _outcome(row: str, pair: PairSpec, written: futures.Future[Outcome]) -> Outc
 def skipped(rows: Rows) -> list[Outcome]:
     """Returns the outcomes of rows that are passed over."""
     return [
-        Outcome(row, pair.fixed, pair.moving, "skipped", **_outputs(pair))
+        Outcome(
+            row, pair.fixed, pair.moving, "skipped",
+            pair.transform_out, pair.warped_out, pair.inverse_out,
+        )
         for row, pair in rows.items()
-    ]
+    ]  # fmt: skip
 
 
 def write_summary(path: files.PathLike, outcomes: Iterable[Outcome]) -> None:

@@ -218,7 +218,8 @@ def optimize_network(
         steps=steps,
         report=None if progress is None else Report(progress, steps),
     )
-    return Optimized(*found[0], found[1])
+    forward, backward = found[0]
+    return Optimized(forward, backward, found[1])
 
 
 # --- the displacement itself ---------------------------------------------------------
