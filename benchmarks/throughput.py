@@ -118,9 +118,10 @@ def main() -> None:
         one, each = measure(pairs, how, calls, keep=cache == "warm")
         whole = sum(each) * len(pairs) / len(each)
         said = "" if len(each) == len(pairs) else " (extrapolated)"
+        spread = f"{min(each):.2f} to {max(each):.2f}"
         print(
-            f"| {cache} | {one:.1f} | {statistics.median(each):.2f} ({min(each):.2f} to "
-            f"{max(each):.2f}) | {whole:.0f}{said} | {one / whole:.3f} |",
+            f"| {cache} | {one:.1f} | {statistics.median(each):.2f} ({spread}) "
+            f"| {whole:.0f}{said} | {one / whole:.3f} |",
             flush=True,
         )
 
