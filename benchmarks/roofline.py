@@ -28,26 +28,17 @@ import argparse
 import collections
 import dataclasses
 import math
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import counting
+import counting_rules
 import jax
 import jax.numpy as jnp
 from counting import Layer
-
-from jaxreg import experiment, sam_training
-from jaxreg.models import kinds, sam, unireg
-from jaxreg.training import optimizer, state, step
-from jaxreg.typing import Pair
-
-ROOT = pathlib.Path(__file__).parents[1]
-Shape = tuple[int, int, int]
-Precision = Literal["float32", "default", "bfloat16"]
-UNIREG_SHAPE = (192, 192, 160)
+from programs import MODELS, Precision, Program, build
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,174 +90,6 @@ def this_cpu() -> Device:
     # Read once, written once.
     bandwidth = 8 * numbers / best(lambda x: x + 1, jnp.ones(numbers))
     return Device(rate, rate, rate, bandwidth)
-
-
-# --- programs -------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What is counted, and what is compiled.
-
-    Attributes:
-      title: network and grid.
-      counted: a function of `args` that makes the layers, without their gradients.
-      args: abstract.
-      whole: the program, gradients and update included.
-      whole_args: its arguments.
-      update: the optimiser's step, in training.
-    """
-
-    title: str
-    counted: Callable
-    args: tuple[Any, ...]
-    whole: Callable
-    whole_args: tuple[Any, ...]
-    update: Layer | None = None
-
-    def layers(self) -> list[Layer]:
-        """Returns all layers, those of the gradient after the others."""
-        layers = counting.record(self.counted, *self.args)
-        if self.update is None:
-            return layers
-        backward = [g for layer in reversed(layers) for g in counting.gradient(layer)]
-        return [*layers, *backward, self.update]
-
-
-MODELS: dict[str, tuple[str, Shape, dict[str, Any]]] = {
-    "gradicon": ("unigradicon", (175, 175, 175), {}),
-    "unireg-mind": ("unireg", UNIREG_SHAPE, {"features": "mind"}),
-    "unireg-sam": ("unireg", UNIREG_SHAPE, {"features": "sam"}),
-    "unireg-rpn": ("unireg_rpn", UNIREG_SHAPE, {}),
-    "promptreg": ("promptreg", (160, 160, 160), {}),
-    "rdp": ("rdp", (160, 160, 160), {}),
-    "sam": ("sam", UNIREG_SHAPE, {}),
-}
-"""Recipe in configs/, published grid, and what is changed in the recipe's network."""
-
-
-def _abstract(shape: Sequence[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(tuple(shape), dtype)
-
-
-def build(name: str, *, size: int | None, train: bool, precision: Precision) -> Program:
-    """Returns the program of a network: one pair, or one step of its recipe.
-
-    Args:
-      name: in `MODELS`.
-      size: longest axis instead of the published one.
-      train: a training step of one pair; of the recipe's batch of views for SAM.
-      precision: "bfloat16" has effect on networks that can compute in it.
-    """
-    recipe, shape, changes = MODELS[name]
-    given: Any = experiment.load_any(ROOT / "configs" / f"{recipe}.py")
-    if precision == "bfloat16" and hasattr(given.model, "precision"):
-        changes = {**changes, "precision": precision}
-    given = dataclasses.replace(
-        given, model=dataclasses.replace(given.model, **changes)
-    )
-    if size is not None:
-        shape = _smaller(shape, size, 1 if name == "gradicon" else 16)
-    if name == "sam":
-        return _sam_step(given) if train else _sam(given.model, shape)
-    return _registration(name, given, shape, train=train)
-
-
-def _smaller(shape: Shape, size: int, divisor: int) -> Shape:
-    d, h, w = (
-        max(divisor, round(n * size / max(shape) / divisor) * divisor) for n in shape
-    )
-    return d, h, w
-
-
-def _title(name: str, shape: Sequence[int], what: str, dtype: str) -> str:
-    return f"{name}, {' x '.join(map(str, shape))}, {what}, activations {dtype}"
-
-
-def _registration(name: str, given: Any, shape: Shape, *, train: bool) -> Program:
-    model = kinds.build(given.model)
-    variables = dict(jax.eval_shape(lambda k: model.init(k, shape), jax.random.key(0)))
-    if kinds.correlates_sam(given.model):
-        frozen = jax.eval_shape(
-            lambda k: sam.init(sam.SamConfig(), k), jax.random.key(0)
-        )
-        variables = unireg.with_sam(variables, frozen)
-    image = _abstract((1, *shape, 1))
-    pair = Pair(image, image, task=_abstract((1,), jnp.int32))
-    dtype = getattr(given.model, "precision", "float32")
-
-    def forward(variables, pair):
-        maps, _ = step.predict(model, variables, pair, directions="forward")
-        return maps.forward.on_grid(shape)
-
-    if not train:
-        title = _title(name, shape, "one direction", dtype)
-        return Program(title, forward, (variables, pair), forward, (variables, pair))
-
-    # Of labels the scans decide how many there are.
-    objective = dataclasses.replace(given.objective, dice_weight=0.0)
-    rule = optimizer.make_optimizer(given.optimizer, 1)
-    states = jax.eval_shape(rule.init, variables["params"])
-    noise = _abstract((1, *shape, 3))
-
-    def loss(variables, pair, noise):
-        return step.evaluate(
-            model, variables, pair, noise, objective=objective, train=True
-        )[0]
-
-    both = "both directions" if objective.directions == "both" else "one direction"
-    return Program(
-        _title(name, shape, f"training step of one pair, {both}", dtype),
-        loss,
-        (variables, pair, noise),
-        step.make_step(model, objective, rule),
-        (variables, states, pair, noise),
-        counting.update(given.optimizer.name, _parameters(variables)),
-    )
-
-
-def _parameters(variables: Any) -> int:
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-
-
-def _sam(config: sam.SamConfig, shape: Shape) -> Program:
-    variables = jax.eval_shape(lambda k: sam.init(config, k), jax.random.key(0))
-    args = (variables, _abstract((1, *shape, 1)))
-
-    def forward(variables, image):
-        found = sam.features(config, variables, image)
-        return found.fine, found.coarse
-
-    title = _title("sam", shape, "one image", config.precision)
-    return Program(title, forward, args, forward, args)
-
-
-def _sam_step(given: Any) -> Program:
-    shape, volumes = given.views.shape, given.train.batch
-    batch = {
-        f"{side}{suffix}": _abstract((volumes, *shape, channels))
-        for side in ("moving", "fixed")
-        for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
-    }
-    variables = jax.eval_shape(lambda k: sam.init(given.model, k), jax.random.key(0))
-    rule = optimizer.make_optimizer(given.optimizer, 1)
-    start = jax.eval_shape(
-        lambda v: state.start(v, rule, jax.random.key(1), ema=False), variables
-    )
-    loss = sam_training.make_loss(given)
-
-    def counted(variables, batch):
-        return loss(variables, batch, jax.random.key(0), train=True)[0]
-
-    what = f"training step of {volumes} x 2 views"
-    return Program(
-        _title("sam", shape, what, given.model.precision),
-        counted,
-        (variables, batch),
-        sam_training.make_train_step(given),
-        (start, batch),
-        counting.update(given.optimizer.name, _parameters(variables)),
-    )
 
 
 # --- times ----------------------------------------------------------------------------
@@ -333,7 +156,7 @@ def table(layers: Sequence[Layer], clock: Clock, *, each: bool) -> str:
         for lanes in ("taps", "channels"):
             clocks.append(dataclasses.replace(clock, lanes=lanes))
             heads += [f"{lanes}: used %", "ms"]
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    lines = _head(heads)
     for name, group in [*rows.items(), ("all", list(layers))]:
         sums = [counting.total(group, what) for what in _numbers(clock)]
         calls = sum(layer.times for layer in group)
@@ -344,6 +167,10 @@ def table(layers: Sequence[Layer], clock: Clock, *, each: bool) -> str:
             cells += [used, _short(1e3 * counting.total(group, lane.bound))]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _head(heads: Sequence[str]) -> list[str]:
+    return ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
 
 
 def _numbers(clock: Clock) -> list[Callable[[Layer], float]]:
@@ -372,7 +199,10 @@ def estimate(layers: Sequence[Layer], clock: Clock) -> str:
     taps = counting.total(layers, lambda layer: layer.taps)
     peak, best, worst = map(_short, milliseconds)
     array = f"{clock.device.array} x {clock.device.array}"
-    said = f"estimate: {peak} ms at peak, {best} to {worst} ms as a {array} array is filled"
+    said = (
+        f"estimate: {peak} ms at peak, {best} to {worst} ms as a {array} array is "
+        "filled"
+    )
     if taps:
         said += (
             f"; samplers read or write {taps / 1e6:,.0f} million voxels one by one, "
@@ -383,7 +213,7 @@ def estimate(layers: Sequence[Layer], clock: Clock) -> str:
 
 def check(program: Program, layers: Sequence[Layer]) -> str:
     """Returns the count by hand beside XLA's of the program as it is handed to it."""
-    with counting.whole():
+    with counting_rules.whole():
         traced = jax.jit(program.whole).trace(*program.whole_args)
         lowered = traced.lower(lowering_platforms=("tpu",))
         xla = (lowered.cost_analysis() or {}).get("flops", math.nan)
@@ -406,7 +236,7 @@ def measure(program: Program, runs: int) -> tuple[list[float], float]:
     keys = iter(jax.random.split(jax.random.key(0), 10_000))
 
     def real(leaf):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return next(keys)
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return jnp.zeros(leaf.shape, leaf.dtype)
@@ -427,7 +257,7 @@ def measure(program: Program, runs: int) -> tuple[list[float], float]:
 
 def main() -> None:
     """Parses the command line, counts, perhaps measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
         "--device", nargs="+", choices=["cpu", *DEVICES], default=["cpu"]
@@ -454,6 +284,7 @@ def main() -> None:
             f"{_short(device.bfloat16 / 1e12)} in bfloat16; memory "
             f"{_short(device.bandwidth / 1e9)} GB/s"
         )
+    summary = collections.defaultdict(list)
     for model in given.models:
         program = build(
             model, size=given.size, train=given.train, precision=given.precision
@@ -469,6 +300,7 @@ def main() -> None:
             clock = Clock(device, given.precision)
             print(f"\n{name}, products {given.precision}\n")
             print(table(layers, clock, each=given.layers))
+            summary[name].append(_summary(model, layers, clock))
             if device.array:
                 print(estimate(layers, clock))
             if seconds:
@@ -480,6 +312,21 @@ def main() -> None:
                     f"times the bound; XLA counts {counted / 1e9:,.1f} GFLOP in the "
                     "compiled program, loops once"
                 )
+    for name, rows in summary.items():
+        print(f"\n{name}, all models, products {given.precision}\n")
+        lanes = ["as taps fill it ms", "as channels fill it ms"]
+        heads = ["network", "GFLOP", "GB", "compute ms", "memory ms", "bound ms"]
+        heads += lanes if devices[name].array else []
+        print("\n".join([*_head(heads), *rows]))
+
+
+def _summary(model: str, layers: Sequence[Layer], clock: Clock) -> str:
+    sums = [counting.total(layers, what) for what in _numbers(clock)]
+    if clock.device.array:
+        for lanes in ("taps", "channels"):
+            lane = dataclasses.replace(clock, lanes=lanes)
+            sums.append(1e3 * counting.total(layers, lane.bound))
+    return "| " + " | ".join([model, *map(_short, sums)]) + " |"
 
 
 if __name__ == "__main__":
