@@ -33,7 +33,7 @@ def abstract(*shape, dtype=jnp.float32):
 
 
 def by_xla(function, *args):
-    return jax.jit(function).lower(*args).cost_analysis()["flops"]
+    return (jax.jit(function).lower(*args).cost_analysis() or {})["flops"]
 
 
 X = abstract(2, *SIZES, INPUTS)
@@ -126,7 +126,7 @@ def test_gradients_of_a_convolution_are_two_of_its_size():
     image = abstract(1, *SIZES, 1)
 
     def run(variables, image):
-        return model.apply(variables, image, image)[0].transform.steps[0].field
+        return model.apply(variables, image, image)[0].transform
 
     layers = counting_rules.record(run, variables, image)
     down, up, last = (x for x in layers if x.kind == "matrix" and x.name.count("/"))
@@ -143,7 +143,8 @@ def test_a_small_network_adds_up_to_what_xla_counts():
     given = programs.build("rdp", size=32, train=False, precision="default")
     layers = given.layers()
     lowered = jax.jit(given.whole).trace(*given.whole_args)
-    xla = lowered.lower(lowering_platforms=("tpu",)).cost_analysis()["flops"]
+    counted = lowered.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
+    xla = counted["flops"]
     assert sum(layer.built for layer in layers) == pytest.approx(xla, rel=0.02)
 
 

@@ -86,7 +86,14 @@ CASES = {
     "same": Case(unireg.SAME, loops=4),
     "unireg_rpn": Case(UniRegRpnConfig(2), "box_ncc"),
 }
-TRAINED = ("gradicon", "bfloat16", "promptreg", "unireg", "unireg_rpn")
+LONG = pytest.mark.slow  # a gradient takes its time to trace
+TRAINED = (
+    "gradicon",
+    "unireg",
+    "unireg_rpn",
+    pytest.param("bfloat16", marks=LONG),
+    pytest.param("promptreg", marks=LONG),
+)
 """The others are parts of these, but for what is frozen."""
 
 
@@ -177,6 +184,7 @@ def test_training_step_lowers_for_tpu_and_gpu(name, monkeypatch):
     check(text, case.trained_loops)
 
 
+@LONG
 def test_sam_s_training_step_lowers_for_tpu_and_gpu():
     given: Any = experiment.load_any(CONFIGS / "sam.py")
     contrast = ContrastiveConfig(8, 4, 8, 4, coarse_hard=4, coarse_negatives=2)
