@@ -38,8 +38,10 @@ def report(arguments: Any, folder: pathlib.Path) -> None:
     import jax
 
     from jaxreg import zoo
+    from jaxreg.models import kinds
 
     loaded = zoo.load(arguments.weights or str(folder / "weights"))
+    config: Any = kinds.config_of(loaded.bundle.model, loaded.bundle.config)
     pair, unit_to_mm = _pair(arguments, loaded)
     full = _map_of(loaded, pair, _FULL)
     moved = np.linalg.norm((full - _identity(full)) @ unit_to_mm.T, axis=-1)
@@ -52,7 +54,7 @@ def report(arguments: Any, folder: pathlib.Path) -> None:
     print(f"{'precision':34s} mean mm  p95 mm  max mm")
     for precision in ("tf32", "bfloat16"):
         title = precision
-        if precision == "bfloat16" and not has_bfloat16(loaded.model.config):
+        if precision == "bfloat16" and not has_bfloat16(config):
             title = "bfloat16 (products alone)"
         gap = (_map_of(loaded, pair, precision) - full) @ unit_to_mm.T
         error = np.linalg.norm(gap, axis=-1)

@@ -5,6 +5,8 @@ load them in a process of their own and return what there is to time (`Built`).
 """
 
 import dataclasses
+import importlib.util
+import multiprocessing
 import pathlib
 import types
 from collections.abc import Callable, Mapping
@@ -112,14 +114,26 @@ def prepare(
 ) -> None:
     """Writes random weights and a pair of smooth random images for both libraries.
 
-    Runs on the CPU whatever there is, so that no device is held by this process.
+    In a process of its own and on the CPU, so that this one holds no device.
 
     Args:
-      folder: gets weights/, weights.pth and images.npz.
+      folder: gets weights/, images.npz and, where there is PyTorch, weights.pth.
       name: a key of `NETWORKS`.
       shape: the network grid.
       channels: width of PromptReg and RDP.
     """
+    process = multiprocessing.get_context("spawn").Process(
+        target=_write, args=(folder, name, shape, channels)
+    )
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{name} could not be prepared; the reason is above")
+
+
+def _write(
+    folder: pathlib.Path, name: str, shape: tuple[int, int, int], channels: int
+) -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -137,23 +151,26 @@ def prepare(
         variables, network.kind, fields, {"shape": list(shape)}, "random", "none"
     )
     checkpoints.save_bundle(folder / "weights", bundle)
-    if network.kind == "unireg":  # whose weights have no PyTorch file
-        import pytorch_unireg
+    if importlib.util.find_spec("torch"):
+        if network.kind == "unireg":  # whose weights have no PyTorch file
+            import pytorch_unireg
 
-        state = pytorch_unireg.state_of(variables)
-    else:
-        state = zoo.KINDS[network.kind].from_variables(variables, fields)
-    released.write_state_dict(folder / "weights.pth", state)
+            state = pytorch_unireg.state_of(variables)
+        else:
+            state = zoo.KINDS[network.kind].from_variables(variables, fields)
+        released.write_state_dict(folder / "weights.pth", state)
     moving, fixed = smooth_pair(shape)
     np.savez(folder / "images.npz", moving=moving, fixed=fixed)
 
 
 def smooth_pair(shape: tuple[int, int, int]) -> list[np.ndarray]:
     """Returns two smooth random images, 1 1 D H W each, [0, 1]."""
+    import jax.numpy as jnp
+
     from jaxreg.space import sampling
 
     coarse = np.random.default_rng(1).uniform(size=(2, 12, 12, 12, 1))
-    found = sampling.resize_half_pixel(coarse.astype(np.float32), shape)
+    found = sampling.resize_half_pixel(jnp.asarray(coarse, jnp.float32), shape)
     return np.split(np.moveaxis(np.asarray(found), -1, 1), 2)
 
 

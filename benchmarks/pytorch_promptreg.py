@@ -189,7 +189,8 @@ def mind(x: Tensor) -> Tensor:
 
 def rough(field: Tensor) -> Tensor:
     """Mean squared forward difference of a displacement, over all axes."""
-    return sum((field.diff(dim=axis) ** 2).mean() for axis in (2, 3, 4)) / 3
+    per_axis = [(field.diff(dim=axis) ** 2).mean() for axis in (2, 3, 4)]
+    return torch.stack(per_axis).mean()
 
 
 def loss(state: State, moving: Tensor, fixed: Tensor, task: int = 0) -> Tensor:

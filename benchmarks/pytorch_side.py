@@ -128,7 +128,7 @@ def _unigradicon(weights, moving, fixed, task: Task):
 
     def forward():
         # As the package's own forward does, so that a field on its grid is added.
-        net.identity_map.isIdentity = True
+        vars(net.identity_map)["isIdentity"] = True
         return net.regis_net(moving, fixed)(net.identity_map)
 
     return forward, _UniGradIcon(net, moving, fixed), list(net.parameters())

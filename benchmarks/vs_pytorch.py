@@ -52,6 +52,8 @@ from worker import Died, Worker, available_memory, first_result
 
 _TITLES = {"jaxreg": "jaxreg", "pytorch": "PyTorch", "autocast": "autocast"}
 _PER_STEPS = 50
+Compiled = tuple[float, float]
+"""Seconds and CPU seconds."""
 
 
 def main() -> None:
@@ -85,7 +87,8 @@ def main() -> None:
     if arguments.io_steps and (arguments.tasks != ["io"] or arguments.batch != 1):
         parser.error("--io-steps is of one pair: give --tasks io and --batch 1")
     shape = arguments.shape or ",".join([str(arguments.size)] * 3)
-    arguments.shape = tuple(int(n) for n in shape.split(","))
+    d, h, w = (int(n) for n in shape.split(","))
+    arguments.shape = (d, h, w)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         if not (arguments.accuracy and arguments.weights):
@@ -115,8 +118,8 @@ class Measured:
 
     seconds: list[float]
     peak: float
-    compiled: tuple[float, float]
-    again: tuple[float, float] | None
+    compiled: Compiled
+    again: Compiled | None
     device: str
 
     @property
@@ -149,27 +152,37 @@ def make_job(arguments, folder: pathlib.Path, library: Library, task, **more) ->
     )
 
 
-def start(job: Job, folder: pathlib.Path, *, twice: bool):
+def start(
+    job: Job, folder: pathlib.Path, *, twice: bool
+) -> tuple[Worker, Compiled, Compiled | None]:
     """Returns (worker, compilation in the first start, and in the second or None)."""
     if job.library != "jaxreg":
         worker = Worker(job)
-        return worker, tuple(worker.ready["compile"]), None
+        return worker, compilation(worker), None
     cache = folder / f"programs_{job.task}"
     worker = Worker(job, cache=cache)
-    compiled = tuple(worker.ready["compile"])
+    compiled = compilation(worker)
     if not twice and worker.ready["on_host"]:
         return worker, compiled, None
     worker.stop()
     worker = Worker(job, cache=cache)
-    return worker, compiled, tuple(worker.ready["compile"])
+    return worker, compiled, compilation(worker)
+
+
+def compilation(worker: Worker) -> Compiled:
+    """Returns what a worker's compilation took."""
+    wall, cpu = worker.ready["compile"]
+    return wall, cpu
 
 
 def measure(arguments, folder: pathlib.Path, task) -> dict[str, Measured]:
     """Runs one task of all libraries in turn."""
-    workers, starts = {}, {}
+    workers: dict[str, Worker] = {}
+    starts: dict[str, tuple[Compiled, Compiled | None]] = {}
     for library in libraries(arguments):
         job = make_job(arguments, folder, library, task)
-        workers[library], *starts[library] = start(job, folder, twice=arguments.cache)
+        worker, first, again = start(job, folder, twice=arguments.cache)
+        workers[library], starts[library] = worker, (first, again)
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     scale = _PER_STEPS / arguments.io_steps if arguments.io_steps else 1.0
     for _ in range(arguments.runs):
@@ -288,9 +301,12 @@ def doubled(arguments, folder: pathlib.Path, library: Library, task, limit: floa
             seconds_now = worker.run()
             peak = worker.stop()
         except Died as died:
-            if died.reason != "memory":
+            if died.reason != "memory" and not largest:
                 raise SystemExit(f"{task}, batch {batch}: {died}") from died
-            return largest, seconds, f"{batch} does not fit"
+            # Some layers of PyTorch have limits of their own besides the memory.
+            words = died.message.strip().splitlines()[-1:]
+            why = "does not fit" if died.reason == "memory" else f"fails: {words}"
+            return largest, seconds, f"{batch} {why}"
         largest, seconds = batch, seconds_now
         print(f"  {_TITLES[library]} {task} batch {batch}: {peak / 1e9:.2f} GB")
         batch *= 2

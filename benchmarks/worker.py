@@ -23,7 +23,8 @@ from contestants import Built, Job
 
 _OUT_OF_MEMORY = (
     "RESOURCE_EXHAUSTED", "out of memory", "OutOfMemory", "bad_alloc", "MemoryError",
-    "can't allocate memory", "Failed to allocate",
+    "can't allocate memory", "Failed to allocate", "ALLOC_FAILED",
+    "Failed to determine best cudnn convolution algorithm",  # that is how it shows
 )  # fmt: skip
 _CACHE = (
     ("JAX_COMPILATION_CACHE_DIR", ""),
@@ -34,7 +35,7 @@ _WATCH_S = 0.05
 
 
 class Died(Exception):
-    """A worker ended before it answered; `reason` is "memory", "time" or "other"."""
+    """A worker ended before it answered; `reason` is "memory" or "other"."""
 
     def __init__(self, reason: str, message: str = ""):
         """Keeps the reason and the end of what the process said."""
@@ -51,7 +52,6 @@ class Worker:
         *,
         cache: pathlib.Path | None = None,
         memory_limit: float | None = None,
-        time_limit: float | None = None,
     ):
         """Starts the process and waits until it is warm.
 
@@ -60,7 +60,6 @@ class Worker:
           cache: folder of compiled programs; none is used if None.
           memory_limit: bytes of resident set at which it is ended; for CPUs, where
             the machine would otherwise run out for all.
-          time_limit: seconds without an answer after which it is ended.
 
         Raises:
           Died: see there.
@@ -78,8 +77,7 @@ class Worker:
             text=True,
             env=_environment(job, cache),
         )
-        self._killed = ""
-        self._time_limit = time_limit
+        self._is_full = False
         if memory_limit is not None:
             watch = threading.Thread(
                 target=self._watch_memory, args=(memory_limit,), daemon=True
@@ -97,12 +95,6 @@ class Worker:
         self._process.wait()
         return peak
 
-    def kill(self, reason: str = "") -> None:
-        """Ends the process at once."""
-        self._killed = reason
-        self._process.kill()
-        self._process.wait()
-
     def _ask(self, word: str) -> dict[str, Any]:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{word}\n")
@@ -111,34 +103,27 @@ class Worker:
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        alarm = None
-        if self._time_limit is not None:
-            alarm = threading.Timer(self._time_limit, self.kill, ("time",))
-            alarm.start()
-        try:
-            while line := self._process.stdout.readline():
-                if line.startswith("{"):
-                    return json.loads(line)
-        finally:
-            if alarm is not None:
-                alarm.cancel()
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
         raise self._died()
 
     def _died(self) -> Died:
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read()[-4000:]
-        if self._killed:
-            return Died(self._killed)
         # The system's own way to end a process for its memory leaves no message.
         full = code == -9 or any(word in said for word in _OUT_OF_MEMORY)
+        full = full or self._is_full
         return Died("memory" if full else "other", said)
 
     def _watch_memory(self, limit: float) -> None:
         while self._process.poll() is None:
             try:
                 if _status(self._process.pid, "VmRSS") > limit:
-                    self.kill("memory")
+                    self._is_full = True
+                    self._process.kill()
+                    return
             except (OSError, IndexError):  # it has just ended
                 return
             time.sleep(_WATCH_S)
@@ -202,7 +187,7 @@ def serve(job: Job) -> None:
         start = time.perf_counter()
         built.run()
         say(seconds=time.perf_counter() - start)
-    say(peak=built.peak() or _status("self", "VmHWM"))
+    say(peak=built.peak() or host_peak())
 
 
 def say(**message: Any) -> None:
@@ -215,6 +200,11 @@ def reset_host_peak() -> None:
     # What the compiler freed but the C library keeps is not the step's memory.
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def host_peak() -> float:
+    """Returns the resident set's peak in bytes."""
+    return _status("self", "VmHWM")
 
 
 def read_job(text: str) -> Job:
