@@ -304,20 +304,21 @@ def draw(points: Sequence[Point], stem: pathlib.Path) -> None:
     parts = [part for part in PARTS if any(p.part == part for p in drawn)]
     if not parts:
         raise SystemExit(f"{stem.name}.csv has no numbers to draw")
-    for name, title, unit in (("time", "s per run", 1.0), ("memory", "peak GB", 1e-9)):
-        panels(drawn, parts, f"{stem}_{name}.png", name, title, unit)
+    title = stem.name.replace("_", " ", 1)
+    for name, height, unit in (("time", "s per run", 1.0), ("memory", "peak GB", 1e-9)):
+        figure = panels(drawn, parts, name, height, unit)
+        figure.suptitle(f"{title}, {', '.join(sorted({p.where for p in drawn}))}")
+        figure.tight_layout()
+        figure.savefig(f"{stem}_{name}.png", dpi=120)
 
 
-def panels(drawn, parts, path: str, name: str, title: str, unit: float) -> None:
-    """Writes one plot with a panel per sweep, both axes logarithmic."""
-    import matplotlib
+def panels(drawn, parts, name: str, height: str, unit: float):
+    """Returns a figure with a panel per sweep, both axes logarithmic."""
+    from matplotlib import figure as figures
+    from matplotlib import ticker
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
-
-    figure, axes = pyplot.subplots(
-        1, len(parts), figsize=(4.6 * len(parts), 4.2), squeeze=False
-    )
+    figure = figures.Figure(figsize=(4.6 * len(parts), 4.2))
+    axes = figure.subplots(1, len(parts), squeeze=False)
     for part, axis in zip(parts, axes[0], strict=True):
         of_part = [point for point in drawn if point.part == part]
         ticks = sorted({point.amount for point in of_part})
@@ -332,7 +333,7 @@ def panels(drawn, parts, path: str, name: str, title: str, unit: float) -> None:
                 )
                 label = f"{library} {task}{slope(x, y)}"
                 axis.plot(x, y, mark, color=colour, label=label, markersize=5)
-        axis.set(xscale="log", yscale="log", xlabel=axis_title(of_part), ylabel=title)
+        axis.set(xscale="log", yscale="log", xlabel=axis_title(of_part), ylabel=height)
         axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         labels = [
@@ -341,10 +342,7 @@ def panels(drawn, parts, path: str, name: str, title: str, unit: float) -> None:
         axis.set_xticklabels(labels)
         axis.grid(alpha=0.3, which="both")
         axis.legend(fontsize=8)
-    figure.suptitle(f"{name}, {', '.join(sorted({p.where for p in drawn}))}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure
 
 
 def slope(x: np.ndarray, y: np.ndarray) -> str:
