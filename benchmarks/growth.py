@@ -39,6 +39,7 @@ PARTS = ("voxels", "batch", "devices")
 SIZES = (32, 48, 64, 96, 128, 160, 192)
 _FITTED = 3
 _SHARE_OF_MEMORY = 0.8
+_LEAST_SPAN = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -334,6 +335,10 @@ def panels(drawn, parts, name: str, height: str, unit: float):
                 label = f"{library} {task}{slope(x, y)}"
                 axis.plot(x, y, mark, color=colour, label=label, markersize=5)
         axis.set(xscale="log", yscale="log", xlabel=axis_title(of_part), ylabel=height)
+        low, high = axis.get_ylim()
+        if high < _LEAST_SPAN * low:  # what hardly changes is to look so
+            middle, half = (low * high) ** 0.5, _LEAST_SPAN**0.5
+            axis.set_ylim(middle / half, middle * half)
         axis.xaxis.set_major_locator(ticker.FixedLocator(ticks))
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         labels = [
@@ -357,7 +362,7 @@ def axis_title(points: Sequence[Point]) -> str:
     return {
         "voxels": "voxels, one pair",
         "batch": f"pairs of {size}³ voxels",
-        "devices": f"devices, a pair of {size}³ voxels each (small network)",
+        "devices": f"devices, {size}³ voxels each, small network",
     }[part]
 
 

@@ -31,7 +31,11 @@ network can (else products alone), products of TF32, or of full float32.
 Compile is tracing and compilation without stored programs, seconds (CPU seconds);
 "again" is the same in a second start with the persistent cache (--cache). On a GPU the
 timed worker is always a second one: JAX's peak memory cannot be reset, and that of the
-first one has the trials of the compiler in it.
+first one has the trials of the compiler in it. On a CPU the timed worker is the second
+one with --cache; that of a first start still holds some of the compiler's own memory.
+
+--largest-batch doubles the batch, each in a fresh process that may fill the device, and
+prints the largest that fits. On a CPU the limit counts compilation too.
 
 Needs: pip install "jaxreg[torch]"
 """
