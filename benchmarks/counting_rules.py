@@ -86,6 +86,7 @@ def convolution(function: Callable, x: Any, shape: Sequence[int]) -> dict[str, A
 
 def _convolution(recorder, module, args, kwargs, found):
     (x,) = args
+    x = tuple(map(layers.value, x)) if isinstance(x, tuple) else layers.value(x)
     recorder.note(
         "matrix",
         "",
@@ -122,10 +123,10 @@ def _batch_norm(recorder, module, args, kwargs, found):
     recorder.note(
         "vector",
         "",
-        _NORM * _size(found),
+        _NORM * _size(found.image),
         group="normalisation",
         inputs=arrays_of(args[0]),
-        outputs=arrays_of(found),
+        outputs=arrays_of(found.image),
     )
 
 

@@ -101,8 +101,8 @@ class BatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
         shift = bias - now_mean * factor
         samples = x.shape[0] // groups
-        per_sample = [jnp.repeat(a[:, 0], samples, 0) for a in (factor, shift)]
-        return Scaled(x, *per_sample)
+        factor, shift = (jnp.repeat(a[:, 0], samples, 0) for a in (factor, shift))
+        return Scaled(x, factor, shift)
 
 
 class TallUNet2(nn.Module):

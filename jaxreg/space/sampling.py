@@ -282,7 +282,7 @@ def _values_gradient(values, index, dy, *, zeros: bool):
     def empty():
         return late.zeros((math.prod(shape[:3]), shape[3]), dy)
 
-    def added(total, points):
+    def added(total, points, unroll=1):
         at, dy = points
         low, way = _cell(at, shape, zeros=zeros)
 
@@ -294,14 +294,14 @@ def _values_gradient(values, index, dy, *, zeros: bool):
             scaled = weight[:, None] * dy
             return total.at[flat].add(scaled, mode="promise_in_bounds"), None
 
-        # A loop: eight scatters would be eight programs to compile.
-        return jax.lax.scan(add, total, _OFFSETS)
+        return jax.lax.scan(add, total, _OFFSETS, unroll=unroll)
 
+    # A loop over the corners on CPU: eight scatters are eight programs to compile.
     def chunked(index, dy):
         return jax.lax.scan(added, empty(), _in_chunks(index, dy))[0]
 
     def whole(index, dy):
-        return added(empty(), (index, dy))[0]
+        return added(empty(), (index, dy), unroll=len(_OFFSETS))[0]
 
     total = jax.lax.platform_dependent(
         index,
