@@ -1,8 +1,9 @@
-"""PromptReg in PyTorch, from its own layers, for the benchmark to run against.
+"""PromptReg and RDP in PyTorch, from its own layers, for benchmarks to run against.
 
 Not the released program, which cannot be installed: the same network and losses written
 with PyTorch's layers as its authors would (grid_sample, instance_norm, avg_pool3d), in
-the released form, on a state dictionary of the released names.
+the released form, on a state dictionary of the released names. A dictionary without
+prompts is RDP. Coordinates are float32 whatever the features are (autocast).
 
 References:
   Xie et al., PromptReg, MICCAI 2025, section 2.
@@ -54,15 +55,21 @@ def up(state: State, name: str, x: Tensor) -> Tensor:
     return norm(functional.conv_transpose3d(x, weight, bias, 2, 1), 0.1)
 
 
-def warp(x: Tensor, field: Tensor) -> Tensor:
-    """Samples at p + field(p), voxels, zero outside."""
+def voxels(field: Tensor) -> Tensor:
+    """Where a displacement in voxels leads: p + field(p), N 3 D H W, float32."""
     sizes = field.shape[2:]
-    axes = [torch.arange(n, dtype=x.dtype, device=x.device) for n in sizes]
-    places = torch.stack(torch.meshgrid(axes, indexing="ij")) + field
-    scale = 2 / (torch.tensor(sizes, dtype=x.dtype, device=x.device) - 1)
-    unit = places * scale.view(1, 3, 1, 1, 1) - 1
-    last_first = unit.permute(0, 2, 3, 4, 1).flip(-1)
-    return functional.grid_sample(x, last_first, align_corners=True)
+    axes = [torch.arange(n, dtype=torch.float32, device=field.device) for n in sizes]
+    return torch.stack(torch.meshgrid(axes, indexing="ij")) + field
+
+
+def warp(x: Tensor, field: Tensor, outside: str = "zeros") -> Tensor:
+    """Samples at p + field(p), voxels; `outside` is grid_sample's padding mode."""
+    places, sizes = voxels(field), field.shape[2:]
+    unit = [places[:, i] * (2 / max(n - 1, 1)) - 1 for i, n in enumerate(sizes)]
+    last_first = torch.stack(unit[::-1], -1)
+    return functional.grid_sample(
+        x, last_first, padding_mode=outside, align_corners=True
+    )
 
 
 def compose(field: Tensor, step: Tensor) -> Tensor:
@@ -92,12 +99,13 @@ def prompt(state: State, x: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor]:
     """The prompt and the two auxiliary losses, released form."""
     name = "prompt_generator"
     bank, template = state[f"{name}.static_prompt"], state[f"{name}.prompt_template"]
+    template = template.expand_as(x)
     dynamic = block(state, f"{name}.dynamic_fusion.0", torch.cat([x, template], 1))
     dynamic = block(state, f"{name}.dynamic_fusion.3", dynamic)
     rows = bank.flatten(1)
-    alike = functional.cosine_similarity(dynamic.flatten(1), rows)
-    weights = torch.softmax(alike / 0.5, 0)
-    weighted = (weights @ rows).view_as(template)
+    alike = functional.cosine_similarity(dynamic.flatten(1)[:, None], rows[None], 2)
+    weights = torch.softmax(alike / 0.5, 1)
+    weighted = (weights @ rows).view_as(x)
     processed = block(state, f"{name}.conv.0", weighted)
     joined = block(state, f"{name}.fusion.0", torch.cat([dynamic, processed], 1))
     joined = block(state, f"{name}.fusion.3", joined)
@@ -118,15 +126,29 @@ def prompt(state: State, x: Tensor, task: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
+def is_prompted(state: State) -> bool:
+    """Whether it is PromptReg's, not RDP's."""
+    return "prompt_generator.static_prompt" in state
+
+
 def network(
     state: State, moving: Tensor, fixed: Tensor, task: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the field in voxels and the two auxiliary losses, for a batch of 1."""
+    """Returns the field in voxels and the two auxiliary losses.
+
+    Args:
+      state: see the module.
+      moving: N 1 D H W.
+      fixed: N 1 D H W.
+      task: the bank's row of all pairs.
+    """
     m = encode(state, "encoder_moving", moving)
     f = encode(state, "encoder_fixed", fixed)
     x = blocks(state, "cconv_4", f[3], m[3])
-    made, orthogonality, task_loss = prompt(state, x, task)
-    x = blocks(state, "prompt_fusion_layer", x, made)
+    orthogonality = task_loss = x.new_zeros(())
+    if is_prompted(state):
+        made, orthogonality, task_loss = prompt(state, x, task)
+        x = blocks(state, "prompt_fusion_layer", x, made)
     field = integrate(conv(state, "defconv4", x))
     x = blocks(state, "dconv4", f[3], warp(m[3], field), x)
     step = integrate(conv(state, "defconv4", x))
@@ -165,9 +187,14 @@ def mind(x: Tensor) -> Tensor:
     return torch.exp(-distance / variance.clamp(mean * 0.001, mean * 1000))
 
 
+def rough(field: Tensor) -> Tensor:
+    """Mean squared forward difference of a displacement, over all axes."""
+    per_axis = [(field.diff(dim=axis) ** 2).mean() for axis in (2, 3, 4)]
+    return torch.stack(per_axis).mean()
+
+
 def loss(state: State, moving: Tensor, fixed: Tensor, task: int = 0) -> Tensor:
     """The training loss: MIND, smoothness and the two prompt terms."""
     field, orthogonality, task_loss = network(state, moving, fixed, task)
     alike = ((mind(warp(moving, field)) - mind(fixed)) ** 2).mean()
-    rough = sum((field.diff(dim=axis) ** 2).mean() for axis in (2, 3, 4)) / 3
-    return alike + 0.1 * rough + 0.001 * orthogonality + 0.001 * task_loss
+    return alike + 0.1 * rough(field) + 0.001 * orthogonality + 0.001 * task_loss

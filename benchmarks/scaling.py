@@ -27,6 +27,7 @@ import time
 from typing import Literal
 
 import numpy as np
+from worker import host_peak, reset_host_peak
 
 Kind = Literal["mesh", "pmap"]
 KINDS: tuple[Kind, ...] = ("mesh", "pmap")
@@ -132,7 +133,12 @@ def compare(arguments, counts: list[int]) -> None:
 
 
 def measure(arguments, kind: Kind, count: int) -> dict:
-    """Returns the global batch, seconds to compile, and seconds of each timed step."""
+    """Returns one row's numbers.
+
+    Returns:
+      "batch", global; "compile" and the first step, seconds; "seconds" of each timed
+      step; "peak" memory in bytes, of the first device or, on CPU, the process.
+    """
     import jax
     import optax
 
@@ -167,13 +173,20 @@ def measure(arguments, kind: Kind, count: int) -> dict:
     began = time.perf_counter()
     current, parts = jax.block_until_ready(compiled(current, placed))
     compile_and_first = time.perf_counter() - began
+    reset_host_peak()
     seconds = []
     for _ in range(arguments.runs):
         began = time.perf_counter()
         current, parts = jax.block_until_ready(compiled(current, placed))
         seconds.append(time.perf_counter() - began)
     assert parallel.fetch_parts(parts, layout)["finite"]
-    return {"batch": batch, "compile": compile_and_first, "seconds": seconds}
+    of_device = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return {
+        "batch": batch,
+        "compile": compile_and_first,
+        "seconds": seconds,
+        "peak": of_device or host_peak(),
+    }
 
 
 if __name__ == "__main__":

@@ -9,23 +9,69 @@ them) and the peak resident memory, compilation included. Weights are random.
 """
 
 import argparse
+import dataclasses
+import math
 import resource
 import time
 
+import counting
 import jax
 import jax.numpy as jnp
+import programs
 
+from jaxreg import experiment
 from jaxreg.models import sam, unireg
 from jaxreg.models.unireg import UniReg, UniRegConfig
-from jaxreg.models.unireg_size import PAPER, PAPER_SHAPE, size_of
+from jaxreg.models.unireg_features import FINE
 from jaxreg.training import step
 from jaxreg.typing import Pair
+
+PAPER = (360_000, 477_000_000_000)
+"""Parameters and multiply-adds that the paper states, rounded as it does."""
+PAPER_SHAPE = programs.UNIREG_SHAPE
+OFFSETS = 27
 
 FORMS = {
     "strided convolutions (the default)": UniRegConfig(),
     "maximum pooling": UniRegConfig(downsample="maxpool"),
     "SAME, its ancestor": unireg.SAME,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Of a network without the one that makes its embeddings.
+
+    Attributes:
+      parameters: trained numbers.
+      convolutions: multiply-adds of a pass, those of the generated layers included.
+      correlation: of three products (of both maps, and their two lengths) at each
+        offset and fine voxel, as the paper may have counted; jaxreg has one of each
+        length per voxel.
+    """
+
+    parameters: int
+    convolutions: int
+    correlation: int
+
+
+def size_of(config: UniRegConfig, shape: programs.Shape = PAPER_SHAPE) -> Size:
+    """Counts a form of the network at a grid."""
+    # What is correlated has 27 channels, whatever it is made of.
+    small = dataclasses.replace(config, features="mind")
+    given = experiment.load(programs.ROOT / "configs" / "unireg.py")
+    given = dataclasses.replace(given, model=small)
+    program = programs.registration("unireg", given, shape, train=False)
+    parts = ("encoder", "decoder", "last layers")
+    layers = [layer for layer in program.layers() if layer.group in parts]
+    # The controller's one product is not a convolution, and nothing beside them.
+    layers = [layer for layer in layers if "controller" not in layer.name]
+    voxels = math.prod(n // f for n, f in zip(shape, FINE, strict=True))
+    return Size(
+        parameters=programs.parameters(program.args[0]),
+        convolutions=round(counting.total(layers, lambda x: x.flops) / 2),
+        correlation=3 * OFFSETS * config.feature_channels * voxels,
+    )
 
 
 def print_sizes() -> None:

@@ -1,388 +1,327 @@
 """jaxreg against the PyTorch original, in turn, in one process tree.
 
     python benchmarks/vs_pytorch.py --size 96
-    python benchmarks/vs_pytorch.py --size 64 --network promptreg --channels 16
+    python benchmarks/vs_pytorch.py --network unireg_rpn --shape 160,192,192
+    python benchmarks/vs_pytorch.py --size 175 --precision tf32 --autocast --batch 2
+    python benchmarks/vs_pytorch.py --size 175 --tasks io --io-steps 50
+    python benchmarks/vs_pytorch.py --size 175 --largest-batch
+    python benchmarks/vs_pytorch.py --accuracy --weights W --images A.nii.gz B.nii.gz
 
 Prints, per task, the median time of each library, their ratio and the ratio of peak
-memory. Both run the same network with the same random weights on the same random
-images: the full uniGradICON (four U-Nets, 70.7 M parameters), PyTorch's side being
-unigradicon's own; or PromptReg in its released form, PyTorch's side being
-pytorch_promptreg.py beside this file, since the released program is no package. Each
-library has a worker process per task; the workers take turns, one run each, so that a
-busy machine hurts both alike. Compilation and first runs are not timed; compilation is
-shown on its own.
+memory; ratios below 1 favour jaxreg. Both run the same network with the same random
+weights on the same smooth random images: the full uniGradICON (four U-Nets, 70.7 M
+parameters), PyTorch's side being unigradicon's own; or a network whose released
+program is no package, PyTorch's side being pytorch_promptreg.py or pytorch_unireg.py
+beside this file: PromptReg in its released form, RDP (the same without prompts), the
+released UniReg-RPN, and the paper's UniReg with MIND in place of SAM.
 
+Each library has a worker process per task (worker.py); the workers take turns, one run
+each, so that a busy machine hurts both alike. Compilation and first runs are not timed.
 Tasks: forward (one direction: network and its map on the grid), train (loss, gradient,
-Adam; batch statistics; uniGradICON's loss is of both directions, PromptReg's of one),
-io (uniGradICON alone: the same with running statistics, as in instance optimisation).
-Peak memory is that of the process after warming up (CPU: its resident set; GPU: the
-allocator's peak).
+Adam; batch statistics; uniGradICON's loss is of both directions, the others' of one, as
+their recipes say), io (uniGradICON alone: the same with running statistics, as in
+instance optimisation; with --io-steps a whole optimisation by jaxreg.optimize and by
+unigradicon's own function, in seconds per 50 steps).
+
+PyTorch runs as its users run it: float32, on a GPU with its default of TF32 in
+convolutions. With --autocast there is a further column, of autocast to bfloat16 with
+channels last. --precision is jaxreg's: activations and products in bfloat16 where the
+network can (else products alone), products of TF32, or of full float32.
+
+Compile is tracing and compilation without stored programs, seconds (CPU seconds);
+"again" is the same in a second start with the persistent cache (--cache). On a GPU the
+timed worker is always a second one: JAX's peak memory cannot be reset, and that of the
+first one has the trials of the compiler in it. On a CPU the timed worker is the second
+one with --cache; that of a first start still holds some of the compiler's own memory.
+
+--largest-batch doubles the batch, each in a fresh process that may fill the device, and
+prints the largest that fits. On a CPU the limit counts compilation too.
 
 Needs: pip install "jaxreg[torch]"
 """
 
 import argparse
-import ctypes
 import dataclasses
 import importlib.metadata
-import json
 import os
 import pathlib
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import types
 
+import accuracy
 import numpy as np
+from contestants import NETWORKS, Job, Library, prepare
+from worker import Died, Worker, available_memory, first_result
 
-TASKS = {"unigradicon": ("forward", "train", "io"), "promptreg": ("forward", "train")}
+_TITLES = {"jaxreg": "jaxreg", "pytorch": "PyTorch", "autocast": "autocast"}
+_PER_STEPS = 50
+Compiled = tuple[float, float]
+"""Seconds and CPU seconds."""
 
 
 def main() -> None:
-    """Parses the command line and runs the parent or a worker."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Parses the command line and runs what it asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--size", type=int, default=96, help="voxels per axis")
+    parser.add_argument("--shape", help="D,H,W in place of --size")
+    parser.add_argument("--batch", type=int, default=1, help="pairs per step")
     parser.add_argument("--runs", type=int, default=5, help="timed runs per library")
     parser.add_argument("--threads", type=int, default=2, help="PyTorch's CPU threads")
-    parser.add_argument("--network", choices=list(TASKS), default="unigradicon")
+    parser.add_argument("--network", choices=list(NETWORKS), default="unigradicon")
     parser.add_argument("--channels", type=int, default=16, help="PromptReg's width")
     parser.add_argument("--tasks", nargs="+", choices=("forward", "train", "io"))
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--precision", choices=("float32", "tf32", "bfloat16"), default="float32"
+    )
+    parser.add_argument("--autocast", action="store_true", help="a column of it")
+    parser.add_argument("--cache", action="store_true", help="time a second start too")
+    parser.add_argument("--io-steps", type=int, default=0, help="a whole optimisation")
+    parser.add_argument("--largest-batch", action="store_true", help="which one fits")
+    parser.add_argument(
+        "--memory-limit", type=float, help="GB on CPU; most of what is free by default"
+    )
+    parser.add_argument("--batch-limit", type=int, default=256, help="of that search")
+    accuracy.add_options(parser)
     arguments = parser.parse_args()
-    offered = TASKS[arguments.network]
+    offered = NETWORKS[arguments.network].tasks
     arguments.tasks = arguments.tasks or list(offered)
     if not set(arguments.tasks) <= set(offered):
         parser.error(f"--tasks: {arguments.network} has {', '.join(offered)}")
-    if arguments.worker:
-        library, task, folder = arguments.worker
-        work(library, task, pathlib.Path(folder), arguments.threads)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        compare(arguments, pathlib.Path(folder))
+    if arguments.io_steps and (arguments.tasks != ["io"] or arguments.batch != 1):
+        parser.error("--io-steps is of one pair: give --tasks io and --batch 1")
+    shape = arguments.shape or ",".join([str(arguments.size)] * 3)
+    d, h, w = (int(n) for n in shape.split(","))
+    arguments.shape = (d, h, w)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        if not (arguments.accuracy and arguments.weights):
+            prepare(folder, arguments.network, arguments.shape, arguments.channels)
+        if arguments.accuracy:
+            accuracy.report(arguments, folder)
+        elif arguments.largest_batch:
+            search(arguments, folder)
+        else:
+            compare(arguments, folder)
 
 
-# --- the parent ----------------------------------------------------------------------
+# --- times and memory, in turn --------------------------------------------------------
 
 
-class Worker:
-    """A process that runs one task of one library whenever it is asked to."""
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What became of one library in one task.
 
-    def __init__(self, library: str, task: str, folder: pathlib.Path, threads: int):
-        """Starts the process and waits until it is warm."""
-        command = [sys.executable, __file__, "--threads", str(threads)]
-        self._process = subprocess.Popen(
-            [*command, "--worker", library, task, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+    Attributes:
+      seconds: of each run.
+      peak: bytes.
+      compiled: seconds and CPU seconds of compilation in the first start.
+      again: the same in the second start; None if there was none.
+      device: its name.
+    """
+
+    seconds: list[float]
+    peak: float
+    compiled: Compiled
+    again: Compiled | None
+    device: str
+
+    @property
+    def median(self) -> float:
+        """Of the seconds."""
+        return statistics.median(self.seconds)
+
+    def spread(self) -> str:
+        """Returns median and range."""
+        low, high = min(self.seconds), max(self.seconds)
+        return f"{self.median:.4g} ({low:.4g}-{high:.4g})"
+
+
+def libraries(arguments) -> list[Library]:
+    """Returns who takes part."""
+    return ["jaxreg", "pytorch", *(["autocast"] if arguments.autocast else [])]
+
+
+def make_job(arguments, folder: pathlib.Path, library: Library, task, **more) -> Job:
+    """Returns a job of the command line."""
+    fields = {"batch": arguments.batch, "io_steps": arguments.io_steps, **more}
+    return Job(
+        library,
+        arguments.network,
+        task,
+        str(folder),
+        precision=arguments.precision,
+        threads=arguments.threads,
+        **fields,
+    )
+
+
+def start(
+    job: Job, folder: pathlib.Path, *, twice: bool
+) -> tuple[Worker, Compiled, Compiled | None]:
+    """Returns (worker, compilation in the first start, and in the second or None)."""
+    if job.library != "jaxreg":
+        worker = Worker(job)
+        return worker, compilation(worker), None
+    cache = folder / f"programs_{job.task}"
+    worker = Worker(job, cache=cache)
+    compiled = compilation(worker)
+    if not twice and worker.ready["on_host"]:
+        return worker, compiled, None
+    worker.stop()
+    worker = Worker(job, cache=cache)
+    return worker, compiled, compilation(worker)
+
+
+def compilation(worker: Worker) -> Compiled:
+    """Returns what a worker's compilation took."""
+    wall, cpu = worker.ready["compile"]
+    return wall, cpu
+
+
+def measure(arguments, folder: pathlib.Path, task) -> dict[str, Measured]:
+    """Runs one task of all libraries in turn."""
+    workers: dict[str, Worker] = {}
+    starts: dict[str, tuple[Compiled, Compiled | None]] = {}
+    for library in libraries(arguments):
+        job = make_job(arguments, folder, library, task)
+        worker, first, again = start(job, folder, twice=arguments.cache)
+        workers[library], starts[library] = worker, (first, again)
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    scale = _PER_STEPS / arguments.io_steps if arguments.io_steps else 1.0
+    for _ in range(arguments.runs):
+        for name, worker in workers.items():
+            seconds[name].append(scale * worker.run())
+    return {
+        name: Measured(
+            seconds[name], worker.stop(), *starts[name], worker.ready["device"]
         )
-        self.ready = self._read()
-
-    def _read(self) -> dict:
-        while line := self._process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit("a worker died; its message is above")
-
-    def run(self) -> float:
-        """Returns the seconds of one run."""
-        self._process.stdin.write("run\n")
-        self._process.stdin.flush()
-        return self._read()["seconds"]
-
-    def stop(self) -> float:
-        """Ends the process and returns its peak memory in bytes."""
-        self._process.stdin.write("stop\n")
-        self._process.stdin.flush()
-        peak = self._read()["peak"]
-        self._process.wait()
-        return peak
+        for name, worker in workers.items()
+    }
 
 
 def compare(arguments, folder: pathlib.Path) -> None:
     """Runs all tasks and prints the table."""
-    prepare(folder, arguments)
-    prompted = arguments.network == "promptreg"
-    packages = ["jax", "torch", *([] if prompted else ["unigradicon"])]
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
-    width = f" of {arguments.channels} channels" if prompted else ""
-    print(
-        f"{arguments.network}{width}, {arguments.size}^3, {arguments.runs} "
-        f"alternating runs, {os.cpu_count()} cores ({platform.machine()}), "
-        f"PyTorch threads {arguments.threads}, {', '.join(versions)}"
-    )
-    print(
-        "task     jaxreg s (range)        PyTorch s (range)       time  memory  ",
-        end="",
-    )
-    print("peak GB   compile s  difference")
-    for task in arguments.tasks:
-        workers = {
-            name: Worker(name, task, folder, arguments.threads)
-            for name in ("jaxreg", "pytorch")
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-        for _ in range(arguments.runs):
-            for name, worker in workers.items():
-                seconds[name].append(worker.run())
-        peak = {name: worker.stop() for name, worker in workers.items()}
-        ours, theirs = (statistics.median(s) for s in seconds.values())
-        spread = [
-            f"{statistics.median(s):7.2f} ({min(s):.2f}-{max(s):.2f})"
-            for s in seconds.values()
-        ]
-        print(
-            f"{task:8s} {spread[0]:23s} {spread[1]:22s} {ours / theirs:5.2f} "
-            f"{peak['jaxreg'] / peak['pytorch']:7.2f}  "
-            f"{peak['jaxreg'] / 1e9:.2f}/{peak['pytorch'] / 1e9:.2f}"
-            f"{workers['jaxreg'].ready['compile']:11.1f}  {difference(folder, task)}",
-            flush=True,
-        )
+    print(heading(arguments))
+    for index, task in enumerate(arguments.tasks):
+        try:
+            found = measure(arguments, folder, task)
+        except Died as died:
+            raise SystemExit(f"{task}: a worker died, {died}") from died
+        cells = row(arguments, folder, task, found)
+        if index == 0:
+            where = {found[name].device for name in found}
+            print(f"on {', '.join(sorted(where))}")
+            print("  ".join(f"{name:{width}s}" for name, width, _ in cells))
+        print("  ".join(f"{value:{width}s}" for _, width, value in cells), flush=True)
 
 
-def prepare(folder: pathlib.Path, arguments) -> None:
-    """Writes random images and weights that both libraries load."""
-    import jax
-    import torch
-
-    from jaxreg import zoo
-    from jaxreg.io import released, released_promptreg
+def heading(arguments) -> str:
+    """Returns what is compared, on which machine, with which versions."""
     from jaxreg.models import kinds
-    from jaxreg.models.gradicon import GradIconConfig
-    from jaxreg.models.promptreg import PromptRegConfig
 
-    generator = np.random.default_rng(0)
-    prompted = arguments.network == "promptreg"
-    config = PromptRegConfig(arguments.channels) if prompted else GradIconConfig()
-    convert = released_promptreg if prompted else released
-    model, shape = kinds.build(config), (arguments.size,) * 3
-    variables = jax.tree.map(np.array, model.init(jax.random.key(0), shape))
-    # Fresh networks move nothing: the last layers get weights that do.
-    if prompted:
-        heads = [variables["params"][f"head_{level}"] for level in (1, 2, 3, 4)]
-    else:
-        heads = [step["last"] for step in variables["params"].values()]
-    for head in heads:
-        head["kernel"] = generator.normal(scale=0.01, size=head["kernel"].shape).astype(
-            np.float32
-        )
-    released.write_state_dict(
-        folder / "weights.pth",
-        convert.from_variables(variables, dataclasses.asdict(config)),
+    network = NETWORKS[arguments.network]
+    names = ["jax", "torch"]
+    names += ["unigradicon"] if arguments.network == "unigradicon" else []
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    width = f" of {arguments.channels} channels" if network.has_width else ""
+    config = kinds.config_of(network.kind, network.fields)
+    precision = arguments.precision
+    if precision == "bfloat16" and not accuracy.has_bfloat16(config):
+        precision = "bfloat16 in products alone (the network has no such activations)"
+    return (
+        f"{arguments.network}{width}, {' x '.join(map(str, arguments.shape))}, batch "
+        f"{arguments.batch}, jaxreg in {precision}, {arguments.runs} alternating runs, "
+        f"{os.cpu_count()} cores ({platform.machine()}), PyTorch threads "
+        f"{arguments.threads}, {', '.join(versions)}"
     )
-    zoo.convert(folder / "weights.pth", folder / "weights")
-    coarse = generator.uniform(size=(2, 1, 12, 12, 12)).astype(np.float32)
-    images = torch.nn.functional.interpolate(
-        torch.tensor(coarse), shape, mode="trilinear"
-    )
-    np.savez(folder / "images.npz", moving=images[:1], fixed=images[1:])
 
 
-def difference(folder: pathlib.Path, task: str) -> str:
-    """Returns how far the two libraries' first results are apart."""
+def row(arguments, folder: pathlib.Path, task, found: dict[str, Measured]):
+    """Returns (column, width, value) of a task."""
+    unit = f"s/{_PER_STEPS} steps" if arguments.io_steps else "s"
+    ours, *others = (found[name] for name in libraries(arguments))
+    cells = [("task", 7, task)]
+    for name, measured in found.items():
+        cells.append((f"{_TITLES[name]} {unit} (range)", 25, measured.spread()))
+
+    def ratios(value):
+        return "/".join(f"{value(ours) / value(other):.2f}" for other in others)
+
+    peaks = "/".join(f"{measured.peak / 1e9:.2f}" for measured in found.values())
+    wide = 10 if len(others) > 1 else 6
+    cells += [
+        ("time", wide, ratios(lambda m: m.median)),
+        ("memory", wide, ratios(lambda m: m.peak)),
+        ("peak GB", 15 if len(others) > 1 else 10, peaks),
+        ("compile s", 15, "{:.1f} ({:.1f})".format(*ours.compiled)),
+    ]
+    if arguments.cache:
+        assert ours.again is not None
+        cells.append(("again s", 13, "{:.1f} ({:.1f})".format(*ours.again)))
+    last = difference(arguments, folder, task)
+    return [*cells, ("difference", 10, last)]
+
+
+def difference(arguments, folder: pathlib.Path, task) -> str:
+    """Returns how far the first results of jaxreg and of plain PyTorch are apart."""
     ours, theirs = (
-        np.load(folder / f"{task}_{name}.npy") for name in ("jaxreg", "pytorch")
+        first_result(make_job(arguments, folder, name, task))
+        for name in ("jaxreg", "pytorch")
     )
     if task == "forward":
         return f"map {np.abs(ours - theirs).max():.1e} (unit)"
     return f"loss {abs(ours / theirs - 1):.1e} (relative)"
 
 
-# --- the workers ---------------------------------------------------------------------
+# --- the largest batch ----------------------------------------------------------------
 
 
-def work(library: str, task: str, folder: pathlib.Path, threads: int) -> None:
-    """Prepares the task, reports, and runs it on request."""
-    build = {"jaxreg": build_jaxreg, "pytorch": build_pytorch}[library]
-    started = time.perf_counter()
-    run, first_result, device_peak = build(task, folder, threads)
-    np.save(folder / f"{task}_{library}.npy", first_result)
-    compiled = time.perf_counter() - started
-    run()
-    reset_peak()
-    say({"compile": compiled})
-    for line in sys.stdin:
-        if line.strip() == "stop":
-            break
-        start = time.perf_counter()
-        run()
-        say({"seconds": time.perf_counter() - start})
-    say({"peak": device_peak() or host_peak()})
+def search(arguments, folder: pathlib.Path) -> None:
+    """Doubles the batch of each library until its memory is gone, and prints both."""
+    print(heading(arguments))
+    on_cpu = arguments.memory_limit
+    limit = 1e9 * on_cpu if on_cpu else 0.8 * available_memory()
+    for task in arguments.tasks:
+        for library in libraries(arguments):
+            largest, seconds, why = doubled(arguments, folder, library, task, limit)
+            rate = f"{largest / seconds:.4g} pairs/s" if largest else "no pair fits"
+            print(
+                f"{task:8s} {_TITLES[library]:9s} largest batch {largest:4d}, {rate} "
+                f"({why})",
+                flush=True,
+            )
 
 
-def say(message: dict) -> None:
-    """Sends one line to the parent."""
-    print(json.dumps(message), flush=True)
-
-
-def reset_peak() -> None:
-    """Forgets the resident set's peak so far (compilation, loading)."""
-    # What the compiler freed but the C library keeps is not the step's memory.
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-
-
-def host_peak() -> float:
-    """Returns the resident set's peak in bytes."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    return 1024.0 * int(status.split("VmHWM:")[1].split()[0])
-
-
-def build_jaxreg(task: str, folder: pathlib.Path, _threads: int):
-    """Returns (run, first result, device peak) of jaxreg."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from jaxreg import experiment, zoo
-    from jaxreg.losses.objective import Objective
-    from jaxreg.models.promptreg import PromptReg
-    from jaxreg.training.step import make_step
-    from jaxreg.typing import Pair
-
-    loaded = zoo.load(str(folder / "weights"))
-    model, variables = loaded.model, jax.tree.map(jnp.array, dict(loaded.variables))
-    del loaded  # a second copy of the weights
-    with np.load(folder / "images.npz") as images:
-        moving, fixed = (
-            jnp.moveaxis(jnp.asarray(images[k]), 1, -1) for k in ("moving", "fixed")
+def doubled(arguments, folder: pathlib.Path, library: Library, task, limit: float):
+    """Returns (largest batch that fits, seconds of a step of it, why it ended)."""
+    largest, seconds, batch = 0, float("nan"), 1
+    while batch <= arguments.batch_limit:
+        job = make_job(
+            arguments, folder, library, task, batch=batch, io_steps=0, alone=True
         )
-    shape = fixed.shape[1:4]
-
-    def peak():
-        statistics = jax.devices()[0].memory_stats()
-        return (statistics or {}).get("peak_bytes_in_use")
-
-    if task == "forward":
-
-        def forward(variables, moving, fixed):
-            return model.apply(variables, moving, fixed)[0].transform.on_grid(shape)
-
-        program = jax.jit(forward).lower(variables, moving, fixed).compile()
-
-        def once():
-            return jax.block_until_ready(program(variables, moving, fixed))
-
-        return once, np.moveaxis(np.asarray(once()), -1, 1), peak
-
-    optimizer, objective, row = optax.adam(2e-5), Objective(), None
-    if isinstance(model, PromptReg):
-        row = jnp.zeros(1, jnp.int32)
-        configs = pathlib.Path(__file__).parents[1] / "configs"
-        objective = experiment.load(configs / "promptreg.py").objective
-    step = make_step(model, objective, optimizer, train=task == "train")
-    # No maps among the results, as in a training loop.
-    program = jax.jit(lambda *a: step(*a)[:3], donate_argnums=(0, 1))
-    state = [variables, optimizer.init(variables["params"])]
-    pair = Pair(moving, fixed, task=row)
-    noise = jax.random.normal(jax.random.key(0), (1, *shape, 3))
-    program = program.lower(*state, pair, 0 * noise).compile()
-
-    def once(noise=noise):
-        state[0], state[1], parts = program(*state, pair, noise)
-        return float(jax.block_until_ready(parts["loss"]))
-
-    return once, once(0 * noise), peak
+        try:
+            worker = Worker(job, memory_limit=_on_cpu(limit))
+            seconds_now = worker.run()
+            peak = worker.stop()
+        except Died as died:
+            if died.reason != "memory" and not largest:
+                raise SystemExit(f"{task}, batch {batch}: {died}") from died
+            # Some layers of PyTorch have limits of their own besides the memory.
+            words = died.message.strip().splitlines()[-1:]
+            why = "does not fit" if died.reason == "memory" else f"fails: {words}"
+            return largest, seconds, f"{batch} {why}"
+        largest, seconds = batch, seconds_now
+        print(f"  {_TITLES[library]} {task} batch {batch}: {peak / 1e9:.2f} GB")
+        batch *= 2
+    return largest, seconds, "the limit of the search"
 
 
-def build_pytorch(task: str, folder: pathlib.Path, threads: int):
-    """Returns (run, first result, device peak) of the network in PyTorch."""
+def _on_cpu(limit: float) -> float | None:
+    """Returns the limit of resident memory; None on a GPU, which ends by itself."""
     import torch
 
-    torch.set_num_threads(threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with np.load(folder / "images.npz") as images:
-        moving, fixed = (
-            torch.tensor(images[k], device=device) for k in ("moving", "fixed")
-        )
-    weights = torch.load(folder / "weights.pth", weights_only=True)
-    build = promptreg_in_pytorch if "defconv1.bias" in weights else unigradicon_itself
-    forward, loss, parameters = build(weights, moving, fixed, task)
-    del weights  # a second copy
-
-    def wait():
-        if device == "cuda":
-            torch.cuda.synchronize()
-
-    def peak():
-        return torch.cuda.max_memory_allocated() if device == "cuda" else None
-
-    if task == "forward":
-
-        def once():
-            with torch.no_grad():
-                result = forward()
-            wait()
-            return result
-
-        return once, once().cpu().numpy(), peak
-
-    optimizer = torch.optim.Adam(parameters, lr=2e-5)
-
-    def once():
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        optimizer.step()
-        wait()
-        return float(value)
-
-    # Without jitter, so that both libraries' first loss is the same number.
-    jittered, torch.randn = torch.randn, lambda *a, **k: torch.zeros(*a, **k)
-    first = once()
-    torch.randn = jittered
-    return once, first, peak
-
-
-def unigradicon_itself(weights, moving, fixed, task: str):
-    """Returns (forward, loss, parameters) of unigradicon's own network."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):  # imported by icon_registration, never used
-        for name in [m for m in sys.modules if m.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = types.ModuleType("torchvision")
-    import unigradicon
-
-    net = unigradicon.make_network(moving.shape, include_last_step=True)
-    net.regis_net.load_state_dict(weights)
-    net.to(moving.device)
-    net.train(task == "train")
-    return (
-        lambda: net.regis_net(moving, fixed)(net.identity_map),
-        lambda: net(moving, fixed).all_loss,
-        list(net.parameters()),
-    )
-
-
-def promptreg_in_pytorch(weights, moving, fixed, _task: str):
-    """Returns (forward, loss, parameters) of pytorch_promptreg.py's network."""
-    import pytorch_promptreg
-    import torch
-
-    # What has no effect is stored by the released program; it is not trained here.
-    idle = ("prompt_mlp", "x_proj", "cross_attention.q", "cross_attention.k", "grid")
-    state = {
-        name: tensor.to(moving.device).requires_grad_()
-        for name, tensor in weights.items()
-        if not any(word in name for word in idle)
-    }
-    scale = torch.tensor(moving.shape[2:], device=moving.device) - 1.0
-
-    def forward():  # as a map in unit coordinates, for the comparison
-        field = pytorch_promptreg.network(state, moving, fixed)[0]
-        axes = [torch.arange(n, device=field.device) for n in field.shape[2:]]
-        places = torch.stack(torch.meshgrid(axes, indexing="ij")) + field
-        return places / scale.view(1, 3, 1, 1, 1)
-
-    return (
-        forward,
-        lambda: pytorch_promptreg.loss(state, moving, fixed),
-        list(state.values()),
-    )
+    return None if torch.cuda.is_available() else limit
 
 
 if __name__ == "__main__":

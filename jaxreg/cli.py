@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from jaxreg import __version__, cli_matching, cli_training
+from jaxreg import __version__, cli_batch, cli_matching, cli_training, compiled
 from jaxreg.cli_options import (
     FIXED_MODALITY,
     INPUT,
@@ -94,8 +94,8 @@ class Frame(enum.StrEnum):
 # One line of help per option, its unit and default in it. [brackets] would be markup.
 _OUT, _MODEL = "Outputs", "Model"
 Path = pathlib.Path
-Fixed = Annotated[Path, option("--fixed", "Scan that stays.", SCANS)]
-Moving = Annotated[Path, option("--moving", "Scan to be warped onto it.", SCANS)]
+Fixed = Annotated[Path | None, option("--fixed", "Scan that stays.", SCANS)]
+Moving = Annotated[Path | None, option("--moving", "Scan to be warped onto it.", SCANS)]
 TransformOut = Annotated[
     Path | None,
     option(
@@ -227,10 +227,10 @@ Conservation = Annotated[
 def register_verb(  # noqa: PLR0913
     context: typer.Context,
     *,
-    fixed: Fixed,
-    moving: Moving,
-    fixed_modality: Annotated[Modality, FIXED_MODALITY],
-    moving_modality: Annotated[Modality, MOVING_MODALITY],
+    fixed: Fixed = None,
+    moving: Moving = None,
+    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
+    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
     transform_out: TransformOut = None,
     warped_moving_out: WarpedOut = None,
     inverse_out: InverseOut = None,
@@ -262,19 +262,45 @@ def register_verb(  # noqa: PLR0913
     intensity_conservation_loss: Conservation = False,
     ct_window: CtWindow = None,
     quantile_range: QuantileRange = None,
+    pairs: cli_batch.Pairs = None,
+    out_dir: cli_batch.OutDir = None,
+    summary: cli_batch.Summary = None,
+    skip_existing: cli_batch.SkipExisting = False,
 ) -> None:
     """Register one scan onto another: a transform, a warped scan, a report.
+
+    With --pairs many, in one process; what fails on one pair leaves the others alone.
 
     Options that would have no effect are refused if you surely meant them (masks
     without a masking option, a Dice weight without optimisation), and answered with a
     warning otherwise. Both segmentations without masks and without --dice-loss-weight
     are taken as masks, as the PyTorch tool does; this is deprecated.
     """
+    regions = {
+        "fixed_mask": fixed_mask,
+        "moving_mask": moving_mask,
+        "fixed_segmentation": fixed_segmentation,
+        "moving_segmentation": moving_segmentation,
+    }
+    outputs = {
+        "--transform-out": transform_out,
+        "--warped-moving-out": warped_moving_out,
+        "--inverse-out": inverse_out,
+        "--report": report,
+    }
+    scans = {"--fixed": fixed, "--moving": moving}
+    modalities = {"fixed_modality": fixed_modality, "moving_modality": moving_modality}
+    asked = cli_batch.Asked(pairs, out_dir, summary, skip_existing)
+    cli_batch.check_one_or_many(
+        asked,
+        {**scans, **outputs, **{_hyphened(name): v for name, v in regions.items()}},
+        {**scans, **{_hyphened(name): v for name, v in modalities.items()}},
+    )
     from jaxreg import register as register_lib
 
     options = register_lib.Options(
-        fixed_modality=fixed_modality.value,
-        moving_modality=moving_modality.value,
+        fixed_modality=(fixed_modality or Modality.MRI).value,
+        moving_modality=(moving_modality or Modality.MRI).value,
         ct_window=ct_window,
         quantile_range=quantile_range,
         input_masking=input_masking,
@@ -296,18 +322,16 @@ def register_verb(  # noqa: PLR0913
         seed=seed,
         inverse=inverse_out is not None,
     )
-    regions = {
-        "fixed_mask": fixed_mask,
-        "moving_mask": moving_mask,
-        "fixed_segmentation": fixed_segmentation,
-        "moving_segmentation": moving_segmentation,
-    }
-    outputs = {
-        "--transform-out": transform_out,
-        "--warped-moving-out": warped_moving_out,
-        "--inverse-out": inverse_out,
-        "--report": report,
-    }
+    if pairs is not None:
+        weights = _choose_weights(model, network_weights, options)
+        _warn_about_idle_options(options, regions, None, outputs)
+        with _Bar("register") as bar:
+            cli_batch.register_list(
+                asked, options, weights, modalities=modalities, fill=fill,
+                sam_weights=sam_weights, trained_shape=shape is None,
+                fetch=_fetch, show=bar.pairs,
+            )  # fmt: skip
+        return
     _check_outputs(outputs, [fixed, moving, network_weights, *regions.values()])
     regions, options = _segmentations_as_masks(regions, options)
     register_lib.check_options(options)
@@ -334,13 +358,12 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg import report
     from jaxreg.io import files, transforms, volumes
     from jaxreg.space import transform as transform_lib
 
     for name, path in scans.items():
         if path is not None:
-            files.check_readable(path, f"--{name.replace('_', '-')}")
+            files.check_readable(path, _hyphened(name))
     sam = load_sam(options.prealign, sam_weights, weights)
     fixed = volumes.read_volume(scans["fixed"])
     moving = volumes.read_volume(scans["moving"])
@@ -358,7 +381,7 @@ def _register(
     stored = moving
     if outputs["--warped-moving-out"]:
         stored = volumes.read_volume(scans["moving"], kind="stored")
-        value = _storable(value, stored)
+        volumes.check_storable(value, stored)
     model = None if weights is None else _fetch(weights)
     if model is not None and trained_shape:
         options = dataclasses.replace(options, shape=model.shape)
@@ -387,6 +410,8 @@ def _register(
         )
         volumes.write_volume(outputs["--warped-moving-out"], warped)
     if outputs["--report"]:
+        from jaxreg import report  # for drawing, which takes long to import
+
         report.write_report(
             outputs["--report"], moving, fixed, result,
             numbers=numbers, fill=value, command=command,
@@ -480,12 +505,9 @@ def warp_verb(
     if warped_moving_out is not None and fixed is not None and moving is not None:
         grid = volumes.read_grid(fixed)
         stored = volumes.read_volume(moving, kind="stored")
+        volumes.check_storable(fill, stored)
         warped = transform_lib.warp_volume(
-            stored,
-            mapping,
-            grid,
-            order=0 if nearest_neighbor else 1,
-            fill=_storable(fill, stored),
+            stored, mapping, grid, order=0 if nearest_neighbor else 1, fill=fill
         )
         volumes.write_volume(warped_moving_out, warped)
     _print_written(outputs.values())
@@ -794,24 +816,13 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
 
 
 def _fill_value(fill: float | None, modality: str, moving: "Volume") -> float:
-    if fill is not None:
-        return fill
-    return max(-1000.0, float(moving.array.min())) if modality == "ct" else 0.0
+    from jaxreg.data import preprocess
+
+    return preprocess.beyond(modality, moving) if fill is None else fill
 
 
-def _storable(fill: float, volume: "Volume") -> float:
-    """Returns the fill value, if the volume's pixel type can hold it."""
-    import numpy as np
-
-    dtype = volume.array.dtype
-    if np.issubdtype(dtype, np.integer):
-        limits = np.iinfo(dtype)
-        if fill != round(fill) or not limits.min <= fill <= limits.max:
-            raise UserError(
-                f"--fill is {fill:g}, but {volume.source} holds {dtype} numbers; pass "
-                f"a whole number from {limits.min} to {limits.max}"
-            )
-    return fill
+def _hyphened(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Frame):
@@ -857,6 +868,10 @@ class _Bar:
         """Shows one optimisation step and its loss."""
         text = f"loss {float(parts['loss']):.4f}" if "loss" in parts else ""
         self._show(step, total, text)
+
+    def pairs(self, done: int, total: int, failed: int) -> None:
+        """Shows how many pairs of a list are registered, and how many failed."""
+        self._show(done, total, f"{failed} failed")
 
     def bytes(self, received: int, total: int | None) -> None:
         """Shows how much of a download has arrived."""
@@ -951,6 +966,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       an interrupt. A defect of jaxreg raises.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    compiled.keep()
     try:
         with _plain_warnings():
             status = typer.main.get_command(app).main(

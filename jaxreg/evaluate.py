@@ -5,224 +5,35 @@ is judged on the fixed scan's own grid, whatever the network's grid was. Transfo
 other tools (see `comparison`) are warped and measured by the same functions.
 """
 
-import csv
 import dataclasses
 import functools
-import json
 import math
-import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
 
-from jaxreg import metrics, prealignment, register, results, tasks, zoo
+from jaxreg import metrics, pair_list, prealignment, register, results, tasks, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import files, tables, transforms, volumes
 from jaxreg.io.tables import Frame
 from jaxreg.models.sam import TrainedSam
+from jaxreg.pair_list import Pairing, PairSpec, pair_names, told_of
+from jaxreg.pair_list import read_pairs as read_pairs
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 
-Pairing = manifest_lib.Pairing
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
 
 # --- which pairs ---------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class PairSpec:
-    """Two scans and what is known of them; the fields are the columns of a pairs file.
-
-    Attributes:
-      fixed: the scan that stays.
-      moving: the scan to be warped onto it.
-      fixed_label: label map on the fixed scan's grid; both label maps or neither.
-      moving_label: the same for the moving scan.
-      fixed_mask: region of the fixed scan, used where the options ask for masks.
-      moving_mask: the same for the moving scan.
-      fixed_landmarks: CSV of points in the fixed scan; both or neither.
-      moving_landmarks: the same points in the moving scan, in the same order.
-      fixed_modality: "ct" or "mri"; the options' own if None.
-      moving_modality: the same for the moving scan.
-      task: which table the pair counts in ("all" if None), and what a network with
-        heads for tasks is told unless the options name one.
-      region: part of the body; where such a network knows it, it is told that.
-      pairing: "inter" or "intra" subject, told to such a network; that of the task in
-        its training if None.
-      transform_out: where to write the transform of the last way of registering.
-      warped_out: where to write the moving scan warped by it.
-    """
-
-    fixed: pathlib.Path
-    moving: pathlib.Path
-    fixed_label: pathlib.Path | None = None
-    moving_label: pathlib.Path | None = None
-    fixed_mask: pathlib.Path | None = None
-    moving_mask: pathlib.Path | None = None
-    fixed_landmarks: pathlib.Path | None = None
-    moving_landmarks: pathlib.Path | None = None
-    fixed_modality: register.Modality | None = None
-    moving_modality: register.Modality | None = None
-    task: str | None = None
-    region: str | None = None
-    pairing: Pairing | None = None
-    transform_out: pathlib.Path | None = None
-    warped_out: pathlib.Path | None = None
-
-    @property
-    def table(self) -> str:
-        """The name of the table that the pair counts in."""
-        return self.task or "all"
-
-
-_COLUMNS = tuple(field.name for field in dataclasses.fields(PairSpec))
-_WORDS = ("fixed_modality", "moving_modality", "task", "region", "pairing")
-_IMAGES = (
-    "fixed",
-    "moving",
-    "fixed_label",
-    "moving_label",
-    "fixed_mask",
-    "moving_mask",
-)
-_LANDMARKS = ("fixed_landmarks", "moving_landmarks")
-
-
-def read_pairs(path: files.PathLike) -> tuple[PairSpec, ...]:
-    """Reads a list of pairs.
-
-    Args:
-      path: .csv with the columns of `PairSpec`, of which fixed and moving must be
-        there; or .json, a list of objects with these keys, or {"pairs": list}. Paths
-        are relative to the file's folder; empty cells are absent.
-
-    Raises:
-      UserError: the file is missing or damaged, a column is unknown, or a row is
-        incomplete, contradicts itself or repeats another; names the row.
-    """
-    path = files.check_readable(path, "list of pairs")
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".json"):
-        raise UserError(
-            f"list of pairs {path} has the extension {suffix or '(none)'}, expected "
-            ".csv or .json; rename or convert it"
-        )
-    rows = _csv_rows(path) if suffix == ".csv" else _json_rows(path)
-    if not rows:
-        raise UserError(f"{path} lists no pairs; add at least one")
-    pairs = [_pair(row, where, path.parent) for where, row in rows]
-    seen: dict[tuple[str, pathlib.Path, pathlib.Path], str] = {}
-    for (where, _), pair in zip(rows, pairs, strict=True):
-        key = (pair.table, pair.fixed, pair.moving)
-        if key in seen:
-            raise UserError(f"{where} repeats the pair of {seen[key]}; remove one")
-        seen[key] = where
-    return tuple(pairs)
-
-
-def _csv_rows(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
-    """Returns (where, cells by column) of each row; the header is row 1."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path} is no CSV text ({error}); write it again") from error
-    header = [name.strip() for name in lines[0]] if lines else []
-    _check_names(header, f"{path} has the column", needed=("fixed", "moving"))
-    rows = []
-    for number, cells in enumerate(lines[1:], start=2):
-        where = f"{path}, row {number}"
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) != len(header):
-            raise UserError(
-                f"{where} has {len(cells)} cells, the header {len(header)}; correct it"
-            )
-        rows.append((where, dict(zip(header, cells, strict=True))))
-    return rows
-
-
-def _json_rows(path: pathlib.Path) -> list[tuple[str, dict[str, str]]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of Unicode as well
-        raise UserError(f"{path} is no JSON text ({error}); write it again") from error
-    if isinstance(content, dict):
-        content = content.get("pairs")
-    if not isinstance(content, list):
-        raise UserError(
-            f'{path} holds no list of pairs, expected [{{"fixed": ..., "moving": ...}},'
-            ' ...] or {"pairs": [...]}'
-        )
-    rows = []
-    for number, entry in enumerate(content, start=1):
-        where = f"{path}, pair {number}"
-        if not isinstance(entry, dict):
-            raise UserError(f"{where} is {entry!r}, expected an object with keys")
-        _check_names(entry, f"{where} has the key", needed=("fixed", "moving"))
-        for key, value in entry.items():
-            if not isinstance(value, str | None):
-                raise UserError(f"{where}: {key} is {value!r}, expected a text")
-        rows.append((where, {key: value or "" for key, value in entry.items()}))
-    return rows
-
-
-def _check_names(names: Iterable[str], having: str, *, needed: Sequence[str]) -> None:
-    names = list(names)
-    for name in names:
-        if name not in _COLUMNS:
-            near = results.near_match(name, _COLUMNS)
-            raise UserError(
-                f'{having} "{name}", which is unknown{near}; expected '
-                f"{', '.join(_COLUMNS)}"
-            )
-        if names.count(name) > 1:
-            raise UserError(f'{having} "{name}" twice; remove one')
-    for name in needed:
-        if name not in names:
-            raise UserError(
-                f'{having.split(" has the ")[0]} lacks "{name}", expected at least '
-                f"{' and '.join(needed)}"
-            )
-
-
-def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
-    cells = {name: cell.strip() for name, cell in row.items() if cell.strip()}
-    for name in ("fixed", "moving"):
-        if name not in cells:
-            raise UserError(f"{where} names no {name} scan; give its path")
-    for kind in ("label", "landmarks"):
-        given = [n for n in (f"fixed_{kind}", f"moving_{kind}") if n in cells]
-        if len(given) == 1:
-            raise UserError(
-                f"{where} has {given[0]} alone; give both of fixed_{kind} and "
-                f"moving_{kind}, or neither"
-            )
-    if cells.get("pairing", "inter") not in ("inter", "intra"):
-        raise UserError(
-            f"{where}: pairing is {cells['pairing']}, expected inter, intra"
-        )
-    fields: dict[str, Any] = {}
-    for name, cell in cells.items():
-        if name.endswith("_modality"):
-            fields[name] = preprocess.kind(cell)
-        else:
-            fields[name] = cell if name in _WORDS else folder / cell
-    pair = PairSpec(**fields)
-    for name in (*_IMAGES, *_LANDMARKS):
-        value = getattr(pair, name)
-        if value is not None and not value.is_file():
-            raise UserError(f"{where}: {name} {value} does not exist; check the path")
-    return pair
 
 
 def pairs_of_manifest(
@@ -320,41 +131,6 @@ def _pair_of_records(
         pairing=fixed.pairing,
         **fields,
     )
-
-
-def told_of(
-    pair: PairSpec, model: zoo.LoadedModel, options: register.Options
-) -> tasks.Told:
-    """Returns what a network is told of a pair: by the options, else by the pair.
-
-    Raises:
-      UserError: see `tasks.tell`; it names the column.
-    """
-    chosen, said = _options_of(pair, options, model), "--task"
-    if options.task == "auto" and tasks.told_of_regions(model):
-        columns = {"region": pair.region, "task": pair.task}
-        column = next((n for n, word in columns.items() if word == chosen.task), None)
-        said = f"the column {column}" if column else "without a column task, --task"
-    return tasks.tell(model, chosen.task, chosen.pairing, chosen.smoothness, said=said)
-
-
-def pair_names(pairs: Sequence[PairSpec]) -> tuple[str, ...]:
-    """Returns what to call each pair: "moving to fixed", by file name.
-
-    Where two scans have one file name, all are called by their path below the common
-    folder, so that the names do not depend on where the data lie.
-    """
-    paths = {scan for pair in pairs for scan in (pair.fixed, pair.moving)}
-    called = {path: pathlib.Path(path.name) for path in paths}
-    if len(set(called.values())) < len(paths):
-        whole = {path: pathlib.Path(os.path.abspath(path)) for path in paths}
-        common = os.path.commonpath([path.parent for path in whole.values()])
-        called = {path: whole[path].relative_to(common) for path in paths}
-
-    def name(path: pathlib.Path) -> str:
-        return called[path].as_posix().removesuffix(files.full_suffix(path))
-
-    return tuple(f"{name(pair.moving)} to {name(pair.fixed)}" for pair in pairs)
 
 
 def read_landmarks(
@@ -463,10 +239,12 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
+    options = dataclasses.replace(options, inverse=False)
     ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
-    _check_told(pairs, names, model, options, smoothness)
+    told = [f"pair {name}" for name in names]
+    pair_list.check_told(pairs, told, model, options, smoothness)
     rows: list[results.Row] = []
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):
@@ -652,7 +430,7 @@ def _prealigned(
             scans.moving,
             scans.fixed,
             model,
-            _options_of(scans.spec, options, model),
+            pair_list.options_of(scans.spec, options, model),
             regions=scans.regions,
             sam=sam,
         )
@@ -696,7 +474,7 @@ def _registered(
             scans.moving,
             scans.fixed,
             model,
-            _options_of(scans.spec, options, model),
+            pair_list.options_of(scans.spec, options, model),
             regions=scans.regions,
             sam=sam,
             start=begin,
@@ -706,30 +484,6 @@ def _registered(
         return found.transform, seconds
 
     return find
-
-
-def _options_of(
-    pair: PairSpec, options: register.Options, model: zoo.LoadedModel | None = None
-) -> register.Options:
-    """Returns the options with a pair's modalities, and its words for the network."""
-    chosen = dataclasses.replace(
-        options,
-        fixed_modality=pair.fixed_modality or options.fixed_modality,
-        moving_modality=pair.moving_modality or options.moving_modality,
-        inverse=False,
-    )
-    if model is None or not tasks.told_of_regions(model):
-        return chosen
-    own = tasks.word_of(model, pair.task, pair.region)
-    return dataclasses.replace(
-        chosen,
-        task=own if options.task == "auto" else options.task,
-        pairing=options.pairing or pair.pairing,
-    )
-
-
-def _uses_masks(options: register.Options) -> bool:
-    return options.input_masking or options.loss_function_masking
 
 
 def _check_pairs(
@@ -750,60 +504,29 @@ def _check_pairs(
             _check_pair(pair, options, frame, grids, outputs)
         except UserError as error:
             raise UserError(f"pair {name}: {error}") from error
-    if any(p.fixed_mask or p.moving_mask for p in pairs) and not _uses_masks(options):
+    masked = any(pair.fixed_mask or pair.moving_mask for pair in pairs)
+    if masked and not pair_list.uses_masks(options):
         warnings.warn(
             "the masks have no effect without --input-masking or "
             "--loss-function-masking",
             stacklevel=3,
         )
-
-
-def _check_told(
-    pairs: Sequence[PairSpec],
-    names: Sequence[str],
-    model: zoo.LoadedModel | None,
-    options: register.Options,
-    smoothness: Sequence[float],
-) -> None:
-    """Says what the network cannot be told or shown of a pair, and warns of doubts."""
-    if model is None:
-        tasks.refuse(options.task, options.pairing, options.smoothness)
-        return
-    doubts: dict[str, None] = {}
-    for pair, name in zip(pairs, names, strict=True):
-        try:
-            for weight in smoothness or (options.smoothness,):
-                asking = dataclasses.replace(options, smoothness=weight)
-                told = told_of(pair, model, asking)
-                shown = _options_of(pair, options, model)
-                register.check_units(told.model, shown)
-        except UserError as error:
-            raise UserError(f"pair {name}: {error}") from error
-        if not tasks.told_of_regions(model):
-            continue
-        if options.pairing and pair.pairing not in (None, options.pairing):
-            doubts[
-                f"{pair.table} is {pair.pairing} in the list, but --pairing is "
-                f"{options.pairing}, which the network is told"
-            ] = None
-        elif not told.trained:
-            doubts[
-                f"{pair.table} is told to {model.name} as {told.key}, which training "
-                "did not have; correct the column pairing, or give --pairing, if the "
-                "pairs are of the other type"
-            ] = None
-    for doubt in doubts:
-        warnings.warn(doubt, stacklevel=3)
+    if any(p.inverse_out for p in pairs):
+        warnings.warn(
+            "the column inverse_out has no effect here; jaxreg register --pairs writes "
+            "inverse transforms",
+            stacklevel=3,
+        )
 
 
 def _check_pair(pair: PairSpec, options: register.Options, frame, grids, outputs):
-    register.check_options(_options_of(pair, options))
+    register.check_options(pair_list.options_of(pair, options))
     given = {name: None for name in vars(register.Regions())}
-    if _uses_masks(options):
+    if pair_list.uses_masks(options):
         given |= {"fixed_mask": pair.fixed_mask, "moving_mask": pair.moving_mask}
     register.check_regions(options, given)
     for side in ("fixed", "moving"):
-        _check_grids(pair, side, grids)
+        pair_list.check_grids(pair, side, grids)
     if (pair.fixed_label is None) != (pair.moving_label is None):
         raise UserError("it has one label map; give both or neither")
     _landmarks(pair, frame, grids[pair.fixed], grids[pair.moving])
@@ -815,21 +538,6 @@ def _check_pair(pair: PairSpec, options: register.Options, frame, grids, outputs
         if path is not None and path.absolute() in outputs:
             raise UserError(f"{path} is an output twice; name another file")
         outputs.update([path.absolute()] if path is not None else [])
-
-
-def _check_grids(pair: PairSpec, side: str, grids: dict[pathlib.Path, Grid]) -> None:
-    image = getattr(pair, side)
-    for name in (side, f"{side}_label", f"{side}_mask"):
-        path = getattr(pair, name)
-        if path is None:
-            continue
-        if path not in grids:
-            grids[path] = volumes.read_grid(path)
-        if not grids[path].matches(grids[image]):
-            raise UserError(
-                f"{name} {path} lies on another grid than its image {image}; resample "
-                "it onto the image first"
-            )
 
 
 def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
@@ -881,7 +589,7 @@ def _read(pair: PairSpec, name: str, options: register.Options, frame: Frame) ->
 
     fixed = volumes.read_volume(pair.fixed)
     moving = volumes.read_volume(pair.moving)
-    masked = _uses_masks(options)
+    masked = pair_list.uses_masks(options)
     fixed_labels = read(pair.fixed_label, "labels")
     moving_labels = read(pair.moving_label, "labels")
     return _Scans(
@@ -954,9 +662,8 @@ def _write_outputs(scans: _Scans, found: Transform, options: register.Options) -
         transforms.write_transform(pair.transform_out, found, scans.fixed.grid)
     if pair.warped_out is not None:
         stored = volumes.read_volume(pair.moving, kind="stored")
-        # Air where a CT has nothing to show, as on the command line.
-        ct = _options_of(pair, options).moving_modality == "ct"
-        fill = max(-1000.0, float(stored.array.min())) if ct else 0.0
+        modality = pair_list.options_of(pair, options).moving_modality
+        fill = preprocess.beyond(modality, stored)
         warped = transform_lib.warp_volume(stored, found, scans.fixed.grid, fill=fill)
         volumes.write_volume(pair.warped_out, warped)
 

@@ -9,7 +9,7 @@ determinants that the folding measures count; a determinant map in mm
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from scipy import ndimage
 
@@ -93,15 +93,15 @@ def cell_determinant(
             f"points have shape {points.shape}, expected N D H W 3 or N H W 2"
         )
     if dimension == 3:
-        found = fields.jacobian_determinant(
-            jnp.asarray(points), differences=differences
-        )
-        return np.asarray(found)
+        return np.asarray(_determinant(points, differences=differences))
     n_h, n_w = points.shape[1:3]
     here = points[:, :-1, :-1]
     a = (points[:, 1:, :-1] - here) * max(n_h - 1, 1)
     b = (points[:, :-1, 1:] - here) * max(n_w - 1, 1)
     return a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0]
+
+
+_determinant = jax.jit(fields.jacobian_determinant, static_argnames="differences")
 
 
 def folding_count(determinant: np.ndarray) -> float:

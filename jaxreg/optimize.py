@@ -1,13 +1,14 @@
 """Instance optimisation: a pair's own transform, by network weights or directly.
 
-Every optimisation is one jitted loop. Iteration i evaluates the objective and updates;
-the last iteration's update is dropped, so that its maps and numbers are those of the
-final parameters without a second compiled program.
+Every optimisation repeats one jitted step. Iteration i evaluates the objective and
+updates; the last iteration's update is dropped, so that its maps and numbers are those
+of the final parameters without a second compiled program.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,19 +75,55 @@ def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
 class Report:
     """Passes a step on to the user's function.
 
-    Compares by its fields, so that a second pair reuses the first one's program.
+    Attributes:
+      progress: the user's function.
+      total: steps of all loops of the optimisation.
+      done: those of the loops before this one.
     """
 
     progress: Progress
     total: int
-    steps: int
     done: int = 0
 
-    def __call__(self, step, parts):
-        """Reports a step; the extra evaluation at a loop's end is not one."""
-        if int(step) < self.steps:
-            numbers = {name: float(value) for name, value in parts.items()}
-            self.progress(self.done + int(step) + 1, self.total, numbers)
+    def __call__(self, step: int, parts: Mapping[str, Any]) -> None:
+        """Reports a step, counted from 0 in its loop."""
+        numbers = {name: float(value) for name, value in parts.items()}
+        self.progress(self.done + step + 1, self.total, numbers)
+
+
+def repeat(
+    step: Callable[[Any, int], tuple[Any, dict[str, jax.Array], Any]],
+    state: Any,
+    steps: int,
+    report: Report | None = None,
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """Repeats a compiled step, the last time for its result alone.
+
+    The loop runs on the host: from a compiled one, only a callback could tell of steps,
+    and no program with a callback is kept in the cache of compiled programs.
+
+    Args:
+      step: (state, index) to (next state, parts of the objective, result), of which
+        parts and result belong to the state that was given.
+      state: the first one.
+      steps: number of updates.
+      report: told of every update.
+
+    Returns:
+      (result, history): the last result, and the parts by name, steps + 1.
+    """
+    told, parts, result = [], {}, None
+    for index in range(steps + 1):
+        before = parts
+        result = None  # a second one would take its memory beside the next
+        state, parts, result = step(state, index)
+        # One step behind, so that the device has work while the host waits and tells.
+        if index > 0:
+            told.append(jax.device_get(before))
+            if report is not None:
+                report(index - 1, told[-1])
+    told.append(jax.device_get(parts))
+    return result, {name: np.stack([p[name] for p in told]) for name in parts}
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -107,33 +144,33 @@ def _noise(key: Key, step, shape: Shape, given):
     return jax.random.normal(jax.random.fold_in(key, step), (1, *shape, 3))
 
 
+@jax.jit
+def _network_start(variables):
+    """A copy of the weights, which the steps overwrite, and Adam's state."""
+    variables = jax.tree.map(jnp.copy, variables)
+    return variables, optax.adam(0.0).init(variables["params"])  # whatever the rate
+
+
 @functools.partial(
-    jax.jit,
-    static_argnames=("model", "objective", "steps", "progress"),
-    donate_argnames="variables",
+    jax.jit, static_argnames=("model", "objective"), donate_argnames="state"
 )
+def _network_step(state, index, pair, key, noise, learning_rate, *, model, objective):
+    step = step_lib.make_step(model, objective, optax.adam(learning_rate), train=False)
+    draw = _noise(key, index, pair.fixed.shape[1:4], noise)
+    variables, adam, parts, maps = step(*state, pair, draw)
+    return (variables, adam), parts, (maps.forward, maps.backward)
+
+
 def _network_loop(
-    variables, pair, key, noise, learning_rate, *, model, objective, steps, progress
+    variables, pair, key, noise, learning_rate, *, model, objective, steps, report
 ):
-    optimizer = optax.adam(learning_rate)
-    step = step_lib.make_step(model, objective, optimizer, train=False)
-    shape = pair.fixed.shape[1:4]
+    def step(state, index):
+        return _network_step(
+            state, index, pair, key, noise, learning_rate,
+            model=model, objective=objective,
+        )  # fmt: skip
 
-    def iterate(carry, index):
-        variables, state, _ = carry
-        draw = _noise(key, index, shape, noise)
-        variables, state, parts, maps = step(variables, state, pair, draw)
-        if progress is not None:
-            jax.debug.callback(progress, index, parts, ordered=True)
-        return (variables, state, (maps.forward, maps.backward)), parts
-
-    # The carry starts with maps of the right shape; no iteration reads them.
-    maps = jax.eval_shape(lambda v: step_lib.predict(model, v, pair)[0][:2], variables)
-    maps = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), maps)
-    start = (variables, optimizer.init(variables["params"]), maps)
-    final, history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
-    # The weights are returned for their buffers' sake alone: donation reuses them.
-    return final[2], history, final[0]
+    return repeat(step, _network_start(variables), steps, report)
 
 
 def optimize_network(
@@ -169,10 +206,9 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    report = None if progress is None else Report(progress, steps, steps)
     variables = _remembered(model, variables, pair)
-    (forward, backward), history, _ = _network_loop(
-        jax.tree.map(lambda a: jnp.array(a, copy=True), dict(variables)),
+    found = _network_loop(
+        dict(variables),
         pair,
         key,
         noise,
@@ -180,12 +216,10 @@ def optimize_network(
         model=model,
         objective=objective,
         steps=steps,
-        progress=report,
+        report=None if progress is None else Report(progress, steps),
     )
-    jax.effects_barrier()
-    return Optimized(
-        forward, backward, {name: np.asarray(v) for name, v in history.items()}
-    )
+    forward, backward = found[0]
+    return Optimized(forward, backward, found[1])
 
 
 # --- the displacement itself ---------------------------------------------------------
@@ -293,39 +327,34 @@ def _direct_loss(parameters, pair, noise, objective, smoothness, *, affine=True)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("objective", "steps", "smoothness", "affine", "progress")
+    jax.jit, static_argnames=("objective", "steps", "smoothness", "affine")
 )
-def _direct_loop(
-    parameters,
-    pair,
-    key,
-    learning_rate,
-    *,
-    objective,
-    steps,
-    smoothness,
-    affine,
-    progress,
+def _direct_step(
+    state, index, pair, key, learning_rate, *, objective, steps, smoothness, affine
 ):
     # The step size falls to nothing: the field settles instead of trembling.
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps, 0.05))
-    shape = pair.fixed.shape[1:4]
     gradient_of = jax.grad(functools.partial(_direct_loss, affine=affine), has_aux=True)
+    parameters, adam = state
+    noise = _noise(key, index, pair.fixed.shape[1:4], None)
+    gradient, (parts, _) = gradient_of(parameters, pair, noise, objective, smoothness)
+    updates, adam = optimizer.update(gradient, adam)
+    return (optax.apply_updates(parameters, updates), adam), parts, parameters
 
-    def iterate(carry, index):
-        parameters, state, _ = carry
-        noise = _noise(key, index, shape, None)
-        gradient, (parts, _) = gradient_of(
-            parameters, pair, noise, objective, smoothness
+
+@jax.jit
+def _direct_start(parameters):
+    """The parameters and the state of Adam with a schedule, whatever its rates."""
+    return parameters, optax.adam(lambda _: 0.0).init(parameters)
+
+
+def _direct_loop(parameters, pair, key, learning_rate, *, steps, report, **settings):
+    def step(state, index):
+        return _direct_step(
+            state, index, pair, key, learning_rate, steps=steps, **settings
         )
-        updates, state = optimizer.update(gradient, state)
-        if progress is not None:
-            jax.debug.callback(progress, index, parts, ordered=True)
-        return (optax.apply_updates(parameters, updates), state, parameters), parts
 
-    start = (parameters, optimizer.init(parameters), parameters)
-    (_, _, result), history = jax.lax.scan(iterate, start, jnp.arange(steps + 1))
-    return result, history
+    return repeat(step, _direct_start(parameters), steps, report)
 
 
 @functools.partial(jax.jit, static_argnames="objective")
@@ -386,8 +415,8 @@ def optimize_displacement(
     total = (2 * steps if affine else 0) + steps * len(config.factors)
     loop = functools.partial(_direct_loop, objective=objective, affine=affine)
 
-    def report(steps, done):
-        return None if progress is None else Report(progress, total, steps, done)
+    def report(done):
+        return None if progress is None else Report(progress, total, done)
 
     coarse = _coarser(pair, config.affine_factor)
     best = _best_start(coarse, (np.eye(4), *starts), objective, key)
@@ -401,7 +430,7 @@ def optimize_displacement(
             config.affine_learning_rate,
             steps=2 * steps,
             smoothness=0.0,
-            progress=report(2 * steps, done),
+            report=report(done),
         )
         histories.append(history)
         done += 2 * steps
@@ -420,19 +449,16 @@ def optimize_displacement(
             learning_rate / 2**level,
             steps=steps,
             smoothness=config.smoothness,
-            progress=report(steps, done),
+            report=report(done),
         )
         histories.append(history)
         done += steps
-    jax.effects_barrier()
     forward, backward = _maps(
         _affine(parameters["affine"]), parameters["control"], pair.fixed.shape[1:4]
     )
     names = histories[-1].keys()
     history = {
-        name: np.concatenate(
-            [np.asarray(h.get(name, jnp.zeros_like(h["loss"]))) for h in histories]
-        )
+        name: np.concatenate([h.get(name, np.zeros_like(h["loss"])) for h in histories])
         for name in names
     }
     return Optimized(forward, backward, history)

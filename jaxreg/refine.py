@@ -1,8 +1,8 @@
 """Instance optimisation of a map that is there already, without any network's weights.
 
 Two ways, as SAME's code has them: a displacement before the map, by the features of the
-images that it brings together; or the map itself, by intensities. Each is one jitted
-loop; as in `optimize`, the last iteration's update is dropped.
+images that it brings together; or the map itself, by intensities. Each repeats one
+jitted step; as in `optimize`, the last iteration's update is dropped.
 
 Displacements are optimised in canonical units, in which an axis has length 2: the
 published rates and weights belong to these.
@@ -27,7 +27,7 @@ from jaxreg.losses import similarity
 from jaxreg.models import sam, unireg_features
 from jaxreg.models.unireg_features import COARSE, Features
 from jaxreg.nn.correlation import normalised
-from jaxreg.optimize import Optimized, Progress, Report
+from jaxreg.optimize import Optimized, Progress, Report, repeat
 from jaxreg.space import fields, filters, sampling
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.typing import Field, Image, Pair
@@ -121,17 +121,18 @@ def optimize_features(
         _side_by_side(extract(image), coarse=config.coarse)
         for image in (warped, pair.fixed)
     )
-    report = None if progress is None else Report(progress, steps, steps)
-    found, history = _feature_loop(
-        source, target, learning_rate, steps=steps, config=config, progress=report
-    )
-    jax.effects_barrier()
+    start_at = jnp.zeros((*source[0].shape[:4], 3))
+
+    def step(state, index):
+        return _feature_step(state, source, target, learning_rate, config=config)
+
+    found, history = _descend(step, start_at, steps, progress)
     found = sampling.resize_aligned(found, shape)
     found = 0.5 * filters.mean_filter(found, config.smoothings)
     return Optimized(
         Transform((Displacement(found), *start.forward.steps)),
         Transform((*start.backward.steps, Displacement(-found))),
-        {name: np.asarray(value) for name, value in history.items()},
+        history,
     )
 
 
@@ -191,30 +192,34 @@ def _cosine(a: Image, b: Image) -> jax.Array:
     return jnp.sum(sam.normalise(a) * sam.normalise(b), -1)
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "config", "progress"))
-def _feature_loop(source, target, learning_rate, *, steps, config, progress):
-    def gradient_of(d):
-        return jax.grad(feature_loss, has_aux=True)(d, source, target, config)
+@functools.partial(jax.jit, static_argnames="config")
+def _feature_step(state, source, target, learning_rate, *, config):
+    def gradient_of(displacement):
+        return jax.grad(feature_loss, has_aux=True)(
+            displacement, source, target, config
+        )
 
-    start = jnp.zeros((*source[0].shape[:4], 3))
-    return _descend(gradient_of, start, learning_rate, steps, progress)
+    return _adam_step(gradient_of, state, learning_rate)
 
 
-def _descend(gradient_of, start, learning_rate, steps: int, progress: Report | None):
-    """Adam; returns the last value that was scored, and parts of the loss per step."""
+def _descend(step, start: Field, steps: int, progress: Progress | None):
+    """Repeats a step; returns the last value that was scored, and the history."""
+    report = None if progress is None else Report(progress, steps)
+    return repeat(step, _adam_start(start), steps, report)
+
+
+@jax.jit
+def _adam_start(value):
+    return value, optax.adam(0.0, eps=_EPSILON).init(value)  # whatever the rate
+
+
+def _adam_step(gradient_of, state, learning_rate):
+    """Adam; returns (next state, parts of the loss, the value that they belong to)."""
+    value, adam = state
+    gradient, parts = gradient_of(value)
     optimizer = optax.adam(learning_rate, eps=_EPSILON)
-
-    def iterate(carry, index):
-        value, state, _ = carry
-        gradient, parts = gradient_of(value)
-        updates, state = optimizer.update(gradient, state)
-        if progress is not None:
-            jax.debug.callback(progress, index, parts, ordered=True)
-        return (optax.apply_updates(value, updates), state, value), parts
-
-    carry = (start, optimizer.init(start), start)
-    (_, _, result), history = jax.lax.scan(iterate, carry, jnp.arange(steps + 1))
-    return result, history
+    updates, adam = optimizer.update(gradient, adam)
+    return (optax.apply_updates(value, updates), adam), parts, value
 
 
 # --- the map itself -------------------------------------------------------------------
@@ -248,20 +253,16 @@ def optimize_map(
     _check(pair, steps)
     shape = pair.fixed.shape[1:4]
     begin = 2.0 * (start.forward.on_grid(shape) - sampling.identity(shape))
-    report = None if progress is None else Report(progress, steps, steps)
-    found, history = _map_loop(
-        begin, pair, learning_rate, folding, loss=loss, steps=steps, progress=report
-    )
-    jax.effects_barrier()
-    return Optimized(
-        Transform((Displacement(0.5 * found),)),
-        start.backward,
-        {name: np.asarray(value) for name, value in history.items()},
-    )
+
+    def step(state, index):
+        return _map_step(state, pair, learning_rate, folding, loss=loss)
+
+    found, history = _descend(step, begin, steps, progress)
+    return Optimized(Transform((Displacement(0.5 * found),)), start.backward, history)
 
 
-@functools.partial(jax.jit, static_argnames=("loss", "steps", "progress"))
-def _map_loop(begin, pair, learning_rate, folding, *, loss, steps, progress):
+@functools.partial(jax.jit, static_argnames="loss")
+def _map_step(state, pair, learning_rate, folding, *, loss):
     measure = similarity.SIMILARITIES[loss]
 
     def value(displacement):
@@ -272,5 +273,4 @@ def _map_loop(begin, pair, learning_rate, folding, *, loss, steps, progress):
         total = unlike + folding * folds
         return total, {"similarity": unlike, "folding": folds, "loss": total}
 
-    gradient_of = jax.grad(value, has_aux=True)
-    return _descend(gradient_of, begin, learning_rate, steps, progress)
+    return _adam_step(jax.grad(value, has_aux=True), state, learning_rate)

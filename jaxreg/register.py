@@ -905,18 +905,27 @@ def _score(
     pair: Pair, unit: transform_lib.Transform, options: Options
 ) -> tuple[float, np.ndarray]:
     """Returns the similarity loss and the warped image, D H W."""
-    points = jnp.asarray(unit.map_points(sampling.identity(options.shape)))
-    warped = fields.warp(pair.moving, points, outside="zeros")
-    measure = similarity.SIMILARITIES[options.io_sim]
     mask = pair.fixed_mask if options.loss_function_masking else None
-    loss = float(measure(warped, pair.fixed, mask=mask))
-    return loss, np.asarray(warped[0, ..., 0])
+    points = _mapped(unit, options.shape)
+    # Compiled in one: operations on their own would be compiled anew for each pair.
+    loss, warped = _compared(pair.moving, pair.fixed, mask, points, name=options.io_sim)
+    return float(loss), np.asarray(warped[0, ..., 0])
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _mapped(unit: transform_lib.Transform, shape: Shape) -> jax.Array:
+    return jnp.asarray(unit.map_points(sampling.identity(shape)))
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _compared(moving, fixed, mask, points, *, name: str):
+    warped = fields.warp(moving, points, outside="zeros")
+    return similarity.SIMILARITIES[name](warped, fixed, mask=mask), warped
 
 
 def _folded(unit: transform_lib.Transform, shape: Shape) -> float:
     """Returns the share of cells with a negative determinant, per cent."""
-    points = np.asarray(unit.map_points(sampling.identity(shape)))
-    return metrics.folding_fraction(metrics.cell_determinant(points))
+    return metrics.folding_fraction(metrics.cell_determinant(_mapped(unit, shape)))
 
 
 class _Clock:

@@ -306,7 +306,13 @@ def number(text):
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("name", ["demo", "hippocampus_gradicon"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("demo", marks=pytest.mark.slow),  # the training notebook runs it
+        "hippocampus_gradicon",
+    ],
+)
 def test_a_small_recipe_dry_runs(name, capsys):
     rows = dry_run(name, capsys)
     check_small(rows, load(name))
@@ -316,7 +322,7 @@ def test_a_small_recipe_dry_runs(name, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        "promptreg",
+        pytest.param("promptreg", marks=pytest.mark.slow),  # as hippocampus_promptreg
         pytest.param("rdp", marks=pytest.mark.slow),  # a part of the first
         "hippocampus_promptreg",
         "unireg",

@@ -51,8 +51,9 @@ _TOP = (
 TABLE = {
     "errors": Room(),
     "typing": Room(),
-    "space": Room(),
-    "nn": Room(others=("flax",)),
+    "late": Room(),
+    "space": Room(("late",)),
+    "nn": Room(("late",), ("flax",)),
     "io": Room(("space",), FILE_FORMATS),
     "data": Room(
         ("space", "io.volumes", "io.files"), ("grain", "nibabel.orientations")
@@ -84,7 +85,10 @@ TABLE = {
     "register": Room(
         (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
     ),
-    "evaluate": Room((*_TOP, "data.manifest", "prealignment", "results")),
+    "pair_list": Room((*_TOP, "data.manifest", "results")),
+    "evaluate": Room((*_TOP, "data.manifest", "pair_list", "prealignment", "results")),
+    "batch": Room((*_TOP, "pair_list")),
+    "compiled": Room(others=("platformdirs",)),
     "tuning": Room((*_TOP, "nn.dynamic", "results")),
     "results": Room(("metrics", "io.files")),
     "comparison": Room(("space", "io")),
@@ -96,7 +100,7 @@ TABLE = {
 # Nothing below imports these, so they may have anything.
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_evaluation",
+    "cli_evaluation", "cli_batch",
     "cli_options", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))

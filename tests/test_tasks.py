@@ -183,7 +183,7 @@ def test_smoothness_is_drawn_by_a_pairs_number_within_the_range():
     np.testing.assert_allclose(pair.smoothness, [3.0, 1.0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("model", [SMALL, PAPER])
+@pytest.mark.parametrize("model", [pytest.param(SMALL, marks=pytest.mark.slow), PAPER])
 def test_a_grown_network_answers_as_before_for_old_regions(tmp_path, model):
     sources = sources_lib.with_bank(
         sources_of(("a", "b"), ("head", "liver"), ("inter", "intra"), (None, None)),

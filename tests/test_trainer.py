@@ -236,6 +236,7 @@ def test_a_run_leaves_settings_logs_checkpoints_and_weights(reference):
         assert norm == 2 * (steps if stage == "stage_1" else steps + 6)
 
 
+@pytest.mark.slow
 def test_killed_at_random_and_resumed_on_one_device(tmp_path, cache, reference):
     out, draw = tmp_path / "run", random.Random(3)
     killed(

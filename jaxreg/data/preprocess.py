@@ -48,6 +48,17 @@ def kind(modality: str) -> Modality:
     return "ct" if modality.strip().lower() == "ct" else "mri"
 
 
+def beyond(modality: str, volume: Volume) -> float:
+    """Returns what a warped scan shows beyond the scan: air in CT, as far as it has it.
+
+    Args:
+      modality: see `kind`.
+      volume: the scan, in its stored unit.
+    """
+    ct = kind(modality) == "ct"
+    return max(_AIR, float(volume.array.min())) if ct else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """How a scan's voxels become those of the network; travels with a model's weights.

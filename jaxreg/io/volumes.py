@@ -132,6 +132,22 @@ def write_volume(path: files.PathLike, volume: Volume) -> None:
             raise UserError(f"{path} cannot be written: {_last_line(error)}") from error
 
 
+def check_storable(value: float, volume: Volume) -> None:
+    """Checks that a volume's pixel type can hold a fill value.
+
+    Raises:
+      UserError: it is a type of integers that does not have it.
+    """
+    dtype = volume.array.dtype
+    if np.issubdtype(dtype, np.integer):
+        limits = np.iinfo(dtype)
+        if value != round(value) or not limits.min <= value <= limits.max:
+            raise UserError(
+                f"--fill is {value:g}, but {volume.source} holds {dtype} numbers; pass "
+                f"a whole number from {limits.min} to {limits.max}"
+            )
+
+
 def read_nifti_vectors(path: files.PathLike) -> tuple[np.ndarray, Grid, str]:
     """Reads a NIfTI of three numbers per voxel, shape (X, Y, Z, 1, 3).
 

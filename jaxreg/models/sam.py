@@ -22,7 +22,7 @@ from flax import linen as nn
 
 from jaxreg.errors import UserError
 from jaxreg.nn import conv
-from jaxreg.nn.layers import StridedConvolution, xavier_uniform
+from jaxreg.nn.layers import StridedConvolution, value, xavier_uniform
 from jaxreg.nn.unet import BatchNorm, Precision
 from jaxreg.space import sampling
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -121,7 +121,7 @@ class ConvNorm(nn.Module):
             form=self.form,
             name="conv",
         )
-        x = BatchNorm(self.batching, name="norm")(layer(x), train=train)
+        x = value(BatchNorm(self.batching, name="norm")(layer(x), train=train))
         return nn.relu(x) if self.activated else x
 
 

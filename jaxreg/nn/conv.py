@@ -12,20 +12,25 @@ space-to-depth, transposed strides by depth-to-space. The primitive has two form
 
 "auto" picks by platform when the program is compiled. Both forms have the same custom
 derivative: the input gradient is again a convolution, the kernel gradient a matrix
-product, and neither scatters.
+product, and neither scatters. Where "slab" would be taken and a strided layer's kernel
+outweighs its volume, `jaxreg.nn.deep` leaves the kernel in place.
 
 An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
 concatenation along channels, which is never built.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
+from jaxreg import late
+from jaxreg.nn import deep
 from jaxreg.typing import Image
 
 Form = Literal["auto", "native", "slab"]
@@ -86,6 +91,7 @@ def _taps_along_w(x: jax.Array, taps: int) -> jax.Array:
     return jnp.concatenate([x[:, :, :, c : c + width] for c in range(taps)], -1)
 
 
+@jax.jit  # traced once for each shape, as the gradient below
 def _slab(xs: Parts, ws: Parts) -> jax.Array:
     """The primitive as one matrix product per slab of planes."""
     kd, kh, kw = ws[0].shape[:3]
@@ -119,13 +125,11 @@ def _slab(xs: Parts, ws: Parts) -> jax.Array:
             )
         return lax.dynamic_update_slice_in_dim(y, rows, first, axis=1), None
 
-    # Anything, for all of it is written. Zeros would not depend on the input, and XLA
-    # would allocate those of many layers at once, long before they are needed.
-    anything = sum(x[(0, *(m // 2 for m in x.shape[1:4]), 0)] for x in xs)
-    y = jnp.broadcast_to(anything, (n, depth, height, width, out))
+    y = late.filled((n, depth, height, width, out), xs[0])  # all of it is written
     return lax.scan(one, y, jnp.arange(slabs))[0]
 
 
+@functools.partial(jax.jit, static_argnums=2)
 def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
     """Returns the gradient of `_valid` with respect to one kernel, slab by slab."""
     kd, kh, kw, i, o = kernel_shape
@@ -141,22 +145,25 @@ def _kernel_gradient(x: jax.Array, dy: jax.Array, kernel_shape) -> jax.Array:
         return _kernel_gradient(wide, dy, (kd, kh, 1, kw * i, o)).reshape(kernel_shape)
     x, dy = _pad_end(x, extra), _pad_end(dy, extra)
 
-    def add(total, first):
-        # As in `_slab`: 9 copies of x and 3 of dy.
-        slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
-        columns = _columns(slab, (kd, kh, kw), along_w=False)
-        rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
-        rows = jnp.concatenate(
-            [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
-        )
-        columns = jnp.concatenate(columns, -1)
-        product = columns.reshape(-1, columns.shape[-1]).T @ rows.reshape(
-            -1, rows.shape[-1]
-        )
-        return total + product, None
+    # All taps of x, or those along two axes and dy's along the third (for 3 x 3 x 3: 9
+    # copies of x and 3 of dy), whichever is less.
+    whole = kd * kh * kw * i <= kd * kh * i + kw * o
 
-    zero = jnp.zeros((kd * kh * i, kw * o), dy.dtype)
-    total, _ = lax.scan(add, zero, jnp.arange(slabs) * planes)
+    def add(total, first):
+        slab = lax.dynamic_slice_in_dim(x, first, planes + kd - 1, axis=1)
+        columns = jnp.concatenate(_columns(slab, (kd, kh, kw), along_w=whole), -1)
+        rows = lax.dynamic_slice_in_dim(dy, first, planes, axis=1)
+        if not whole:
+            rows = jnp.concatenate(
+                [_pad(rows, (0, 0), (0, 0), (c, kw - 1 - c)) for c in range(kw)], -1
+            )
+        columns, rows = (a.reshape(-1, a.shape[-1]) for a in (columns, rows))
+        return total + columns.T @ rows, None
+
+    size = (kd * kh * kw * i, o) if whole else (kd * kh * i, kw * o)
+    total, _ = lax.scan(add, late.zeros(size, dy), jnp.arange(slabs) * planes)
+    if whole:
+        return total.reshape(kernel_shape)
     return jnp.moveaxis(total.reshape(kd, kh, i, kw, o), 3, 2)
 
 
@@ -207,7 +214,31 @@ def _valid_backward(form, saved, dy):
 _valid.defvjp(_valid_forward, _valid_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _deep_or(slab, native, form: Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns one of two functions of (x, kernel), differentiating only that one."""
+    return _by_platform(form, slab, native, x, kernel)
+
+
+def _deep_or_forward(slab, native, form, x, kernel):
+    return _by_platform(form, slab, native, x, kernel), (x, kernel)
+
+
+def _deep_or_backward(slab, native, form, saved, dy):
+    def gradient(function):
+        return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
+
+    return _by_platform(form, gradient(slab), gradient(native), *saved, dy)
+
+
+_deep_or.defvjp(_deep_or_forward, _deep_or_backward)
+
+
 # --- layers -------------------------------------------------------------------------
+
+
+def _whole(x: jax.Array | Parts) -> jax.Array:
+    return jnp.concatenate(x, -1) if isinstance(x, tuple) else x
 
 
 def _parts(x: jax.Array | Parts, kernel: jax.Array) -> tuple[Parts, Parts]:
@@ -225,6 +256,8 @@ def _parts(x: jax.Array | Parts, kernel: jax.Array) -> tuple[Parts, Parts]:
 
 
 def _pad(x: jax.Array, *widths: tuple[int, int], mode: str = "constant") -> jax.Array:
+    if not any(map(any, widths)):  # JAX would add nothing, and zeros in the gradient
+        return x
     return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=mode)
 
 
@@ -282,6 +315,15 @@ def conv3_stride2(
       bias: O.
       form: see the module's docstring.
     """
+    xs, _ = _parts(x, kernel)
+    n, *spatial, _ = xs[0].shape
+    if deep.outweighs(kernel.shape, n * math.prod(-(-m // 2) for m in spatial)):
+        y = _deep_or(deep.down3, _down3_native, form, _whole(x), kernel)
+        return cast(jax.Array, y) + bias
+    return _down3(xs, kernel, form) + bias
+
+
+def _down3(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     xs, ws = _parts(x, kernel)
     # One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1) in all.
     widths = [(1, 1 + n % 2) for n in xs[0].shape[1:4]]
@@ -292,8 +334,11 @@ def conv3_stride2(
         w = jnp.pad(w, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
         return w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
 
-    y = cast(jax.Array, _valid(xs, tuple(fold(w) for w in ws), form))
-    return y + bias
+    return cast(jax.Array, _valid(xs, tuple(fold(w) for w in ws), form))
+
+
+def _down3_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _down3(x, kernel, "native")
 
 
 def strided(
@@ -368,6 +413,14 @@ def conv4_transpose2(
       bias: O.
       form: see the module's docstring.
     """
+    xs, _ = _parts(x, kernel)
+    if deep.outweighs(kernel.shape, math.prod(xs[0].shape[:4])):
+        y = _deep_or(deep.up4, _up4_native, form, _whole(x), kernel)
+        return cast(jax.Array, y) + bias
+    return _up4(xs, kernel, form) + bias
+
+
+def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     xs, ws = _parts(x, kernel)
     xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
 
@@ -377,7 +430,11 @@ def conv4_transpose2(
         return w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)
 
     y = depth_to_space(_valid(xs, tuple(fold(w) for w in ws), form))
-    return y[:, 1:-1, 1:-1, 1:-1] + bias
+    return y[:, 1:-1, 1:-1, 1:-1]
+
+
+def _up4_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _up4(x, kernel, "native")
 
 
 def average_pool2(x: Image) -> Image:
@@ -425,14 +482,38 @@ def upsample2(x: Image) -> Image:
     ``out[2 i] = 0.25 in[i - 1] + 0.75 in[i]``, ``out[2 i + 1] = 0.75 in[i] +
     0.25 in[i + 1]`` along each axis.
     """
-    for axis in (1, 2, 3):
-        n = x.shape[axis]
-        before = lax.slice_in_dim(x, 0, n - 1, axis=axis)
-        after = lax.slice_in_dim(x, 1, n, axis=axis)
-        first = lax.slice_in_dim(x, 0, 1, axis=axis)
-        last = lax.slice_in_dim(x, n - 1, n, axis=axis)
-        low = jnp.concatenate([first, before], axis)
-        high = jnp.concatenate([after, last], axis)
-        x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
-        x = x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
-    return x
+    x = _double_axis(x, 3)
+
+    def sums(x):
+        return functools.reduce(_double_axis, (2, 1), x)
+
+    def products(x):
+        return functools.reduce(_double_by_product, (2, 1), x)
+
+    # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
+    return lax.platform_dependent(x, cpu=products, default=sums)
+
+
+def _double_axis(x: jax.Array, axis: int) -> jax.Array:
+    n = x.shape[axis]
+    before = lax.slice_in_dim(x, 0, n - 1, axis=axis)
+    after = lax.slice_in_dim(x, 1, n, axis=axis)
+    first = lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = lax.slice_in_dim(x, n - 1, n, axis=axis)
+    low = jnp.concatenate([first, before], axis)
+    high = jnp.concatenate([after, last], axis)
+    x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
+    return x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
+
+
+def _double_by_product(x: jax.Array, axis: int) -> jax.Array:
+    """The same as a matrix product for each place along the axes before."""
+    n = x.shape[axis]
+    matrix = 0.75 * np.repeat(np.eye(n), 2, 0)
+    for odd in (0, 1):
+        neighbours = np.clip(np.arange(n) + 2 * odd - 1, 0, n - 1)
+        matrix[np.arange(n) * 2 + odd, neighbours] += 0.25
+    blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)
+    matrices = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(blocks), 2 * n, n))
+    y = jnp.matmul(matrices, blocks, precision="highest")
+    return y.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])

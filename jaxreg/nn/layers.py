@@ -3,6 +3,7 @@
 Weights start as PyTorch's do, so that networks train alike.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from jaxreg import late
 from jaxreg.nn import conv
 from jaxreg.typing import Image
 
@@ -97,6 +99,41 @@ def xavier_uniform() -> Callable:
     return host_initializer(draw)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["image", "factor", "shift"],
+    meta_fields=["shape"],
+)
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """An image times a factor plus a shift, not worked out yet.
+
+    What reads it works it out for itself: a backward pass then keeps the image alone.
+
+    Attributes:
+      image: N D H W C.
+      factor: of N 1 1 1 C or of a shape that broadcasts to it.
+      shift: likewise.
+      shape: the first voxels along each axis that count; all of them if None.
+    """
+
+    image: jax.Array
+    factor: jax.Array
+    shift: jax.Array
+    shape: tuple[int, int, int] | None = None
+
+    def value(self) -> jax.Array:
+        """Returns N D H W C."""
+        d, h, w = self.shape or self.image.shape[1:4]
+        image = self.image[:, :d, :h, :w]
+        return image * self.factor.astype(image.dtype) + self.shift.astype(image.dtype)
+
+
+def value(x: "jax.Array | Scaled") -> jax.Array:
+    """Returns an image as it is, or worked out."""
+    return x.value() if isinstance(x, Scaled) else x
+
+
 class Convolution(nn.Module):
     """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
 
@@ -106,6 +143,7 @@ class Convolution(nn.Module):
       activated: whether the input passes a leaky ReLU first.
       kernel_init: of the kernel; with zero biases. As PyTorch starts both if None.
       form: see `jaxreg.nn.conv`.
+      dtype: of the arithmetic and the result; the input's if None.
     """
 
     function: Callable
@@ -113,10 +151,14 @@ class Convolution(nn.Module):
     activated: bool = False
     kernel_init: Callable | None = None
     form: conv.Form = "auto"
+    dtype: str | None = None
 
     @nn.compact
     def __call__(self, x):
-        """Applies the layer to N D H W I, or to parts of it along channels."""
+        """Applies the layer to N D H W I, or to parts of it along channels.
+
+        A part may be `Scaled`.
+        """
         kd, kh, kw, i, o = self.shape
         # PyTorch takes a transposed convolution's fan from the output channels.
         fan = kd * kh * kw * (o if self.function is conv.conv4_transpose2 else i)
@@ -124,15 +166,19 @@ class Convolution(nn.Module):
         bias_init = nn.initializers.zeros if self.kernel_init else uniform(fan)
         bias = self.param("bias", bias_init, (o,))
 
-        # The backward pass pads and activates once more instead of keeping both.
-        @jax.checkpoint
-        def apply(x, kernel, bias):
-            dtype = jax.tree.leaves(x)[0].dtype
-            kernel, bias = kernel.astype(dtype), bias.astype(dtype)
-            x = jax.tree.map(leaky, x) if self.activated else x
-            return self.function(x, kernel, bias, form=self.form)
+        # The backward pass scales, pads and activates once more instead of keeping all.
+        return late.recomputed(
+            _convolved, x, kernel, bias, function=self.function,
+            activated=self.activated, form=self.form, dtype=self.dtype,
+        )  # fmt: skip
 
-        return apply(x, kernel, bias)
+
+def _convolved(x, kernel, bias, *, function, activated, form, dtype):
+    x = tuple(map(value, x)) if isinstance(x, tuple) else value(x)
+    dtype = dtype or jax.tree.leaves(x)[0].dtype
+    x = jax.tree.map(lambda part: part.astype(dtype), x)
+    x = jax.tree.map(leaky, x) if activated else x
+    return function(x, kernel.astype(dtype), bias.astype(dtype), form=form)
 
 
 class StridedConvolution(nn.Module):
@@ -163,25 +209,20 @@ class StridedConvolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
 
         # The backward pass pads and folds once more instead of keeping both.
-        @jax.checkpoint
-        def apply(x, kernel):
-            padding = self.padding or [k // 2 for k in self.size]
-            return conv.strided(
-                x,
-                kernel.astype(x.dtype),
-                stride=self.stride,
-                padding=padding,
-                form=self.form,
-            )
-
-        y = apply(x, kernel)
+        y = late.recomputed(
+            _strided, x, kernel, stride=self.stride, form=self.form,
+            padding=self.padding or tuple(k // 2 for k in self.size),
+        )  # fmt: skip
         if not self.biased:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
         return y + bias.astype(y.dtype)
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)  # keeps the input, nothing else
+def _strided(x, kernel, **settings):
+    return conv.strided(x, kernel.astype(x.dtype), **settings)
+
+
 def instance_norm_leaky(x: Image, slope: float) -> Image:
     """Instance normalisation without parameters, then a leaky ReLU: N D H W C.
 
@@ -190,6 +231,10 @@ def instance_norm_leaky(x: Image, slope: float) -> Image:
     References:
       Ulyanov et al., Instance normalization, 2016.
     """
+    return late.recomputed(_normalised, x, slope=slope)
+
+
+def _normalised(x, *, slope):
     wide = x.astype(jnp.float32)
     mean = wide.mean((1, 2, 3), keepdims=True)
     variance = jnp.square(wide - mean).mean((1, 2, 3), keepdims=True)

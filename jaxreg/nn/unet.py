@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxreg.nn import conv
-from jaxreg.nn.layers import Convolution
+from jaxreg.nn.layers import Convolution, Scaled, value
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -70,7 +70,7 @@ class BatchNorm(nn.Module):
     batching: Batching = ONE_CALL
 
     @nn.compact
-    def __call__(self, x: Image, *, train: bool) -> Image:
+    def __call__(self, x: Image, *, train: bool) -> Scaled:
         """Normalises N D H W C; in training moves the running statistics."""
         batching = self.batching
         c = x.shape[-1]
@@ -82,7 +82,7 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * jax.lax.rsqrt(var.value + _NORM_EPSILON)
             shift = bias - mean.value * factor
-            return x * factor.astype(x.dtype) + shift.astype(x.dtype)
+            return Scaled(x, factor, shift)
         groups = batching.calls * max(batching.replicas, 1)
         grouped = x.reshape(groups, -1, *x.shape[1:])
         now_mean, now_var = _moments(grouped, batching)
@@ -100,8 +100,9 @@ class BatchNorm(nn.Module):
             count.value = count.value + batching.calls
         factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
         shift = bias - now_mean * factor
-        out = grouped * factor.astype(x.dtype) + shift.astype(x.dtype)
-        return out.reshape(x.shape)
+        samples = x.shape[0] // groups
+        factor, shift = (jnp.repeat(a[:, 0], samples, 0) for a in (factor, shift))
+        return Scaled(x, factor, shift)
 
 
 class TallUNet2(nn.Module):
@@ -144,30 +145,28 @@ class TallUNet2(nn.Module):
             )
             y = layer(x)
             x = y + _fit(conv.average_pool2(x), down[level + 1])
-        parts = (x,)
+        parts, channels = (x,), down[levels]
         for level in reversed(range(levels)):
-            channels = sum(part.shape[-1] for part in parts)
             name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
             layer = Convolution(
                 conv.conv4_transpose2, shape, activated=True, form=form, name=name
             )
             y = layer(parts)
             # The residual keeps the first channels: the decoder's, as up shrinks.
-            whole = parts[0]
+            whole = value(parts[0])
             if whole.shape[-1] < min(up[level], channels):
-                whole = jnp.concatenate(parts, axis=-1)
+                whole = jnp.concatenate([whole, *parts[1:]], axis=-1)
             x = y + conv.upsample2(_fit(whole, up[level]))
-            x = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
+            normal = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
             skip = skips[level]
-            d, h, w = skip.shape[1:4]
-            parts = (x[:, :d, :h, :w], skip)
-        channels = sum(part.shape[-1] for part in parts)
+            parts = (dataclasses.replace(normal, shape=skip.shape[1:4]), skip)
+            channels = up[level] + skip.shape[-1]
         last = Convolution(
             conv.conv3,
             (3, 3, 3, channels, 3),
             kernel_init=nn.initializers.zeros,
             form=form,
+            dtype="float32",  # displacements need more digits than bfloat16 has
             name="last",
         )
-        # Displacements need more digits than bfloat16 has.
-        return last(tuple(part.astype(jnp.float32) for part in parts)) / 10.0
+        return last(parts) / 10.0

@@ -70,13 +70,15 @@ def centres_of_mass(
 
 def centre_of_mass_mm(image: jax.Array | np.ndarray, grid: grid_lib.Grid) -> np.ndarray:
     """Returns where an image's mass lies in RAS+ mm, (3,) float64."""
-    mass = jnp.reshape(jnp.asarray(image, jnp.float32), grid.shape)
-    mass = mass - jnp.min(mass)
-    # Per axis first: a sum over a whole scan in float32 would lose digits.
+    # On the host, where scans of another size need no program of their own.
+    mass = np.reshape(np.asarray(image, np.float32), grid.shape)
+    low, high = mass.min(), mass.max()
     voxel = []
     for axis, n in enumerate(grid.shape):
-        profile = np.asarray(mass.mean([a for a in range(3) if a != axis]), np.float64)
-        profile = profile if profile.sum() > 0 else np.ones(n)
+        others = tuple(a for a in range(3) if a != axis)
+        profile = np.ones(n)
+        if high > low:
+            profile = mass.mean(others, dtype=np.float64) - np.float64(low)
         voxel.append(np.sum(profile * np.arange(n)) / profile.sum())
     return (grid.voxel_to_mm @ [*voxel, 1.0])[:3]
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy import ndimage
 
+from jaxreg import late
 from jaxreg.space import grid as grid_lib
 from jaxreg.typing import Image, Labels, Points
 
@@ -118,7 +119,7 @@ def _over_batch(function, *arrays, loop: bool):
     def one(n):
         return function(*(a[n] if o else a for a, o in zip(shared, own, strict=True)))
 
-    return jax.lax.map(one, jnp.arange(batch))
+    return late.mapped(one, jnp.arange(batch), like=arrays[0])
 
 
 def _in_chunks(*arrays):
@@ -142,7 +143,8 @@ def _per_point(function, values, *per_point, cpu=None):
         count = arrays[0].shape[0]
         if count <= _CHUNK:
             return on_cpu(values, *arrays)
-        out = jax.lax.map(lambda c: on_cpu(values, *c), _in_chunks(*arrays))
+        chunks = _in_chunks(*arrays)
+        out = late.mapped(lambda c: on_cpu(values, *c), chunks, like=arrays[0])
         return out.reshape(-1, out.shape[-1])[:count]
 
     return jax.lax.platform_dependent(
@@ -159,6 +161,9 @@ def _clamp(index: jax.Array, shape) -> jax.Array:
     return jnp.clip(index, 0.0, last)
 
 
+# Jitted, as the gradients below: a network samples arrays of the same few shapes many
+# times, and each is traced and lowered once.
+@functools.partial(jax.jit, static_argnames=("order", "zeros"))
 def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool):
     """N D H W C at N P 3 voxel indices: N P C."""
     mode = "constant" if zeros else "nearest"
@@ -184,29 +189,30 @@ def _linear_forward(values, index, zeros):
     return _linear(values, index, zeros), (values, index)
 
 
-def _corners(index: jax.Array, shape, *, zeros: bool):
-    """The eight corners around P 3 indices.
+_OFFSETS = np.array(list(np.ndindex(2, 2, 2)), np.int32)  # low and high corners
 
-    Returns:
-      (flat, weights, inside): for each corner its flat voxel index, P, and whether it
-      lies in the array, P; and the weights per axis of the low and the high corner,
-      two of P 3.
-    """
+
+def _cell(index: jax.Array, shape, *, zeros: bool) -> tuple[jax.Array, jax.Array]:
+    """Returns the low corner of P 3 indices, whole numbers, and the way beyond it."""
     last = np.asarray(shape[:3]) - 1
     at = index if zeros else _clamp(index, shape)
     low = jnp.floor(at)
     if not zeros:
         low = jnp.minimum(low, jnp.asarray(np.maximum(last - 1, 0), at.dtype))
-    high = at - low
-    low = low.astype(jnp.int32)
-    flat, inside = [], []
-    for offset in np.ndindex(2, 2, 2):
-        corner = low + np.asarray(offset, np.int32)
-        bounded = jnp.clip(corner, 0, last)
-        inside.append(jnp.all(bounded == corner, axis=-1))
-        d, h, w = bounded[:, 0], bounded[:, 1], bounded[:, 2]
-        flat.append((d * shape[1] + h) * shape[2] + w)
-    return flat, (1.0 - high, high), inside
+    return low.astype(jnp.int32), at - low
+
+
+def _corner(low: jax.Array, offset, shape, *, zeros: bool):
+    """Returns a corner's flat voxel index, P, and whether it lies in the array.
+
+    True for all of them if not `zeros`: the way beyond the low corner is 0 where there
+    is no high one.
+    """
+    corner = low + offset
+    bounded = jnp.clip(corner, 0, np.asarray(shape[:3]) - 1)
+    inside = jnp.all(bounded == corner, axis=-1) if zeros else True
+    d, h, w = bounded[:, 0], bounded[:, 1], bounded[:, 2]
+    return (d * shape[1] + h) * shape[2] + w, inside
 
 
 def _product(weights, offset, skip=None):
@@ -214,6 +220,7 @@ def _product(weights, offset, skip=None):
     return functools.reduce(jnp.multiply, factors)
 
 
+@functools.partial(jax.jit, static_argnames="zeros")
 def _index_gradient(values, index, dy, *, zeros: bool):
     """The gradient with respect to the indices: N P 3, by gathering."""
 
@@ -241,12 +248,13 @@ def _index_gradient(values, index, dy, *, zeros: bool):
         return [stacked[:, i] for i in range(len(corners))]
 
     def gradient(products, values, at, dy):
-        flat, weights, inside = _corners(at, values.shape, zeros=zeros)
+        low, way = _cell(at, values.shape, zeros=zeros)
+        corners = [_corner(low, o, values.shape, zeros=zeros) for o in _OFFSETS]
+        weights = (1.0 - way, way)
         slopes = [jnp.zeros_like(at[:, 0])] * 3
-        offsets = np.ndindex(2, 2, 2)
-        taps = products(values, flat, dy)
-        for offset, tap, valid in zip(offsets, taps, inside, strict=True):
-            along = jnp.where(valid, tap, 0.0)
+        taps = products(values, [flat for flat, _ in corners], dy)
+        for offset, tap, (_, inside) in zip(_OFFSETS, taps, corners, strict=True):
+            along = jnp.where(inside, tap, 0.0) if zeros else tap
             for axis in range(3):
                 signed = along if offset[axis] else -along
                 slopes[axis] += signed * _product(weights, offset, skip=axis)
@@ -266,27 +274,34 @@ def _index_gradient(values, index, dy, *, zeros: bool):
     )
 
 
+@functools.partial(jax.jit, static_argnames="zeros")
 def _values_gradient(values, index, dy, *, zeros: bool):
     """The gradient with respect to the values: N D H W C, by scattering."""
     shape = values.shape[1:]
 
-    def add(total, chunk):
-        at, dy = chunk
-        flat, weights, inside = _corners(at, shape, zeros=zeros)
-        offsets = np.ndindex(2, 2, 2)
-        for offset, corner, valid in zip(offsets, flat, inside, strict=True):
-            weight = jnp.where(valid, _product(weights, offset), 0.0)
-            total = total.at[corner].add(weight[:, None] * dy, mode="promise_in_bounds")
-        return total, None
-
     def empty():
-        return jnp.zeros((math.prod(shape[:3]), shape[3]), values.dtype)
+        return late.zeros((math.prod(shape[:3]), shape[3]), dy)
 
+    def added(total, points, unroll=1):
+        at, dy = points
+        low, way = _cell(at, shape, zeros=zeros)
+
+        def add(total, offset):
+            flat, inside = _corner(low, offset, shape, zeros=zeros)
+            along = jnp.where(offset == 1, way, 1.0 - way)
+            weight = along[:, 0] * along[:, 1] * along[:, 2]
+            weight = jnp.where(inside, weight, 0.0) if zeros else weight
+            scaled = weight[:, None] * dy
+            return total.at[flat].add(scaled, mode="promise_in_bounds"), None
+
+        return jax.lax.scan(add, total, _OFFSETS, unroll=unroll)
+
+    # A loop over the corners on CPU: eight scatters are eight programs to compile.
     def chunked(index, dy):
-        return jax.lax.scan(add, empty(), _in_chunks(index, dy))[0]
+        return jax.lax.scan(added, empty(), _in_chunks(index, dy))[0]
 
     def whole(index, dy):
-        return add(empty(), (index, dy))[0]
+        return added(empty(), (index, dy), unroll=len(_OFFSETS))[0]
 
     total = jax.lax.platform_dependent(
         index,

@@ -7,6 +7,7 @@ in unit coordinates; `in_world` puts it between the two scans in mm.
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -138,6 +139,7 @@ def in_world(unit: Transform, fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Tr
     )
 
 
+@functools.partial(jax.jit, static_argnames="shape")
 def flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     """Returns the same map as one displacement field on a grid of `shape`, unit."""
     return Transform((Displacement(unit.on_grid(shape) - sampling.identity(shape)),))
@@ -154,33 +156,62 @@ def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return tuple(merged)
 
 
-@jax.jit
-def _map_slab(steps, first, slab):
-    points = slab + jnp.asarray([1.0, 0.0, 0.0]) * first
+# Scans differ in size, and a program serves one size of arrays alone. Voxels are
+# therefore mapped and read in slabs of few sizes, from arrays of few sizes: scan after
+# scan, the programs of the first are used again.
+_FEW, _MANY = 2**16, 2**21  # voxels in a slab of a scan of up to 16 _FEW, or of more
+_STEP = 64  # what the axes of a scan of up to _MANY voxels are multiples of when read
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _map_slab(steps, start, shape, *, count: int):
+    """Where voxels lead, 1 P 3: `count` from (slice, voxel of it) in order of storage.
+
+    What is beyond the last voxel of the shape belongs to slices that are not there.
+    """
+    in_slice = start[1] + jnp.arange(count, dtype=jnp.int32)
+    size = shape[1] * shape[2]
+    voxel = [in_slice // size + start[0], in_slice % size // shape[2]]
+    points = jnp.stack([*voxel, in_slice % shape[2]], -1).astype(jnp.float32)[None]
     for step in steps:
         points = step(points)
     return points
 
 
 @functools.partial(jax.jit, static_argnames="order")
-def _read_slab(values, points, fill, *, order):
+def _read_slab(values, points, shape, fill, *, order):
+    """Reads a scan of a shape, padded, at unit points 1 P 3, as "half_voxel": 1 P."""
     # The scan is an argument: closed over, it would be a constant of the program.
-    read = sampling.sample(values, points, order=order, outside="half_voxel", fill=fill)
-    return read[..., 0]
+    last = (shape - 1).astype(points.dtype)
+    index = points * jnp.maximum(last, 1.0)
+    read = sampling.sample_voxels(values, jnp.clip(index, 0.0, last), order=order)
+    inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
+    return jnp.where(inside, read, fill)[..., 0]
 
 
-def _by_slabs(steps, shape: grid_lib.Shape, function, voxels_per_slab=2**21):
+def _by_slabs(
+    steps, shape: grid_lib.Shape, function, voxels_per_slab: int | None = None
+) -> np.ndarray:
     """Applies `function` to the mapped voxel indices of `shape`, slab by slab."""
-    d, h, w = shape
-    depth = max(1, min(d, voxels_per_slab // (h * w)))
-    slab = jnp.stack(
-        jnp.meshgrid(*(jnp.arange(n, dtype=jnp.float32) for n in (depth, h, w)),
-                     indexing="ij"), -1)[None]  # fmt: skip
+    total = math.prod(shape)
+    count = voxels_per_slab or (_FEW if total <= 16 * _FEW else _MANY)
+    sizes = np.asarray(shape, np.int32)
     out = []
-    for first in range(0, d, depth):
-        points = _map_slab(steps, float(first), slab)
-        out.append(np.asarray(function(points)[0, : d - first]))
-    return np.concatenate(out)
+    for first in range(0, total, count):
+        start = np.asarray(divmod(first, math.prod(shape[1:])), np.int32)
+        points = _map_slab(steps, start, sizes, count=count)
+        out.append(np.asarray(function(points))[0, : total - first])
+    flat = np.concatenate(out)
+    return flat.reshape(*shape, *flat.shape[1:])
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """Returns a scan as float32, 1 D H W 1, a small one with zeros behind its ends."""
+    if values.size > _MANY:
+        return values.astype(np.float32, copy=False)[None, ..., None]
+    padded = np.zeros([-(-n // _STEP) * _STEP for n in values.shape], np.float32)
+    padded[tuple(slice(n) for n in values.shape)] = values
+    return padded[None, ..., None]
 
 
 def warp_volume(
@@ -215,17 +246,17 @@ def warp_volume(
     table, values = (
         np.unique(moving.array, return_inverse=True) if labels else (None, moving.array)
     )
-    values = jnp.asarray(values.reshape(moving.array.shape), jnp.float32)[
-        None, ..., None
-    ]
+    shape = np.asarray(moving.array.shape, np.int32)
+    array = jnp.asarray(_padded(values.reshape(moving.array.shape)))
+    outside = np.float32(-1.0 if labels else fill)
 
     def read(points):
-        return _read_slab(values, points, -1.0 if labels else fill, order=order)
+        return _read_slab(array, points, shape, outside, order=order)
 
-    array = _by_slabs(steps, fixed.shape, read)
+    found = _by_slabs(steps, fixed.shape, read)
     if table is not None:
-        index = np.rint(array).astype(np.int64)
-        array = np.where(
+        index = np.rint(found).astype(np.int64)
+        found = np.where(
             index < 0, np.asarray(fill, dtype), table[np.maximum(index, 0)]
         )
     elif not np.issubdtype(dtype, np.floating):
@@ -233,8 +264,8 @@ def warp_volume(
         # float64 holds every 32-bit limit; a 64-bit one rounds up, out of the type.
         top = float(limits.max)
         top = top if int(top) <= limits.max else np.nextafter(top, 0.0)
-        array = np.clip(np.rint(array).astype(np.float64), limits.min, top)
-    return grid_lib.Volume(array.astype(dtype), fixed, moving.source)
+        found = np.clip(np.rint(found).astype(np.float64), limits.min, top)
+    return grid_lib.Volume(found.astype(dtype), fixed, moving.source)
 
 
 def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:

@@ -176,6 +176,7 @@ def run(model, variables, moving, fixed, **options):
     return np.asarray(found.transform.steps[0].field), found.aux
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_pairs_one_by_one(small):
     model, variables, (moving, fixed) = small
     task = jnp.array([2, 0])

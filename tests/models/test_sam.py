@@ -12,6 +12,7 @@ import pytest
 from jaxreg.errors import UserError
 from jaxreg.io import released_sam
 from jaxreg.models import sam
+from jaxreg.nn import layers
 from jaxreg.typing import Batching
 
 NAME = "sam_small"
@@ -84,7 +85,11 @@ def found(golden, state):
         )
     )
     embeddings, seen = run(variables, channels_last(g["input"]))
-    seen = jax.tree.map(lambda a: np.moveaxis(np.asarray(a), -1, 1), seen)
+    seen = jax.tree.map(
+        lambda a: np.moveaxis(np.asarray(layers.value(a)), -1, 1),
+        seen,
+        is_leaf=lambda a: isinstance(a, layers.Scaled),
+    )
     return embeddings, seen["intermediates"]
 
 

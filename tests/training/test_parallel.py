@@ -77,6 +77,7 @@ def test_gradient_is_the_same_under_every_layout(layouts, layout):
     check(layouts[f"{layout} weight 1.5"], tolerance=2e-4)
 
 
+@pytest.mark.slow
 def test_gradient_with_statistics_per_replica():
     found = printed("same_gradient.py", "parts")
     assert sorted(found) == ["mesh 1 pairs of devices", "mesh 1 parts"]
@@ -171,6 +172,7 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_trains(tmp_path, cache):
     codes, texts = end([start(tmp_path / "one", cache, devices=1)])
     assert codes == [0], texts

@@ -282,7 +282,7 @@ def test_each_replica_has_statistics_of_its_own():
     )
     halves = [normalised_by_hand(half.astype("f8")) for half in (x[:2], x[2:])]
     np.testing.assert_allclose(
-        got, np.concatenate([half[0] for half in halves]), rtol=1e-4, atol=1e-5
+        got.value(), np.concatenate([h[0] for h in halves]), rtol=1e-4, atol=1e-5
     )
     for i, name in ((1, "mean"), (2, "var")):
         by_hand = (halves[0][i] + halves[1][i]) / 2

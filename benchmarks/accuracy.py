@@ -1,0 +1,121 @@
+"""How far a network's map moves in lower precision, in millimetres.
+
+    python benchmarks/vs_pytorch.py --accuracy --weights W --images A.nii.gz B.nii.gz
+
+Prints mean, 95th percentile and maximum over the network grid's voxels of the distance
+between where float32 and where another precision maps a voxel. Without --images the
+pair is a smooth random one of 1 mm voxels, without --weights the network a random one
+(--network).
+"""
+
+import argparse
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+from contestants import smooth_pair
+from jaxreg_side import MATMUL, at_precision, has_bfloat16
+
+_FULL = "float32"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds this module's options to a command line."""
+    parser.add_argument("--accuracy", action="store_true", help="of lower precision")
+    parser.add_argument("--weights", help="of --accuracy; random ones if absent")
+    parser.add_argument("--images", nargs=2, help="moving and fixed scan of --accuracy")
+    parser.add_argument("--modality", choices=("ct", "mri"), default="mri")
+
+
+def report(arguments: Any, folder: pathlib.Path) -> None:
+    """Prints the errors of lower precisions.
+
+    Args:
+      arguments: of the command line, see `add_options`.
+      folder: of `contestants.prepare`, where no weights are given.
+    """
+    import jax
+
+    from jaxreg import zoo
+    from jaxreg.models import kinds
+
+    loaded = zoo.load(arguments.weights or str(folder / "weights"))
+    config: Any = kinds.config_of(loaded.bundle.model, loaded.bundle.config)
+    pair, unit_to_mm = _pair(arguments, loaded)
+    full = _map_of(loaded, pair, _FULL)
+    moved = np.linalg.norm((full - _identity(full)) @ unit_to_mm.T, axis=-1)
+    shape = " x ".join(map(str, full.shape[1:4]))
+    print(
+        f"{arguments.weights or arguments.network} ({loaded.bundle.model}), {shape}, "
+        f"on {jax.devices()[0].device_kind}; float32 moves {moved.mean():.3f} mm in "
+        "the mean"
+    )
+    print(f"{'precision':34s} mean mm  p95 mm  max mm")
+    for precision in ("tf32", "bfloat16"):
+        title = precision
+        if precision == "bfloat16" and not has_bfloat16(config):
+            title = "bfloat16 (products alone)"
+        gap = (_map_of(loaded, pair, precision) - full) @ unit_to_mm.T
+        error = np.linalg.norm(gap, axis=-1)
+        print(
+            f"{title:34s} {error.mean():7.4f} {np.percentile(error, 95):7.4f} "
+            f"{error.max():7.4f}"
+        )
+
+
+def _map_of(loaded: Any, pair: Any, precision: Any) -> np.ndarray:
+    """Returns where each fixed voxel lies in the moving image: 1 D H W 3, unit."""
+    import jax
+
+    model = at_precision(loaded.model, precision)
+    shape = pair.fixed.shape[1:4]
+
+    @jax.jit
+    def run(variables, pair):
+        found = model.apply(variables, pair.moving, pair.fixed, task=pair.task)
+        return found[0].transform.on_grid(shape)
+
+    with jax.default_matmul_precision(MATMUL[precision]):
+        return np.asarray(run(dict(loaded.variables), pair), np.float64)
+
+
+def _identity(points: np.ndarray) -> np.ndarray:
+    from jaxreg.space import sampling
+
+    d, h, w = points.shape[1:4]
+    return np.asarray(sampling.identity((d, h, w)), np.float64)
+
+
+def _pair(arguments: Any, loaded: Any):
+    """Returns the images on the network grid, and unit coordinates to mm, 3 x 3."""
+    import jax.numpy as jnp
+
+    from jaxreg import register
+    from jaxreg.data import preprocess
+    from jaxreg.io import volumes
+    from jaxreg.space.grid import unit_scale
+    from jaxreg.typing import Pair
+
+    if not arguments.images:
+        shape = loaded.shape if arguments.weights else arguments.shape
+        moving, fixed = (np.moveaxis(x, 1, -1) for x in smooth_pair(shape))
+        scale = np.diag(unit_scale(fixed.shape[1:4]))
+        task = jnp.zeros(1, jnp.int32)
+        return Pair(jnp.asarray(moving), jnp.asarray(fixed), task=task), scale
+    scans = [volumes.read_volume(path) for path in arguments.images]
+    moving = register.oriented_like(scans[0], scans[1].grid)
+    placement = preprocess.Placement.of_weights(loaded.bundle.preprocessing)
+    options = register.Options(
+        fixed_modality=arguments.modality,
+        moving_modality=arguments.modality,
+        ct_window=loaded.ct_window if arguments.modality == "ct" else None,
+        quantile_range=loaded.quantile_range if arguments.modality == "mri" else None,
+        foreground=loaded.foreground,
+        shape=loaded.shape,
+        placement=placement,
+    )
+    moving, fixed = placement.turned(moving), placement.turned(scans[1])
+    pair = register.make_pair(moving, fixed, options, register.Regions())
+    pair = dataclasses.replace(pair, task=jnp.zeros(1, jnp.int32))
+    return pair, placement.grid(moving.grid, options.shape).unit_to_mm[:3, :3]
