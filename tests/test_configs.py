@@ -309,8 +309,8 @@ def number(text):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("demo", marks=pytest.mark.slow),  # the training notebook runs it
-        "hippocampus_gradicon",
+        "demo",
+        pytest.param("hippocampus_gradicon", marks=pytest.mark.slow),  # the same kind
     ],
 )
 def test_a_small_recipe_dry_runs(name, capsys):
