@@ -30,7 +30,7 @@ import numpy as np
 from jax import lax
 
 from jaxreg import late
-from jaxreg.nn import deep
+from jaxreg.nn import deep, thin
 from jaxreg.typing import Image
 
 Form = Literal["auto", "native", "slab"]
@@ -215,23 +215,25 @@ _valid.defvjp(_valid_forward, _valid_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _deep_or(slab, native, form: Form, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _own_or(
+    own, native, form: Form, x: jax.Array | Parts, kernel: jax.Array
+) -> jax.Array:
     """Returns one of two functions of (x, kernel), differentiating only that one."""
-    return _by_platform(form, slab, native, x, kernel)
+    return _by_platform(form, own, native, x, kernel)
 
 
-def _deep_or_forward(slab, native, form, x, kernel):
-    return _by_platform(form, slab, native, x, kernel), (x, kernel)
+def _own_or_forward(own, native, form, x, kernel):
+    return _by_platform(form, own, native, x, kernel), (x, kernel)
 
 
-def _deep_or_backward(slab, native, form, saved, dy):
+def _own_or_backward(own, native, form, saved, dy):
     def gradient(function):
         return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
 
-    return _by_platform(form, gradient(slab), gradient(native), *saved, dy)
+    return _by_platform(form, gradient(own), gradient(native), *saved, dy)
 
 
-_deep_or.defvjp(_deep_or_forward, _deep_or_backward)
+_own_or.defvjp(_own_or_forward, _own_or_backward)
 
 
 # --- layers -------------------------------------------------------------------------
@@ -296,9 +298,21 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
       bias: O.
       form: see the module's docstring.
     """
+    xs, _ = _parts(x, kernel)
+    if thin.suits(kernel.shape):
+        return (
+            cast(jax.Array, _own_or(thin.same, _same3_native, form, xs, kernel)) + bias
+        )
+    return _same3(xs, kernel, form) + bias
+
+
+def _same3(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     xs, ws = _parts(x, kernel)
     xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
-    return cast(jax.Array, _valid(xs, ws, form)) + bias
+    return cast(jax.Array, _valid(xs, ws, form))
+
+
+_same3_native = functools.partial(_same3, form="native")
 
 
 def conv3_stride2(
@@ -318,7 +332,7 @@ def conv3_stride2(
     xs, _ = _parts(x, kernel)
     n, *spatial, _ = xs[0].shape
     if deep.outweighs(kernel.shape, n * math.prod(-(-m // 2) for m in spatial)):
-        y = _deep_or(deep.down3, _down3_native, form, _whole(x), kernel)
+        y = _own_or(deep.down3, _down3_native, form, _whole(x), kernel)
         return cast(jax.Array, y) + bias
     return _down3(xs, kernel, form) + bias
 
@@ -337,8 +351,7 @@ def _down3(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     return cast(jax.Array, _valid(xs, tuple(fold(w) for w in ws), form))
 
 
-def _down3_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _down3(x, kernel, "native")
+_down3_native = functools.partial(_down3, form="native")
 
 
 def strided(
@@ -415,7 +428,7 @@ def conv4_transpose2(
     """
     xs, _ = _parts(x, kernel)
     if deep.outweighs(kernel.shape, math.prod(xs[0].shape[:4])):
-        y = _deep_or(deep.up4, _up4_native, form, _whole(x), kernel)
+        y = _own_or(deep.up4, _up4_native, form, _whole(x), kernel)
         return cast(jax.Array, y) + bias
     return _up4(xs, kernel, form) + bias
 
@@ -433,8 +446,7 @@ def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     return y[:, 1:-1, 1:-1, 1:-1]
 
 
-def _up4_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _up4(x, kernel, "native")
+_up4_native = functools.partial(_up4, form="native")
 
 
 def average_pool2(x: Image) -> Image:

@@ -24,6 +24,10 @@ CASES = [
     # Kernels that outweigh their volume, at even and odd sizes.
     ((2, 3, 2), 2, (20, 12), 16),
     ((1, 2, 1), 1, (24, 0), 16),
+    # Few outputs of many inputs.
+    ((5, 6, 7), 2, (10, 2), 3),
+    ((1, 4, 3), 1, (9, 0), 3),
+    ((2, 21, 35), 1, (5, 1), 2),
 ]
 SIZES = [(7, 6, 5), (4, 5, 8), (2, 3, 2)]
 
