@@ -13,7 +13,6 @@ import math
 import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Literal
@@ -196,13 +195,7 @@ def check_inputs(rows: Rows, options: register.Options) -> None:
                 pair_list.check_grids(pair, side, grids)
         except UserError as error:
             raise UserError(f"{row}: {error}") from error
-    masked = any(pair.fixed_mask or pair.moving_mask for pair in rows.values())
-    if masked and not pair_list.uses_masks(options):
-        warnings.warn(
-            "the masks have no effect without --input-masking or "
-            "--loss-function-masking",
-            stacklevel=2,
-        )
+    pair_list.warn_of_idle_masks(rows.values(), options)
 
 
 def _region_paths(

@@ -708,12 +708,7 @@ def _check_outputs(
             transforms.check_transform_path(path, name)
         elif name in ("--report", "--points-out"):
             suffixes = (".html", ".htm") if name == "--report" else (".csv",)
-            if path.suffix.lower() not in suffixes:
-                raise UserError(
-                    f"{name} {path} has the extension {path.suffix or '(none)'}, "
-                    f"expected {suffixes[0]}; rename it"
-                )
-            files.check_writable(path, name)
+            files.check_writable(path, name, suffixes=suffixes)
         else:
             volumes.check_volume_path(path, name)
         if path.resolve() in seen:

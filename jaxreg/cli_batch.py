@@ -125,6 +125,7 @@ def register_list(
       UserError: something is wrong, or pairs failed.
     """
     from jaxreg import batch, pair_list
+    from jaxreg.io import files
 
     assert asked.pairs is not None  # the caller's promise
     rows: Rows = pair_list.read_rows(asked.pairs)
@@ -133,7 +134,7 @@ def register_list(
         rows = batch.with_outputs(rows, asked.out_dir)
     others = {"--pairs": asked.pairs}
     if asked.summary is not None:
-        _check_summary(asked.summary)
+        files.check_writable(asked.summary, "--summary", suffixes=(".csv",))
         others["--summary"] = asked.summary
     batch.check_outputs(rows, others=others, made=asked.out_dir)
     there = batch.finished(rows) if asked.skip_existing else {}
@@ -147,7 +148,7 @@ def register_list(
             options = dataclasses.replace(options, shape=model.shape)
         pair_list.check_told(list(waiting.values()), list(waiting), model, options)
         if asked.out_dir is not None:
-            _make(asked.out_dir)
+            files.make_folder(asked.out_dir, "--out-dir")
     if asked.skip_existing:
         print(f"passed over {len(there)} of {len(rows)} pairs, whose results exist")
     start, outcomes = time.perf_counter(), batch.skipped(there)
@@ -173,26 +174,6 @@ def _check_modalities(rows: "Rows", given: Mapping[str, Any]) -> None:
                     f"{row} names no {name}; add the column, or give "
                     f"--{name.replace('_', '-')} for all"
                 )
-
-
-def _check_summary(path: pathlib.Path) -> None:
-    from jaxreg.io import files
-
-    if path.suffix.lower() != ".csv":
-        raise UserError(
-            f"--summary {path} has the extension {path.suffix or '(none)'}, expected "
-            ".csv; rename it"
-        )
-    files.check_writable(path, "--summary")
-
-
-def _make(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out-dir {folder} cannot be made: {error.strerror}; name another place"
-        ) from error
 
 
 def _tell(outcome: "Outcome") -> None:

@@ -167,12 +167,7 @@ def _check(point, points, points_out, scans, model: str, spacing) -> None:
         )
     if points_out is None:
         return
-    if points_out.suffix.lower() != ".csv":
-        raise UserError(
-            f"--points-out {points_out} has the extension "
-            f"{points_out.suffix or '(none)'}, expected .csv; rename it"
-        )
-    files.check_writable(points_out, "--points-out")
+    files.check_writable(points_out, "--points-out", suffixes=(".csv",))
     if points_out.resolve() in [p.resolve() for p in (*scans, points) if p]:
         raise UserError(
             f"--points-out {points_out} is also an input; name another file"

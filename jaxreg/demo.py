@@ -201,7 +201,8 @@ def run(
     register.check_options(options)
     pair = pair or load()
     loaded = None if model is None else zoo.load(model)
-    folder = _folder(out)
+    folder = files.make_folder(out, "--out")
+    files.check_writable(folder / "report.html", "--out")
     result = register.register(
         pair.moving,
         pair.fixed,
@@ -257,15 +258,3 @@ def _small(array: np.ndarray) -> np.ndarray:
     """Returns whole numbers as int16, as the head was stored; others as they are."""
     small = array.astype(np.int16)
     return small if np.array_equal(small, array) else array
-
-
-def _folder(out: str | os.PathLike) -> pathlib.Path:
-    folder = pathlib.Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"--out {folder} cannot be made ({error.strerror}); name another place"
-        ) from error
-    files.check_writable(folder / "report.html", "--out")
-    return folder

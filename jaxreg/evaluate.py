@@ -504,13 +504,7 @@ def _check_pairs(
             _check_pair(pair, options, frame, grids, outputs)
         except UserError as error:
             raise UserError(f"pair {name}: {error}") from error
-    masked = any(pair.fixed_mask or pair.moving_mask for pair in pairs)
-    if masked and not pair_list.uses_masks(options):
-        warnings.warn(
-            "the masks have no effect without --input-masking or "
-            "--loss-function-masking",
-            stacklevel=3,
-        )
+    pair_list.warn_of_idle_masks(pairs, options)
     if any(p.inverse_out for p in pairs):
         warnings.warn(
             "the column inverse_out has no effect here; jaxreg register --pairs writes "
@@ -698,15 +692,8 @@ def evaluate_files(
     Raises:
       UserError: see `evaluate`; or a file cannot be written, which is said first.
     """
-    out = pathlib.Path(out)
-    if out.suffix.lower() != ".csv":
-        raise UserError(
-            f"--out {out} has the extension {out.suffix or '(none)'}, expected .csv; "
-            "rename it"
-        )
-    tables = out.with_suffix(".md")
-    for path in (out, tables):
-        files.check_writable(path, "--out")
+    out = files.check_writable(out, "--out", suffixes=(".csv",))
+    tables = files.check_writable(out.with_suffix(".md"), "--out")
 
     def keep(result: results.Result) -> None:
         results.write_csv(out, result)

@@ -280,6 +280,17 @@ def uses_masks(options: register.Options) -> bool:
     return options.input_masking or options.loss_function_masking
 
 
+def warn_of_idle_masks(pairs: Iterable[PairSpec], options: register.Options) -> None:
+    """Warns if pairs have masks and the options no use for them."""
+    masked = any(pair.fixed_mask or pair.moving_mask for pair in pairs)
+    if masked and not uses_masks(options):
+        warnings.warn(
+            "the masks have no effect without --input-masking or "
+            "--loss-function-masking",
+            stacklevel=3,
+        )
+
+
 def check_told(
     pairs: Sequence[PairSpec],
     names: Sequence[str],

@@ -330,7 +330,7 @@ def write_dataset(
         raise UserError(f"subjects is {subjects}, expected at least 1")
     folder = pathlib.Path(folder)
     for name in ("images", "labels"):
-        _make_folder(folder / name)
+        files.make_folder(folder / name)
     rows = []
     for index in range(subjects):
         split = "val" if index % _HOLD_OUT == _HOLD_OUT - 1 else "train"
@@ -349,15 +349,6 @@ def write_dataset(
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([_COLUMNS, *rows])
     return path
-
-
-def _make_folder(folder: pathlib.Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"folder {folder} cannot be made: {error.strerror}; name another place"
-        ) from error
 
 
 def _write_scan(

@@ -7,7 +7,7 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxreg.errors import UserError
 
@@ -69,20 +69,30 @@ def check_readable(
     return path
 
 
-def check_writable(path: PathLike, option: str = "output") -> pathlib.Path:
+def check_writable(
+    path: PathLike, option: str = "output", *, suffixes: Sequence[str] = ()
+) -> pathlib.Path:
     """Checks that a file can be written, before any work; writes nothing.
 
     Args:
       path: the file to be.
       option: what to call it in the sentence, e.g. "--transform-out".
+      suffixes: the extensions that it may have, in small letters, the usual one first;
+        any if empty.
 
     Returns:
       The path.
 
     Raises:
-      UserError: its folder is missing, no folder or read-only, or the path is a folder.
+      UserError: its folder is missing, no folder or read-only, or the path is a folder
+        or has another extension.
     """
     path = pathlib.Path(path)
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UserError(
+            f"{option} {path} has the extension {path.suffix or '(none)'}, expected "
+            f"{suffixes[0]}; rename it"
+        )
     folder = path.parent
     if not folder.exists():
         raise UserError(
@@ -100,6 +110,29 @@ def check_writable(path: PathLike, option: str = "output") -> pathlib.Path:
             f"{option} {path} cannot be written: no permission to create files in "
             f"{folder}; name another place"
         )
+    return path
+
+
+def make_folder(path: PathLike, option: str = "folder") -> pathlib.Path:
+    """Makes a folder and those above it, if they are missing.
+
+    Args:
+      path: the folder.
+      option: what to call it in the sentence, e.g. "--out-dir".
+
+    Returns:
+      The path.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{option} {path} cannot be made: {error.strerror}; name another place"
+        ) from error
     return path
 
 

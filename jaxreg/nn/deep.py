@@ -40,11 +40,10 @@ def down3(x: Image, kernel: jax.Array) -> Image:
 
 
 def _down3_forward(x, kernel):
-    rows = _gathered(x)
-    y = rows.reshape(-1, math.prod(kernel.shape[:4])) @ kernel.reshape(
-        -1, kernel.shape[-1]
-    )
-    return y.reshape(*rows.shape[:4], -1), (x, kernel)
+    taps = _gathered(x)
+    matrix = kernel.reshape(-1, kernel.shape[-1])
+    rows = taps.reshape(-1, len(matrix))
+    return (rows @ matrix).reshape(*taps.shape[:4], -1), (x, kernel)
 
 
 def _down3_backward(saved, dy):
