@@ -113,7 +113,9 @@ def _backward(saved, dy):
     carry = (
         tuple(late.filled(x.shape, dy) for x in xs),
         late.zeros(matrix.shape, dy),
-        jnp.concatenate(before) if before else jnp.zeros((0, n * height * width)),
+        jnp.concatenate(before)
+        if before
+        else jnp.zeros((0, n * height * width), dy.dtype),
     )
     (dxs, total, _), _ = lax.scan(one, carry, jnp.arange(depth))
     gradient = total.reshape(kd, kh, kw, o, -1)

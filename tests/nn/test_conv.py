@@ -14,13 +14,16 @@ LAYERS = {
     "conv4_transpose2": (conv.conv4_transpose2, 4),
 }
 # Shape, batch, channels of two parts of the input, channels out. The large ones take
-# several slabs of planes, the last of them incomplete.
+# several blocks, the last of them incomplete.
 CASES = [
     ((7, 6, 5), 1, (2, 0), 4),
     ((4, 5, 8), 2, (4, 1), 3),
     ((2, 3, 2), 2, (1, 2), 3),
     ((6, 25, 31), 1, (1, 1), 4),
     ((9, 51, 60), 1, (2, 1), 2),
+    # Blocks of planes and strips of a plane that do not tile the volume.
+    ((7, 25, 31), 1, (3, 3), 5),
+    ((3, 75, 90), 1, (6, 0), 5),
     # Kernels that outweigh their volume, at even and odd sizes.
     ((2, 3, 2), 2, (20, 12), 16),
     ((1, 2, 1), 1, (24, 0), 16),
