@@ -88,9 +88,11 @@ def test_the_usual_rate_matches_reference(stored):
 def test_a_high_rate_matches_reference(stored):
     rate = "lr1e-3"
     g, result, _ = stored(rate)
-    check_rows(g, result.history, rate, slice(0, 2), 1e-3)
-    # Adam's first update is a sign, so rounding of gradients next to zero is amplified,
-    # at this rate chaotically: the original itself moves by 2e-3 to 3e-2 in these rows
+    check_rows(g, result.history, rate, slice(0, 1), 1e-3)
+    # Adam's first update is a sign, so rounding of gradients next to zero is amplified:
+    # images scaled by 1 + 3e-7 move the second row's similarity by 1.1e-3.
+    check_rows(g, result.history, rate, slice(1, 2), 2e-3)
+    # From there on chaotically: the original itself moves by 2e-3 to 3e-2 in these rows
     # with another number of threads, with its input scaled by 1 + 1e-7, or in float64.
     # So of the later rows only the loss is held, to a tenth of what it started from.
     wanted = g[f"{rate}/losses"][:, list(g["loss_columns"]).index("all_loss")]
