@@ -57,6 +57,7 @@ class _Blocks:
 
 
 def _cut(batch: int, depth: int, height: int, width: int) -> _Blocks:
+    """Returns blocks of at least `_ROWS` voxels and about `_MOST_ROWS` at most."""
     area = batch * height * width
     slabs = -(-depth // -(-_ROWS // area))
     strips = max(1, round(area / _MOST_ROWS))
