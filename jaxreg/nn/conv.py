@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxreg.nn import deep, slabs, thin
+from jaxreg.nn import deep, minimal, slabs, thin
 from jaxreg.nn.slabs import Parts
 from jaxreg.typing import Image
 
@@ -60,7 +60,32 @@ def _by_platform(form: Form, slab, native, *args):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _valid(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
     """Returns the convolution of the parts together, stride 1 and no padding."""
-    return _by_platform(form, slabs.convolved, _native, xs, kernel)
+    return _by_platform(form, _slab, _native, xs, kernel)
+
+
+def _slab(xs: Parts, kernel: jax.Array) -> jax.Array:
+    minimally = minimal.suits(xs, kernel.shape)
+    return (minimal if minimally else slabs).convolved(xs, kernel)
+
+
+def _slab_gradients(xs: Parts, kernel: jax.Array, dy: jax.Array, margin: slabs.Margin):
+    """The gradients of `_slab` with respect to what is within the margin, and kernel.
+
+    Args:
+      xs: inputs whose outermost voxels are zero.
+      kernel: kD kH kW I O.
+      dy: gradient of the result.
+      margin: how wide those zeros are.
+    """
+    sizes = kernel.shape[:3]
+    around = [k - 1 - m for k, m in zip(sizes, margin, strict=True)]
+    dy = _pad(dy, *((m, m) for m in around))
+    turned = jnp.swapaxes(jnp.flip(kernel, (0, 1, 2)), 3, 4)
+    dx = _slab((dy,), turned)
+    edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
+    dxs = tuple(jnp.split(dx, edges, axis=-1))
+    own = minimal if minimal.suits_gradient(xs, kernel.shape) else slabs
+    return dxs, own.kernel_gradient(xs, dy, kernel.shape, margin)
 
 
 def _valid_forward(xs, kernel, form):
@@ -69,12 +94,7 @@ def _valid_forward(xs, kernel, form):
 
 def _valid_backward(form, saved, dy):
     def slab(xs, kernel, dy):
-        dy = _pad(dy, *((k - 1, k - 1) for k in kernel.shape[:3]))
-        turned = jnp.swapaxes(jnp.flip(kernel, (0, 1, 2)), 3, 4)
-        dx = slabs.convolved((dy,), turned)
-        edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
-        dxs = tuple(jnp.split(dx, edges, axis=-1))
-        return dxs, slabs.kernel_gradient(xs, dy, kernel.shape)
+        return _slab_gradients(xs, kernel, dy, (0, 0, 0))
 
     def native(xs, kernel, dy):
         return jax.vjp(_native, xs, kernel)[1](dy)
@@ -83,6 +103,51 @@ def _valid_backward(form, saved, dy):
 
 
 _valid.defvjp(_valid_forward, _valid_backward)
+
+
+def _same_slab(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return _slab(_padded(xs, kernel), kernel)
+
+
+def _same_native(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return _native(_padded(xs, kernel), kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _same(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
+    """Returns the same with half the kernel of zeros around the parts; odd sizes.
+
+    Its gradients take no more zeros than that, where those of `_valid` after padding
+    have a gradient of the padding, too.
+    """
+    return _by_platform(form, _same_slab, _same_native, xs, kernel)
+
+
+def _same_forward(xs, kernel, form):
+    return _same(xs, kernel, form), (xs, kernel)
+
+
+def _same_backward(form, saved, dy):
+    def slab(xs, kernel, dy):
+        margin = _half(kernel)
+        return _slab_gradients(_padded(xs, kernel), kernel, dy, margin)
+
+    def native(xs, kernel, dy):
+        return jax.vjp(_same_native, xs, kernel)[1](dy)
+
+    return _by_platform(form, slab, native, *saved, dy)
+
+
+_same.defvjp(_same_forward, _same_backward)
+
+
+def _half(kernel: jax.Array) -> slabs.Margin:
+    d, h, w = kernel.shape[:3]
+    return d // 2, h // 2, w // 2
+
+
+def _padded(xs: Parts, kernel: jax.Array) -> Parts:
+    return tuple(_pad(x, *((m, m) for m in _half(kernel))) for x in xs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -164,18 +229,10 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
     """
     xs = _parts(x, kernel)
     if thin.suits(kernel.shape):
-        return (
-            cast(jax.Array, _own_or(thin.same, _same3_native, form, xs, kernel)) + bias
-        )
-    return _same3(xs, kernel, form) + bias
-
-
-def _same3(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
-    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in _parts(x, kernel))
-    return cast(jax.Array, _valid(xs, kernel, form))
-
-
-_same3_native = functools.partial(_same3, form="native")
+        y = _own_or(thin.same, _same_native, form, xs, kernel)
+    else:
+        y = _same(xs, kernel, form)
+    return cast(jax.Array, y) + bias
 
 
 def conv3_stride2(

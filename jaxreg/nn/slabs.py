@@ -20,6 +20,7 @@ from jax import lax
 from jaxreg import late
 
 Parts = tuple[jax.Array, ...]
+Margin = tuple[int, int, int]
 
 _ROWS = 2048  # of a block at least, if the volume has them: amortises the kernel
 _MOST_ROWS = 4096  # about: more leave the cache
@@ -56,10 +57,15 @@ class _Blocks:
         return [jnp.minimum(*pair) for pair in zip(self.own(index), last, strict=True)]
 
 
-def _cut(batch: int, depth: int, height: int, width: int) -> _Blocks:
-    """Returns blocks of at least `_ROWS` voxels and about `_MOST_ROWS` at most."""
+def _cut(
+    batch: int, depth: int, height: int, width: int, *, planewise: bool
+) -> _Blocks:
+    """Returns blocks of at least `_ROWS` voxels and about `_MOST_ROWS` at most.
+
+    Those of single planes, if asked for, may be smaller.
+    """
     area = batch * height * width
-    slabs = -(-depth // -(-_ROWS // area))
+    slabs = depth if planewise else -(-depth // -(-_ROWS // area))
     strips = max(1, round(area / _MOST_ROWS))
     return _Blocks((depth, height), (-(-depth // slabs), -(-height // strips)))
 
@@ -83,10 +89,13 @@ def _gathered(
     return jnp.concatenate(windows, -1)
 
 
-def _window(x: jax.Array, start: Sequence[int], sizes: Sequence[int]) -> jax.Array:
-    """Returns a window of N D H W C."""
-    window = (slice(a, a + m) for a, m in zip(start, sizes, strict=True))
-    return x[(slice(None), *window)]
+def _window(
+    x: jax.Array, start: Sequence[int], sizes: Sequence[int], channels: slice
+) -> jax.Array:
+    """Returns some channels of a window of N D H W C."""
+    end = [a + m for a, m in zip(start, sizes, strict=True)]
+    low, high = (0, *start, channels.start), (len(x), *end, channels.stop)
+    return lax.slice(x, low, high)
 
 
 def _shifts(taps: Sequence[int], split: int) -> tuple[list, list]:
@@ -94,6 +103,11 @@ def _shifts(taps: Sequence[int], split: int) -> tuple[list, list]:
     kinds = [*taps[:split], 1, 1, 1][:3], [1, 1, 1, *taps[split:]][-3:]
     before, after = (list(itertools.product(*map(range, k))) for k in kinds)
     return before, after
+
+
+def is_thin(kernel_shape: tuple[int, ...]) -> bool:
+    """Whether a tap of a kernel kD kH kW I O is to be a whole row along W."""
+    return kernel_shape[2] > 1 and kernel_shape[3] < _THIN
 
 
 def _least(costs: Mapping[int, float]) -> int:
@@ -119,9 +133,24 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
       kernel: kD kH kW I O.
     """
     *taps, inputs, outputs = kernel.shape
-    if taps[2] > 1 and inputs < _THIN:
+    if is_thin(kernel.shape):
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
         return convolved((wide,), kernel.reshape(*taps[:2], 1, -1, outputs))
+    n, *size, _ = xs[0].shape
+    result = (m - k + 1 for m, k in zip(size, taps, strict=True))
+    y = late.filled((n, *result, outputs), xs[0])  # all of it is written
+    return convolved_into(y, xs, kernel[None])
+
+
+def convolved_into(y: jax.Array, xs: Parts, kernels: jax.Array) -> jax.Array:
+    """Returns `convolved`, written over an array of its shape.
+
+    Args:
+      y: anything, N D' H' W' O.
+      xs: parts of the input along channels, N D H W I together.
+      kernels: 1 kD kH kW I O; or D 1 kH kW I O, one for each plane.
+    """
+    count, *taps, inputs, outputs = kernels.shape
     split = _least(
         {
             g: _GATHERING * math.prod(taps[:g]) * inputs + math.prod(taps[g:]) * outputs
@@ -129,68 +158,128 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
         }
     )
     before, after = _shifts(taps, split)
-    matrix = jnp.moveaxis(kernel, 3, split).reshape(len(before) * inputs, -1)
-    n, *size, _ = xs[0].shape
-    depth, height, width = (m - k + 1 for m, k in zip(size, taps, strict=True))
-    blocks = _cut(n, depth, height, width)
+    matrices = jnp.moveaxis(kernels, 4, 1 + split)
+    matrices = matrices.reshape(count, len(before) * inputs, -1)
+    n, depth, height, width, _ = y.shape
+    blocks = _cut(n, depth, height, width, planewise=count > 1)
     result = *blocks.block, width
     reach = [m + k - 1 for m, k in zip(result, taps, strict=True)]
     rows = [*result[:split], *reach[split:]]
 
     def one(y, index):
         begin = blocks.begin(index)
-        product = _gathered(xs, begin, before, rows) @ matrix
+        columns = _gathered(xs, begin, before, rows)
+        product = columns @ _of_plane(matrices, begin[0])
         windows = [
-            _window(product[..., tap * outputs : (tap + 1) * outputs], shift, result)
+            _window(product, shift, result, slice(tap * outputs, (tap + 1) * outputs))
             for tap, shift in enumerate(after)
         ]
         total = functools.reduce(jnp.add, windows)
         return lax.dynamic_update_slice(y, total, (0, *begin, 0, 0)), None
 
-    y = late.filled((n, depth, height, width, outputs), xs[0])  # all of it is written
     return lax.scan(one, y, jnp.arange(math.prod(blocks.counts)))[0]
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def kernel_gradient(
-    xs: Parts, dy: jax.Array, kernel_shape: tuple[int, ...]
+    xs: Parts, dy: jax.Array, kernel_shape: tuple[int, ...], margin: Margin
 ) -> jax.Array:
     """Returns the gradient of `convolved` with respect to the kernel.
 
     Args:
       xs: as there.
-      dy: of the result, with a margin of the kernel's size less one: zeros.
+      dy: of the result, with zeros around it, see `margin`.
       kernel_shape: kD kH kW I O.
+      margin: how wide the outermost voxels of `xs` are known to be zero, per axis; at
+        most the kernel's size less one, and what it is less than that is the width of
+        the zeros around `dy`.
     """
     *taps, inputs, outputs = kernel_shape
-    if taps[2] > 1 and inputs < _THIN:
+    if is_thin(kernel_shape):
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
-        dy = dy[:, :, :, taps[2] - 1 : 1 - taps[2]]
+        around = taps[2] - 1 - margin[2]
+        dy = dy[:, :, :, around : dy.shape[3] - around]
         shape = *taps[:2], 1, taps[2] * inputs, outputs
-        return kernel_gradient((wide,), dy, shape).reshape(kernel_shape)
-    # Taps along the first axes are gathered from x for each voxel of the result, those
-    # along the others from dy for each voxel of x.
-    split = _least(
+        margin = *margin[:2], 0
+        return kernel_gradient((wide,), dy, shape, margin).reshape(kernel_shape)
+    total = start_gradients(1, kernel_shape, dy)
+    total = add_gradients(total, xs, dy, kernel_shape, margin)
+    return as_kernels(total, kernel_shape)[0]
+
+
+def _gradient_split(kernel_shape: tuple[int, ...]) -> int:
+    """Returns the axis before which taps are gathered from x, and from dy after."""
+    *taps, inputs, outputs = kernel_shape
+    return _least(
         {
             g: math.prod(taps[:g]) * inputs + math.prod(taps[g:]) * outputs
             for g in (0, 1, 2, 3)
         }
     )
+
+
+def start_gradients(
+    count: int, kernel_shape: tuple[int, ...], like: jax.Array
+) -> jax.Array:
+    """Returns zeros for `add_gradients` to add to, of one kernel or one per plane."""
+    *taps, inputs, outputs = kernel_shape
+    split = _gradient_split(kernel_shape)
+    widths = math.prod(taps[:split]) * inputs, math.prod(taps[split:]) * outputs
+    # Products with the narrower factor turned are the faster ones.
+    return late.zeros((count, min(widths), max(widths)), like)
+
+
+def as_kernels(total: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
+    """Returns what `add_gradients` added up as kernels, count kD kH kW I O."""
+    *taps, inputs, outputs = kernel_shape
+    split = _gradient_split(kernel_shape)
+    if math.prod(taps[:split]) * inputs > math.prod(taps[split:]) * outputs:
+        total = jnp.swapaxes(total, 1, 2)
+    total = total.reshape(-1, *taps[:split], inputs, *taps[split:], outputs)
+    return jnp.moveaxis(total, 1 + split, 4)
+
+
+def add_gradients(
+    total: jax.Array,
+    xs: Parts,
+    dy: jax.Array,
+    kernel_shape: tuple[int, ...],
+    margin: Margin,
+) -> jax.Array:
+    """Adds to gradients of kernels.
+
+    Args:
+      total: of `start_gradients`: of one kernel, or one for each plane if kD is 1.
+      xs: see `kernel_gradient`.
+      dy: see `kernel_gradient`.
+      kernel_shape: kD kH kW I O.
+      margin: see `kernel_gradient`.
+    """
+    taps = kernel_shape[:3]
+    split = _gradient_split(kernel_shape)
+    # Taps along the first axes are gathered from x for each voxel of the result, those
+    # along the others from dy for each voxel of x within its margin.
     of_x, of_dy = _shifts(taps, split)
     n, *size, _ = xs[0].shape
     volume = [
-        m - k + 1 if axis < split else m
-        for axis, (m, k) in enumerate(zip(size, taps, strict=True))
+        m - k + 1 if axis < split else m - 2 * zeros
+        for axis, (m, k, zeros) in enumerate(zip(size, taps, margin, strict=True))
     ]
-    blocks = _cut(n, *volume)
+    blocks = _cut(n, volume[0], volume[1], volume[2], planewise=len(total) > 1)
     rows = *blocks.block, volume[2]
-    # For x[q] and its tap a that is dy[q - a], which begins behind a margin of k - 1.
-    back = [[k - 1 - a for k, a in zip(taps, shift, strict=True)] for shift in of_dy]
+    inner = [0 if axis < split else zeros for axis, zeros in enumerate(margin)]
+    there = [[a + b for a, b in zip(inner, tap, strict=False)] for tap in of_x]
+    # For x[q] and its tap a that is dy[q - a]. Both begin behind their zeros.
+    behind = [
+        k - 1 - (zeros if axis < split else 0)
+        for axis, (k, zeros) in enumerate(zip(taps, margin, strict=True))
+    ]
+    back = [[k - a for k, a in zip(behind, tap, strict=True)] for tap in of_dy]
     whole = all(m % k == 0 for m, k in zip(blocks.volume, blocks.block, strict=True))
 
     def add(total, index):
         begin = blocks.begin(index)
-        columns = _gathered(xs, begin, of_x, rows)
+        columns = _gathered(xs, begin, there, rows)
         moved = _gathered((dy,), begin, back, rows)
         if not whole:  # what an earlier block has counted
             for axis, (own, first) in enumerate(
@@ -199,10 +288,17 @@ def kernel_gradient(
                 position = lax.broadcasted_iota(jnp.int32, moved.shape, axis + 1)
                 moved = jnp.where(position >= own - first, moved, 0)
         columns, moved = (a.reshape(-1, a.shape[-1]) for a in (columns, moved))
-        return total + columns.T @ moved, None
+        if columns.shape[1] > moved.shape[1]:
+            columns, moved = moved, columns
+        new = _of_plane(total, begin[0]) + columns.T @ moved
+        plane = begin[0] if len(total) > 1 else 0
+        return lax.dynamic_update_index_in_dim(total, new, plane, 0), None
 
-    shape = len(of_x) * inputs, len(of_dy) * outputs
-    count = jnp.arange(math.prod(blocks.counts))
-    total, _ = lax.scan(add, late.zeros(shape, dy), count)
-    total = total.reshape(*taps[:split], inputs, *taps[split:], outputs)
-    return jnp.moveaxis(total, split, 3)
+    return lax.scan(add, total, jnp.arange(math.prod(blocks.counts)))[0]
+
+
+def _of_plane(matrices: jax.Array, plane: jax.Array) -> jax.Array:
+    """Returns the one matrix there is, or a plane's own."""
+    if len(matrices) == 1:
+        return matrices[0]
+    return lax.dynamic_index_in_dim(matrices, plane, keepdims=False)

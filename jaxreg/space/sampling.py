@@ -6,6 +6,7 @@ original programs, whose weights learned the difference.
 """
 
 import functools
+import itertools
 import math
 from typing import Any, Literal
 
@@ -215,9 +216,11 @@ def _corner(low: jax.Array, offset, shape, *, zeros: bool):
     return (d * shape[1] + h) * shape[2] + w, inside
 
 
-def _product(weights, offset, skip=None):
-    factors = [weights[o][:, axis] for axis, o in enumerate(offset) if axis != skip]
-    return functools.reduce(jnp.multiply, factors)
+def _taken(taps: jax.Array, at: jax.Array) -> jax.Array:
+    """Returns rows of P ... at indices that are known to be in bounds."""
+    rows = jax.lax.GatherDimensionNumbers(tuple(range(1, taps.ndim)), (0,), (0,))
+    sizes = 1, *taps.shape[1:]
+    return jax.lax.gather(taps, at[:, None], rows, sizes, mode="promise_in_bounds")
 
 
 @functools.partial(jax.jit, static_argnames="zeros")
@@ -226,10 +229,7 @@ def _index_gradient(values, index, dy, *, zeros: bool):
 
     def by_rows(values, corners, dy):
         taps = values.reshape(-1, values.shape[-1])
-        return [
-            jnp.sum(taps.at[at].get(mode="promise_in_bounds") * dy, axis=-1)
-            for at in corners
-        ]
+        return [jnp.sum(_taken(taps, at) * dy, axis=-1) for at in corners]
 
     # XLA's CPU backend would gather anew for each of the three slopes: a stacked array
     # behind a barrier is computed once.
@@ -237,10 +237,11 @@ def _index_gradient(values, index, dy, *, zeros: bool):
         if values.shape[-1] > _UNROLLED:
             return by_rows(values, corners, dy)
         channels = [values[..., c].reshape(-1) for c in range(values.shape[-1])]
+        gradients = [dy[:, c] for c in range(values.shape[-1])]
         along = [
             sum(
-                taps.at[at].get(mode="promise_in_bounds") * dy[:, c]
-                for c, taps in enumerate(channels)
+                _taken(taps, at) * g
+                for taps, g in zip(channels, gradients, strict=True)
             )
             for at in corners
         ]
@@ -250,14 +251,24 @@ def _index_gradient(values, index, dy, *, zeros: bool):
     def gradient(products, values, at, dy):
         low, way = _cell(at, values.shape, zeros=zeros)
         corners = [_corner(low, o, values.shape, zeros=zeros) for o in _OFFSETS]
-        weights = (1.0 - way, way)
+        ways = [way[:, axis] for axis in range(3)]
+        weights = [(1.0 - w, w) for w in ways]
+        # Of the four corners of a face across an axis.
+        faces = [
+            {
+                (i, j): weights[a][i] * weights[b][j]
+                for i, j in itertools.product((0, 1), repeat=2)
+            }
+            for a, b in ((1, 2), (0, 2), (0, 1))
+        ]
         slopes = [jnp.zeros_like(at[:, 0])] * 3
         taps = products(values, [flat for flat, _ in corners], dy)
         for offset, tap, (_, inside) in zip(_OFFSETS, taps, corners, strict=True):
             along = jnp.where(inside, tap, 0.0) if zeros else tap
             for axis in range(3):
                 signed = along if offset[axis] else -along
-                slopes[axis] += signed * _product(weights, offset, skip=axis)
+                face = (*(o for a, o in enumerate(offset) if a != axis),)
+                slopes[axis] += signed * faces[axis][face]
         slope = jnp.stack(slopes, axis=-1)
         if zeros:
             return slope

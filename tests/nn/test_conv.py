@@ -27,6 +27,8 @@ CASES = [
     # Kernels that outweigh their volume, at even and odd sizes.
     ((2, 3, 2), 2, (20, 12), 16),
     ((1, 2, 1), 1, (24, 0), 16),
+    # Enough channels and voxels for minimal filtering, whole and in parts.
+    ((7, 12, 13), 1, (20, 12), 16),
     # Few outputs of many inputs.
     ((5, 6, 7), 2, (10, 2), 3),
     ((1, 4, 3), 1, (9, 0), 3),
