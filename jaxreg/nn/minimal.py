@@ -2,11 +2,11 @@
 
 Four planes of a result of three taps along D need twelve products of a plane with the
 kernel's taps along H and W. They are also linear combinations of six products: of six
-combinations of the six input planes with six of the kernel's taps (Winograd
-1980; Lavin and Gray, CVPR 2016). Both are polynomials whose values at six points
-are multiplied, one of them at infinity. These points lose little in float32:
-about twice the rounding error of adding the products themselves. The kernel's gradient
-is the same with input and result exchanged.
+combinations of the six input planes with six of the kernel's taps (Winograd 1980; Lavin
+and Gray, CVPR 2016). Both are polynomials whose values at six points are multiplied,
+one of the points at infinity. These points lose little in float32: the rounding error
+is two to three times that of adding the products themselves. The kernel's gradient is
+the same with input and result exchanged.
 
 Each product is a convolution along H and W of a plane with its own kernel
 (`jaxreg.nn.slabs`); four planes of the result at a time, in cache for the most part.
