@@ -1,6 +1,7 @@
 """The tasks of a benchmark in jaxreg."""
 
 import dataclasses
+import functools
 import pathlib
 import time
 import types
@@ -71,8 +72,13 @@ class Stopwatch:
         self.cpu = time.process_time() - self._start[1]
 
 
-def build(job: Job) -> Built:
-    """Returns a task of jaxreg, compiled."""
+def build(job: Job, objective: Any = None) -> Built:
+    """Returns a task of jaxreg, compiled.
+
+    Args:
+      job: the task.
+      objective: of a step, in place of the one that the network's recipe has.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -93,7 +99,8 @@ def build(job: Job) -> Built:
     def peak():
         return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
-    make = {"forward": _jaxreg_forward, "train": _jaxreg_step, "io": _jaxreg_step}
+    step = functools.partial(_jaxreg_step, objective=objective)
+    make = {"forward": _jaxreg_forward, "train": step, "io": step}
     build = _jaxreg_optimisation if job.io_steps else make[job.task]
     with jax.default_matmul_precision(MATMUL[job.precision]):
         run, first, compiled = build(job, model, variables, pair)
@@ -119,7 +126,7 @@ def _jaxreg_forward(_job: Job, model, variables, pair):
     return once, first, (watch.wall, watch.cpu)
 
 
-def _jaxreg_step(job: Job, model, variables, pair):
+def _jaxreg_step(job: Job, model, variables, pair, *, objective):
     import jax
     import optax
 
@@ -127,7 +134,8 @@ def _jaxreg_step(job: Job, model, variables, pair):
     from jaxreg.training.step import make_step
 
     training = job.task == "train"
-    objective = objective_of(NETWORKS[job.network]) if training else Objective()
+    if objective is None:
+        objective = objective_of(NETWORKS[job.network]) if training else Objective()
     optimizer = optax.adam(LEARNING_RATE)
     step = make_step(model, objective, optimizer, train=training)
     # No maps among the results, as in a training loop.

@@ -5,8 +5,8 @@
 
 Times the step (loss, gradient, Adam; batch statistics) as the network's recipe has it,
 and the same step whose loss is the mean square of the maps on the grid: the network,
-its maps and their gradient alone. The two take turns; the loss's share is what is
-missing from the first in the second.
+its maps and their gradient alone. The two take turns; the loss's share is the
+difference of their medians over the first.
 """
 
 import argparse
@@ -15,10 +15,9 @@ import pathlib
 import statistics
 import tempfile
 import time
-from typing import Any
 
-from contestants import LEARNING_RATE, NETWORKS, images_of, prepare
-from jaxreg_side import objective_of
+from contestants import NETWORKS, Job, prepare
+from jaxreg_side import build, objective_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +30,13 @@ class Bare:
 
     directions: str
 
-    def __call__(self, forward, backward, pair, noise, **_):
+    def __call__(self, forward, backward, pair, _noise, **_):
         """Returns (loss, parts) as an `Objective` does."""
         import jax.numpy as jnp
 
         shape = pair.fixed.shape[1:4]
         maps = [t.on_grid(shape) for t in (forward, backward) if t is not None]
-        loss = sum(jnp.mean(jnp.square(points)) for points in maps) + 0 * noise.sum()
+        loss = sum(jnp.mean(jnp.square(points)) for points in maps)
         return loss, {"loss": loss}
 
 
@@ -54,8 +53,9 @@ def main() -> None:
         shape = (arguments.size,) * 3
         prepare(folder, arguments.network, shape, arguments.channels)
         objective = objective_of(NETWORKS[arguments.network])
+        job = Job("jaxreg", arguments.network, "train", str(folder))
         steps = [
-            compiled(folder, loss) for loss in (objective, Bare(objective.directions))
+            build(job, loss).run for loss in (objective, Bare(objective.directions))
         ]
     seconds: list[list[float]] = [[], []]
     for _ in range(arguments.runs):
@@ -68,36 +68,6 @@ def main() -> None:
         print(f"{name:12s} {statistics.median(found):.4g} s ({min(found):.4g}", end="")
         print(f"-{max(found):.4g})")
     print(f"loss         {100 * (1 - bare / whole):.1f} % of the step")
-
-
-def compiled(folder: pathlib.Path, objective: Any):
-    """Returns a function that takes one warm step, with weights of its own."""
-    import jax
-    import jax.numpy as jnp
-    import optax
-
-    from jaxreg import zoo
-    from jaxreg.training.step import make_step
-    from jaxreg.typing import Pair
-
-    loaded = zoo.load(str(folder / "weights"))
-    variables = jax.tree.map(jnp.array, dict(loaded.variables))
-    moving, fixed = (
-        jnp.moveaxis(jnp.asarray(image), 1, -1) for image in images_of(str(folder), 1)
-    )
-    pair = Pair(moving, fixed, task=jnp.zeros(1, jnp.int32))
-    optimizer = optax.adam(LEARNING_RATE)
-    step = make_step(loaded.model, objective, optimizer, train=True)
-    program = jax.jit(lambda *a: step(*a)[:3], donate_argnums=(0, 1))
-    state = [variables, optimizer.init(variables["params"])]
-    noise = jax.random.normal(jax.random.key(0), (1, *pair.fixed.shape[1:4], 3))
-
-    def once():
-        state[0], state[1], parts = program(*state, pair, noise)
-        jax.block_until_ready(parts["loss"])
-
-    once()
-    return once
 
 
 if __name__ == "__main__":

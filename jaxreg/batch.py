@@ -195,7 +195,7 @@ def check_inputs(rows: Rows, options: register.Options) -> None:
                 pair_list.check_grids(pair, side, grids)
         except UserError as error:
             raise UserError(f"{row}: {error}") from error
-    pair_list.warn_of_idle_masks(rows.values(), options)
+    pair_list.warn_of_idle_masks(rows.values(), options, stacklevel=3)
 
 
 def _region_paths(

@@ -504,7 +504,7 @@ def _check_pairs(
             _check_pair(pair, options, frame, grids, outputs)
         except UserError as error:
             raise UserError(f"pair {name}: {error}") from error
-    pair_list.warn_of_idle_masks(pairs, options)
+    pair_list.warn_of_idle_masks(pairs, options, stacklevel=4)
     if any(p.inverse_out for p in pairs):
         warnings.warn(
             "the column inverse_out has no effect here; jaxreg register --pairs writes "

@@ -280,14 +280,22 @@ def uses_masks(options: register.Options) -> bool:
     return options.input_masking or options.loss_function_masking
 
 
-def warn_of_idle_masks(pairs: Iterable[PairSpec], options: register.Options) -> None:
-    """Warns if pairs have masks and the options no use for them."""
+def warn_of_idle_masks(
+    pairs: Iterable[PairSpec], options: register.Options, *, stacklevel: int
+) -> None:
+    """Warns if pairs have masks and the options no use for them.
+
+    Args:
+      pairs: of a list.
+      options: of all of them.
+      stacklevel: as in `warnings.warn`; 2 is the caller.
+    """
     masked = any(pair.fixed_mask or pair.moving_mask for pair in pairs)
     if masked and not uses_masks(options):
         warnings.warn(
             "the masks have no effect without --input-masking or "
             "--loss-function-masking",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -5,18 +5,18 @@ stride-1 convolution without padding (`_valid`); strides move into channels by
 space-to-depth, transposed strides by depth-to-space. The primitive has two forms:
 
 * "native": XLA's own convolution. Fast on GPU and TPU.
-* "slab": matrix products over blocks of the volume (`jaxreg.nn.slabs`). On XLA's CPU
-  backend 2 to 100 times faster than the native form, whose small-channel kernels and
-  gradients fall back to naive loops.
+* "slab": matrix products over blocks of the volume (`jaxreg.nn.slabs`), with fewer
+  multiplications where channels are many (`jaxreg.nn.minimal`). On XLA's CPU backend 2
+  to 100 times faster than the native form, whose small-channel kernels and gradients
+  fall back to naive loops. The input's gradient is again a convolution, the kernel's a
+  matrix product, and neither scatters.
 
-"auto" picks by platform when the program is compiled. Both forms have the same custom
-derivative: the input gradient is again a convolution, the kernel gradient a matrix
-product, and neither scatters. Where "slab" would be taken, `jaxreg.nn.deep` leaves a
-strided layer's kernel in place that outweighs its volume, and `jaxreg.nn.thin` makes
-few channels of many.
+"auto" picks by platform when the program is compiled. Where "slab" would be taken,
+`jaxreg.nn.deep` leaves a strided layer's kernel in place that outweighs its volume, and
+`jaxreg.nn.thin` makes few channels of many.
 
 An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
-concatenation along channels, which is never built.
+concatenation along channels, which is not built at stride 1 and of several channels.
 """
 
 import functools

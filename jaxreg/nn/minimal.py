@@ -3,10 +3,13 @@
 Four planes of a result of three taps along D need twelve products of a plane with the
 kernel's taps along H and W. They are also linear combinations of six products: of six
 combinations of the six input planes with six of the kernel's taps (Winograd 1980; Lavin
-and Gray, CVPR 2016). Both are polynomials whose values at six points are multiplied,
-one of the points at infinity. These points lose little in float32: the rounding error
-is two to three times that of adding the products themselves. The kernel's gradient is
-the same with input and result exchanged.
+and Gray, CVPR 2016): the transpose of multiplying two polynomials, whose coefficients
+are the taps and the planes of the result, by their values at six points, one of them at
+infinity. The kernel's gradient is the same with input and result exchanged.
+
+These points lose little in float32: the rounding error is two to three times that of
+adding the products themselves. It is relative to the largest of six planes; what is not
+finite in one of them spreads to all four of the result.
 
 Each product is a convolution along H and W of a plane with its own kernel
 (`jaxreg.nn.slabs`); four planes of the result at a time, in cache for the most part.
@@ -61,7 +64,7 @@ def suits_gradient(xs: Parts, kernel_shape: tuple[int, ...]) -> bool:
         and depth >= _PLANES
         and _PRODUCTS * fours <= 0.7 * _TAPS * depth
         and n * height * width >= _ROWS
-        and not slabs.is_thin(kernel_shape)
+        and not slabs.has_few_inputs(kernel_shape)
         and all(x.dtype == jnp.float32 for x in xs)
     )
 

@@ -22,10 +22,12 @@ from jaxreg import late
 Parts = tuple[jax.Array, ...]
 Margin = tuple[int, int, int]
 
+SUM = jnp.float32  # the type of sums of products, of bfloat16 as well
+
 _ROWS = 2048  # of a block at least, if the volume has them: amortises the kernel
 _MOST_ROWS = 4096  # about: more leave the cache
 _GATHERING = 2.5  # moving a number into columns, against adding one to a sum: measured
-_THIN = 5  # channels below which a tap is a whole row of a kernel, see `_taps_along_w`
+_FEW = 5  # inputs below which a tap is a whole row of a kernel, see `_taps_along_w`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,9 @@ def _shifts(taps: Sequence[int], split: int) -> tuple[list, list]:
     return before, after
 
 
-def is_thin(kernel_shape: tuple[int, ...]) -> bool:
+def has_few_inputs(kernel_shape: tuple[int, ...]) -> bool:
     """Whether a tap of a kernel kD kH kW I O is to be a whole row along W."""
-    return kernel_shape[2] > 1 and kernel_shape[3] < _THIN
+    return kernel_shape[2] > 1 and kernel_shape[3] < _FEW
 
 
 def _least(costs: Mapping[int, float]) -> int:
@@ -117,7 +119,7 @@ def _least(costs: Mapping[int, float]) -> int:
 def _taps_along_w(x: jax.Array, taps: int) -> jax.Array:
     """The neighbours along W as channels, N D H W-taps+1 taps*I.
 
-    A thin input's taps are single numbers: hundreds of them for a wide kernel, which
+    The taps of few inputs are single numbers: hundreds of them for a wide kernel, which
     takes XLA seconds to compile and long to gather; a row of them is one tap.
     """
     width = x.shape[3] - taps + 1
@@ -133,7 +135,7 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
       kernel: kD kH kW I O.
     """
     *taps, inputs, outputs = kernel.shape
-    if is_thin(kernel.shape):
+    if has_few_inputs(kernel.shape):
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
         return convolved((wide,), kernel.reshape(*taps[:2], 1, -1, outputs))
     n, *size, _ = xs[0].shape
@@ -164,17 +166,19 @@ def convolved_into(y: jax.Array, xs: Parts, kernels: jax.Array) -> jax.Array:
     blocks = _cut(n, depth, height, width, planewise=count > 1)
     result = *blocks.block, width
     reach = [m + k - 1 for m, k in zip(result, taps, strict=True)]
-    rows = [*result[:split], *reach[split:]]
+    sizes = [*result[:split], *reach[split:]]
 
     def one(y, index):
         begin = blocks.begin(index)
-        columns = _gathered(xs, begin, before, rows)
-        product = columns @ _of_plane(matrices, begin[0])
+        columns = _gathered(xs, begin, before, sizes)
+        product = jnp.matmul(
+            columns, _of_plane(matrices, begin[0]), preferred_element_type=SUM
+        )
         windows = [
             _window(product, shift, result, slice(tap * outputs, (tap + 1) * outputs))
             for tap, shift in enumerate(after)
         ]
-        total = functools.reduce(jnp.add, windows)
+        total = functools.reduce(jnp.add, windows).astype(y.dtype)
         return lax.dynamic_update_slice(y, total, (0, *begin, 0, 0)), None
 
     return lax.scan(one, y, jnp.arange(math.prod(blocks.counts)))[0]
@@ -195,7 +199,7 @@ def kernel_gradient(
         the zeros around `dy`.
     """
     *taps, inputs, outputs = kernel_shape
-    if is_thin(kernel_shape):
+    if has_few_inputs(kernel_shape):
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
         around = taps[2] - 1 - margin[2]
         dy = dy[:, :, :, around : dy.shape[3] - around]
@@ -204,7 +208,7 @@ def kernel_gradient(
         return kernel_gradient((wide,), dy, shape, margin).reshape(kernel_shape)
     total = start_gradients(1, kernel_shape, dy)
     total = add_gradients(total, xs, dy, kernel_shape, margin)
-    return as_kernels(total, kernel_shape)[0]
+    return as_kernels(total, kernel_shape)[0].astype(dy.dtype)
 
 
 def _gradient_split(kernel_shape: tuple[int, ...]) -> int:
@@ -226,7 +230,7 @@ def start_gradients(
     split = _gradient_split(kernel_shape)
     widths = math.prod(taps[:split]) * inputs, math.prod(taps[split:]) * outputs
     # Products with the narrower factor turned are the faster ones.
-    return late.zeros((count, min(widths), max(widths)), like)
+    return late.zeros((count, min(widths), max(widths)), like).astype(SUM)
 
 
 def as_kernels(total: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
@@ -266,9 +270,9 @@ def add_gradients(
         for axis, (m, k, zeros) in enumerate(zip(size, taps, margin, strict=True))
     ]
     blocks = _cut(n, volume[0], volume[1], volume[2], planewise=len(total) > 1)
-    rows = *blocks.block, volume[2]
+    sizes = *blocks.block, volume[2]
     inner = [0 if axis < split else zeros for axis, zeros in enumerate(margin)]
-    there = [[a + b for a, b in zip(inner, tap, strict=False)] for tap in of_x]
+    there = [[a + b for a, b in zip(inner, tap, strict=True)] for tap in of_x]
     # For x[q] and its tap a that is dy[q - a]. Both begin behind their zeros.
     behind = [
         k - 1 - (zeros if axis < split else 0)
@@ -279,8 +283,8 @@ def add_gradients(
 
     def add(total, index):
         begin = blocks.begin(index)
-        columns = _gathered(xs, begin, there, rows)
-        moved = _gathered((dy,), begin, back, rows)
+        columns = _gathered(xs, begin, there, sizes)
+        moved = _gathered((dy,), begin, back, sizes)
         if not whole:  # what an earlier block has counted
             for axis, (own, first) in enumerate(
                 zip(blocks.own(index), begin, strict=True)
@@ -290,7 +294,8 @@ def add_gradients(
         columns, moved = (a.reshape(-1, a.shape[-1]) for a in (columns, moved))
         if columns.shape[1] > moved.shape[1]:
             columns, moved = moved, columns
-        new = _of_plane(total, begin[0]) + columns.T @ moved
+        new = jnp.matmul(columns.T, moved, preferred_element_type=SUM)
+        new = _of_plane(total, begin[0]) + new
         plane = begin[0] if len(total) > 1 else 0
         return lax.dynamic_update_index_in_dim(total, new, plane, 0), None
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxreg import late
+from jaxreg.nn.slabs import SUM, Parts
 
 _MOST = 8  # output channels
 _INPUTS = 3  # for each output at least
@@ -26,12 +27,12 @@ def suits(kernel_shape: tuple[int, ...]) -> bool:
 
 
 @jax.custom_vjp
-def same(xs: tuple[jax.Array, ...], kernel: jax.Array) -> jax.Array:
+def same(xs: Parts, kernel: jax.Array) -> jax.Array:
     """Convolution with half the kernel of zeros around the input: N D H W O.
 
     Args:
       xs: parts of the input along channels, N D H W I together.
-      kernel: kD kH kW I O, of odd sizes.
+      kernel: kD kH kW I O, of odd sizes; kD is 3 or more.
     """
     return _forward(xs, kernel)[0]
 
@@ -48,7 +49,10 @@ def _forward(xs, kernel):
         """Returns the sum that is whole with this plane, and those that are not yet."""
         plane = jnp.pad(_plane(xs, index), around)
         rows = lax.dot_general(
-            matrix, plane.reshape(-1, plane.shape[-1]), (((1,), (1,)), ((), ()))
+            matrix,
+            plane.reshape(-1, plane.shape[-1]),
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=SUM,
         ).reshape(kd, kh, kw, o, *plane.shape[:3])
         shifted = [
             rows[:, b, c, :, :, b : b + height, c : c + width]
@@ -65,13 +69,13 @@ def _forward(xs, kernel):
         whole, sums = add(sums, index)
         # The first kd // 2 belong before the volume, and are written over.
         first = jnp.maximum(index - kd // 2, 0)
-        return (lax.dynamic_update_index_in_dim(y, whole, first, 0), sums), None
+        return (_written(y, whole, first), sums), None
 
-    sums = [late.zeros(size, xs[0]) for _ in range(kd - 1)]
+    sums = [jnp.zeros(size, SUM) for _ in range(kd - 1)]
     y = late.filled((depth, *size), xs[0])
     (y, sums), _ = lax.scan(one, (y, sums), jnp.arange(depth))
     for a in range(kd // 2):  # what the last planes leave
-        y = lax.dynamic_update_index_in_dim(y, sums[a], depth - kd // 2 + a, 0)
+        y = _written(y, sums[a], depth - kd // 2 + a)
     return y.transpose(2, 0, 3, 4, 1), (xs, kernel)
 
 
@@ -98,7 +102,8 @@ def _backward(saved, dy):
         dxs, total, before = carry
         rows = jnp.concatenate([taps(index + kd - 1), before])
         plane = _plane(xs, index)
-        total = total + rows @ plane.reshape(-1, plane.shape[-1])
+        columns = plane.reshape(-1, plane.shape[-1])
+        total = total + jnp.matmul(rows, columns, preferred_element_type=SUM)
         dx = lax.dot_general(matrix, rows, (((0,), (0,)), ((), ())))
         # Tied, or XLA turns the product instead of its result: five times the time.
         dx = late.tied(dx, rows).T.reshape(plane.shape)
@@ -112,17 +117,19 @@ def _backward(saved, dy):
     before = [taps(index) for index in reversed(range(kd - 1))]
     carry = (
         tuple(late.filled(x.shape, dy) for x in xs),
-        late.zeros(matrix.shape, dy),
-        jnp.concatenate(before)
-        if before
-        else jnp.zeros((0, n * height * width), dy.dtype),
+        late.zeros(matrix.shape, dy).astype(SUM),
+        jnp.concatenate(before),
     )
     (dxs, total, _), _ = lax.scan(one, carry, jnp.arange(depth))
     gradient = total.reshape(kd, kh, kw, o, -1)
-    return dxs, jnp.swapaxes(gradient, 3, 4)
+    return dxs, jnp.swapaxes(gradient, 3, 4).astype(kernel.dtype)
 
 
 same.defvjp(_forward, _backward)
+
+
+def _written(y: jax.Array, plane: jax.Array, index: jax.Array | int) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(y, plane.astype(y.dtype), index, 0)
 
 
 def _matrix(kernel: jax.Array) -> jax.Array:
@@ -130,7 +137,7 @@ def _matrix(kernel: jax.Array) -> jax.Array:
     return jnp.swapaxes(kernel, 3, 4).reshape(-1, kernel.shape[3])
 
 
-def _plane(xs: tuple[jax.Array, ...], index: jax.Array) -> jax.Array:
+def _plane(xs: Parts, index: jax.Array) -> jax.Array:
     """One plane of the parts together, N H W I."""
     planes = [lax.dynamic_index_in_dim(x, index, 1, keepdims=False) for x in xs]
     return jnp.concatenate(planes, -1)

@@ -23,7 +23,7 @@ CASES = [
     ((9, 51, 60), 1, (2, 1), 2),
     # Blocks of planes and strips of a plane that do not tile the volume.
     ((7, 25, 31), 1, (3, 3), 5),
-    ((3, 75, 90), 1, (6, 0), 5),
+    ((3, 75, 90), 2, (6, 0), 5),
     # Kernels that outweigh their volume, at even and odd sizes.
     ((2, 3, 2), 2, (20, 12), 16),
     ((1, 2, 1), 1, (24, 0), 16),

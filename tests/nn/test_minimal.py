@@ -14,7 +14,7 @@ CASES = [
     ((3, 3, 3), (9, 6, 8), 2, (5, 3), 20, (1, 1, 1)),
     ((3, 1, 1), (8, 5, 4), 2, (7, 0), 3, (0, 0, 0)),
     ((3, 2, 4), (11, 7, 6), 1, (20, 0), 4, (1, 0, 2)),
-    ((3, 3, 3), (6, 77, 92), 1, (5, 0), 2, (1, 1, 1)),
+    ((3, 3, 3), (6, 77, 92), 2, (5, 0), 2, (1, 1, 1)),
 ]
 
 
@@ -81,9 +81,11 @@ def test_loses_little_more_than_direct_sums():
             for value, true in zip(found, exact, strict=True)
         ]
 
-    for minimally, directly in zip(errors(minimal), errors(slabs), strict=True):
-        assert minimally <= 2e-6
-        assert minimally <= 6 * directly
+    # Points 0, 1, -1, 2, -2 would be 2.4 and 3.5 times as far off.
+    for minimally, directly, most in zip(
+        errors(minimal), errors(slabs), (2.2, 3.0), strict=True
+    ):
+        assert minimally <= most * directly
 
 
 @pytest.mark.parametrize(
@@ -93,7 +95,7 @@ def test_loses_little_more_than_direct_sums():
         ((16, 18, 18), (16, 16), "f4", False, True),
         ((16, 18, 18), (32, 32), "bfloat16", False, False),
         ((7, 18, 18), (32, 32), "f4", False, False),  # five planes: two fours
-        ((4, 18, 18), (32, 32), "f4", False, False),
+        ((5, 18, 18), (32, 32), "f4", False, False),  # three, fewer than four
         ((16, 8, 8), (32, 32), "f4", False, False),
         ((16, 18, 18), (2, 512), "f4", False, False),
     ],
