@@ -1,7 +1,7 @@
 """3D convolutions, pooling and upsampling, with the form that is fast per platform.
 
 Arrays are N D H W C, kernels kD kH kW I O. Everything reduces to one primitive, a
-stride-1 convolution without padding (`_valid`); strides move into channels by
+stride-1 convolution (`_convolved`); strides move into channels by
 space-to-depth, transposed strides by depth-to-space. The primitive has two forms:
 
 * "native": XLA's own convolution. Fast on GPU and TPU.
@@ -57,10 +57,27 @@ def _by_platform(form: Form, slab, native, *args):
     return lax.platform_dependent(*args, cpu=slab, default=native)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _valid(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
-    """Returns the convolution of the parts together, stride 1 and no padding."""
-    return _by_platform(form, _slab, _native, xs, kernel)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolved(
+    xs: Parts, kernel: jax.Array, margin: slabs.Margin, form: Form
+) -> jax.Array:
+    """Returns the convolution of the parts together, stride 1.
+
+    Args:
+      xs: parts along channels.
+      kernel: kD kH kW I O.
+      margin: zeros on either side, per axis; fewer than the kernel's taps. Its gradient
+        needs none of the zeros' gradients.
+      form: see the module's docstring.
+    """
+
+    def slab(xs, kernel):
+        return _slab(_padded(xs, margin), kernel)
+
+    def native(xs, kernel):
+        return _native(_padded(xs, margin), kernel)
+
+    return _by_platform(form, slab, native, xs, kernel)
 
 
 def _slab(xs: Parts, kernel: jax.Array) -> jax.Array:
@@ -88,66 +105,42 @@ def _slab_gradients(xs: Parts, kernel: jax.Array, dy: jax.Array, margin: slabs.M
     return dxs, own.kernel_gradient(xs, dy, kernel.shape, margin)
 
 
-def _valid_forward(xs, kernel, form):
-    return _valid(xs, kernel, form), (xs, kernel)
+def _convolved_forward(xs, kernel, margin, form):
+    return _convolved(xs, kernel, margin, form), (xs, kernel)
 
 
-def _valid_backward(form, saved, dy):
+def _convolved_backward(margin, form, saved, dy):
     def slab(xs, kernel, dy):
-        return _slab_gradients(xs, kernel, dy, (0, 0, 0))
+        return _slab_gradients(_padded(xs, margin), kernel, dy, margin)
 
     def native(xs, kernel, dy):
-        return jax.vjp(_native, xs, kernel)[1](dy)
+        def function(xs, kernel):
+            return _native(_padded(xs, margin), kernel)
+
+        return jax.vjp(function, xs, kernel)[1](dy)
 
     return _by_platform(form, slab, native, *saved, dy)
 
 
-_valid.defvjp(_valid_forward, _valid_backward)
+_convolved.defvjp(_convolved_forward, _convolved_backward)
 
 
-def _same_slab(xs: Parts, kernel: jax.Array) -> jax.Array:
-    return _slab(_padded(xs, kernel), kernel)
+def _valid(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
+    """Returns the convolution without padding."""
+    return cast(jax.Array, _convolved(xs, kernel, (0, 0, 0), form))
 
 
-def _same_native(xs: Parts, kernel: jax.Array) -> jax.Array:
-    return _native(_padded(xs, kernel), kernel)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _same(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
-    """Returns the same with half the kernel of zeros around the parts; odd sizes.
-
-    Its gradients take no more zeros than that, where those of `_valid` after padding
-    have a gradient of the padding, too.
-    """
-    return _by_platform(form, _same_slab, _same_native, xs, kernel)
-
-
-def _same_forward(xs, kernel, form):
-    return _same(xs, kernel, form), (xs, kernel)
-
-
-def _same_backward(form, saved, dy):
-    def slab(xs, kernel, dy):
-        margin = _half(kernel)
-        return _slab_gradients(_padded(xs, kernel), kernel, dy, margin)
-
-    def native(xs, kernel, dy):
-        return jax.vjp(_same_native, xs, kernel)[1](dy)
-
-    return _by_platform(form, slab, native, *saved, dy)
-
-
-_same.defvjp(_same_forward, _same_backward)
-
-
-def _half(kernel: jax.Array) -> slabs.Margin:
+    """Returns the convolution with half the kernel of zeros around; odd sizes."""
     d, h, w = kernel.shape[:3]
-    return d // 2, h // 2, w // 2
+    return cast(jax.Array, _convolved(xs, kernel, (d // 2, h // 2, w // 2), form))
 
 
-def _padded(xs: Parts, kernel: jax.Array) -> Parts:
-    return tuple(_pad(x, *((m, m) for m in _half(kernel))) for x in xs)
+_same_native = functools.partial(_same, form="native")
+
+
+def _padded(xs: Parts, margin: slabs.Margin) -> Parts:
+    return tuple(_pad(x, *((m, m) for m in margin)) for x in xs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -215,7 +208,7 @@ def conv1(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
       bias: O.
       form: see the module's docstring.
     """
-    return cast(jax.Array, _valid(_parts(x, kernel), kernel, form)) + bias
+    return _valid(_parts(x, kernel), kernel, form) + bias
 
 
 def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
@@ -264,7 +257,7 @@ def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
     # The fourth tap of each axis is zero.
     w = jnp.pad(kernel, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
     w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
-    return cast(jax.Array, _valid((x,), w, form))
+    return _valid((x,), w, form)
 
 
 _down3_native = functools.partial(_down3, form="native")
@@ -310,7 +303,7 @@ def strided(
         x = lax.pad(x, jnp.zeros((), x.dtype), widths)
         if s == 2:
             x, kernel = _fold_axis(x, kernel, axis)
-    return cast(jax.Array, _valid((x,), kernel, form))
+    return _valid((x,), kernel, form)
 
 
 def _fold_axis(x: jax.Array, kernel: jax.Array, axis: int):

@@ -28,6 +28,7 @@ from jaxreg.nn.slabs import Margin, Parts
 
 _TAPS = 3
 _PLANES = 4  # of the result at a time
+_PRODUCTS = _PLANES + _TAPS - 1  # and planes of the input
 _POINTS = (0.0, 3 / 4, -3 / 4, 4 / 3, -4 / 3)  # and infinity
 _WIDE = 512  # inputs times outputs: below, the combinations cost more than they save
 _ROWS = 128  # of a plane: below, products are too small
@@ -40,10 +41,9 @@ def _powers(count: int) -> np.ndarray:
 
 
 # To the six products and, transposed, from them; axes (product, plane or tap).
-_OF_INPUT = np.linalg.inv(_powers(_PLANES + _TAPS - 1)).T
+_OF_INPUT = np.linalg.inv(_powers(_PRODUCTS)).T
 _OF_KERNEL = _powers(_TAPS)
 _OF_RESULT = _powers(_PLANES)
-_PRODUCTS = len(_OF_INPUT)
 
 
 def suits(xs: Parts, kernel_shape: tuple[int, ...]) -> bool:
@@ -54,10 +54,7 @@ def suits(xs: Parts, kernel_shape: tuple[int, ...]) -> bool:
 
 def suits_gradient(xs: Parts, kernel_shape: tuple[int, ...]) -> bool:
     """Returns the same for the kernel's gradient, which gains with fewer channels."""
-    n, *size, _ = xs[0].shape
-    depth, height, width = (
-        m - k + 1 for m, k in zip(size, kernel_shape[:3], strict=True)
-    )
+    n, depth, height, width = slabs.result_shape(xs, kernel_shape)
     fours = -(-depth // _PLANES)  # the last one repeats some planes
     return (
         kernel_shape[0] == _TAPS
@@ -77,17 +74,14 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
       xs: parts of the input along channels, N D H W I together, float32.
       kernel: 3 kH kW I O.
     """
-    n, *size, _ = xs[0].shape
-    depth, height, width = (
-        m - k + 1 for m, k in zip(size, kernel.shape[:3], strict=True)
-    )
+    n, depth, height, width = slabs.result_shape(xs, kernel.shape)
     outputs = kernel.shape[-1]
     kernels = _combined(_OF_KERNEL, kernel[None])[0][:, None]
 
     def one(carry, index):
         y, products = carry
         begin = jnp.minimum(_PLANES * index, depth - _PLANES)
-        points = _combined(_OF_INPUT, _planes(xs, begin, _PLANES + _TAPS - 1))
+        points = _combined(_OF_INPUT, _planes(xs, begin, _PRODUCTS))
         products = slabs.convolved_into(products, (points,), kernels)
         planes = _combined(_OF_RESULT.T, products)
         return (lax.dynamic_update_slice_in_dim(y, planes, begin, 1), products), None
@@ -109,7 +103,7 @@ def kernel_gradient(
 
     def add(total, index):
         begin = jnp.minimum(_PLANES * index, depth - _PLANES)
-        points = _combined(_OF_INPUT, _planes(xs, begin, _PLANES + _TAPS - 1))
+        points = _combined(_OF_INPUT, _planes(xs, begin, _PRODUCTS))
         planes = _planes((dy,), begin + around, _PLANES)
         if depth % _PLANES:  # what was counted before
             position = lax.broadcasted_iota(jnp.int32, planes.shape, 1)

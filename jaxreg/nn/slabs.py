@@ -107,6 +107,12 @@ def _shifts(taps: Sequence[int], split: int) -> tuple[list, list]:
     return before, after
 
 
+def result_shape(xs: Parts, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns N D H W of `convolved`."""
+    n, *size, _ = xs[0].shape
+    return n, *(m - k + 1 for m, k in zip(size, kernel_shape[:3], strict=True))
+
+
 def has_few_inputs(kernel_shape: tuple[int, ...]) -> bool:
     """Whether a tap of a kernel kD kH kW I O is to be a whole row along W."""
     return kernel_shape[2] > 1 and kernel_shape[3] < _FEW
@@ -138,9 +144,8 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
     if has_few_inputs(kernel.shape):
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
         return convolved((wide,), kernel.reshape(*taps[:2], 1, -1, outputs))
-    n, *size, _ = xs[0].shape
-    result = (m - k + 1 for m, k in zip(size, taps, strict=True))
-    y = late.filled((n, *result, outputs), xs[0])  # all of it is written
+    shape = *result_shape(xs, kernel.shape), outputs
+    y = late.filled(shape, xs[0])  # all of it is written
     return convolved_into(y, xs, kernel[None])
 
 

@@ -267,7 +267,7 @@ def _index_gradient(values, index, dy, *, zeros: bool):
             along = jnp.where(inside, tap, 0.0) if zeros else tap
             for axis in range(3):
                 signed = along if offset[axis] else -along
-                face = (*(o for a, o in enumerate(offset) if a != axis),)
+                face = tuple(np.delete(offset, axis))
                 slopes[axis] += signed * faces[axis][face]
         slope = jnp.stack(slopes, axis=-1)
         if zeros:
