@@ -1,0 +1,141 @@
+"""Damaged copies of a file, for tests that a reader refuses them in one sentence."""
+
+import gzip
+import random
+import re
+import struct
+from collections.abc import Callable, Iterator
+
+HEADER = 1024
+"""Bytes at the start, where most formats say what follows."""
+
+_GZIP = b"\x1f\x8b"
+_NUMBER = re.compile(rb"-?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?")
+_NUMBERS = (
+    b"0 1 -1 2 3 255 65536 2147483647 -2147483648 4294967296 9223372036854775807 "
+    b"99999999999999999999 1e-300 1e300 -1e38 0.70711 nan inf -inf 1e 0x10 1,5 1;2 "
+    b"none () (1,0,0) \xff \xc3\xa9"
+).split(b" ")
+_WORDS = (
+    b"raw gzip gz bzip2 zlib hex ascii text true false yes no none unknown float double"
+    b" short int uchar block complex vector list LOCAL / . .. left-posterior-superior "
+    b"right-anterior-superior scanner-xyz big little"
+).split(b" ")
+_INTEGERS = (0, 1, 2, -1, 3, 7, 1000, 2**15 - 1, 2**31 - 1, 2**63 - 1)
+_FLOATS = (
+    *(0.0, -0.0, 1.0, -1.0, 0.70711, -0.70711, 1e-45, 1e-30, 1e30, 3.4e38, -3.4e38),
+    *(float("nan"), float("inf"), float("-inf"), 1e308, 348.0, 1e9),
+)
+
+
+def mutations(data: bytes, seed: int) -> Iterator[bytes]:
+    """Yields damaged copies of a file without end, the same ones for a seed.
+
+    Each has one to four faults: flipped bits, a missing end, a missing, doubled or
+    foreign stretch, a header field of an extreme value, or an edited line of text. Of a
+    gzip file every second copy is damaged inside and compressed again, so that its
+    checksum holds and the fault reaches the reader.
+
+    Args:
+      data: the whole file, not empty.
+      seed: any integer.
+    """
+    rng = random.Random(seed)
+    inside = None
+    if data[:2] == _GZIP:
+        inside = gzip.decompress(data)
+    while True:
+        whole = inside is not None and rng.random() < 0.5
+        made = bytearray(inside if whole and inside is not None else data)
+        for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
+            if made:
+                rng.choice(_EDITS)(made, rng)
+        yield gzip.compress(bytes(made), 1, mtime=0) if whole else bytes(made)
+
+
+def _place(data: bytearray, rng: random.Random) -> int:
+    """Picks an offset, three times of four in the header."""
+    end = len(data) if rng.random() < 0.25 else min(len(data), HEADER)
+    return rng.randrange(end)
+
+
+def _flip(data: bytearray, rng: random.Random) -> None:
+    for _ in range(rng.choice((1, 1, 2, 8))):
+        data[_place(data, rng)] ^= 1 << rng.randrange(8)
+
+
+def _byte(data: bytearray, rng: random.Random) -> None:
+    data[_place(data, rng)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+
+
+def _cut(data: bytearray, rng: random.Random) -> None:
+    del data[rng.choice((_place(data, rng), rng.randrange(len(data)))) :]
+
+
+def _drop(data: bytearray, rng: random.Random) -> None:
+    start = _place(data, rng)
+    del data[start : start + rng.choice((1, 2, 4, 64))]
+
+
+def _insert(data: bytearray, rng: random.Random) -> None:
+    count = rng.choice((1, 4, 64))
+    source = rng.randrange(len(data))
+    stretch = data[source : source + count]
+    start = _place(data, rng)
+    data[start:start] = stretch if rng.random() < 0.5 else rng.randbytes(count)
+
+
+def _field(data: bytearray, rng: random.Random) -> None:
+    """Overwrites an aligned header field with an extreme value of its size."""
+    order = rng.choice("<<<>")
+    size = rng.choice((2, 2, 4, 4, 8))
+    if rng.random() < 0.5 and size > 2:
+        value = rng.choice(_FLOATS)
+        if size == 4 and abs(value) > 3.4e38 and value - value == 0:
+            value = 3.4e38
+        field = struct.pack(order + {4: "f", 8: "d"}[size], value)
+    else:
+        value = rng.choice(_INTEGERS) * rng.choice((1, 1, -1))
+        value = min(value, 2 ** (8 * size - 1) - 1)
+        value = max(value, -(2 ** (8 * size - 1)))
+        field = value.to_bytes(size, "big" if order == ">" else "little", signed=True)
+    start = _place(data, rng) // 2 * 2
+    for copy in range(rng.choice((1, 1, 1, 3))):
+        at = start + copy * size
+        if at + size <= len(data):
+            data[at : at + size] = field
+
+
+def _line(data: bytearray, rng: random.Random) -> None:
+    """Edits one line of a text header; flips a bit where there is none."""
+    head, tail = bytes(data[:HEADER]), bytes(data[HEADER:])
+    lines = head.split(b"\n")
+    if len(lines) < 3:
+        _flip(data, rng)
+        return
+    at = rng.randrange(len(lines))
+    line = lines[at]
+    numbers = list(_NUMBER.finditer(line))
+    edit = rng.choice(("number", "number", "number", "word", "key", "swap", "drop"))
+    if edit == "number" and numbers:
+        found = rng.choice(numbers)
+        new = rng.choice(_NUMBERS)
+        lines[at] = line[: found.start()] + new + line[found.end() :]
+    elif edit == "word":
+        words = line.split(b" ")
+        words[rng.randrange(len(words))] = rng.choice(_WORDS)
+        lines[at] = b" ".join(words)
+    elif edit == "key":
+        lines[at] = rng.choice((line * 2, line + b" 1", line.upper(), line[::-1]))
+    elif edit == "swap":
+        other = rng.randrange(len(lines))
+        lines[at], lines[other] = lines[other], lines[at]
+    elif edit == "drop":
+        lines[at : at + 1] = [] if rng.random() < 0.5 else [line, line]
+    data[:] = b"\n".join(lines) + tail
+
+
+_EDITS: tuple[Callable[[bytearray, random.Random], None], ...] = (
+    *(_flip, _byte, _cut, _drop, _insert),
+    *(_field, _field, _line, _line),
+)
