@@ -11,8 +11,10 @@ region counts alike, without inverted CT and with COPDGene's lungs masked.
 
     python train.py --config configs/multigradicon.py --out runs/multigradicon
 
-takes one manifest per dataset, NAME.csv, from the working directory; the release's
-script draws from fewer scans and normalises some datasets twice, which is not copied.
+takes one manifest per dataset, NAME.csv, from the working directory. ABCD is two sets:
+abcd_dti.csv lists FA and MD, for the first two stages, and abcd.csv T1, T2, FA and MD,
+for the third. The release's script draws from fewer scans and normalises some datasets
+twice, which is not copied.
 The order of COPDGene's scans, and that nobody is held out, are as in the recipe
 `unigradicon`. To change what the third stage has of its own, its manifests above all,
 name it: --stages.further.data.manifests a.csv,b.csv.
@@ -27,21 +29,28 @@ from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
-_WITHIN = ("copdgene", "brats", "pancreas", "thorax_cbct")
-_RANDOMISED = ("brats", "abdomen", "hcp", "abcd", "ukb")
-# regions x modality combinations of the paper's table; inverted CT is a modality.
+# Datasets: regions x modality combinations of the paper's table; inverted CT is a
+# modality. The two images of an inter pair are independent draws that may coincide, as
+# in the original: ThoraxCBCT's 42 scans give 42^2 pairs.
 TASKS = (
     Task("copdgene", weight=1, pairing="intra"),
     Task("brats", weight=10, pairing="intra", randomise="F"),
-    Task("abdomen", weight=3, randomise="F", invert_ct=True),
-    Task("hcp", weight=3, randomise="F"),
-    Task("abcd", weight=3, randomise="F"),
-    Task("oai", weight=3),
-    Task("mrct", weight=6, invert_ct=True),
-    Task("ukb", weight=18, randomise="F"),
+    Task(
+        "abdomen",
+        weight=3,
+        pairing="inter",
+        randomise="F",
+        invert_ct=True,
+        distinct=False,
+    ),
+    Task("hcp", weight=3, pairing="inter", randomise="F", distinct=False),
+    Task("abcd_dti", weight=3, pairing="inter", randomise="F", distinct=False),
+    Task("oai", weight=3, pairing="inter", distinct=False),
+    Task("mrct", weight=6, pairing="inter", invert_ct=True, distinct=False),
+    Task("ukb", weight=18, pairing="inter", randomise="F", distinct=False),
 )
 
-# Anatomies of the further training's datasets.
+# Anatomies of the further training's datasets, for their weights.
 REGIONS = {
     "pancreas": ("abdomen",),
     "thorax_cbct": ("lung",),
@@ -54,12 +63,17 @@ REGIONS = {
     "mrct": ("abdomen",),
     "ukb": ("abdomen", "lung", "knee"),
 }
+_WITHIN = ("pancreas", "copdgene", "brats")
+# Where modalities of one subject are aligned. ABCD's structural scans are not aligned
+# with its maps of diffusion, and the set has no randomisation in the table.
+_RANDOMISED = ("brats", "abdomen", "hcp", "ukb")
 FURTHER = tuple(
     Task(
         name,
         weight=weight,
         pairing="intra" if name in _WITHIN else "inter",
         randomise="F" if name in _RANDOMISED else "B",
+        distinct=name in _WITHIN,
     )
     for name, weight in region_weights(REGIONS).items()
 )

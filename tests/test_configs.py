@@ -101,26 +101,29 @@ def test_multigradicon_has_the_papers_numbers():
     assert chosen.data.pairs_per_epoch == 4000
     assert chosen.data.holdout is None
     tasks = {task.dataset: task for task in chosen.data.tasks}
-    # Dataset: modalities with inverted CT, regions, randomised (the spec's table).
+    # The spec's table. Dataset: modalities with inverted CT, regions, share in per
+    # cent, what the similarity compares, who is paired.
     table = {
-        "copdgene": (1, 1, False), "brats": (4, 1, True), "abdomen": (2, 1, True),
-        "hcp": (2, 1, True), "abcd": (2, 1, True), "oai": (2, 1, False),
-        "mrct": (3, 1, False), "ukb": (2, 6, True),
-    }  # fmt: skip
-    assert set(tasks) == set(table)
-    for name, (modalities, regions, randomised) in table.items():
-        weight = regions * modalities * (modalities + 1) / 2
-        assert tasks[name].weight == weight, name
-        assert tasks[name].randomise == ("F" if randomised else "B"), name
-        assert tasks[name].invert_ct == (name in ("abdomen", "mrct")), name
-        assert tasks[name].pairing == (
-            "intra" if name in ("copdgene", "brats") else None
-        )
+        "copdgene": (1, 1, 2.12, "B", "intra"),
+        "brats": (4, 1, 21.27, "F", "intra"),
+        "abdomen": (2, 1, 6.38, "F", "inter"),
+        "hcp": (2, 1, 6.38, "F", "inter"),
+        "abcd_dti": (2, 1, 6.38, "F", "inter"),
+        "oai": (2, 1, 6.38, "B", "inter"),
+        "mrct": (3, 1, 12.76, "B", "inter"),
+        "ukb": (2, 6, 38.29, "F", "inter"),
+    }
+    assert list(tasks) == list(table)
+    assert [f"{name}.csv" for name in table] == list(chosen.data.manifests)
     total = sum(task.weight for task in tasks.values())
-    shares = {name: 100 * task.weight / total for name, task in tasks.items()}
-    assert shares["ukb"] == pytest.approx(38.29, abs=0.02)
-    assert shares["brats"] == pytest.approx(21.27, abs=0.02)
-    assert shares["copdgene"] == pytest.approx(2.12, abs=0.02)
+    for name, (modalities, regions, share, randomise, pairing) in table.items():
+        task = tasks[name]
+        assert task.weight == regions * modalities * (modalities + 1) / 2, name
+        assert 100 * task.weight / total == pytest.approx(share, abs=0.02), name
+        assert (task.randomise, task.pairing) == (randomise, pairing), name
+        assert task.invert_ct == (name in ("abdomen", "mrct")), name
+        # Inter pairs are two draws of their own: n scans give n^2 pairs.
+        assert task.distinct == (pairing == "intra"), name
 
 
 def test_multigradicon_is_trained_further_with_regions_alike():
@@ -128,13 +131,29 @@ def test_multigradicon_is_trained_further_with_regions_alike():
     tasks = {task.dataset: task for task in further.data.tasks}
     total = sum(task.weight for task in tasks.values())
     shares = {name: 100 * task.weight / total for name, task in tasks.items()}
-    # The spec's list, in per cent.
-    listed = {
-        "pancreas": 6.25, "thorax_cbct": 8.33, "abcd": 8.33, "copdgene": 8.33,
-        "brats": 8.33, "abdomen": 6.25, "hcp": 8.33, "oai": 12.5, "mrct": 6.25,
-        "ukb": 27.08,
-    }  # fmt: skip
-    assert shares == pytest.approx(listed, abs=0.01)
+    # The spec's list. Dataset: share in per cent, what the similarity compares, who is
+    # paired. ThoraxCBCT has 42^2 pairs of 42 scans; ABCD here has structural scans too,
+    # which its first two stages have not, and no randomisation.
+    table = {
+        "pancreas": (6.25, "B", "intra"),
+        "thorax_cbct": (8.33, "B", "inter"),
+        "abcd": (8.33, "B", "inter"),
+        "copdgene": (8.33, "B", "intra"),
+        "brats": (8.33, "F", "intra"),
+        "abdomen": (6.25, "F", "inter"),
+        "hcp": (8.33, "F", "inter"),
+        "oai": (12.5, "B", "inter"),
+        "mrct": (6.25, "B", "inter"),
+        "ukb": (27.08, "F", "inter"),
+    }
+    assert list(tasks) == list(table)
+    for name, (share, randomise, pairing) in table.items():
+        assert shares[name] == pytest.approx(share, abs=0.01), name
+        assert (tasks[name].randomise, tasks[name].pairing) == (randomise, pairing)
+        assert tasks[name].distinct == (pairing == "intra"), name
+    # Two sets of ABCD are two files.
+    first = load("multigradicon").data.manifests
+    assert "abcd_dti.csv" in first and "abcd.csv" not in first
     assert not any(task.invert_ct for task in tasks.values())
     assert [f"{name}.csv" for name in tasks] == list(further.data.manifests)
     assert further.loading.mask_inputs
