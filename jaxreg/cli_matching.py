@@ -110,9 +110,10 @@ def match_verb(  # noqa: PLR0913
     """
     _check(point, points, points_out, [fixed, moving], model, spacing)
     from jaxreg import register
+    from jaxreg.data import preprocess
     from jaxreg.io import files, tables, volumes
 
-    modalities = (fixed_modality.value, moving_modality.value)
+    modalities = [preprocess.kind(m.value) for m in (fixed_modality, moving_modality)]
     register.check_intensities(ct_window, quantile_range, modalities)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
@@ -128,8 +129,8 @@ def match_verb(  # noqa: PLR0913
     given = np.array([point]) if table is None else table.places
     here = tables.to_mm(given, points_frame.value, scans[0].grid)
     described = [
-        describe(scan, modality.value, ct_window, quantile_range)
-        for scan, modality in zip(scans, (fixed_modality, moving_modality), strict=True)
+        describe(scan, modality, ct_window, quantile_range)
+        for scan, modality in zip(scans, modalities, strict=True)
     ]
     found = points_lib.find(here, *described)
     columns = {"similarity": [f"{value:.4f}" for value in found.similarity]}

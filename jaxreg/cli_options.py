@@ -24,10 +24,21 @@ def choice(name: str, text: str, panel: str) -> Any:
 
 
 class Modality(enum.StrEnum):
-    """What kind of scan it is, for the intensity scale."""
+    """What kind of scan it is, for the intensity scale; of preprocess.CONTRASTS."""
 
     CT = "ct"
     MRI = "mri"
+    MR = "mr"
+    T1 = "t1"
+    T1C = "t1c"
+    T2 = "t2"
+    FLAIR = "flair"
+    PD = "pd"
+    DWI = "dwi"
+    ADC = "adc"
+    FA = "fa"
+    FAT = "fat"
+    WATER = "water"
 
 
 class Target(enum.StrEnum):
@@ -86,8 +97,12 @@ START, OPTIMISE, REGIONS, INPUT, TASK = (
     "Intensities",
     "Task",
 )
-FIXED_MODALITY = choice("--fixed-modality", "Kind of the fixed scan.", SCANS)
-MOVING_MODALITY = choice("--moving-modality", "Kind of the moving scan.", SCANS)
+FIXED_MODALITY = choice(
+    "--fixed-modality", "Kind of the fixed scan; of MR, also its contrast.", SCANS
+)
+MOVING_MODALITY = choice(
+    "--moving-modality", "Kind of the moving scan; of MR, also its contrast.", SCANS
+)
 PrealignWay = Annotated[
     Prealign,
     choice(
@@ -207,16 +222,18 @@ QuantileRange = Annotated[
 
 
 def parse_shape(text: str) -> tuple[int, int, int]:
-    """Returns (D, H, W) of "D,H,W".
+    """Returns (D, H, W) of "D,H,W" or "DxHxW", or of one number, a cube's edge.
 
     Raises:
-      UserError: these are not three positive numbers.
+      UserError: these are not one or three positive numbers.
     """
+    parts = text.lower().replace("x", ",").split(",")
     try:
-        d, h, w = (int(part) for part in text.lower().replace("x", ",").split(","))
+        d, h, w = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
     except ValueError:
         raise UserError(
-            f"--shape is {text}, expected three whole numbers such as 175,175,175"
+            f"--shape is {text}, expected three whole numbers such as 175,175,175, or "
+            "one for a cube"
         ) from None
     if min(d, h, w) < 1:
         raise UserError(

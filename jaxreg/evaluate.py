@@ -124,8 +124,8 @@ def _pair_of_records(
     return PairSpec(
         fixed=fixed.image,
         moving=moving.image,
-        fixed_modality=preprocess.kind(fixed.modality),
-        moving_modality=preprocess.kind(moving.modality),
+        fixed_modality=preprocess.known(fixed.modality),
+        moving_modality=preprocess.known(moving.modality),
         task=fixed.dataset,
         region=fixed.region or None,
         pairing=fixed.pairing,

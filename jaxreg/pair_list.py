@@ -35,7 +35,7 @@ class PairSpec:
       moving_mask: the same for the moving scan.
       fixed_landmarks: CSV of points in the fixed scan; both or neither.
       moving_landmarks: the same points in the moving scan, in the same order.
-      fixed_modality: "ct" or "mri"; the options' own if None.
+      fixed_modality: a key of `preprocess.CONTRASTS`; the options' own if None.
       moving_modality: the same for the moving scan.
       task: which table the pair counts in ("all" if None), and what a network with
         heads for tasks is told unless the options name one.
@@ -55,8 +55,8 @@ class PairSpec:
     moving_mask: pathlib.Path | None = None
     fixed_landmarks: pathlib.Path | None = None
     moving_landmarks: pathlib.Path | None = None
-    fixed_modality: register.Modality | None = None
-    moving_modality: register.Modality | None = None
+    fixed_modality: str | None = None
+    moving_modality: str | None = None
     task: str | None = None
     region: str | None = None
     pairing: Pairing | None = None
@@ -210,7 +210,7 @@ def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
     fields: dict[str, Any] = {}
     for name, cell in cells.items():
         if name.endswith("_modality"):
-            fields[name] = preprocess.kind(cell)
+            fields[name] = preprocess.known(cell)
         else:
             fields[name] = cell if name in _WORDS else folder / cell
     pair = PairSpec(**fields)

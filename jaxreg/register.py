@@ -32,7 +32,6 @@ from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
 
-Modality = Literal["ct", "mri"]
 Target = Literal["network", "displacement", "features", "map"]
 _REFINING = ("features", "map")
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
@@ -44,7 +43,8 @@ class Options:
     """How to register; the names are the command line's, with underscores.
 
     Attributes:
-      fixed_modality: "ct" or "mri": how the fixed scan's intensities are scaled.
+      fixed_modality: a key of `preprocess.CONTRASTS`: how the fixed scan's intensities
+        are scaled, "ct" or as any MR.
       moving_modality: the same for the moving scan.
       ct_window: lowest and highest Hounsfield unit kept; if None the model's own, or
         -1000 to 1000 where there is none.
@@ -86,8 +86,8 @@ class Options:
         the results hold it.
     """
 
-    fixed_modality: Modality = "mri"
-    moving_modality: Modality = "mri"
+    fixed_modality: str = "mri"
+    moving_modality: str = "mri"
     ct_window: tuple[float, float] | None = None
     quantile_range: tuple[float, float] | None = None
     foreground: bool | None = None
@@ -242,8 +242,12 @@ def _check_prealign(options: Options) -> None:
 def _check_modality_options(options: Options) -> None:
     modalities = (options.fixed_modality, options.moving_modality)
     for name, modality in zip(("fixed", "moving"), modalities, strict=True):
-        if modality not in ("ct", "mri"):
-            raise UserError(f"--{name}-modality is {modality}, expected ct or mri")
+        if str(modality).lower() not in preprocess.CONTRASTS:
+            raise UserError(
+                f"--{name}-modality is {modality}, expected one of "
+                f"{', '.join(preprocess.CONTRASTS)}"
+            )
+    modalities = tuple(preprocess.kind(modality) for modality in modalities)
     check_intensities(options.ct_window, options.quantile_range, modalities)
     if options.intensity_conservation_loss and set(modalities) != {"ct"}:
         raise UserError(
@@ -537,15 +541,14 @@ def check_units(model: zoo.LoadedModel, options: Options) -> None:
         return
     for name in ("fixed_modality", "moving_modality"):
         modality = getattr(options, name)
-        if modality != "ct" and kinds.reads_ct_alone(config):
+        if preprocess.kind(modality) != "ct" and kinds.reads_ct_alone(config):
             raise UserError(
                 f"{_option(name)} is {modality}, but {model.name} reads Hounsfield "
                 f"units; give {_option(name)} ct if it is one, or weights trained with "
                 "--model.features mind --model.backbone_window None"
             )
     low, high = options.ct_window or model.ct_window or needed
-    ct = "ct" in (options.fixed_modality, options.moving_modality)
-    if ct and (low, high) != needed:
+    if "ct" in _kinds(options) and (low, high) != needed:
         given = "--ct-window is" if options.ct_window else "its weights state"
         raise UserError(
             f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
@@ -578,7 +581,15 @@ def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
 
 
 def _both_ct(options: Options) -> bool:
-    return {options.fixed_modality, options.moving_modality} == {"ct"}
+    return _kinds(options) == {"ct"}
+
+
+def _kinds(options: Options) -> set[str]:
+    """Returns whose intensity rules hold, "ct", "mri" or both."""
+    return {
+        preprocess.kind(modality)
+        for modality in (options.fixed_modality, options.moving_modality)
+    }
 
 
 def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
@@ -738,7 +749,7 @@ def _rules(
     """Returns the intensity rules of the moving and of the fixed scan."""
     moving, fixed = (
         preprocess.Preprocessing(
-            modality=modality,
+            modality=preprocess.kind(modality),
             ct_window=options.ct_window or (-1000.0, 1000.0),
             quantile_range=options.quantile_range,
             foreground=bool(options.foreground),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from jaxreg import cli, zoo
+from jaxreg import cli, cli_options, zoo
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
@@ -882,6 +882,11 @@ def test_a_pre_alignment_alone(inputs, tmp_path, capsys):
     # Two voxels of 1.2 mm along the last axis, which is x.
     np.testing.assert_allclose(moved, [2.4, 0, 0], atol=0.7)
     assert all(path.is_file() for path in out.values())
+
+
+@pytest.mark.parametrize("text", ["16,16,16", "16x16x16", "16X16x16", "16"])
+def test_one_form_of_shape(text):
+    assert cli_options.parse_shape(text) == (16, 16, 16)
 
 
 def test_hyphens_leaves_values_alone():

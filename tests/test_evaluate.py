@@ -593,7 +593,7 @@ def test_pairs_of_a_manifest():
     several = [record("a", modality="ct"), record("b", modality="t1")]
     pairs = of(several, across_modalities=True)
     assert [(p.fixed_modality, p.moving_modality) for p in pairs] == [
-        ("ct", "mri"), ("mri", "ct"),
+        ("ct", "t1"), ("t1", "ct"),
     ]  # fmt: skip
     with pytest.raises(UserError, match='m.csv has 1 scans of the split "train"'):
         of(scans, split="train")

@@ -48,6 +48,42 @@ def kind(modality: str) -> Modality:
     return "ct" if modality.strip().lower() == "ct" else "mri"
 
 
+CONTRASTS: Mapping[str, str] = MappingProxyType(
+    {
+        "ct": "ct",
+        **dict.fromkeys(("mri", "mr"), "mri"),
+        **dict.fromkeys(("t1", "t1w"), "t1"),
+        **dict.fromkeys(("t1c", "t1ce", "t1gd"), "t1c"),
+        **dict.fromkeys(("t2", "t2w"), "t2"),
+        **{name: name for name in ("flair", "pd", "dwi", "adc", "fa", "fat", "water")},
+    }
+)
+"""Names of modalities to the contrast that they mean; "mri" where that is not said."""
+
+
+def known(modality: str) -> str:
+    """Returns the key of `CONTRASTS` that a free word is, else that of its `kind`."""
+    word = modality.strip().lower()
+    return word if word in CONTRASTS else kind(word)
+
+
+def same_contrast(first: str, second: str) -> bool:
+    """Whether two modalities may show tissue alike, so that intensities compare.
+
+    CT and MR never do, T1 and T2 do not; an MR whose contrast is not said ("mr", "mri")
+    may be like any other.
+
+    Args:
+      first: name of a modality, in any case; a key of `CONTRASTS` or any other word.
+      second: the same of the other scan.
+    """
+    if kind(first) != kind(second):
+        return False
+    words = (name.strip().lower() for name in (first, second))
+    one, other = (CONTRASTS.get(word, word) for word in words)
+    return one == other or "mri" in (one, other)
+
+
 def beyond(modality: str, volume: Volume) -> float:
     """Returns what a warped scan shows beyond the scan: air in CT, as far as it has it.
 
@@ -274,12 +310,12 @@ class Preprocessing:
         Raises:
           UserError: a field is unknown or its value does not fit.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(known))
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(fields) - set(names))
         if unknown:
             raise UserError(
                 f"preprocessing has unknown fields {', '.join(unknown)}, expected "
-                f"{', '.join(known)}; were the weights written by a newer jaxreg?"
+                f"{', '.join(names)}; were the weights written by a newer jaxreg?"
             )
         return cls(**fields)
 

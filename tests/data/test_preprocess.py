@@ -427,3 +427,27 @@ def test_placement_survives_in_words(resize, axes):
     )
     assert preprocess.Placement.of_weights(placement.to_dict()) == placement
     assert preprocess.Placement.of_weights({}) == preprocess.AS_GRADICON
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("ct", "CT", True), ("ct", "mri", False), ("t1", "ct", False),
+        ("t1", "T1w", True), ("t1", "t2", False), ("t1c", "t1", False),
+        ("mr", "mri", True), ("mri", "t2", True), ("t2", "MR", True),
+        ("fat", "water", False), ("swi", "SWI", True), ("swi", "t1", False),
+    ],
+)  # fmt: skip
+def test_same_contrast(first, second, same):
+    assert preprocess.same_contrast(first, second) is same
+    assert preprocess.same_contrast(second, first) is same
+
+
+def test_names_of_modalities():
+    from jaxreg.cli_options import Modality
+
+    assert {m.value for m in Modality} <= set(preprocess.CONTRASTS)
+    for name in preprocess.CONTRASTS:
+        assert preprocess.kind(name) == ("ct" if name == "ct" else "mri")
+    words = ("CT", "T2w ", "swi", "MR")
+    assert [preprocess.known(word) for word in words] == ["ct", "t2w", "mri", "mr"]
