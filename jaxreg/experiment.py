@@ -240,6 +240,8 @@ class Experiment:
                 "orientation"
             )
         self._check_windows()
+        for task in self.data.tasks:
+            self._check_windows_of(task)
         for objective in (self.objective, *dict(self.objectives).values()):
             prompted = objective.orthogonality_weight, objective.task_weight
             if any(prompted) and not isinstance(self.model, PromptRegConfig):
@@ -271,6 +273,30 @@ class Experiment:
                     "(model.window); give both the same, or for a network without "
                     "units --model.backbone_window None and --model.features mind"
                 )
+
+    def _check_windows_of(self, task: Task) -> None:
+        """Checks what a task says of who is shown which Hounsfield units."""
+        loaded = task.ct_window or self.loading.ct_window
+        for name in ("network_window", "similarity_window"):
+            window = getattr(task, name)
+            if window is None:
+                continue
+            low, high = window
+            if not loaded[0] <= low < high <= loaded[1]:
+                raise UserError(
+                    f"{name} of task {task.dataset} is {low:g} to {high:g} HU, "
+                    f"expected two increasing numbers within the {loaded[0]:g} to "
+                    f"{loaded[1]:g} HU that are loaded; mend it, or widen "
+                    "loading.ct_window"
+                )
+        told = kinds.tells_tasks(self.model) == "regions"
+        reads = kinds.reads_ct_alone(self.model)
+        if task.network_window is not None and not (told and reads):
+            raise UserError(
+                f"task {task.dataset} has a network_window, but the network is not "
+                "told of tasks or reads no Hounsfield units; give the task a "
+                "ct_window, or --model.backbone_window for all"
+            )
 
 
 def load(path: str | os.PathLike[str]) -> Experiment:
@@ -377,7 +403,8 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
     """Checks that a run to be resumed was started with the same settings.
 
     Raises:
-      UserError: names the settings that differ, or the file is damaged.
+      UserError: names the settings that differ, or the file is damaged. A setting
+        that the file does not know is the same if it is None or empty.
     """
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -401,11 +428,20 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, Mapping):
-        return {prefix.rstrip("."): tree}
+        return {prefix.rstrip("."): _stated(tree)}
     found: dict[str, Any] = {}
     for name, value in tree.items():
         found |= _leaves(value, f"{prefix}{name}.")
     return found
+
+
+def _stated(value: Any) -> Any:
+    """Returns a setting without what it leaves open, which older files do not name."""
+    if isinstance(value, Mapping):
+        return {name: item for name, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_stated(item) for item in value] or None
+    return value
 
 
 _Change = tuple[list[str], Any]

@@ -22,7 +22,7 @@ from jaxreg import metrics, optimize, prealignment, refine, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
-from jaxreg.losses.objective import Objective
+from jaxreg.losses.objective import Objective, as_compared
 from jaxreg.models import kinds, unireg
 from jaxreg.models.sam import TrainedSam
 from jaxreg.models.unireg_rpn import UniRegRpnConfig
@@ -145,7 +145,7 @@ class Registration:
       domains: share of each domain of a prompt bank in this pair's prompt, by name;
         empty for other networks.
       seconds: wall time by phase.
-      fixed_image: what the network saw of the fixed scan, D H W, [0, 1].
+      fixed_image: what the similarity saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
       told: what the network was told of the pair: region, pairing and, where it can be
@@ -393,16 +393,19 @@ def register(
         )
     seconds: dict[str, float] = {}
 
+    def shown(pair: Pair) -> Pair:
+        return _with_range(told.of(pair), model, options)
+
     with _Clock(seconds, "preprocess"):
         grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
-        pair = told.of(make_pair(moving, fixed, options, regions))
+        pair = shown(make_pair(moving, fixed, options, regions))
     apart, bend = (pair, grids), None
     if options.prealign != "none":
         with _Clock(seconds, "prealign"):
             if start is None:
                 start = _prealigned(moving, fixed, model, options, regions, sam)
             carried = preprocess.Carried(grids[0], start.transform)
-            pair = told.of(make_pair(moving, fixed, options, regions, carried))
+            pair = shown(make_pair(moving, fixed, options, regions, carried))
             grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
@@ -444,7 +447,7 @@ def register(
         folding_percent=_folded(forward, options.shape),
         domains=domains,
         seconds=seconds,
-        fixed_image=np.asarray(pair.fixed[0, ..., 0]),
+        fixed_image=np.asarray(_as_compared(pair).fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
         told=told.text,
@@ -580,6 +583,26 @@ def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
     return lacks or shown or options.prealign in prealignment.SAM_WAYS
 
 
+def _compared_window(
+    model: zoo.LoadedModel | None, options: Options
+) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that are compared; None for all that is loaded."""
+    return tasks.compared_window(model) if _both_ct(options) else None
+
+
+def _with_range(pair: Pair, model: zoo.LoadedModel | None, options: Options) -> Pair:
+    """Returns the pair with the part of its intensities that is compared."""
+    window = _compared_window(model, options)
+    rule, _ = _rules(options)
+    if window in (None, rule.ct_window):
+        return pair
+    part = jnp.asarray([preprocess.part_of(window, rule.ct_window)], jnp.float32)
+    return dataclasses.replace(pair, similarity_range=part)
+
+
+_as_compared = jax.jit(as_compared)
+
+
 def _both_ct(options: Options) -> bool:
     return _kinds(options) == {"ct"}
 
@@ -620,7 +643,8 @@ def prealigned(
     """
     if model is not None:
         words = (options.task, options.pairing, options.smoothness)
-        options = _with_rule_of(tasks.tell(model, *words).model, options)
+        model = tasks.tell(model, *words).model
+        options = _with_rule_of(model, options)
     regions = regions or Regions()
     return _prealigned(moving, fixed, model, options, regions, sam)
 
@@ -633,7 +657,8 @@ def _prealigned(
     regions: Regions,
     sam: TrainedSam | None,
 ) -> prealignment.Prealignment:
-    moving_rule, fixed_rule = _rules(options)
+    window = _compared_window(model, options) or options.ct_window
+    moving_rule, fixed_rule = _rules(dataclasses.replace(options, ct_window=window))
     masked = options.input_masking or options.loss_function_masking
     scans = [
         prealignment.Scan(volume, rule, mask if masked else None)
@@ -843,10 +868,14 @@ def _optimise(
     }
     if options.io_lr is not None:
         common["learning_rate"] = options.io_lr
+    if options.io_target in ("map", "displacement"):  # where nothing else is seen
+        pair = _as_compared(pair)
     if options.io_target == "map":
         return refine.optimize_map(pair, predicted, loss=options.io_sim, **common)
     if options.io_target == "features":
         extract = _extractor(_sam_for(model, sam), options)
+        if extract is refine.mind_features:
+            pair = _as_compared(pair)
         return refine.optimize_features(pair, predicted, extract, **common)
     common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":
@@ -916,6 +945,7 @@ def _score(
     pair: Pair, unit: transform_lib.Transform, options: Options
 ) -> tuple[float, np.ndarray]:
     """Returns the similarity loss and the warped image, D H W."""
+    pair = _as_compared(pair)
     mask = pair.fixed_mask if options.loss_function_masking else None
     points = _mapped(unit, options.shape)
     # Compiled in one: operations on their own would be compiled anew for each pair.

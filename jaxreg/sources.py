@@ -35,11 +35,17 @@ class TaskRule:
       quantile_range: the same.
       smoothness: the weight that the task was trained or validated with, None for its
         objective's.
+      network_window: Hounsfield units that a network which reads them was shown; None
+        for networks that read none.
+      similarity_window: those that the similarity compared; None for all that was
+        loaded.
     """
 
     ct_window: tuple[float, float] | None = None
     quantile_range: tuple[float, float] | None = None
     smoothness: float | None = None
+    network_window: tuple[float, float] | None = None
+    similarity_window: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,10 +187,19 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         tasks=tuple(task.dataset for task in tasks),
         regions=tuple(_region(train, task) for task in tasks),
         pairings=tuple(pairs.pairing_of(train, task) for task in tasks),
-        rules=tuple(
-            TaskRule(task.ct_window, task.quantile_range, task.smoothness)
-            for task in tasks
-        ),
+        rules=tuple(_rule_of(experiment, task) for task in tasks),
+    )
+
+
+def _rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
+    """Returns what weights tell of a task; it is compared as the network sees it."""
+    shown = task.network_window or kinds.network_window(experiment.model)
+    return TaskRule(
+        task.ct_window,
+        task.quantile_range,
+        task.smoothness,
+        network_window=shown,
+        similarity_window=task.similarity_window or shown,
     )
 
 
@@ -246,7 +261,9 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
         tasks=tuple(config.name for config in configs),
         regions=tuple(config.name for config in configs),
         pairings=tuple(config.pairing for config in configs),
-        rules=(TaskRule(),) * len(configs),
+        rules=tuple(
+            _rule_of(experiment, pairs.Task(config.name)) for config in configs
+        ),
     )
 
 
@@ -287,6 +304,23 @@ def _validation_plans(
 def _check_modalities(
     experiment: Experiment, records: Sequence[Record], tasks: Sequence[pairs.Task]
 ) -> None:
+    windows = [_rule_of(experiment, task).similarity_window for task in tasks]
+    cut = {task.dataset for task, own in zip(tasks, windows, strict=True) if own}
+    for task in tasks:
+        if task.dataset in cut and task.invert_ct:
+            raise UserError(
+                f"task {task.dataset} has invert_ct and a window of Hounsfield units, "
+                "in which inverted scans mean nothing; leave one of the two out"
+            )
+    for record in records:
+        own = [task for task in tasks if task.dataset == record.dataset]
+        other = preprocess.kind(record.modality) != "ct"
+        if other and any(task.similarity_window for task in own):
+            raise UserError(
+                f"{record.image} of {record.dataset} has modality {record.modality}, "
+                "but its task has a similarity_window of Hounsfield units; leave that "
+                "out"
+            )
     if not kinds.reads_ct_alone(experiment.model):
         return
     datasets = {task.dataset for task in tasks}
@@ -375,7 +409,7 @@ def _draw_smoothness(key: Key, index: jax.Array, asked: SmoothnessRange) -> jax.
 
 
 def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
-    """Returns the pair with what its task says: objective, smoothness, row in a bank.
+    """Returns the pair with what its task says: objective, smoothness, window, row.
 
     A network that is told of regions keeps the task's own number.
     """
@@ -386,10 +420,21 @@ def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
     if weights is not None:
         of_task = jnp.asarray(weights, jnp.float32)
         pair = dataclasses.replace(pair, smoothness=of_task[pair.task])
+    if any(rule.similarity_window for rule in sources.rules):
+        of_task = jnp.asarray([_compared(experiment, r) for r in sources.rules], "f4")
+        pair = dataclasses.replace(pair, similarity_range=of_task[pair.task])
     if sources.rows and kinds.tells_tasks(experiment.model) == "tasks":
         rows = jnp.asarray(sources.rows, jnp.int32)
         pair = dataclasses.replace(pair, task=rows[pair.task])
     return pair
+
+
+def _compared(experiment: Experiment, rule: TaskRule) -> tuple[float, float]:
+    """Returns the part of a task's images, [0, 1], that the similarity compares."""
+    if rule.similarity_window is None:
+        return 0.0, 1.0
+    loaded = rule.ct_window or experiment.loading.ct_window
+    return preprocess.part_of(rule.similarity_window, loaded)
 
 
 def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
@@ -430,4 +475,6 @@ def with_tasks(experiment: Experiment, sources: Sources) -> Experiment:
         return experiment
     tasks = tuple(zip(sources.rows, sources.pairings, strict=False))
     model = kinds.with_names(experiment.model, sources.bank, tasks)
+    shown = [rule.network_window for rule in sources.rules]
+    model = kinds.with_network_windows(model, shown)
     return dataclasses.replace(experiment, model=model)

@@ -156,6 +156,24 @@ def told_of_regions(model: zoo.LoadedModel | None) -> bool:
     return model is not None and kinds.tells_tasks(_config(model)) == "regions"
 
 
+def compared_window(model: zoo.LoadedModel | None) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that a similarity of two CT scans compares.
+
+    Those that the weights state, for the task that the network is told; else, as for
+    weights that were stored without, those that the network is shown. None for all
+    that is loaded.
+
+    Args:
+      model: from `tell`, or None.
+    """
+    if model is None:
+        return None
+    stated = model.bundle.preprocessing.get("similarity_window")
+    if stated is None:
+        return kinds.network_window(_config(model))
+    return float(stated[0]), float(stated[1])
+
+
 def refuse(task: str, pairing: Pairing | None, smoothness: float | None) -> None:
     """Checks that nothing is told where there is no network.
 
@@ -290,7 +308,7 @@ def _of_region(model: zoo.LoadedModel, task: _Task, smoothness: float | None) ->
     config = _config(model)
     every = table(config.regions)
     found = Told(
-        model=_with_table(_with_rule(model, [task.rule]), config, every),
+        model=_with_table(_with_rule(model, [task.rule]), config, every, task),
         number=every.index((task.region, task.pairing)),
         region=_regions(model)[task.region],
         pairing=task.pairing,
@@ -306,12 +324,16 @@ def _of_region(model: zoo.LoadedModel, task: _Task, smoothness: float | None) ->
     return dataclasses.replace(found, smoothness=weight, text=text)
 
 
-def _with_table(model: zoo.LoadedModel, config: Any, tasks: Tasks) -> zoo.LoadedModel:
-    fields = {**model.bundle.config, "tasks": tasks}
+def _with_table(
+    model: zoo.LoadedModel, config: Any, tasks: Tasks, task: _Task
+) -> zoo.LoadedModel:
+    window = kinds.task_window(config, (task.region, task.pairing))
+    own = tuple(task.rule.get("network_window") or ()) or window
+    built = kinds.with_every_task(config, tasks, own)
     return dataclasses.replace(
         model,
-        model=kinds.build(dataclasses.replace(config, tasks=tasks)),
-        bundle=dataclasses.replace(model.bundle, config=fields),
+        model=kinds.build(built),
+        bundle=dataclasses.replace(model.bundle, config=dataclasses.asdict(built)),
     )
 
 
@@ -323,6 +345,7 @@ def _with_rule(
     for stored, name in (
         ("ct_window", "ct_window"),
         ("mri_quantiles", "quantile_range"),
+        ("similarity_window", "similarity_window"),
     ):
         said = {tuple(rule.get(name) or ()) for rule in rules}
         if len(said) == 1 and (own := said.pop()):

@@ -353,6 +353,9 @@ def bundle_of(
         }
     if sam is not None:
         named["sam"] = zoo.sam_rule(sam)
+    compared = {rule.similarity_window for rule in sources.rules} if sources else {None}
+    if len(compared) == 1 and (window := compared.pop()):
+        named["similarity_window"] = list(window)
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),
@@ -573,6 +576,9 @@ class _StageRun:
         found = make_sources(experiment, number=self.number)
         self.sources = with_bank(found, before, experiment.model)
         experiment = with_tasks(experiment, self.sources)
+        if sam is not None:
+            model = kinds.with_sam_window(experiment.model, sam.ct_window)
+            experiment = dataclasses.replace(experiment, model=model)
         self.experiment, self.model = experiment, kinds.build(experiment.model)
         self.per_epoch, self.layout, shares = shared_out(experiment)
         self.replicas, self.span = shares

@@ -92,6 +92,7 @@ ONE_CALL = Batching()
         "task",
         "objective",
         "smoothness",
+        "similarity_range",
     ],
     meta_fields=[],
 )
@@ -114,6 +115,8 @@ class Pair:
       objective: which of several objectives each pair is trained by, N.
       smoothness: each pair's own weight of the smoothness term, N, in place of the
         objective's; shown to networks that are conditioned on it.
+      similarity_range: the part of [0, 1] of each pair's images that the similarity
+        compares, N 2: they are cut to it first; the whole of it if None.
     """
 
     moving: Image
@@ -128,3 +131,4 @@ class Pair:
     task: Int[Array, " N"] | None = None
     objective: Int[Array, " N"] | None = None
     smoothness: Float[Array, " N"] | None = None
+    similarity_range: Float[Array, "N 2"] | None = None

@@ -14,6 +14,8 @@ from jaxreg.errors import UserError
 from jaxreg.io import checkpoints
 from jaxreg.models.base import Prediction
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
+from jaxreg.models.sam import HU_RANGE
+from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -424,3 +426,88 @@ def test_a_grid_that_does_not_halve_three_times_is_refused(prompted):
     options = dataclasses.replace(WITH_PROMPTS, shape=(16, 20, 16))
     with pytest.raises(UserError, match="multiple of 8"):
         register.register(scan, scan, prompted, options)
+
+
+# --- which Hounsfield units are compared ----------------------------------------------
+
+
+def reading_units(**preprocessing) -> zoo.LoadedModel:
+    """A fresh UniReg, whose field is near zero, as a checkpoint holds it."""
+    config = UniRegConfig(features="none", head="flow")
+    variables = UniReg(config).init(jax.random.key(0))
+    bundle = checkpoints.Bundle(
+        jax.tree.map(np.asarray, variables), "unireg", {}, preprocessing, "", ""
+    )
+    return zoo.LoadedModel("units", UniReg(config), bundle.variables, bundle)
+
+
+def scans_with_bone(seed=2):
+    """The same soft tissue twice, with bright voxels in places of each scan's own."""
+    rng = np.random.default_rng(seed)
+    grid = Grid((16, 16, 16), np.eye(4))
+    tissue = rng.uniform(-700, 100, grid.shape)
+    found = []
+    for row in (3, 11):
+        hu = tissue.copy()
+        hu[row, 4:12, 4:12] = rng.uniform(1000, 2500, (8, 8))
+        found.append(Volume(hu.astype(np.float32), grid, f"scan {row}"))
+    return found
+
+
+def unlikeness(moving, fixed, window):
+    """1 - NCC of what two scans on one grid are within a window."""
+    cut = (
+        np.clip(v.array, *window).astype(np.float64).ravel() for v in (moving, fixed)
+    )
+    return 1 - np.corrcoef(*cut)[0, 1]
+
+
+BOTH_CT = register.Options(
+    fixed_modality="ct", moving_modality="ct", shape=(16, 16, 16), inverse=False,
+    io_iterations=None, io_sim="ncc",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("stated", "window"),
+    [
+        ({}, (-800.0, 400.0)),  # weights from before: what their network is shown
+        ({"ct_window": list(HU_RANGE)}, (-800.0, 400.0)),
+        ({"similarity_window": [-150, 250]}, (-150.0, 250.0)),
+    ],
+)
+def test_scores_are_of_the_units_that_the_weights_compare(stated, window):
+    moving, fixed = scans_with_bone()
+    result = register.register(moving, fixed, reading_units(**stated), BOTH_CT)
+    expected = unlikeness(moving, fixed, window)
+    assert abs(expected - unlikeness(moving, fixed, HU_RANGE)) > 0.02
+    for value in (result.similarity_before, result.similarity_after):
+        np.testing.assert_allclose(value, expected, atol=1e-4)
+    low, high = window
+    shown = (np.clip(fixed.array, low, high) - low) / (high - low)
+    np.testing.assert_allclose(result.fixed_image, shown, atol=1e-4)
+
+
+@pytest.mark.parametrize("target", ["network", "map"])
+def test_optimisation_minimises_what_is_scored(target):
+    moving, fixed = scans_with_bone()
+    options = dataclasses.replace(BOTH_CT, io_iterations=1, io_target=target)
+    result = register.register(moving, fixed, reading_units(), options)
+    expected = unlikeness(moving, fixed, (-800.0, 400.0))
+    ways = 2 if target == "network" else 1  # forward and backward
+    first = result.history["similarity"][0]
+    np.testing.assert_allclose(first, ways * expected, atol=1e-3)
+
+
+def test_prealignment_compares_the_same_units(monkeypatch):
+    seen = []
+
+    def find(way, moving, fixed, *, network=None):
+        seen.extend(scan.rule.ct_window for scan in (moving, fixed))
+        return register.prealignment.Prealignment(np.eye(4))
+
+    monkeypatch.setattr(register.prealignment, "find", find)
+    options = dataclasses.replace(BOTH_CT, prealign="affine")
+    register.prealigned(*scans_with_bone(), reading_units(), options)
+    register.prealigned(*scans_with_bone(), None, options)
+    assert seen == [(-800.0, 400.0)] * 2 + [(-1000.0, 1000.0)] * 2

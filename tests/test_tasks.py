@@ -414,6 +414,63 @@ def test_of_several_tasks_of_a_region_the_named_one_is_asked_for(trained):
     assert tasks.tell(model, "head").smoothness == 3.0
 
 
+def test_windows_belong_to_tasks(tmp_path):
+    """From the settings to the pairs of training, and back out of the weights."""
+    config = UniRegConfig(features="none", window=(-1000.0, 1000.0))
+    given = (
+        Task("a", region="head", pairing="inter"),
+        Task("b", region="liver", pairing="intra", network_window=(-150.0, 250.0)),
+        Task("c", region="head", pairing="intra", similarity_window=(-100.0, 300.0)),
+    )
+    experiment_ = told(config, data=experiment.DataConfig(tasks=given))
+    rules = tuple(sources_lib._rule_of(experiment_, task) for task in given)
+    named = dataclasses.replace(sources_of(), rules=rules)
+    pair = Pair(*images(), task=jnp.array([2, 1, 0]))
+    found = sources_lib.addressed(pair, experiment_, named).similarity_range
+    expected = [[0.45, 0.65], [0.425, 0.625], [0.1, 0.7]]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    model = saved(tmp_path / "weights", config, named)
+    shown = ((-800.0, 400.0), (-150.0, 250.0), (-800.0, 400.0))
+    assert model.model.config.task_windows == shown
+    for words, network, compared in (
+        (("a",), (-800.0, 400.0), (-800.0, 400.0)),
+        (("b",), (-150.0, 250.0), (-150.0, 250.0)),
+        (("c",), (-800.0, 400.0), (-100.0, 300.0)),
+        (("liver", "inter"), (-150.0, 250.0), (-150.0, 250.0)),
+    ):
+        one = tasks.tell(model, *words).model
+        assert one.model.config.backbone_window == network
+        assert not one.model.config.task_windows
+        assert tasks.compared_window(one) == compared
+
+
+def test_weights_without_windows_compare_what_their_network_is_shown():
+    assert tasks.compared_window(hounsfield()) == (-800.0, 400.0)
+    old = hounsfield(tasks=["a", "b"], regions=["x", "y"], task_rules=[{}, {}])
+    assert tasks.compared_window(tasks.tell(old, "a").model) == (-800.0, 400.0)
+    bundle = checkpoints.Bundle({}, "gradicon", {}, {}, "", "")
+    plain = zoo.LoadedModel("plain", kinds.build(GradIconConfig()), {}, bundle)
+    assert tasks.compared_window(plain) is None
+    assert tasks.compared_window(None) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        (Task("a", network_window=(400.0, -800.0)), "network_window of task a is 400"),
+        (Task("a", similarity_window=(0.0, 5000.0)), "within the -1024 to 3071 HU"),
+    ],
+)
+def test_windows_of_tasks_are_checked(task, said):
+    loading = experiment.Loading(shape=SHAPE, ct_window=(-1024.0, 3071.0))
+    data = experiment.DataConfig(tasks=(task,))
+    with pytest.raises(UserError, match=said):
+        Experiment("x", (Stage("one", 1),), model=PAPER, data=data, loading=loading)
+    shown = Task("a", network_window=(-100.0, 100.0))
+    with pytest.raises(UserError, match="not told of tasks or reads no Hounsfield"):
+        told(SMALL, data=experiment.DataConfig(tasks=(shown,)))
+
+
 def hounsfield(**preprocessing):
     bundle = checkpoints.Bundle({}, "unireg", {}, preprocessing, "", "")
     return zoo.LoadedModel("reads HU", kinds.build(PAPER), {}, bundle)

@@ -60,6 +60,11 @@ class Task:
       ct_window: Hounsfield values that become 0 and 1 in this task's scans; that of
         the loading if None.
       quantile_range: the same for other modalities.
+      network_window: Hounsfield values that a network which reads them (UniReg) is
+        shown of this task's scans, within those that are loaded; its own
+        `backbone_window` if None.
+      similarity_window: those that the similarity compares, the scans being cut to
+        them; if None what such a network is shown, or all that is loaded.
     """
 
     dataset: str
@@ -73,6 +78,8 @@ class Task:
     smoothness: float | None = None
     ct_window: tuple[float, float] | None = None
     quantile_range: tuple[float, float] | None = None
+    network_window: tuple[float, float] | None = None
+    similarity_window: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -248,6 +248,19 @@ class Carried:
         ).array
 
 
+def part_of(
+    window: tuple[float, float], loaded: tuple[float, float]
+) -> tuple[float, float]:
+    """Returns where a window's ends are in scans of which another was loaded.
+
+    Args:
+      window: Hounsfield units.
+      loaded: those that became 0 and 1.
+    """
+    low, high = loaded
+    return (window[0] - low) / (high - low), (window[1] - low) / (high - low)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocessing:
     """The intensity rule of one scan; travels with a model's weights.

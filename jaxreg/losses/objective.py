@@ -37,6 +37,24 @@ _WEIGHTS = ("inverse_consistency_weight", *_OPTIONAL.values())
 _SHARE = "pairs with "
 
 
+def as_compared(pair: Pair) -> Pair:
+    """Returns the pair with its images as the similarity sees them, N D H W C.
+
+    Each is cut to `Pair.similarity_range`, whose ends become 0 and 1. What is beyond an
+    image's grid then is what is at the range's lower end: air in CT.
+    """
+    if pair.similarity_range is None:
+        return pair
+    low, high = (pair.similarity_range[:, i, None, None, None, None] for i in (0, 1))
+
+    def cut(image):
+        return None if image is None else jnp.clip((image - low) / (high - low), 0, 1)
+
+    names = ("moving", "fixed", "moving_target", "fixed_target")
+    images = {name: cut(getattr(pair, name)) for name in names}
+    return dataclasses.replace(pair, **images, similarity_range=None)
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is minimised, uniGradICON's loss by default; call it on two transforms.
@@ -337,6 +355,7 @@ def _similarity(
     axis: str | None,
 ) -> jax.Array:
     """All directions; each mask is that of the image compared with."""
+    pair = as_compared(pair)
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
     options = dict(objective.similarity_options)
     if objective.similarity in (

@@ -234,6 +234,74 @@ def reads_ct_alone(config: Config | None) -> bool:
     return isinstance(config, UniRegConfig) and config.backbone_window is not None
 
 
+def network_window(config: Config | None) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that a network sees where a task has none.
+
+    None for networks that see all that was loaded.
+    """
+    return config.backbone_window if isinstance(config, UniRegConfig) else None
+
+
+def task_window(
+    config: Config, task: tuple[int, dynamic.Pairing]
+) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that a network is shown of a task; see `Tasks`.
+
+    Where training did not have the task, those of the same region, if it has but one.
+    """
+    shown = getattr(config, "task_windows", ())
+    tasks = getattr(config, "tasks", ())
+    for alike in (lambda t: t == task, lambda t: t[0] == task[0]):
+        found = {w for w, t in zip(shown, tasks, strict=False) if alike(t)}
+        if len(found) == 1:
+            return found.pop()
+    return network_window(config)
+
+
+def with_network_windows(
+    config: Config, windows: Sequence[tuple[float, float] | None]
+) -> Config:
+    """Returns the configuration with the window of each of its tasks.
+
+    Args:
+      config: of any network; one that reads no Hounsfield units stays as it is.
+      windows: of each task; None for the network's own.
+    """
+    own = network_window(config)
+    if own is None or not isinstance(config, UniRegConfig):
+        return config
+    shown = tuple(window or own for window in windows)
+    if set(shown) <= {own}:
+        shown = ()
+    return dataclasses.replace(config, task_windows=shown)
+
+
+def with_sam_window(config: Config, window: tuple[float, float]) -> Config:
+    """Returns the configuration of a UniReg for a SAM network that knows a window."""
+    assert isinstance(config, UniRegConfig)  # no other network has one
+    low, high = window
+    return dataclasses.replace(config, sam_window=(float(low), float(high)))
+
+
+def with_every_task(
+    config: Config, tasks: Tasks, window: tuple[float, float] | None
+) -> Config:
+    """Returns the configuration for another table of tasks, all with one window.
+
+    Args:
+      config: of a network that is told regions.
+      tasks: region and type of each.
+      window: Hounsfield units that the network is shown; None for its own.
+    """
+    assert isinstance(config, UniRegConfig | UniRegRpnConfig)  # the caller's promise
+    if isinstance(config, UniRegRpnConfig):
+        return dataclasses.replace(config, tasks=tasks)
+    own = config.backbone_window and (window or config.backbone_window)
+    return dataclasses.replace(
+        config, tasks=tasks, task_windows=(), backbone_window=own
+    )
+
+
 def prompts_in(variables: Variables) -> int:
     """Returns how many static prompts weights of any kind hold."""
     bottleneck = variables["params"].get("bottleneck", {})

@@ -294,15 +294,20 @@ def normalise(x: Image) -> Image:
     return x * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_NORM**2))
 
 
-def to_sam_range(image: Any, window: tuple[float, float]) -> Any:
+def to_sam_range(
+    image: Any,
+    window: tuple[float, float],
+    known: tuple[float, float] = HU_RANGE,
+) -> Any:
     """Returns a CT image, an array of JAX or NumPy, as SAM sees it, `SAM_RANGE`.
 
     Args:
       image: [0, 1] over `window`; what the window cut off stays cut off.
       window: Hounsfield units of 0 and 1.
+      known: those that the network was trained on; what is beyond is cut off, too.
     """
     low, high = window
-    hounsfield = (low + image * (high - low)).clip(*HU_RANGE)
+    hounsfield = (low + image * (high - low)).clip(*HU_RANGE).clip(*known)
     scale = (SAM_RANGE[1] - SAM_RANGE[0]) / (HU_RANGE[1] - HU_RANGE[0])
     return (hounsfield - HU_RANGE[0]) * scale + SAM_RANGE[0]
 

@@ -54,6 +54,7 @@ from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 DIVISOR = 16
 TYPES = ("intra", "inter")
 EMBEDDING = 8
+_WINDOWS = ("window", "backbone_window", "sam_window")
 SAM = "sam"
 """The collection that holds the frozen network for the embeddings."""
 FEATURES = "features"
@@ -84,6 +85,10 @@ class UniRegConfig:
       window: the Hounsfield units of the stored 0 and 1.
       backbone_window: those of the U-Net's -1 and 1; None is the stored range, as for
         MR.
+      task_windows: those of each task's pairs; `backbone_window` for all if empty.
+        Training takes them from its tasks.
+      sam_window: those that the SAM network knows, what is beyond being cut off; None
+        for SAM's whole scale. Training takes them from its SAM network.
       form: convolution form, see `jaxreg.nn.conv`.
     """
 
@@ -100,21 +105,35 @@ class UniRegConfig:
     smoothness_range: SmoothnessRange | None = None
     window: tuple[float, float] = HU_RANGE
     backbone_window: tuple[float, float] | None = (-800.0, 400.0)
+    task_windows: tuple[tuple[float, float], ...] = ()
+    sam_window: tuple[float, float] | None = None
     form: conv.Form = "auto"
 
     def __post_init__(self):
         """Checks tasks and windows.
 
         Raises:
-          UserError: see `dynamic.check_tasks`, or a window is empty.
+          UserError: see `dynamic.check_tasks`, a window is empty, or there is another
+            number of them than of tasks.
         """
         dynamic.check_tasks(self.tasks, self.regions)
-        for name in ("window", "backbone_window"):
-            low, high = getattr(self, name) or (0.0, 1.0)
-            if not low < high:
-                raise UserError(
-                    f"{name} is {low} to {high}; give the lower Hounsfield unit first"
-                )
+        windows = {name: (getattr(self, name),) for name in _WINDOWS}
+        for name, several in {**windows, "task_windows": self.task_windows}.items():
+            for low, high in filter(None, several):
+                if not low < high:
+                    raise UserError(
+                        f"{name} is {low} to {high}; give the lower Hounsfield unit "
+                        "first"
+                    )
+        if self.task_windows and (
+            self.backbone_window is None or len(self.task_windows) != len(self.tasks)
+        ):
+            raise UserError(
+                f"task_windows has {len(self.task_windows)} windows for "
+                f"{len(self.tasks)} tasks and backbone_window "
+                f"{self.backbone_window}; give one for each task of a network that "
+                "reads Hounsfield units, or none"
+            )
 
     @property
     def known(self) -> int:
@@ -375,9 +394,10 @@ class UniReg:
                 sam_features, form=self.config.form
             )
             frozen = variables.get(SAM, {})
+            known = self.config.sam_window or HU_RANGE
             found = one_by_one(
                 lambda image: _as_features(extract(frozen, image)),
-                to_sam_range(images, self.config.window),
+                to_sam_range(images, self.config.window, known),
             )
         # The networks that make features are frozen.
         found = jax.lax.stop_gradient(found)
@@ -406,12 +426,20 @@ class UniReg:
         rest = {name: tree for name, tree in variables.items() if name != SAM}
         return {**rest, FEATURES: self._extract(variables, moving, fixed)}
 
-    def _backbone(self, image: Image) -> Image:
+    def _backbone(self, image: Image, task: Int[Array, " N"] | None = None) -> Image:
         """Images N D H W 1, [0, 1], as the U-Net sees them."""
-        window = self.config.backbone_window
+        config = self.config
+        window: Any = config.backbone_window
         if window is None:
             return 2.0 * image - 1.0
-        return rescaled(image, self.config.window, window, (-1.0, 1.0))
+        if config.task_windows:
+            # A task beyond the table is refused, or gives NaN, where heads are made.
+            several = jnp.asarray(config.task_windows, jnp.float32)[task]
+            window = (
+                several[:, 0, None, None, None, None],
+                several[:, 1, None, None, None, None],
+            )
+        return rescaled(image, config.window, window, (-1.0, 1.0))
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
         """Returns fresh variables, {"params": ...}; they do not depend on the shape.
@@ -472,8 +500,8 @@ class UniReg:
         source, target = self._features(variables, moving, fixed, batching)
         field = UniRegNetwork(self.config).apply(
             {"params": variables["params"]},
-            self._backbone(moving),
-            self._backbone(fixed),
+            self._backbone(moving, task),
+            self._backbone(fixed, task),
             source,
             target,
             known,

@@ -108,7 +108,7 @@ def one_by_one(function: Callable[[Image], Features], images: Image) -> Features
 def rescaled(
     image: Image,
     stored: tuple[float, float],
-    window: tuple[float, float],
+    window: tuple[float, float] | tuple[jax.Array, jax.Array],
     to: tuple[float, float],
 ) -> Image:
     """Returns an image cut to a window and brought to another range.
@@ -116,7 +116,7 @@ def rescaled(
     Args:
       image: N D H W 1, [0, 1].
       stored: the Hounsfield units of 0 and 1.
-      window: those of the new range's ends.
+      window: those of the new range's ends; numbers, or N 1 1 1 1 each.
       to: the new range.
     """
     low, high = stored

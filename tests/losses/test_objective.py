@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective, TaskObjective
@@ -537,3 +538,78 @@ def test_a_models_own_terms_enter_with_their_weights():
 def test_inverse_consistency_in_one_direction_is_refused():
     with pytest.raises(UserError, match="inverse consistency needs both"):
         Objective(directions="forward")
+
+
+# --- which intensities are compared ---------------------------------------------------
+
+LOADED, SEEN = (-1024.0, 3071.0), (-800.0, 400.0)
+AIR, SOFT, LIVER, BONE = -1000.0, 40.0, 120.0, 915.0
+
+
+def abdomen(spine=0, liver=0):
+    """A body in air with a liver and a spine, D H W, HU, moved by voxels along W."""
+    shape = (32, 40, 40)
+    place = np.moveaxis(np.indices(shape), 0, -1)
+
+    def within(centre, radii):
+        return np.sum(((place - centre) / radii) ** 2, -1) < 1
+
+    hu = np.full(shape, AIR, np.float32)
+    hu[within((16, 20, 20), (60, 17, 19))] = SOFT
+    hu[within((16, 18, 12 + liver), (12, 9, 9))] = LIVER
+    hu[within((16, 31, 20 + spine), (60, 3, 3))] = BONE
+    return hu
+
+
+def cost(moved, seen):
+    """What displaced organs add to a global NCC, by the objective and by NumPy."""
+    stored = [(a - LOADED[0]) / (LOADED[1] - LOADED[0]) for a in (moved, abdomen())]
+    moving, fixed = (jnp.asarray(a)[None, ..., None] for a in stored)
+    part = None
+    if seen != LOADED:
+        part = jnp.asarray([preprocess.part_of(seen, LOADED)], jnp.float32)
+    pair = Pair(moving, fixed, similarity_range=part)
+    objective = Objective("ncc", inverse_consistency_weight=0.0, directions="forward")
+    noise = jnp.zeros((1, *fixed.shape[1:4], 3))
+    _, parts = objective(Transform(()), None, pair, noise)
+    cut = [np.clip(a, *seen).astype(np.float64).ravel() for a in (moved, abdomen())]
+    expected = 1 - np.corrcoef(*cut)[0, 1]
+    np.testing.assert_allclose(parts["similarity"], expected, atol=2e-6)
+    return expected
+
+
+def test_bone_does_not_drown_an_organ_in_the_window_that_is_compared():
+    """A spine moved by 2 voxels against a liver moved as far."""
+    ratios = [
+        cost(abdomen(spine=2), seen) / cost(abdomen(liver=2), seen)
+        for seen in (LOADED, SEEN)
+    ]
+    np.testing.assert_allclose(ratios, [58.5, 9.9], rtol=0.02)
+    # In a global NCC an organ counts by the square of its contrast.
+    contrast = (BONE - SOFT) / (SEEN[1] - SOFT)
+    np.testing.assert_allclose(ratios[0] / ratios[1], contrast**2, rtol=0.02)
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_the_similarity_sees_images_cut_before_they_are_warped(targets):
+    """As if each pair had been loaded in its own window, also beyond the grid."""
+    case = random_case(7, batch=2)
+    ranges = np.float32([[0.1, 0.4], [0.3, 0.8]])
+    low, high = (ranges[:, i].reshape(2, 1, 1, 1, 1) for i in (0, 1))
+    images = {"moving": case["A"], "fixed": case["B"]}
+    if targets:
+        images |= {"moving_target": case["label_A"], "fixed_target": case["label_B"]}
+    loaded = {n: np.clip((a - low) / (high - low), 0, 1) for n, a in images.items()}
+    for name in ("ncc", "lncc", "mse", "box_ncc"):
+        objective = Objective(name)
+        several = TaskObjective((objective,))
+        for score, own in ((objective, {}), (several, {"objective": np.array([0, 0])})):
+            found, expected = (
+                score(*transforms(case), Pair(**pair), case["noise"])[1]
+                for pair in (
+                    {**images, **own, "similarity_range": jnp.asarray(ranges)},
+                    {**loaded, **own},
+                )
+            )
+            for part, value in expected.items():
+                np.testing.assert_allclose(found[part], value, rtol=1e-5, err_msg=part)

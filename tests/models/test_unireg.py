@@ -253,6 +253,54 @@ def test_windows():
     np.testing.assert_allclose(np.ravel(ends), [-1, 0, 1])
 
 
+def test_each_task_can_have_a_window_of_its_own():
+    windows = ((-800.0, 400.0), (-150.0, 250.0))
+    config = UniRegConfig(
+        features="none", regions=2, tasks=((0, "inter"), (1, "intra")),
+        task_windows=windows,
+    )  # fmt: skip
+    model = UniReg(config)
+    moving, fixed = images()
+    seen = model._backbone(fixed, jnp.array([1, 0]))
+    for row, window in zip(seen, windows[::-1], strict=True):
+        alone = dataclasses.replace(config, task_windows=(), backbone_window=window)
+        check(row, UniReg(alone)._backbone(fixed)[0 if window == windows[1] else 1])
+    variables = loud(model.init(jax.random.key(1), SHAPE), size=0.02)
+    several, _ = model.apply(variables, moving, fixed, task=jnp.array([1, 0]))
+    narrow = dataclasses.replace(config, task_windows=(), backbone_window=windows[1])
+    one, _ = UniReg(narrow).apply(variables, moving, fixed, task=jnp.array([1, 1]))
+    fields = [found.transform.steps[0].field for found in (several, one)]
+    check(fields[0][0], fields[1][0])
+    assert np.abs(fields[0][1] - fields[1][1]).max() > 1e-6
+    with pytest.raises(UserError, match="1 windows for 2 tasks"):
+        dataclasses.replace(config, task_windows=windows[:1])
+
+
+def test_sam_is_shown_the_units_that_it_knows():
+    """What a SAM network was not trained on is cut off, in its place on SAM's scale."""
+    seen = []
+
+    def embed(_, image):
+        seen.append(np.array(image))
+        d, h, w = image.shape[1:4]
+        fine, coarse = (
+            jnp.ones((1, d // a, h // b, w // b, 1)) for a, b in ((2, 2), (4, 16))
+        )
+        return sam.Embeddings(fine, coarse)
+
+    config = UniRegConfig(head="flow", sam_window=(-300.0, 500.0))
+    units = np.linspace(-1024, 3071, 16, dtype=np.float32)
+    stored = np.broadcast_to(
+        ((units + 1024) / 4095)[:, None], (1, 16, 16, 16, 16, 1)[1:]
+    )
+    with jax.disable_jit():
+        UniReg(config, embed)._extract(
+            {}, jnp.asarray(stored)[:1], jnp.asarray(stored)[:1]
+        )
+    expected = (np.clip(units, -300, 500) + 1024) * 255 / 4095 - 50
+    np.testing.assert_allclose(seen[0][0, 0, 0, :, 0], expected, atol=1e-3)
+
+
 def test_mind_features_have_length_1_and_see_one_image_each():
     moving, _ = images()
     found = unireg_features.mind_features(moving)
