@@ -166,6 +166,10 @@ class Kind:
       wrapper: the entry of a PyTorch file that holds the tensors, if they are not
         all of it.
       beside: further entries of such a file.
+      names: the entry of the preprocessing, and of such a file, that names the prompts
+        or the regions of the weights, in their order.
+      in_order: variables and these names -> both in the order of the released code;
+        raises UserError where it cannot hold them. None where it has no order.
     """
 
     read_config: Callable[..., dict[str, Any]]
@@ -175,6 +179,8 @@ class Kind:
     preprocessing: Callable[[Variables], Mapping[str, Any]]
     wrapper: str | None = None
     beside: Mapping[str, Any] | None = None
+    names: str | None = None
+    in_order: Callable[..., tuple[Variables, tuple[str, ...]]] | None = None
 
 
 _GRADICON_CONFIG = {
@@ -215,14 +221,13 @@ UNIREG_RPN_PREPROCESSING = {
     "mri_quantiles": [0.005, 0.995],
     "mri_foreground": True,
 }
-UNIREG_RPN_TASKS = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
 
 
 def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
     """Returns the released code's, with its tasks' names where they are the six."""
     sizes = released_unireg.variable_sizes(variables, source="the weights")
-    known = sizes.regions == len(UNIREG_RPN_TASKS)
-    names = list(UNIREG_RPN_TASKS) if known else []
+    names = list(released_unireg.REGIONS)
+    known = sizes.regions == len(names)
     named = {"tasks": names, "regions": names} if known else {}
     return {**UNIREG_RPN_PREPROCESSING, **named}
 
@@ -291,6 +296,7 @@ KINDS = {
             check_variables=released_promptreg.check_variables,
             preprocessing=_promptreg_preprocessing,
             wrapper="model_state_dict",
+            names="tasks" if name == "promptreg" else None,
         )
         for name in ("promptreg", "rdp")
     },
@@ -308,6 +314,8 @@ KINDS = {
         check_variables=released_unireg.check_variables,
         preprocessing=_unireg_rpn_preprocessing,
         wrapper="model_state_dict",
+        names="regions",
+        in_order=released_unireg.in_released_order,
     ),
     SAM: Kind(
         read_config=released_sam.read_config,
@@ -515,8 +523,14 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
             f"give --model {bundle.model}"
         )
     kind = _kind(bundle.model, str(source))
-    state = kind.from_variables(bundle.variables, bundle.config, source=str(source))
-    released.write_state_dict(target, state, wrapper=kind.wrapper, beside=kind.beside)
+    variables, beside = bundle.variables, dict(kind.beside or {})
+    names = tuple(bundle.preprocessing.get(kind.names, ())) if kind.names else ()
+    if kind.names and names:
+        if kind.in_order is not None:
+            variables, names = kind.in_order(variables, names, source=str(source))
+        beside[kind.names] = list(names)
+    state = kind.from_variables(variables, bundle.config, source=str(source))
+    released.write_state_dict(target, state, wrapper=kind.wrapper, beside=beside)
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
@@ -734,11 +748,14 @@ def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:
     kind = KINDS[model]
     config = kind.read_config(state, source=str(path))
     variables = kind.to_variables(state, config, source=str(path))
+    preprocessing = dict(kind.preprocessing(variables))
+    if kind.names and (names := released.read_names(path, kind.names)):
+        preprocessing[kind.names] = list(names)
     return Bundle(
         variables=variables,
         model=model,
         config=config,
-        preprocessing=kind.preprocessing(variables),
+        preprocessing=preprocessing,
         source=f"{path.name}; sha256 {files.sha256(path)}",
         licence="not stated by the file",
     )

@@ -583,6 +583,75 @@ def test_released_unireg_goes_both_ways(golden, tmp_path, prefix):
         assert torch.equal(back[key], tensor), key
 
 
+@pytest.mark.torch
+@pytest.mark.golden
+def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
+    """As the recipe trains them, into the release's order and back."""
+    torch = pytest.importorskip("torch")
+    g = golden("unireg_rpn_small")
+    state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
+    recipe = ("cardiac", "liver", "head", "abdomen", "chest", "brain")
+    released_order = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
+    # The golden file with its columns moved to where the recipe has these regions.
+    moved = dict(state)
+    for key in [k for k in state if k.endswith("controller.weight")]:
+        column = {n: state[key][:, i - 6] for i, n in enumerate(released_order)}
+        columns = np.stack([column[name] for name in recipe], axis=1)
+        assert len({c.tobytes() for c in column.values()}) == 6
+        moved[key] = np.concatenate([state[key][:, :-6], columns], axis=1)
+    bundle = checkpoints.Bundle(
+        released_unireg.to_variables(moved),
+        "unireg_rpn",
+        {
+            **released_unireg.read_config(moved),
+            "tasks": [[i, "inter"] for i in range(6)],
+        },
+        {"regions": list(recipe), "tasks": list(recipe)},
+        "",
+        "",
+    )
+    checkpoints.save_bundle(tmp_path / "trained", bundle)
+    zoo.convert(tmp_path / "trained", tmp_path / "out.pth")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert content["regions"] == list(released_order)
+    for key, array in state.items():
+        found = content["model_state_dict"][key].numpy()
+        np.testing.assert_array_equal(found, array, err_msg=key)
+    zoo.convert(tmp_path / "out.pth", tmp_path / "back")
+    both = [zoo.load(tmp_path / name) for name in ("trained", "back")]
+    for name in recipe:
+        rows = []
+        for model in both:
+            place = model.bundle.preprocessing["regions"].index(name)
+            kernel = model.variables["params"]["decoder_1"]["head"]["controller"]
+            rows.append(kernel["kernel"][0, 0, 0, place - 6])
+        np.testing.assert_array_equal(*rows, err_msg=name)
+    other = {**bundle.preprocessing, "regions": ["hip", *recipe[1:]]}
+    checkpoints.save_bundle(
+        tmp_path / "other", dataclasses.replace(bundle, preprocessing=other)
+    )
+    with pytest.raises(UserError, match="other makes its heads for the regions hip"):
+        zoo.convert(tmp_path / "other", tmp_path / "other.pth")
+    assert not (tmp_path / "other.pth").exists()
+
+
+@pytest.mark.torch
+def test_prompts_keep_their_names_through_pytorch(tmp_path):
+    pytest.importorskip("torch")
+    config = PromptRegConfig(channels=2, tasks=3)
+    bundle = checkpoints.Bundle(
+        jax.tree.map(np.asarray, PromptReg(config).init(jax.random.key(0), (16,) * 3)),
+        "promptreg",
+        dataclasses.asdict(config),
+        {"shape": [16, 16, 16], "tasks": ["hip", "brain", "heart"]},
+        "",
+        "",
+    )
+    checkpoints.save_bundle(tmp_path / "trained", bundle)
+    zoo.convert(tmp_path / "trained", tmp_path / "out.pth")
+    assert zoo.load(tmp_path / "out.pth").tasks == ("hip", "brain", "heart")
+
+
 # --- SAM ------------------------------------------------------------------------------
 
 

@@ -413,6 +413,30 @@ def read_state_dict(
     return _strip(state)
 
 
+def read_names(
+    path: str | os.PathLike[str], entry: str, *, source: str | None = None
+) -> tuple[str, ...]:
+    """Returns names that a PyTorch file holds beside its tensors; () if it has none.
+
+    Args:
+      path: of a file that `read_state_dict` can read.
+      entry: what they stand under, see `write_state_dict`.
+      source: see `read_state_dict`.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    torch = require_torch(f"read {source or path}")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    return _names(content, entry)
+
+
+def _names(content: Any, entry: str) -> tuple[str, ...]:
+    found = content.get(entry) if isinstance(content, Mapping) else None
+    named = isinstance(found, list | tuple) and all(isinstance(n, str) for n in found)
+    return tuple(found) if named else ()
+
+
 def write_state_dict(
     path: str | os.PathLike[str],
     state: Mapping[str, np.ndarray],

@@ -9,7 +9,7 @@ voxel indices, which say nothing and are left out.
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,7 +27,8 @@ _PREFIX = re.compile(r"^(?:module\.|base_model\.|net\.)+")
 _GRID = re.compile(r"^transformer\.\d+\.grid$")
 _FIRST = "encoder.block1.main.weight"
 _CONTROLLER = "decoder1.dynamic_flow.controller.weight"
-_RELEASED_REGIONS = 6
+REGIONS = ("chest", "abdomen", "head", "liver", "cardiac", "brain")
+"""What the columns of a released controller belong to, in this order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +197,7 @@ def read_config(
     if sizes.head == "static":
         return found
     found |= {"hidden": sizes.hidden, "regions": sizes.regions}
-    if sizes.regions != _RELEASED_REGIONS:
+    if sizes.regions != len(REGIONS):
         regions = range(sizes.regions)
         found["tasks"] = tuple((r, p) for p in ("inter", "intra") for r in regions)
     return found
@@ -255,6 +256,38 @@ def from_variables(
         )
     table = entries(variable_sizes(variables, source=source))
     return released.state_of(variables, table, source=source, network=_NAME)
+
+
+def in_released_order(
+    variables: Variables, names: Sequence[str], *, source: str = "the checkpoint"
+) -> tuple[Variables, tuple[str, ...]]:
+    """Returns variables, and names, with the regions in the released code's order.
+
+    Args:
+      variables: {"params": ...} of models.unireg_rpn, with dynamic heads.
+      names: of the regions, in the order of the weights.
+      source: what the variables came from, for the error.
+
+    Raises:
+      UserError: these are not the six regions that the released code knows.
+    """
+    if sorted(names) != sorted(REGIONS):
+        raise UserError(
+            f"{source} makes its heads for the regions {', '.join(names)}, a file of "
+            f"the released code holds {', '.join(REGIONS)} and no others; keep it as a "
+            "checkpoint folder, or train with these regions to export"
+        )
+    order = np.array([list(names).index(region) for region in REGIONS])
+    params = dict(variables["params"])
+    for level in _LEVELS:
+        decoder = dict(params[f"decoder_{level}"])
+        head = dict(decoder["head"])
+        # The regions are what a controller is told last.
+        kernel = np.array(head["controller"]["kernel"])
+        kernel[..., -len(REGIONS) :, :] = kernel[..., -len(REGIONS) :, :][..., order, :]
+        head["controller"] = {**head["controller"], "kernel": kernel}
+        params[f"decoder_{level}"] = {**decoder, "head": head}
+    return {**variables, "params": params}, REGIONS
 
 
 def check_variables(

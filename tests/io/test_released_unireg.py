@@ -44,6 +44,44 @@ def test_sizes_are_read_from_either_side(sizes):
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
+RECIPE = ("cardiac", "liver", "head", "abdomen", "chest", "brain")
+
+
+def test_regions_get_the_places_that_the_release_gives_them():
+    state = random_state(SIZES[1])
+    for level in (1, 2, 3, 4):  # a column tells its region
+        kernel = state[f"decoder{level}.dynamic_flow.controller.weight"]
+        kernel[:, -6:] = np.float32([RECIPE.index(name) for name in RECIPE]).reshape(
+            6, 1, 1, 1
+        )
+    variables = released_unireg.to_variables(state)
+    ordered, names = released_unireg.in_released_order(variables, RECIPE)
+    assert names == ("chest", "abdomen", "head", "liver", "cardiac", "brain")
+    back = released_unireg.from_variables(ordered)
+    for level in (1, 2, 3, 4):
+        key = f"decoder{level}.dynamic_flow.controller.weight"
+        for place, name in enumerate(names):
+            np.testing.assert_array_equal(
+                back[key][:, place - 6], RECIPE.index(name), err_msg=name
+            )
+        np.testing.assert_array_equal(back[key][:, :-6], state[key][:, :-6])
+    for key in set(state) - {k for k in state if "controller.weight" in k}:
+        np.testing.assert_array_equal(back[key], state[key], err_msg=key)
+    # What was given stays as it was.
+    for key, array in released_unireg.from_variables(variables).items():
+        np.testing.assert_array_equal(array, state[key], err_msg=key)
+
+
+@pytest.mark.parametrize(
+    "names", [("chest", "abdomen"), (*RECIPE[:5], "hip"), (*RECIPE, "hip")]
+)
+def test_regions_that_the_release_does_not_know_are_refused(names):
+    sizes = Sizes(2, 1, "dynamic", len(names), 4)
+    variables = released_unireg.to_variables(random_state(sizes))
+    with pytest.raises(UserError, match=r"regions chest|regions cardiac.* no others"):
+        released_unireg.in_released_order(variables, names)
+
+
 def test_a_range_of_smoothness_means_nothing_to_static_heads():
     state = random_state(SIZES[2])
     variables = released_unireg.to_variables(state)
