@@ -138,7 +138,7 @@ def evaluate_verb(  # noqa: PLR0913
     quantile_range: QuantileRange = None,
     others: Annotated[
         str | None,
-        option("--others", "Other tools beside it: SyN, greedy.", _HOW),
+        option("--others", "Other tools beside it: SyN-MI, SyN-CC, greedy.", _HOW),
     ] = None,
 ) -> None:
     """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
@@ -156,7 +156,7 @@ def evaluate_verb(  # noqa: PLR0913
     nothing = not tools and not displacement and prealign is Prealign.NONE
     if (model is None or model == "none") and nothing:
         raise UserError(
-            "give a --model, --others SyN,greedy, --io-target displacement or "
+            "give a --model, --others SyN-MI,greedy, --io-target displacement or "
             "--prealign, to evaluate"
         )
     wanted = None if labels is None else parse_labels(labels)
@@ -358,9 +358,7 @@ def tune_verb(  # noqa: PLR0913
         progress=_row_done,
     )
     print(results.markdown(found.result, label_names=names))
-    for told, weight in found.best.items():
-        scored = f"Dice {100 * found.dice[told]:.2f} % of {found.pairs[told]} pairs"
-        print(f"{told}: smoothness {weight:g}, {scored}")
+    print("\n".join(tuning.lines_of(found, label_names=names)))
     print(f"wrote {out} and {out.with_suffix('.md')}")
     tuning.check_found(found)
     if write:

@@ -1,10 +1,15 @@
 """Registration by other tools, as transforms that jaxreg warps and measures.
 
+SyN goes by two names: SyN-MI by mutual information with antspyx's own settings, as the
+papers of uniGradICON and UniReg have run it, and SyN-CC by local cross correlation of
+radius 4. SyN alone is SyN-CC, as tables written before the two had names have it.
+
 SyN by antspyx and greedy by picsl_greedy, both optional. Scans go to the tools and
 transforms come back as files in a folder that is removed afterwards, so that geometry
 passes through `io` alone.
 """
 
+import functools
 import importlib
 import inspect
 import io
@@ -38,7 +43,7 @@ def register_syn(
       fixed: the scan that stays.
       metric: of the deformable stage: CC (local cross correlation), mattes (mutual
         information), meansquares or demons.
-      radius: of CC's window, voxels; bins of mattes.
+      radius: of CC's window, voxels; bins of mattes, of which antspyx has 32.
       iterations: of the deformable stage, coarse to fine; antspyx's default.
       seed: of the voxels that the affine stage samples, where antspyx can set it.
 
@@ -52,7 +57,7 @@ def register_syn(
       Avants et al., Symmetric diffeomorphic image registration with cross-correlation,
       Medical Image Analysis 2008.
     """
-    ants = _tool(*_PACKAGES["SyN"])
+    ants = _tool(*_ANTS)
     with tempfile.TemporaryDirectory(prefix="jaxreg-syn-") as name:
         folder = pathlib.Path(name)
         scans = _write_scans(folder, moving=moving, fixed=fixed)
@@ -123,7 +128,12 @@ def register_greedy(
 
 
 TOOLS: Mapping[str, Callable[[Volume, Volume], Transform]] = MappingProxyType(
-    {"SyN": register_syn, "greedy": register_greedy}
+    {
+        "SyN": register_syn,
+        "SyN-MI": functools.partial(register_syn, metric="mattes", radius=32),
+        "SyN-CC": register_syn,
+        "greedy": register_greedy,
+    }
 )
 """What `evaluate` can put beside a model, by its name in the table."""
 
@@ -144,8 +154,14 @@ def check_installed(names: Iterable[str]) -> None:
         _tool(*_PACKAGES[name])
 
 
+_ANTS = ("ants", "antspyx")
 _PACKAGES = MappingProxyType(
-    {"SyN": ("ants", "antspyx"), "greedy": ("picsl_greedy", "picsl_greedy")}
+    {
+        "SyN": _ANTS,
+        "SyN-MI": _ANTS,
+        "SyN-CC": _ANTS,
+        "greedy": ("picsl_greedy", "picsl_greedy"),
+    }
 )
 
 

@@ -66,7 +66,8 @@ class Options:
       intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
       shape: the network grid, voxels along the network's array axes: (D, H, W), or
         the reverse where its placement has NIfTI's order.
-      precision: of the network's arithmetic; coordinates and losses stay float32.
+      precision: of the network's products, where the device has a choice; all else is
+        float32, coordinates and losses included.
       stored_orientation: feed the moving scan as it is stored, as the original does,
         instead of in the fixed scan's axis order; see `oriented_like`.
       seed: of the noise in the inverse consistency term.

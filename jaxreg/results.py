@@ -230,17 +230,30 @@ class _Column:
     spread: bool = False
 
 
-def _columns(labels: Sequence[int], names: Mapping[int, str]) -> list[_Column]:
+def _dice_columns(labels: Sequence[int], names: Mapping[int, str]) -> list[_Column]:
     def of_label(n: int) -> _Column:
         return _Column(
-            f"{_escaped(names.get(n, f'label {n}'))} %",
-            lambda row: 100 * row.dice.get(n, math.nan),
-            1,
+            f"{_label(n, names)} %", lambda row: 100 * row.dice.get(n, math.nan), 1
         )
 
+    return [of_label(n) for n in labels]
+
+
+def _hd95_columns(labels: Sequence[int], names: Mapping[int, str]) -> list[_Column]:
+    def of_label(n: int) -> _Column:
+        return _Column(_label(n, names), lambda row: row.hd95_mm.get(n, math.nan), 2)
+
+    return [of_label(n) for n in labels]
+
+
+def _label(n: int, names: Mapping[int, str]) -> str:
+    return _escaped(names.get(n, f"label {n}"))
+
+
+def _columns(labels: Sequence[int], names: Mapping[int, str]) -> list[_Column]:
     return [
         _Column("Dice %", lambda row: 100 * row.mean_dice, 1, spread=True),
-        *(of_label(n) for n in labels),
+        *_dice_columns(labels, names),
         _Column("HD95 mm", lambda row: row.mean_hd95_mm, 2, spread=True),
         _Column("TRE mm", lambda row: row.tre_mm, 2, spread=True),
         _Column(r"%\|J\|<0", lambda row: row.folding_percent, 3),
@@ -255,10 +268,10 @@ def markdown(
     """Returns tables as the papers have them: methods by measures, one per task.
 
     Each number is the mean over a task's pairs (for Dice and HD95, of the means over a
-    pair's labels), with the sample standard deviation over the pairs after ±. Seconds
-    leave out a method's first pair, which compiles, where there are others. Measures
-    that no row has get no column. With more than one task, a last table counts all
-    pairs alike.
+    pair's labels), with the sample standard deviation over the pairs after ±. HD95 of
+    each label is a table below, and so is Dice where labels are many. Seconds leave out
+    a method's first pair, which compiles, where there are others. Measures that no row
+    has get no column. With more than one task, a last table counts all pairs alike.
 
     Args:
       result: from `evaluate` or `read_csv`.
@@ -300,7 +313,14 @@ def _table(result: Result, task: str | None, names: Mapping[int, str]) -> str:
         ],
     )
     if wide:
-        lines += ["", *_label_table(of_task, labels, names)]
+        lines += ["", *_label_table(of_task, "Dice", _dice_columns(labels, names))]
+    far = [
+        column
+        for column in _hd95_columns(labels, names)
+        if any(not math.isnan(column.value(row)) for row in of_task.rows)
+    ]
+    if len(far) > 1:  # of one label, the mean says it
+        lines += ["", *_label_table(of_task, "HD95 mm", far)]
     return "\n".join(lines)
 
 
@@ -308,13 +328,13 @@ def _pairs(count: int) -> str:
     return f"{count} pair{'s' * (count != 1)}"
 
 
-def _label_table(of_task: Result, labels, names: Mapping[int, str]) -> list[str]:
-    per_label = [c for c in _columns(labels, names) if c.title != "Dice %"]
+def _label_table(of_task: Result, title: str, columns: Sequence[_Column]) -> list[str]:
+    """Returns a measure of each label by itself: labels by methods."""
     return _grid(
-        ["Dice", *map(_escaped, of_task.methods)],
+        [title, *map(_escaped, of_task.methods)],
         [
             [c.title, *(_entry(c, of_task.select(method=m)) for m in of_task.methods)]
-            for c in per_label[: len(labels)]
+            for c in columns
         ],
     )
 

@@ -21,6 +21,27 @@ from jaxreg.nn.dynamic import SmoothnessRange
 
 
 @dataclasses.dataclass(frozen=True)
+class Structure:
+    """The weight that serves one structure of one task best.
+
+    Attributes:
+      task: what the network is told.
+      table: the pairs' own task, whose label maps have the label.
+      label: the structure's value there.
+      weight: with the largest mean Dice over the pairs that have one with every weight.
+      dice: that mean, 0 to 1.
+      pairs: how many pairs that were.
+    """
+
+    task: str
+    table: str
+    label: int
+    weight: float
+    dice: float
+    pairs: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Tuned:
     """What a sweep found.
 
@@ -33,6 +54,8 @@ class Tuned:
       dice: that mean, 0 to 1.
       pairs: how many pairs that were.
       unscored: the tasks without.
+      structures: the same of every structure by itself, as UniReg's paper has it (table
+        4); by task, then label.
     """
 
     result: results.Result
@@ -40,6 +63,7 @@ class Tuned:
     dice: Mapping[str, float]
     pairs: Mapping[str, int]
     unscored: tuple[str, ...] = ()
+    structures: tuple[Structure, ...] = ()
 
 
 def weights_to_try(model: zoo.LoadedModel, count: int) -> tuple[float, ...]:
@@ -129,22 +153,78 @@ def sweep(
         (pair.table, name): evaluate.told_of(pair, model, options).key
         for pair, name in zip(pairs, names, strict=True)
     }
-    # Task to pair to weight to Dice.
-    scores: dict[str, dict[tuple[str, str], dict[float, float]]]
+    # Task, or task, table and label, to pair to weight to Dice.
+    scores: dict[Any, dict[tuple[str, str], dict[float, float]]]
     scores = collections.defaultdict(lambda: collections.defaultdict(dict))
     for row in found.rows:
-        if row.method in methods and not math.isnan(row.mean_dice):
-            pair = (row.task, row.pair)
-            scores[told[pair]][pair][methods[row.method]] = row.mean_dice
-    best, dice, counts = {}, {}, {}
-    for task in dict.fromkeys(told.values()):
-        whole = [s for s in scores[task].values() if len(s) == len(weights)]
-        if whole:
-            means = {w: float(np.mean([s[w] for s in whole])) for w in weights}
-            best[task] = max(means, key=means.__getitem__)
-            dice[task], counts[task] = means[best[task]], len(whole)
-    unscored = tuple(t for t in dict.fromkeys(told.values()) if t not in best)
-    return Tuned(found, best, dice, counts, unscored)
+        if row.method not in methods:
+            continue
+        pair, weight = (row.task, row.pair), methods[row.method]
+        task = told[pair]
+        measured = {task: row.mean_dice}
+        measured |= {(task, row.task, n): score for n, score in row.dice.items()}
+        for what, score in measured.items():
+            if not math.isnan(score):
+                scores[what][pair][weight] = score
+    of_all = {
+        what: winner
+        for what, one in scores.items()
+        if (winner := _best(one, weights)) is not None
+    }
+    known = list(dict.fromkeys(told.values()))
+    best = {task: of_all[task] for task in known if task in of_all}
+    structures = [
+        Structure(what[0], what[1], what[2], *one)
+        for what, one in of_all.items()
+        if isinstance(what, tuple)
+    ]
+    return Tuned(
+        found,
+        {task: weight for task, (weight, _, _) in best.items()},
+        {task: dice for task, (_, dice, _) in best.items()},
+        {task: count for task, (_, _, count) in best.items()},
+        tuple(task for task in known if task not in best),
+        tuple(
+            sorted(structures, key=lambda s: (known.index(s.task), s.table, s.label))
+        ),
+    )
+
+
+def _best(
+    scores: Mapping[Any, Mapping[float, float]], weights: Sequence[float]
+) -> tuple[float, float, int] | None:
+    """Returns the best weight, its mean and the number of pairs with every weight."""
+    whole = [s for s in scores.values() if len(s) == len(weights)]
+    if not whole:
+        return None
+    means = {w: float(np.mean([s[w] for s in whole])) for w in weights}
+    weight = max(means, key=means.__getitem__)
+    return weight, means[weight], len(whole)
+
+
+def lines_of(
+    found: Tuned, *, label_names: Mapping[str, Mapping[int, str]] | None = None
+) -> list[str]:
+    """Returns a line for each task's best weight, followed by its structures' own.
+
+    Args:
+      found: by `sweep`.
+      label_names: table to label to its name.
+    """
+    lines = []
+    for task, weight in found.best.items():
+        lines.append(f"{task}: {_scored(weight, found.dice[task], found.pairs[task])}")
+        own = [s for s in found.structures if s.task == task]
+        tables = {s.table for s in own}
+        for s in own:
+            name = (label_names or {}).get(s.table, {}).get(s.label, f"label {s.label}")
+            where = f"{s.table}, " if len(tables) > 1 else ""
+            lines.append(f"  {where}{name}: {_scored(s.weight, s.dice, s.pairs)}")
+    return lines
+
+
+def _scored(weight: float, dice: float, pairs: int) -> str:
+    return f"smoothness {weight:g}, Dice {100 * dice:.2f} % of {pairs} pairs"
 
 
 def check_found(found: Tuned) -> None:

@@ -85,6 +85,19 @@ def test_syn_reads_its_composite(ants):
     assert not pathlib.Path(asked["fixed"]).exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "sampling"),
+    [("SyN-MI", "mattes", 32), ("SyN-CC", "CC", 4), ("SyN", "CC", 4)],
+)
+def test_the_similarity_of_syn_is_chosen_by_name(ants, name, metric, sampling):
+    comparison.check_installed([name])
+    found = comparison.TOOLS[name](scan(), scan())
+    np.testing.assert_allclose(found.map_points(POINTS), EXPECTED, atol=1e-4)
+    _, asked = ants
+    assert (asked["syn_metric"], asked["syn_sampling"]) == (metric, sampling)
+    assert asked["reg_iterations"] == (40, 20, 0)
+
+
 def test_syn_is_seeded_where_antspyx_can_be(ants, monkeypatch):
     module, asked = ants
     unseeded = module.registration

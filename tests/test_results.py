@@ -200,6 +200,24 @@ def test_many_labels_make_a_table_of_their_own():
     assert "| label 9 % | 9.0 |" in text
 
 
+def test_distances_of_each_label_are_a_table_below():
+    result = Result(
+        (
+            row("initial", pair="p", hd95_mm={1: 4.0, 2: NAN}),
+            row("initial", pair="q", hd95_mm={1: 6.0, 2: 3.0}),
+            row("net", pair="p", hd95_mm={1: 1.0, 2: 2.5}),
+        )
+    )
+    text = results.markdown(result, label_names={"head": {2: "a|b"}})
+    lines = text.splitlines()
+    start = lines.index("| HD95 mm | initial | net |")
+    assert lines[start + 2 : start + 4] == [
+        "| label 1 | 5.00 | 1.00 |", r"| a\|b | 3.00 | 2.50 |",
+    ]  # fmt: skip
+    one = Result((row("net", dice={1: 0.5}, hd95_mm={1: 4.0}),))
+    assert results.markdown(one).count("HD95 mm") == 1  # the mean says it
+
+
 def test_a_single_first_pair_keeps_its_time():
     result = Result((row(seconds=60.0, first=True),))
     assert cells(results.markdown(result), "net")[-1] == "60.00"

@@ -93,6 +93,36 @@ def test_each_task_gets_the_weight_that_overlaps_most(tmp_path, pairs):
     assert found.pairs == {"box, inter": 2}
 
 
+def test_each_structure_has_a_best_weight_of_its_own(tmp_path):
+    """Two boxes of one scan, of which one moved by 1 voxel and the other by 4."""
+
+    def write(name, starts):
+        array = np.zeros(SHAPE[::-1], np.uint8)
+        for label, start in enumerate(starts, start=1):
+            array[start : start + 4, 4 * label - 4 : 4 * label, 2:6] = label
+        path = tmp_path / f"{name}.nii.gz"
+        nib.Nifti1Image(array, np.eye(4)).to_filename(path)
+        return path
+
+    fixed, moving = write("fixed", (4, 4)), write("moving", (5, 8))
+    pair = evaluate.PairSpec(
+        fixed=fixed, moving=moving, fixed_label=fixed, moving_label=moving,
+        task="near", pairing="inter",
+    )  # fmt: skip
+    found = tuning.sweep(
+        [pair], model(), OPTIONS, (1.0, 2.5, 4.0), out=tmp_path / "rows.csv"
+    )
+    weights = {s.label: (s.weight, s.dice, s.pairs) for s in found.structures}
+    assert weights == {1: (1.0, 1.0, 1), 2: (4.0, 1.0, 1)}
+    lines = tuning.lines_of(found, label_names={"near": {1: "box"}})
+    assert [line.split(",")[0] for line in lines] == [
+        "box",
+        "  box: smoothness 1",
+        "  label 2: smoothness 4",
+    ]
+    assert "Dice 100.00 % of 1 pairs" in lines[1]
+
+
 def test_weights_to_try_span_the_range_and_need_one():
     tried = tuning.weights_to_try(model(), 3)
     np.testing.assert_allclose(tried, [0.1, 1.0, 10.0])
@@ -201,6 +231,7 @@ def test_the_verb_prints_and_stores_the_best(tmp_path, tune):
     assert status == 0
     assert "box, inter: smoothness 1, Dice 100.00 % of 1 pairs" in printed
     assert "tube, inter: smoothness 4, Dice 100.00 %" in printed
+    assert printed.count("  label 1: smoothness") == 2
     assert stored == {"box, inter": 1.0, "tube, inter": 4.0}
     assert (tmp_path / "rows.md").is_file()
 

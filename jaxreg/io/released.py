@@ -433,8 +433,9 @@ def read_names(
 
 def _names(content: Any, entry: str) -> tuple[str, ...]:
     found = content.get(entry) if isinstance(content, Mapping) else None
-    named = isinstance(found, list | tuple) and all(isinstance(n, str) for n in found)
-    return tuple(found) if named else ()
+    if not isinstance(found, list | tuple):
+        return ()
+    return tuple(found) if all(isinstance(name, str) for name in found) else ()
 
 
 def write_state_dict(

@@ -82,7 +82,11 @@ class PromptRegConfig:
 
 
 AS_PAPER = PromptRegConfig(
-    temperature=0.1, readout="spatial", static_block=False, task_loss_on="weighted"
+    temperature=0.1,
+    readout="spatial",
+    static_block=False,
+    task_loss_on="weighted",
+    orthogonality="raw",
 )
 """The paper's forms, where the released code differs; for training new networks."""
 

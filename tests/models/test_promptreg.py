@@ -149,6 +149,21 @@ def test_forms_of_the_paper(golden):
         assert distance(alike, g[f"derived/task_similarity_raw_tau{tau}"]) < 1e-5
 
 
+@pytest.mark.golden
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [(promptreg.PromptRegConfig(), "orthogonal_loss"),
+     (promptreg.AS_PAPER, "derived/orthogonality_raw_frobenius")],
+)  # fmt: skip
+def test_each_form_has_its_own_orthogonality(golden, form, expected):
+    """The released code's of normalised prompts, the paper's of the prompts as such."""
+    g = golden(NAME)
+    _, variables, _ = network_of(g)
+    bank = promptreg.bank_of(variables)
+    found = prompts.orthogonality(bank, form.prompts.orthogonality)
+    assert distance(found, g[expected]) < 1e-5
+
+
 # --- beyond the stored arrays -------------------------------------------------------
 
 
