@@ -8,7 +8,7 @@ as its authors would (grid_sample, group_norm, grouped convolutions for the laye
 are made for each pair).
 
 References:
-  Zhao et al., UniReg, 2025; its released code for the pyramid; Tian et al., SAME++,
+  Li et al., UniReg, 2025; its released code for the pyramid; Tian et al., SAME++,
   2023, for the U-Net and the correlation.
 """
 

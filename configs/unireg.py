@@ -1,6 +1,6 @@
 """UniReg: one network whose head is made for the region and the type of each task.
 
-Method: Zhao et al., UniReg, 2025, section 3: SGD with momentum 0.99 at 5e-5, 120,000
+Method: Li et al., UniReg, 2025, section 3: SGD with momentum 0.99 at 5e-5, 120,000
 iterations of one pair, tasks drawn alike, NCC + lambda * diffusion + Dice with lambda
 0.05 (head and neck), 1 (chest), 0.1 (abdomen) and 10 (liver, within subjects), moving
 onto fixed alone; 2 mm, 192 x 192 x 160 voxels, -800 to 400 HU. The weight of Dice is
@@ -41,7 +41,7 @@ def get_config() -> Experiment:
     """Returns the experiment."""
     return Experiment(
         name="unireg",
-        paper="Zhao et al., UniReg, 2025, section 3",
+        paper="Li et al., UniReg, 2025, section 3",
         model=UniRegConfig(),
         data=DataConfig(tasks=TASKS, holdout=None, pairs_per_epoch=1000),
         loading=Loading(

@@ -1,6 +1,6 @@
 """UniReg-RPN: the released form of UniReg, a residual pyramid with heads for each task.
 
-Method: Zhao et al., UniReg, 2025; network and numbers of the released code. First the
+Method: Li et al., UniReg, 2025; network and numbers of the released code. First the
 pyramid with static heads on brain MR alone: Adam, 1e-4, 80,000 steps. Then, from these
 weights, with heads made for the task on six tasks: 1e-5, 150,000 steps, the gradient's
 norm at most 1, tasks by weight. Batch 1, LNCC in boxes of 9 voxels, moving onto fixed
@@ -41,7 +41,7 @@ def get_config() -> Experiment:
     others = tuple(task.dataset for task in TASKS if task.dataset != FIRST)
     return Experiment(
         name="unireg_rpn",
-        paper="Zhao et al., UniReg, 2025, section 3, and the released code",
+        paper="Li et al., UniReg, 2025, section 3, and the released code",
         model=UniRegRpnConfig(),
         data=DataConfig(
             tasks=TASKS, schedule="weighted", holdout=None, pairs_per_epoch=1000

@@ -4,7 +4,7 @@ Places are voxels of the images, P 3 integers along D, H and W. The embeddings l
 the fine grid, whose voxel q stands for the image's voxel 2 q: no half voxel is added.
 
 References:
-  Yan et al., SAM, IEEE TMI 2022; Liu et al., SAME, MICCAI 2021; Bai et al., SAME++,
+  Yan et al., SAM, IEEE TMI 2022; Liu et al., SAME, MICCAI 2021; Tian et al., SAME++,
   2023 (stable sampling).
 """
 

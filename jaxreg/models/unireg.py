@@ -6,7 +6,7 @@ within subjects) a controller makes the three layers that give the displacement.
 from which it descends, has one convolution in their place and integrates a velocity.
 
 References:
-  Zhao et al., UniReg: Foundation model for controllable medical image registration,
+  Li et al., UniReg: Foundation model for controllable medical image registration,
   2025; Tian et al., SAME++, 2023, whose code decides the U-Net and the correlation.
 """
 

@@ -9,7 +9,7 @@ Fields are in voxels of their level's grid. The static form, with one convolutio
 place of each head, is the network that the release starts from.
 
 References:
-  Zhao et al., UniReg: Foundation model for controllable medical image registration,
+  Li et al., UniReg: Foundation model for controllable medical image registration,
   2025; its released code decides everything here and differs from the paper, whose
   network is `jaxreg.models.unireg`.
 """

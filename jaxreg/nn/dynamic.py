@@ -5,7 +5,7 @@
     displacement = W3 f(W2 f(W1 features + b1) + b2) + b3, per voxel
 
 References:
-  Zhang et al., DoDNet, CVPR 2021 (dynamic head); Zhao et al., UniReg, 2025.
+  Zhang et al., DoDNet, CVPR 2021 (dynamic head); Li et al., UniReg, 2025.
 """
 
 import dataclasses
