@@ -12,6 +12,10 @@ not in the paper.
 Without SAM: --model.features mind, which correlates descriptors; and for MR, whose
 intensities are no Hounsfield units, --model.backbone_window None as well.
 
+Scans are loaded from -1024 to 3071 HU, which SAM sees; the U-Net is shown -800 to 400
+HU, and the similarity compares the same, as the paper does, in training as in use. A
+Task may have a network_window and a similarity_window of its own.
+
 Scans are taken as they are stored. The paper aligns those of two subjects first: do so
 once for each, onto one of them, by `jaxreg register --prealign affine --model none
 --io-iterations None --warped-moving-out ...`, and with --prealign in use.

@@ -444,6 +444,27 @@ def test_windows_belong_to_tasks(tmp_path):
         assert tasks.compared_window(one) == compared
 
 
+def test_checkpoints_from_before_windows_are_read(tmp_path):
+    """Without the fields; the similarity then sees what the U-Net does."""
+    config = dataclasses.asdict(PAPER)
+    for name in ("task_windows", "sam_window"):
+        del config[name]
+    variables = jax.tree.map(np.asarray, kinds.build(PAPER).init(jax.random.key(0)))
+    stated = {
+        "tasks": ["a", "b"], "regions": ["head", "liver"],
+        "task_rules": [
+            {"ct_window": None, "quantile_range": None, "smoothness": 1.0}
+        ] * 2,
+    }  # fmt: skip
+    bundle = checkpoints.Bundle(variables, "unireg", config, stated, "", "")
+    checkpoints.save_bundle(tmp_path / "old", bundle)
+    model = zoo.load(tmp_path / "old")
+    assert model.model.config == PAPER
+    for told_ in (tasks.tell(model, "a"), tasks.tell(model, "liver", "inter")):
+        assert told_.model.model.config.backbone_window == (-800.0, 400.0)
+        assert tasks.compared_window(told_.model) == (-800.0, 400.0)
+
+
 def test_weights_without_windows_compare_what_their_network_is_shown():
     assert tasks.compared_window(hounsfield()) == (-800.0, 400.0)
     old = hounsfield(tasks=["a", "b"], regions=["x", "y"], task_rules=[{}, {}])

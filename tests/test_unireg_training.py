@@ -1,7 +1,9 @@
 """Training UniReg: its frozen SAM network, resumed runs, two stages, refusals."""
 
 import dataclasses
+import json
 import shutil
+from typing import Any
 
 import jax
 import nibabel as nib
@@ -15,11 +17,13 @@ from jaxreg.errors import UserError
 from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import checkpoints
 from jaxreg.losses.objective import Objective
-from jaxreg.models import sam
+from jaxreg.models import kinds, sam
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import HU_RANGE, SamConfig, TrainedSam
 from jaxreg.models.unireg import UniRegConfig
 from jaxreg.models.unireg_rpn import UniRegRpn, UniRegRpnConfig
+from jaxreg.space.transform import Transform
+from jaxreg.training import parallel
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
@@ -83,6 +87,9 @@ def test_sam_is_frozen_and_travels_with_the_weights(trained, embeddings):
     assert held is not None
     for name in ("spacing_mm", "ct_window", "quantile_range"):
         assert getattr(held, name) == getattr(given, name), name
+    # Shown in UniReg what it knows, in training and ever after.
+    config: Any = kinds.config_of("unireg", loaded.bundle.config)
+    assert config.sam_window == given.ct_window
     # The rest has learnt.
     fresh = loaded.model.init(jax.random.key(0), SHAPE)["params"]
     assert jax.tree.structure(fresh) == jax.tree.structure(loaded.variables["params"])
@@ -230,6 +237,65 @@ def test_a_network_of_hounsfield_units_is_trained_on_ct(tmp_path):
         sources.make_sources(with_scans(MIND, mri))
     free = dataclasses.replace(MIND, backbone_window=None)
     assert sources.make_sources(with_scans(free, mri)).tasks == ("set",)
+
+
+def test_training_compares_what_the_network_is_shown(tmp_path):
+    """The pairs of a step and of validation, for a recipe that names no window."""
+    chosen = with_scans(MIND, labelled(tmp_path / "ct", "ct"))
+    found = sources.make_sources(chosen)
+    (rule,) = found.rules
+    assert rule.network_window == rule.similarity_window == (-800.0, 400.0)
+    rng = np.random.default_rng(0)
+    images = [rng.uniform(size=(1, *SHAPE, 1)).astype("f4") for _ in "ab"]
+    batch = dict(zip(("moving", "fixed"), images, strict=True))
+    batch |= {"task": np.zeros(1, int), "index": np.zeros(1, int)}
+    prepare = sources.make_prepare(chosen, found, parallel.Layout("single"))
+    pair = prepare(batch, jax.random.key(0))
+    low, high = ((hu + 1024) / 4095 for hu in (-800, 400))
+    np.testing.assert_allclose(pair.similarity_range, [[low, high]], rtol=1e-6)
+    np.testing.assert_array_equal(pair.fixed, images[1])  # which SAM sees whole
+    noise = np.zeros((1, *SHAPE, 3))
+    still = Transform(())
+    _, parts = sources.loss_of(chosen)(still, None, pair, noise)
+    cut = [np.clip((image - low) / (high - low), 0, 1) for image in images]
+    expected = np.mean((cut[0] - cut[1]) ** 2, dtype=np.float64)
+    np.testing.assert_allclose(parts["similarity"], expected, rtol=1e-5)
+    free = dataclasses.replace(
+        chosen, model=dataclasses.replace(MIND, features="none", backbone_window=None)
+    )
+    plain = sources.make_prepare(
+        free, sources.make_sources(free), parallel.Layout("single")
+    )
+    assert plain(batch, jax.random.key(0)).similarity_range is None
+
+
+def test_a_window_of_the_similarity_is_of_ct_alone(tmp_path):
+    task = Task("set", similarity_window=(-150.0, 250.0))
+    free = dataclasses.replace(MIND, backbone_window=None)
+    ct, mri = (labelled(tmp_path / name, name) for name in ("ct", "t1"))
+    (rule,) = sources.make_sources(with_scans(free, ct, tasks=(task,))).rules
+    assert (rule.network_window, rule.similarity_window) == (None, (-150.0, 250.0))
+    with pytest.raises(UserError, match="modality t1, but its task has a similarity"):
+        sources.make_sources(with_scans(free, mri, tasks=(task,)))
+    inverted = dataclasses.replace(task, invert_ct=True)
+    with pytest.raises(UserError, match="task set has invert_ct and a window"):
+        sources.make_sources(with_scans(free, ct, tasks=(inverted,)))
+
+
+def test_a_run_goes_on_whose_settings_do_not_know_of_windows(tmp_path):
+    chosen = with_scans(MIND, "scans.csv", tasks=(Task("set"),))
+    path = tmp_path / "experiment.json"
+    experiment.write(path, chosen)
+    stored = json.loads(path.read_text())
+    for name in ("task_windows", "sam_window"):
+        del stored["model"][name]
+    for name in ("network_window", "similarity_window"):
+        del stored["data"]["tasks"][0][name]
+    path.write_text(json.dumps(stored))
+    experiment.check_same(path, chosen)
+    other = Task("set", similarity_window=(-150.0, 250.0))
+    with pytest.raises(UserError, match="data.tasks"):
+        experiment.check_same(path, with_scans(MIND, "scans.csv", tasks=(other,)))
 
 
 def test_changes_of_the_command_line_are_checked_as_well():
