@@ -16,6 +16,7 @@ import pathlib
 import tempfile
 import urllib.parse
 import urllib.request
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -531,6 +532,30 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
         beside[kind.names] = list(names)
     state = kind.from_variables(variables, bundle.config, source=str(source))
     released.write_state_dict(target, state, wrapper=kind.wrapper, beside=beside)
+    lost = _unlike_released(bundle, kind)
+    if lost:
+        warnings.warn(
+            f"{target} cannot say how its network sees scans; who reads it takes "
+            f"{'; '.join(lost)}; keep {source} for use in jaxreg",
+            stacklevel=2,
+        )
+
+
+def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
+    """Returns what a reader of the PyTorch file takes for weights' preprocessing.
+
+    Where it differs from theirs alone: the file holds tensors and names.
+    """
+    stated, found = bundle.preprocessing, []
+    for name, assumed in kind.preprocessing(bundle.variables).items():
+        own = stated.get(name, assumed)
+        if name in ("tasks", "regions", "resize_labels"):
+            continue
+        if isinstance(assumed, list):
+            own = list(own)
+        if own != assumed:
+            found.append(f"{name} {assumed} where it is {own}")
+    return found
 
 
 def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:

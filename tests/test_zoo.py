@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 
 import jax
 import numpy as np
@@ -650,6 +651,28 @@ def test_prompts_keep_their_names_through_pytorch(tmp_path):
     checkpoints.save_bundle(tmp_path / "trained", bundle)
     zoo.convert(tmp_path / "trained", tmp_path / "out.pth")
     assert zoo.load(tmp_path / "out.pth").tasks == ("hip", "brain", "heart")
+
+
+@pytest.mark.torch
+def test_export_says_what_a_pytorch_file_cannot(tmp_path):
+    """The window and the quantiles of the training, where they are the user's own."""
+    pytest.importorskip("torch")
+    config = RdpConfig(channels=2)
+    variables = jax.tree.map(np.asarray, Rdp(config).init(jax.random.key(0), (16,) * 3))
+    own = {**zoo.PROMPTREG_PREPROCESSING, "ct_window": (-160, 240)}
+    for name, preprocessing in (("own", own), ("as", zoo.PROMPTREG_PREPROCESSING)):
+        bundle = checkpoints.Bundle(
+            variables, "rdp", dataclasses.asdict(config), preprocessing, "", ""
+        )
+        checkpoints.save_bundle(tmp_path / name, bundle)
+    with pytest.warns(UserWarning) as said:
+        zoo.convert(tmp_path / "own", tmp_path / "own.pth")
+    (sentence,) = [str(w.message) for w in said if "own.pth" in str(w.message)]
+    assert r"ct_window [-1024.0, 1024.0] where it is [-160, 240]" in sentence
+    assert "quantiles" not in sentence and "resize" not in sentence
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        zoo.convert(tmp_path / "as", tmp_path / "as.pth")
 
 
 # --- SAM ------------------------------------------------------------------------------
