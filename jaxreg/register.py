@@ -618,11 +618,15 @@ def _kinds(options: Options) -> set[str]:
 
 def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
     """Returns a UniReg that lacks its SAM network with the given one."""
-    lacks = isinstance(model.model, unireg.UniReg) and unireg.SAM not in model.variables
-    if sam is None or not lacks:
+    if sam is None or unireg.SAM in model.variables:
         return model
+    if not isinstance(model.model, unireg.UniReg):
+        return model
+    config = kinds.with_sam_window(model.model.config, sam.ct_window)
     return dataclasses.replace(
-        model, variables=unireg.with_sam(model.variables, sam.variables)
+        model,
+        model=dataclasses.replace(model.model, config=config),
+        variables=unireg.with_sam(model.variables, sam.variables),
     )
 
 

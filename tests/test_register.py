@@ -12,9 +12,10 @@ from jaxreg import register, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints
+from jaxreg.models import sam
 from jaxreg.models.base import Prediction
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
-from jaxreg.models.sam import HU_RANGE
+from jaxreg.models.sam import HU_RANGE, SamConfig, TrainedSam
 from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
@@ -511,3 +512,17 @@ def test_prealignment_compares_the_same_units(monkeypatch):
     register.prealigned(*scans_with_bone(), reading_units(), options)
     register.prealigned(*scans_with_bone(), None, options)
     assert seen == [(-800.0, 400.0)] * 2 + [(-1000.0, 1000.0)] * 2
+
+
+def test_a_sam_network_that_is_given_is_shown_the_units_that_it_knows():
+    sizes = SamConfig((2, 2, 2, 2), 3)
+    given = TrainedSam(
+        sizes, dict(sam.init(sizes, jax.random.key(0))), ct_window=(-300.0, 500.0)
+    )
+    config = UniRegConfig(head="flow")
+    bundle = checkpoints.Bundle({}, "unireg", {}, {}, "", "")
+    model = zoo.LoadedModel("bare", UniReg(config), {"params": {}}, bundle)
+    found = register._with_sam(model, given)
+    assert found.model == UniReg(dataclasses.replace(config, sam_window=(-300, 500)))
+    assert set(found.variables) == {"params", "sam"}
+    assert register._with_sam(found, None) is found
