@@ -637,7 +637,6 @@ def _fill_cache(
 ) -> Bundle:
     """Converts the file of a name, fetched unless it was put into the cache by hand."""
     card = ZOO[name]
-    released.require_torch(f"convert the published weights of {name}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -664,7 +663,8 @@ def _fill_cache(
             raise UserError(
                 f"the weights of {name} are not in the cache and cannot be fetched "
                 f"({reason}); download {url} and put it at {by_hand}, where "
-                "jaxreg finds and converts it"
+                "jaxreg finds and converts it, or register without weights by "
+                "--io-target displacement"
             ) from error
         bundle = _published(card, file, url, url)
     checkpoints.save_bundle(folder / name, bundle, replace=False)

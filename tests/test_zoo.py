@@ -216,6 +216,7 @@ def test_offline_says_what_to_download_and_where_to_put_it(
         zoo.load("small", cache_dir=tmp_path, base_url=base_url)
     by_hand = tmp_path / "small.trch"
     assert f"download {base_url}/{ASSET} and put it at {by_hand}" in str(error.value)
+    assert "--io-target displacement" in str(error.value)
     assert os.listdir(tmp_path) == []
     # Which then works.
     write_trch(by_hand, seed=4)
@@ -285,11 +286,16 @@ def test_two_processes_at_once(small, server, tmp_path):
     assert_is_random_state(zoo.load("small", cache_dir=tmp_path).variables)
 
 
-def test_without_torch_nothing_is_fetched(monkeypatch, tmp_path):
+@pytest.mark.torch
+def test_fetching_and_converting_need_no_torch(small, server, tmp_path, monkeypatch):
+    path = write_trch(tmp_path / "mine.trch", seed=2)
     monkeypatch.setitem(sys.modules, "torch", None)
+    loaded = zoo.load("small", cache_dir=tmp_path / "cache", base_url=url(server))
+    assert_is_random_state(loaded.variables)
+    zoo.convert(path, tmp_path / "mine")
+    assert_is_random_state(zoo.load(tmp_path / "mine").variables, seed=2)
     with pytest.raises(UserError, match=r'pip install "jaxreg\[torch\]"'):
-        zoo.load("unigradicon", cache_dir=tmp_path, base_url="http://127.0.0.1:9")
-    assert os.listdir(tmp_path) == []
+        zoo.convert(tmp_path / "mine", tmp_path / "back.trch")
 
 
 @pytest.mark.torch

@@ -11,19 +11,17 @@ import collections
 import dataclasses
 import itertools
 import os
-import pathlib
-import pickle
 import re
-import struct
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.errors import UserError
+from jaxreg.io import torch_file
 from jaxreg.io.files import atomic_path
+from jaxreg.io.torch_file import Tensor
 from jaxreg.typing import Variables
 
 State = dict[str, np.ndarray]
@@ -383,33 +381,15 @@ def read_state_dict(
 
     Raises:
       UserError: the file is missing, damaged, no PyTorch file or holds anything but
-        tensors; or torch is not installed.
+        tensors.
     """
-    path = pathlib.Path(path)
-    source = source or str(path)
-    _check_container(path, source)
-    torch = require_torch(f"read {source}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{source} is not a plain tensor file: it holds Python objects, which are "
-            "never loaded; save net.regis_net.state_dict() alone"
-        ) from error
-    except _TORCH_ERRORS as error:
-        # What torch raises while it reads pickles and archives that pass the check
-        # above and are not a state dict: TorchScript, or a damaged file.
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source} cannot be read as PyTorch tensors ({_shorten(reason)}); "
-            "save net.regis_net.state_dict() alone, or download the file again"
-        ) from error
-    # Beside the optimiser's, as PromptReg's; beside what is said of it, as SAM's.
-    for wrapper in ("model_state_dict", "state_dict"):
-        if isinstance(content, Mapping) and wrapper in content:
-            content = content[wrapper]
-    _check_content(source, content, torch)
-    state = {key: _to_numpy(tensor, torch) for key, tensor in content.items()}
+    with torch_file.opened(path, source=source) as (content, load):
+        # Beside the optimiser's, as PromptReg's; beside what is said of it, as SAM's.
+        for wrapper in ("model_state_dict", "state_dict"):
+            if isinstance(content, Mapping) and wrapper in content:
+                content = content[wrapper]
+        _check_content(source or str(path), content)
+        state = {key: _as_float32(load(tensor)) for key, tensor in content.items()}
     return _strip(state)
 
 
@@ -466,7 +446,7 @@ def write_state_dict(
 
 
 def require_torch(purpose: str) -> Any:
-    """Imports torch, which only weights in PyTorch's format need.
+    """Imports torch, which only writing weights in PyTorch's format needs.
 
     Args:
       purpose: what it is needed for, a verb with its object.
@@ -486,28 +466,6 @@ def require_torch(purpose: str) -> Any:
 _EXPECTED_NETWORK = (
     "expected the tensors of a uniGradICON network "
     "(net.regis_net.state_dict()); give the weights of that architecture"
-)
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
-# What the readers raise on damaged bytes, as found by damaging files at random.
-_ZIP_ERRORS = (
-    EOFError,
-    LookupError,
-    OverflowError,
-    RuntimeError,
-    ValueError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-_TORCH_ERRORS = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
 )
 _NAMED_MOST = 4
 _MOST_UNETS = 16
@@ -662,45 +620,7 @@ def put(tree: dict[str, Any], path: _Path, leaf: np.ndarray) -> None:
     tree[path[-1]] = leaf
 
 
-def _check_container(path: pathlib.Path, source: str) -> None:
-    """Checks what can be known of a file before anything in it is interpreted."""
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UserError(f"{source} {what}, expected a PyTorch file of weights (.trch)")
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(_LEGACY_MAGIC))
-        if start == _LEGACY_MAGIC:
-            return
-        if not start.startswith(b"PK\x03\x04"):
-            raise UserError(
-                f"{source} is not a PyTorch file: it starts with {start[:8]!r}; give a "
-                "file written by torch.save, or download it again"
-            )
-        with zipfile.ZipFile(path) as archive:
-            # torch.load itself does not look at the checksums.
-            broken = archive.testzip()
-            names = archive.namelist()
-    except _ZIP_ERRORS as error:
-        raise UserError(
-            f"{source} is damaged or incomplete ({error}); download or save it again"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{source} cannot be read ({error.strerror or error})"
-        ) from error
-    if broken:
-        raise UserError(
-            f"{source} is damaged (checksum of {broken}); download or save it again"
-        )
-    if not any(name.endswith("data.pkl") for name in names):
-        raise UserError(
-            f"{source} is a zip archive without tensors; give a file written by "
-            "torch.save"
-        )
-
-
-def _check_content(source: str, content: Any, torch: Any) -> None:
+def _check_content(source: str, content: Any) -> None:
     """Checks that a file holds one flat mapping of names to dense tensors."""
     if not isinstance(content, Mapping):
         raise UserError(
@@ -716,7 +636,7 @@ def _check_content(source: str, content: Any, torch: Any) -> None:
         key
         for key, value in content.items()
         if isinstance(value, Mapping)
-        and any(isinstance(item, torch.Tensor) for item in value.values())
+        and any(isinstance(item, Tensor) for item in value.values())
     ]
     if wrapped:
         raise UserError(
@@ -726,10 +646,7 @@ def _check_content(source: str, content: Any, torch: Any) -> None:
     other = [
         f"{key} ({type(value).__name__})"
         for key, value in content.items()
-        if not isinstance(key, str)
-        or not isinstance(value, torch.Tensor)
-        or value.layout is not torch.strided
-        or value.is_quantized
+        if not isinstance(key, str) or not isinstance(value, Tensor)
     ]
     if other:
         raise UserError(
@@ -738,12 +655,10 @@ def _check_content(source: str, content: Any, torch: Any) -> None:
         )
 
 
-def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
-    """Returns a host array, float32 if the tensor is of any floating type."""
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    if tensor.is_floating_point():
-        tensor = tensor.to(torch.float32)
-    return tensor.numpy()
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    """Returns the array, float32 if it is of any floating type."""
+    floating = jnp.issubdtype(array.dtype, np.floating)
+    return array.astype(np.float32, copy=False) if floating else array
 
 
 def _strip(state: State) -> State:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import pickle
+import sys
 import zipfile
 
 import numpy as np
@@ -509,16 +510,17 @@ def test_damaged_files_never_pass_unnoticed_nor_crash(tmp_path_factory, seed, le
 
 
 def test_without_torch_the_extra_is_named(monkeypatch, tmp_path):
-    import sys
-
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r'pip install "jaxreg\[torch\]"'):
         released.write_state_dict(tmp_path / "weights.trch", {})
+
+
+@pytest.mark.torch
+def test_reading_needs_no_torch(torch, tmp_path, monkeypatch):
     path = tmp_path / "weights.trch"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", b"")
-    with pytest.raises(UserError, match=r'pip install "jaxreg\[torch\]"'):
-        released.read_state_dict(path)
+    torch.save(tensors(torch), path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert_same(released.read_state_dict(path), random_state(SMALL))
 
 
 @pytest.mark.torch
