@@ -961,9 +961,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       an interrupt. A defect of jaxreg raises.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    compiled.keep()
     try:
-        with _plain_warnings():
+        with _plain_warnings(), compiled.kept():
             status = typer.main.get_command(app).main(
                 args=_hyphens(argv), prog_name="jaxreg", standalone_mode=False, obj=argv
             )

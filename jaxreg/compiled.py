@@ -1,9 +1,17 @@
 """Compiled programs that outlive the process: the second start takes seconds."""
 
+import contextlib
+import glob
 import hashlib
 import os
 import pathlib
 import platform
+import re
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import platformdirs
 
@@ -11,17 +19,24 @@ SWITCH = "JAXREG_COMPILATION_CACHE"
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 # Of many small programs each takes little to compile, and all together seconds.
 _LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+_LEAST, _JAX_LEAST = _LEAST_SECONDS.lower(), 1.0
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_UNREADABLE = re.compile(
+    r"Error reading persistent compilation cache entry for '([^']+)'"
+)
 
 
 def keep() -> None:
-    """Lets JAX keep compiled programs in the user's cache, before it is imported.
+    """Lets JAX keep compiled programs in the user's cache.
 
-    A folder that $JAX_COMPILATION_CACHE_DIR names stays as it is, and nothing is kept
-    where $JAXREG_COMPILATION_CACHE is "off" or the folder cannot be made. JAX itself is
-    not imported: what needs none stays quick.
+    A folder that $JAX_COMPILATION_CACHE_DIR or JAX's own setting names stays as it is,
+    and nothing is kept where $JAXREG_COMPILATION_CACHE is "off" or the folder cannot be
+    made. JAX itself is not imported: what needs none stays quick.
     """
     off = os.environ.get(SWITCH, "").strip().lower() == "off"
-    if off or _FOLDER in os.environ:
+    # Not where its import is under way.
+    config: Any = getattr(sys.modules.get("jax"), "config", None)
+    if off or _FOLDER in os.environ or getattr(config, _FOLDER.lower(), None):
         return
     folder = pathlib.Path(platformdirs.user_cache_dir("jaxreg"), "compiled", _machine())
     try:
@@ -29,8 +44,93 @@ def keep() -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return
-    os.environ[_FOLDER] = str(folder)
-    os.environ.setdefault(_LEAST_SECONDS, "0")
+    if config is None:
+        os.environ[_FOLDER] = str(folder)
+        os.environ.setdefault(_LEAST_SECONDS, "0")
+        return
+    config.update(_FOLDER.lower(), str(folder))
+    # Of somebody who has set it, it is another than JAX's own.
+    if _LEAST_SECONDS not in os.environ and getattr(config, _LEAST) == _JAX_LEAST:
+        config.update(_LEAST, 0.0)
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Keeps compiled programs, see `keep`, and repairs what cannot be read of them.
+
+    JAX writes in place, so that a kill or a full disk leaves half an entry; it warns of
+    such a one at every start and never overwrites it. Here the warning, which comes
+    before the program is compiled, removes the entry: JAX then writes it anew. Also a
+    decorator.
+    """
+    keep()
+    show, told = warnings.showwarning, False
+
+    def repairing(message, category, *rest, **more):
+        nonlocal told
+        found = _UNREADABLE.search(str(message))
+        if found is None or not _remove_damaged(found[1]):
+            show(message, category, *rest, **more)
+        elif not told:
+            told = True
+            show(
+                UserWarning("damaged compiled programs are removed and compiled anew"),
+                UserWarning, *rest, **more,
+            )  # fmt: skip
+
+    warnings.showwarning = repairing
+    try:
+        yield
+    finally:
+        if warnings.showwarning is repairing:
+            warnings.showwarning = show
+
+
+def _remove_damaged(program: str) -> int:
+    """Removes the cached entries of a program that cannot be read; returns how many.
+
+    Where all can be decompressed, the damage is inside one of them, and all go.
+    """
+    config: Any = getattr(sys.modules.get("jax"), "config", None)
+    folder = getattr(config, _FOLDER.lower(), None) or os.environ.get(_FOLDER)
+    if not folder:
+        return 0
+    pattern = f"{glob.escape(program)}-*-cache"
+    entries = [
+        path
+        for path in pathlib.Path(folder).glob(pattern)
+        # Of another program, whose name goes on, there are more parts.
+        if "-" not in path.name.removeprefix(f"{program}-").removesuffix("-cache")
+    ]
+    removed = 0
+    for path in [path for path in entries if _is_damaged(path)] or entries:
+        try:
+            path.unlink()
+        except OSError:  # somebody else's folder, or removed there just now
+            continue
+        removed += 1
+    return removed
+
+
+def _is_damaged(path: pathlib.Path) -> bool:
+    """Whether an entry cannot be decompressed: by zlib, or zstd where it is there."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    if content.startswith(_ZSTD):
+        try:
+            import zstandard  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            return False
+        decompress, error = zstandard.ZstdDecompressor().decompress, zstandard.ZstdError
+    else:
+        decompress, error = zlib.decompress, zlib.error
+    try:
+        decompress(content)
+    except error:
+        return True
+    return False
 
 
 def _machine() -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import metrics, optimize, prealignment, refine, tasks, zoo
+from jaxreg import compiled, metrics, optimize, prealignment, refine, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
@@ -340,6 +340,7 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@compiled.kept()
 def register(
     moving: Volume,
     fixed: Volume,

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxreg import compiled, points, sam_experiment, zoo
 from jaxreg import experiment as experiment_lib
-from jaxreg import points, sam_experiment, zoo
 from jaxreg.data import cache as cache_lib
 from jaxreg.data import pipeline, preprocess
 from jaxreg.data.manifest import Record
@@ -43,6 +43,7 @@ _VALIDATION_SEED = 0
 _SMALL = (8, 32, 32)  # views of a dry run
 
 
+@compiled.kept()
 def run(
     experiment: SamExperiment,
     out: pathlib.Path,

@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxreg import compiled, zoo
 from jaxreg import experiment as experiment_lib
-from jaxreg import zoo
 from jaxreg.data import pipeline
 from jaxreg.data.manifest import Record
 from jaxreg.errors import UserError
@@ -252,6 +252,7 @@ def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
     say(f"{start} was trained with {told}; this run differs")
 
 
+@compiled.kept()
 def run(
     experiment: Experiment,
     out: pathlib.Path,

@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import os
 import pathlib
 import threading
 import time
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxreg import batch, cli, compiled, pair_list, zoo
+from jaxreg import batch, cli, pair_list, zoo
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
@@ -372,43 +371,3 @@ def test_a_defect_is_no_failed_pair(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         cli.main([*argv, "--summary", f"{folder}/s.csv"])
     assert rows_of(folder / "s.csv") == []
-
-
-# --- compiled programs ----------------------------------------------------------------
-
-
-@pytest.fixture
-def environment(monkeypatch, tmp_path):
-    for name in (compiled._FOLDER, compiled._LEAST_SECONDS, compiled.SWITCH):
-        monkeypatch.setenv(name, "")  # remembered, and put back in the end
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path
-
-
-@pytest.mark.skipif(os.name != "posix", reason="XDG_CACHE_HOME is of Linux")
-def test_programs_are_kept_in_the_users_cache(environment):
-    compiled.keep()
-    folder = pathlib.Path(os.environ[compiled._FOLDER])
-    assert folder.parent == environment / "jaxreg" / "compiled"
-    assert folder.is_dir()
-    assert folder.stat().st_mode & 0o077 == 0
-    assert os.environ[compiled._LEAST_SECONDS] == "0"
-
-
-@pytest.mark.parametrize("why", ["off", "named", "read-only"])
-def test_programs_are_not_kept(why, environment, monkeypatch):
-    if why == "off":
-        monkeypatch.setenv(compiled.SWITCH, "off")
-    elif why == "named":
-        monkeypatch.setenv(compiled._FOLDER, "elsewhere")
-    else:
-        (environment / "jaxreg").write_text("a file where a folder should be")
-    compiled.keep()
-    assert os.environ.get(compiled._FOLDER) == ("elsewhere" if why == "named" else None)
-    assert compiled._LEAST_SECONDS not in os.environ
-
-
-def test_the_command_line_asks_for_it(environment):
-    assert cli.main(["--version"]) == 0
-    assert str(environment) in os.environ[compiled._FOLDER]

@@ -83,7 +83,8 @@ TABLE = {
     ),
     "refine": Room((*_TOP, "nn", "points"), ("optax",)),
     "register": Room(
-        (*_TOP, "nn.dynamic", "prealignment", "refine"), ("nibabel.orientations",)
+        (*_TOP, "nn.dynamic", "prealignment", "refine", "compiled"),
+        ("nibabel.orientations",),
     ),
     "pair_list": Room((*_TOP, "data.manifest", "results")),
     "evaluate": Room((*_TOP, "data.manifest", "pair_list", "prealignment", "results")),
