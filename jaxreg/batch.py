@@ -15,7 +15,7 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent import futures
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
@@ -32,6 +32,7 @@ Rows = Mapping[str, PairSpec]
 """Pairs by what to call them in a message, see `pair_list.read_rows`."""
 OUTPUTS = ("transform_out", "warped_out", "inverse_out")
 """Columns of the files that a row asks for."""
+_FIGURES = ("before", "after", "folding_percent", "seconds")
 _AHEAD = 2  # pairs that are read before their turn, and that wait to be written
 
 
@@ -345,15 +346,57 @@ def _outcome(row: str, pair: PairSpec, written: futures.Future[Outcome]) -> Outc
         return Outcome(row, pair.fixed, pair.moving, "failed", reason=str(error))
 
 
-def skipped(rows: Rows) -> list[Outcome]:
-    """Returns the outcomes of rows that are passed over."""
-    return [
-        Outcome(
-            row, pair.fixed, pair.moving, "skipped",
-            pair.transform_out, pair.warped_out, pair.inverse_out,
+def skipped(rows: Rows, summary: pathlib.Path | None = None) -> list[Outcome]:
+    """Returns the outcomes of rows that are passed over.
+
+    Args:
+      rows: of the list.
+      summary: a file that `write_summary` wrote of an earlier run, if there is one:
+        what it says of these pairs is kept.
+    """
+    known = {} if summary is None else _read_summary(summary)
+    found = []
+    for row, pair in rows.items():
+        earlier = known.get(_scans_of(pair.fixed, pair.moving), {})
+        found.append(
+            Outcome(
+                row,
+                pair.fixed,
+                pair.moving,
+                "skipped",
+                pair.transform_out,
+                pair.warped_out,
+                pair.inverse_out,
+                **earlier,
+            )  # fmt: skip
         )
-        for row, pair in rows.items()
-    ]  # fmt: skip
+    return found
+
+
+def _scans_of(fixed: files.PathLike, moving: files.PathLike) -> tuple[str, str]:
+    return os.path.abspath(fixed), os.path.abspath(moving)
+
+
+def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns what an earlier summary measured, by its pairs' scans.
+
+    Nothing where there is none, or a table of something else, which is replaced.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    found = {}
+    for row in rows:
+        try:
+            figures = {name: float(row[name] or "nan") for name in _FIGURES}
+            scans = _scans_of(row["fixed"], row["moving"])
+            if row["similarity"]:
+                found[scans] = {"similarity": row["similarity"], **figures}
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
 
 
 def write_summary(path: files.PathLike, outcomes: Iterable[Outcome]) -> None:

@@ -49,9 +49,12 @@ from jaxreg.cli_options import (
     choice,
     load_sam,
     option,
+    parse_iterations,
     parse_shape,
     print_numbers,
 )
+from jaxreg.cli_progress import Bar as _Bar
+from jaxreg.cli_progress import compiling, interrupted, shorter
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
@@ -305,7 +308,7 @@ def register_verb(  # noqa: PLR0913
         quantile_range=quantile_range,
         input_masking=input_masking,
         loss_function_masking=loss_function_masking,
-        io_iterations=_parse_iterations(io_iterations),
+        io_iterations=parse_iterations(io_iterations),
         io_target=io_target.value,
         io_sim=io_sim.value,
         io_lr=io_lr,
@@ -325,7 +328,13 @@ def register_verb(  # noqa: PLR0913
     if pairs is not None:
         weights = _choose_weights(model, network_weights, options)
         _warn_about_idle_options(options, regions, None, outputs)
-        with _Bar("register") as bar:
+        with (
+            interrupted(
+                "the pairs that are done are written; give the same command with "
+                "--skip-existing to go on with the others"
+            ),
+            _Bar("register", waiting="compiling and the first pair") as bar,
+        ):
             cli_batch.register_list(
                 asked, options, weights, modalities=modalities, fill=fill,
                 sam_weights=sam_weights, trained_shape=shape is None,
@@ -390,7 +399,15 @@ def _register(
             "--sam-weights has no effect without --prealign sam, --io-target features "
             "of two CT scans, or a UniReg that lacks its SAM network"
         )
-    with _Bar("optimise") as bar:
+    network = model is not None
+    waiting = compiling(options.shape, network=network)
+    with (
+        interrupted(
+            "nothing was written; give the same command again, what was compiled and "
+            "downloaded is kept"
+        ),
+        _Bar("optimise", waiting=waiting, shorter=shorter(network=network)) as bar,
+    ):
         result = register_lib.register(
             moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
@@ -653,7 +670,7 @@ def demo_verb(
     Moving: the mean T1 head of pydeface. Fixed: the MNI152 T1 template of nilearn. No
     download, no weights; a few minutes on two cores.
     """
-    iterations = _parse_iterations(io_iterations)
+    iterations = parse_iterations(io_iterations)
     name = None if model.lower() == "none" else model
     if name is None and iterations is None:
         raise UserError(
@@ -664,7 +681,8 @@ def demo_verb(
 
     from jaxreg import demo
 
-    with _Bar("optimise") as bar:
+    waiting = compiling(grid, network=name is not None)
+    with _Bar("optimise", waiting=waiting) as bar:
         numbers, written = demo.run(
             out,
             shape=grid,
@@ -676,18 +694,6 @@ def demo_verb(
         )
     print_numbers(numbers)
     _print_written(written)
-
-
-def _parse_iterations(text: str) -> int | None:
-    if text.strip().lower() == "none":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(
-            f"--io-iterations is {text}, expected a positive number, or None to "
-            "register without instance optimisation"
-        ) from None
 
 
 def _check_outputs(
@@ -840,60 +846,6 @@ def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Fr
     given = tables.to_mm(table.places, frame.value)
     mapped = np.asarray(mapping.map_points(given[None]))[0]
     tables.write(target, table, tables.from_mm(mapped, frame.value))
-
-
-class _Bar:
-    """Progress on stderr: a moving bar on a terminal, a few lines elsewhere."""
-
-    def __init__(self, title: str):
-        self._title = title
-        self._console = Console(stderr=True, highlight=False)
-        self._progress: Any = None
-        self._task: Any = None
-        self._next = 0.0
-
-    def __enter__(self) -> "_Bar":
-        return self
-
-    def __exit__(self, *_) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-    def step(self, step: int, total: int, parts: Mapping[str, float]) -> None:
-        """Shows one optimisation step and its loss."""
-        text = f"loss {float(parts['loss']):.4f}" if "loss" in parts else ""
-        self._show(step, total, text)
-
-    def pairs(self, done: int, total: int, failed: int) -> None:
-        """Shows how many pairs of a list are registered, and how many failed."""
-        self._show(done, total, f"{failed} failed")
-
-    def bytes(self, received: int, total: int | None) -> None:
-        """Shows how much of a download has arrived."""
-        if total:
-            self._show(received, total, f"{received / 2**20:.0f} MiB")
-
-    def _show(self, done: int, total: int, text: str) -> None:
-        if not self._console.is_terminal:
-            # A log wants to know that it lives, not every step.
-            if done >= self._next * total:
-                self._next = done / total + 0.2
-                print(f"{self._title}: {done} of {total}, {text}", file=sys.stderr)
-            return
-        if self._progress is None:
-            from rich import progress
-
-            self._progress = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.TextColumn("{task.fields[text]}"),
-                progress.TimeRemainingColumn(),
-                console=self._console,
-                transient=True,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task(self._title, total=total, text=text)
-        self._progress.update(self._task, completed=done, total=total, text=text)
 
 
 def _print_written(paths) -> None:

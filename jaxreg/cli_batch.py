@@ -151,7 +151,7 @@ def register_list(
             files.make_folder(asked.out_dir, "--out-dir")
     if asked.skip_existing:
         print(f"passed over {len(there)} of {len(rows)} pairs, whose results exist")
-    start, outcomes = time.perf_counter(), batch.skipped(there)
+    start, outcomes = time.perf_counter(), batch.skipped(there, asked.summary)
     try:
         for outcome in batch.register_all(waiting, model, options, sam=sam, fill=fill):
             outcomes.append(outcome)

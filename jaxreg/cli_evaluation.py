@@ -4,9 +4,10 @@ Their bodies live in `evaluate`, `tuning` and `results`; here options become arg
 and results become text. Heavy imports live inside the verbs.
 """
 
+import contextlib
 import pathlib
-import sys
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,14 +37,17 @@ from jaxreg.cli_options import (
     choice,
     load_sam,
     option,
+    parse_iterations,
     parse_labels,
     parse_shape,
 )
+from jaxreg.cli_progress import Bar, interrupted
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.data.manifest import Manifest
-    from jaxreg.evaluate import PairSpec
+    from jaxreg.evaluate import PairSpec, Progress
+    from jaxreg.results import Row
 
 _WHICH, _HOW = "Which pairs", "Registration"
 Out = Annotated[
@@ -119,11 +123,14 @@ def evaluate_verb(  # noqa: PLR0913
     prealign: PrealignWay = Prealign.NONE,
     sam_weights: SamWeights = None,
     io_iterations: Annotated[
-        int | None,
+        str,
         option(
-            "--io-iterations", "Adds rows with so many steps of optimisation.", _HOW
+            "--io-iterations",
+            "Adds rows with so many steps of optimisation; None adds none.",
+            _HOW,
+            metavar="N",
         ),
-    ] = None,
+    ] = "None",
     io_target: IoTarget = Target.NETWORK,
     io_sim: IoSim = Similarity.LNCC,
     io_lr: IoLr = None,
@@ -160,6 +167,7 @@ def evaluate_verb(  # noqa: PLR0913
             "--prealign, to evaluate"
         )
     wanted = None if labels is None else parse_labels(labels)
+    iterations = parse_iterations(io_iterations)
     listed = _read(pairs, manifest, holdout)
     named = None if model == "none" else model
     sam = load_sam(prealign.value, sam_weights, named)
@@ -174,7 +182,7 @@ def evaluate_verb(  # noqa: PLR0913
         level_iterations=level_iterations,
         input_masking=input_masking,
         loss_function_masking=loss_function_masking,
-        io_iterations=io_iterations,
+        io_iterations=iterations,
         io_target=io_target.value,
         io_sim=io_sim.value,
         io_lr=io_lr,
@@ -195,20 +203,21 @@ def evaluate_verb(  # noqa: PLR0913
     )
     chosen = chosen[:count]
     _warn_about_modalities(chosen, fixed_modality, moving_modality)
-    found = evaluate.evaluate_files(
-        chosen,
-        loaded,
-        options,
-        out=out,
-        label_names=names,
-        with_optimisation=io_iterations is not None,
-        others={tool: comparison.TOOLS[tool] for tool in tools},
-        labels=wanted,
-        landmarks_frame=landmarks_frame.value,
-        name=name,
-        sam=sam,
-        progress=_row_done,
-    )
+    with _shown(out) as progress:
+        found = evaluate.evaluate_files(
+            chosen,
+            loaded,
+            options,
+            out=out,
+            label_names=names,
+            with_optimisation=iterations is not None,
+            others={tool: comparison.TOOLS[tool] for tool in tools},
+            labels=wanted,
+            landmarks_frame=landmarks_frame.value,
+            name=name,
+            sam=sam,
+            progress=progress,
+        )
     print(results.markdown(found, label_names=names))
     print(f"wrote {out} and {out.with_suffix('.md')}")
     if found.failed:
@@ -254,11 +263,16 @@ def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
         )
 
 
-def _row_done(done: int, total: int, row) -> None:
-    if sys.stderr.isatty() or done == total or done % 50 == 0:
-        end = "\r" if sys.stderr.isatty() and done < total else "\n"
-        text = f"{done} of {total}: {row.method}, Dice {row.mean_dice:.3f}   "
-        print(text, end=end, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _shown(out: pathlib.Path) -> "Iterator[Progress]":
+    """Shows rows as they are done; after an interrupt, says where those are."""
+
+    def show(done: int, total: int, row: "Row") -> None:
+        bar.show(done, total, f"{row.method}, Dice {row.mean_dice:.3f}")
+
+    kept = f"the rows that are done are in {out}; give --count for fewer pairs"
+    with interrupted(kept), Bar("evaluate", waiting="compiling, the first pair") as bar:
+        yield show
 
 
 def tune_verb(  # noqa: PLR0913
@@ -345,18 +359,19 @@ def tune_verb(  # noqa: PLR0913
     )
     chosen = chosen[:count]
     _warn_about_modalities(chosen, fixed_modality, moving_modality)
-    found = tuning.sweep(
-        chosen,
-        loaded,
-        options,
-        tried,
-        out=out,
-        label_names=names,
-        labels=wanted,
-        name=name,
-        sam=sam,
-        progress=_row_done,
-    )
+    with _shown(out) as progress:
+        found = tuning.sweep(
+            chosen,
+            loaded,
+            options,
+            tried,
+            out=out,
+            label_names=names,
+            labels=wanted,
+            name=name,
+            sam=sam,
+            progress=progress,
+        )
     print(results.markdown(found.result, label_names=names))
     print("\n".join(tuning.lines_of(found, label_names=names)))
     print(f"wrote {out} and {out.with_suffix('.md')}")

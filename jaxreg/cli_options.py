@@ -242,6 +242,23 @@ def parse_shape(text: str) -> tuple[int, int, int]:
     return d, h, w
 
 
+def parse_iterations(text: str) -> int | None:
+    """Returns the number of steps, or None for "None".
+
+    Raises:
+      UserError: it is neither.
+    """
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(
+            f"--io-iterations is {text}, expected a positive number, or None to "
+            "register without instance optimisation"
+        ) from None
+
+
 def load_sam(
     way: str, path: pathlib.Path | None, model: str | pathlib.Path | None
 ) -> "TrainedSam | None":

@@ -6,7 +6,6 @@ become text. Heavy imports live inside the verbs.
 
 import functools
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +13,7 @@ import typer
 
 from jaxreg import cli_evaluation
 from jaxreg.cli_options import option, print_numbers
+from jaxreg.cli_progress import Bar, interrupted
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,10 @@ def train_verb(
         print_numbers(dry())
         return
     assert out is not None
-    outcome = train(out, resume=resume, say=_say)
+    with interrupted(
+        f"what was saved is in {out}; go on with the same command and --resume"
+    ):
+        outcome = train(out, resume=resume, say=_say)
     _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
     for name, value in outcome.scores.items():
         _say(f"validation {name}: {value:.5g}")
@@ -167,13 +170,10 @@ def check_verb(
 
     found = manifest_lib.read_manifest(manifest, holdout=holdout)
 
-    def progress(done: int, total: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done} of {total}", end="", file=sys.stderr, flush=True)
-
-    problems = manifest_lib.check(found, progress=progress)
-    if sys.stderr.isatty():
-        print("\r", end="", file=sys.stderr)
+    with Bar("check") as bar:
+        problems = manifest_lib.check(
+            found, progress=lambda done, total: bar.show(done, total, "images")
+        )
     for problem in problems:
         print(problem.sentence)
     counts = ", ".join(

@@ -219,6 +219,16 @@ def test_existing_results_are_passed_over(folder, capsys, monkeypatch):
     assert (folder / "out" / "d_to_c_warped.nii.gz").is_file()
     statuses = [row["status"] for row in rows_of(folder / "s.csv")]
     assert statuses == ["skipped", "done", "skipped"]
+    assert [bool(row["before"]) for row in rows_of(folder / "s.csv")] == [0, 1, 0]
+    measured = rows_of(folder / "s.csv")[1]
+    (folder / "out" / "b_to_a_warped.nii.gz").unlink()
+    assert cli.main([*argv, "--summary", f"{folder}/s.csv"]) == 0
+    first, second, third = rows_of(folder / "s.csv")
+    assert [row["status"] for row in (first, second, third)] == [
+        "skipped" if row is not first else "done" for row in (first, second, third)
+    ]
+    assert second == measured | {"status": "skipped"}
+    assert first["before"] and not third["before"]
 
     def never(*_, **__):
         raise AssertionError("nothing is left to do")

@@ -680,6 +680,14 @@ def evaluated(scored, tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.parametrize(("text", "steps"), [("None", None), ("none", None), ("1", 1)])
+def test_evaluate_takes_iterations_as_register_does(evaluated, text, steps):
+    status, _, error, options = evaluated("--io-iterations", text, "--shape", "8")
+    assert status == 0, error
+    assert options.io_iterations == steps
+    assert options.shape == (8, 8, 8)
+
+
 def test_evaluate_takes_the_options_of_register(evaluated, scored):
     mask = rows_of(scored / "manifest.csv")[0]["label"]
     status, _, error, options = evaluated(

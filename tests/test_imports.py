@@ -102,7 +102,7 @@ TABLE = {
 _JOINING = (
     "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
     "cli_evaluation", "cli_batch",
-    "cli_options", "cli_matching", "sam_experiment", "sam_training",
+    "cli_options", "cli_progress", "cli_matching", "sam_experiment", "sam_training",
 )  # fmt: skip
 TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
