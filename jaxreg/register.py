@@ -6,8 +6,11 @@ call `register`; nothing here opens a file.
 """
 
 import dataclasses
+import difflib
 import functools
 import math
+import operator
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +24,7 @@ from nibabel import orientations
 from jaxreg import compiled, metrics, optimize, prealignment, refine, tasks, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
+from jaxreg.io import given
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective, as_compared
 from jaxreg.models import kinds, unireg
@@ -33,6 +37,7 @@ from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
 
 Target = Literal["network", "displacement", "features", "map"]
+_TARGETS = ("network", "displacement", "features", "map")
 _REFINING = ("features", "map")
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -41,6 +46,8 @@ Progress = Callable[[int, int, dict[str, float]], None]
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to register; the names are the command line's, with underscores.
+
+    A shape of one number is that of a cube.
 
     Attributes:
       fixed_modality: a key of `preprocess.CONTRASTS`: how the fixed scan's intensities
@@ -112,6 +119,23 @@ class Options:
     placement: preprocess.Placement | None = None
     prealign: prealignment.Way = "none"
 
+    def __post_init__(self):
+        """Makes a cube of one number.
+
+        Raises:
+          UserError: the shape is no three whole numbers, nor one.
+        """
+        one = isinstance(self.shape, int | np.integer)
+        shape = (self.shape,) * 3 if one else self.shape
+        try:
+            d, h, w = (operator.index(n) for n in shape)  # pyright: ignore
+        except (TypeError, ValueError):
+            raise UserError(
+                f"shape is {self.shape!r}, expected three whole numbers such as "
+                "(175, 175, 175), or one for a cube"
+            ) from None
+        object.__setattr__(self, "shape", (d, h, w))
+
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
@@ -178,6 +202,13 @@ def check_options(options: Options) -> None:
     Raises:
       UserError: a value out of its range, or values that contradict each other.
     """
+    for name, known in (("io_target", _TARGETS), ("precision", tuple(_MATMUL))):
+        if getattr(options, name) not in known:
+            near = difflib.get_close_matches(str(getattr(options, name)), known, n=1)
+            raise UserError(
+                f"{_option(name)} is {getattr(options, name)}, expected one of "
+                f"{', '.join(known)}" + "".join(f"; did you mean {n}?" for n in near)
+            )
     _check_modality_options(options)
     _check_prealign(options)
     if options.io_sim not in similarity.SIMILARITIES:
@@ -342,10 +373,10 @@ def _option(name: str) -> str:
 
 @compiled.kept()
 def register(
-    moving: Volume,
-    fixed: Volume,
-    model: zoo.LoadedModel | None,
-    options: Options,
+    moving: given.Scan,
+    fixed: given.Scan,
+    model: zoo.LoadedModel | str | os.PathLike[str] | None = None,
+    options: Options = Options(),
     *,
     regions: Regions | None = None,
     sam: TrainedSam | None = None,
@@ -355,10 +386,11 @@ def register(
     """Registers one scan onto another.
 
     Args:
-      moving: the scan to be warped, D H W, stored intensities.
-      fixed: the scan that stays.
-      model: weights from `zoo.load`; None where `io_target` can do without, or for a
-        pre-alignment alone (without `io_iterations`).
+      moving: the scan to be warped: a volume, D H W, stored intensities; or what
+        `io.given` makes one of, the path of a file or an image of nibabel or SimpleITK.
+      fixed: the scan that stays, the same.
+      model: weights from `zoo.load`, or what that loads; None where `io_target` can do
+        without, or for a pre-alignment alone (without `io_iterations`).
       options: how to register.
       regions: masks and label maps of the two scans.
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
@@ -371,10 +403,12 @@ def register(
       The transform from fixed to moving mm, its inverse, and how well it fits.
 
     Raises:
-      UserError: options, scans, masks or label maps do not go together.
+      UserError: options, scans, masks or label maps do not go together, or a scan is
+        an array, whose place nobody knows.
     """
     regions = regions or Regions()
     check_options(options)
+    moving, fixed = given.volume(moving, "moving"), given.volume(fixed, "fixed")
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
     model, told = _told(model, options, sam)
@@ -457,10 +491,14 @@ def register(
 
 
 def _told(
-    model: zoo.LoadedModel | None, options: Options, sam: TrainedSam | None
+    model: zoo.LoadedModel | str | os.PathLike[str] | None,
+    options: Options,
+    sam: TrainedSam | None,
 ) -> tuple[zoo.LoadedModel | None, tasks.Words]:
     """Returns the network as it serves the task, and what its pairs are to carry."""
     words = (options.task, options.pairing, options.smoothness)
+    if isinstance(model, str | os.PathLike):
+        model = zoo.load(model)
     if model is None:
         tasks.refuse(*words)
         if options.level_iterations is not None:

@@ -526,3 +526,55 @@ def test_a_sam_network_that_is_given_is_shown_the_units_that_it_knows():
     assert found.model == UniReg(dataclasses.replace(config, sam_window=(-300, 500)))
     assert set(found.variables) == {"params", "sam"}
     assert register._with_sam(found, None) is found
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"io_target": "displacment"}, "--io-target is displacment, .*displacement"),
+        ({"io_sim": "lnc"}, "--io-sim is lnc"),
+        ({"prealign": "affin"}, "--prealign is affin"),
+        ({"precision": "float16"}, "--precision is float16"),
+        ({"fixed_modality": "t3"}, "--fixed-modality is t3, .* t1, "),
+    ],
+)
+def test_misspelt_values_of_options(change, words):
+    with pytest.raises(UserError, match=words):
+        register.check_options(register.Options(**change))
+
+
+def test_shape_of_one_number_is_a_cube():
+    assert register.Options(shape=64).shape == (64, 64, 64)
+    assert register.Options(shape=[64, np.int64(32), 16]).shape == (64, 32, 16)
+    for shape in (64.5, (64, 64), "64", None, (1.5, 2, 3)):
+        with pytest.raises(UserError, match="one for a cube"):
+            register.Options(shape=shape)
+
+
+def test_paths_and_images_are_registered_as_volumes_are(tmp_path):
+    """Of nibabel, SimpleITK and files: the transform that their volumes give."""
+    import nibabel as nib
+    import SimpleITK as sitk
+
+    from jaxreg.io import volumes
+
+    grid = make_grid(turn=0.3)
+    scan, model = blobs(grid), loaded(Shifting((0.1, 0.05, 0.0)))
+    path = tmp_path / "scan.nii.gz"
+    volumes.write_volume(path, scan)
+    expected = register.register(scan, scan, model, OPTIONS)
+    points = np.array([[[1.0, 2.0, 3.0], [-4.0, 5.0, 6.0]]])
+    kinds = (path, str(path), nib.load(path), sitk.ReadImage(str(path)))
+    for given in kinds:
+        found = register.register(given, scan, model, OPTIONS)
+        back = register.register(scan, given, model, OPTIONS)
+        for result in (found, back):
+            np.testing.assert_allclose(
+                result.transform.map_points(points),
+                expected.transform.map_points(points), atol=1e-4,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("scan", [np.zeros((9, 8, 7)), jnp.zeros((9, 8, 7)), None, 3])
+def test_arrays_say_not_where_they_are(scan):
+    with pytest.raises(UserError, match="moving scan is a .*does not say where"):
+        register.register(scan, blobs(make_grid()), None, OPTIONS)
