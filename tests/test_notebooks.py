@@ -3,6 +3,10 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
+import types
+import zipfile
 
 import nibabel as nib
 import numpy as np
@@ -25,6 +29,45 @@ def test_notebook_is_stored_clean(name):
             assert cell["outputs"] == []
             assert cell["execution_count"] is None
             compile("".join(cell["source"]), name, "exec")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("way", ["address", "upload"])
+def test_set_up_on_colab_keeps_its_jax(name, way, tmp_path, monkeypatch, capsys):
+    """The cell that installs: what is there already constrains pip."""
+    book = json.loads((FOLDER / name).read_text(encoding="utf-8"))
+    stem = name.removesuffix(".ipynb")
+    source = "".join(
+        next(c["source"] for c in book["cells"] if c["id"] == f"{stem}-02")
+    )
+    source = source.replace("/content", str(tmp_path))
+    if way == "address":
+        source = source.replace('REPOSITORY = ""', 'REPOSITORY = "https://x/y.git"')
+    with zipfile.ZipFile(tmp_path / "up.zip", "w") as archive:
+        archive.writestr("jaxreg-main/pyproject.toml", "")
+    frozen = "jax==0.7.2\njax-cuda12-plugin==0.7.2\njaxlib @ file:///x\nnumpy==2.0.2\n"
+    asked = []
+
+    def called(command, **_):
+        asked.append(command)
+        if command[0] == "git":
+            pathlib.Path(command[-1]).mkdir()
+        return subprocess.CompletedProcess(command, 0, frozen + "numpydoc==1.0\n")
+
+    colab = types.ModuleType("google.colab")
+    files = types.SimpleNamespace(upload=lambda: {str(tmp_path / "up.zip"): b""})
+    monkeypatch.setattr(colab, "files", files, raising=False)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(subprocess, "run", called)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    exec(compile(source, stem, "exec"), {})
+    assert (tmp_path / "jaxreg").is_dir()
+    assert [command[0] == "git" for command in asked].count(True) == (way == "address")
+    assert asked[-1][asked[-1].index("-c") + 1] == str(tmp_path / "constraints.txt")
+    assert (tmp_path / "constraints.txt").read_text() == (
+        "jax==0.7.2\njax-cuda12-plugin==0.7.2\nnumpy==2.0.2\n"
+    )
 
 
 def run(name: str, folder: pathlib.Path, monkeypatch, **settings) -> str:
@@ -66,9 +109,7 @@ def test_register_notebook(tmp_path, monkeypatch):
 
 @pytest.mark.torch
 def test_export_notebook(tmp_path, monkeypatch, unigradicon):
-    printed = run(
-        "export_to_pytorch.ipynb", tmp_path, monkeypatch, JAXREG_NOTEBOOK_SIZE="66"
-    )
+    printed = run("export_to_pytorch.ipynb", tmp_path, monkeypatch)  # as it is
     assert "largest difference" in printed
     assert (tmp_path / "out" / "weights.trch").is_file()
 
