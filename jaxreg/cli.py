@@ -372,7 +372,7 @@ def _register(
 
     for name, path in scans.items():
         if path is not None:
-            files.check_readable(path, _hyphened(name))
+            volumes.check_source(path, _hyphened(name))
     sam = load_sam(options.prealign, sam_weights, weights)
     fixed = volumes.read_volume(scans["fixed"])
     moving = volumes.read_volume(scans["moving"])

@@ -366,8 +366,4 @@ def check_grids(pair: PairSpec, side: str, grids: dict[pathlib.Path, Grid]) -> N
             continue
         if path not in grids:
             grids[path] = volumes.read_grid(path)
-        if not grids[path].matches(grids[image]):
-            raise UserError(
-                f"{name} {path} lies on another grid than its image {image}; resample "
-                "it onto the image first"
-            )
+        preprocess.check_grids(grids[path], grids[image], f"{name} {path}", image)

@@ -930,7 +930,7 @@ def _grid_problems(
     image: Grid | None,
 ) -> Iterator[Problem]:
     grid = reading.grid
-    if image is None or grid is None or grid.matches(image):
+    if image is None or grid is None or image.matches(grid):
         return
     if grid.shape != image.shape:
         yield Problem(
@@ -941,8 +941,8 @@ def _grid_problems(
             "neighbour",
         )
         return
-    gap = _largest_gap(grid, image)
-    small = gap < 0.5 * float(image.spacing_mm.min())
+    gap = image.gap_mm(grid)
+    small = image.gap_voxels(grid) <= preprocess.SAME_GRID_VOXELS
     yield Problem(
         str(path),
         "grid",
@@ -954,14 +954,6 @@ def _grid_problems(
 
 def _voxels(grid: Grid) -> str:
     return " x ".join(str(n) for n in reversed(grid.shape))
-
-
-def _largest_gap(grid: Grid, other: Grid) -> float:
-    """Returns the largest distance in mm between equal corners of two grids."""
-    last = np.asarray(grid.shape) - 1
-    corners = np.array([[*(last * bits), 1.0] for bits in np.ndindex(2, 2, 2)])
-    gaps = (corners @ (grid.affine_mm - other.affine_mm).T)[:, :3]
-    return float(np.linalg.norm(gaps, axis=1).max())
 
 
 def _label_problems(

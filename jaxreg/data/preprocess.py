@@ -7,6 +7,7 @@ grid whatever the spacing and orientation. Host side: NumPy in, NumPy float32 ou
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from nibabel import orientations
 from jaxreg.data import resize
 from jaxreg.errors import UserError
 from jaxreg.space import transform as transform_lib
-from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.grid import ROUNDING_VOXELS, Grid, Shape, Volume
 from jaxreg.space.transform import Transform
 from jaxreg.typing import Pair
 
@@ -41,6 +42,8 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
 _AIR = -1000.0  # HU
+SAME_GRID_VOXELS = 0.25
+"""How far apart the grids of an image and its mask may lie, see `check_grids`."""
 
 
 def kind(modality: str) -> Modality:
@@ -415,22 +418,52 @@ def normalise(
 
 
 def check_same_grid(volume: Volume, image: Volume, *, what: str = "mask") -> None:
-    """Checks that a mask or segmentation lies on its image's grid.
+    """Checks that a mask or segmentation lies on its image's grid; see `check_grids`.
 
     Raises:
       UserError: another shape or another place; names both files.
     """
-    if volume.grid.matches(image.grid):
+    check_grids(volume.grid, image.grid, f"{what} {volume.source}", image.source)
+
+
+def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
+    """Checks that what belongs to an image lies on its grid.
+
+    A header's rounding is passed over (`ROUNDING_VOXELS`). Up to `SAME_GRID_VOXELS`
+    between two corners a warning is given and voxels are taken for those of the same
+    index, which are also the nearest. Half a voxel, the mistake of a grid that is
+    counted from its edge, is not near.
+
+    Args:
+      grid: of a mask, segmentation or label map.
+      image: of its image.
+      name: what to call the first, e.g. "mask FILE".
+      image_name: what to call the image.
+
+    Raises:
+      UserError: another shape, or corners farther apart; names both.
+    """
+    gap = image.gap_voxels(grid)
+    if gap <= ROUNDING_VOXELS:
         return
-    here, there = (" x ".join(map(str, v.grid.shape[::-1])) for v in (volume, image))
+    apart = f"{gap:.2g} of a voxel ({image.gap_mm(grid):.2g} mm)"
+    if gap <= SAME_GRID_VOXELS:
+        warnings.warn(
+            f"{name} lies up to {apart} from the grid of its image {image_name}; taken "
+            "for rounding, and for the same grid",
+            stacklevel=1,  # once for a mask, wherever it is looked at
+        )
+        return
+    here, there = (" x ".join(map(str, g.shape[::-1])) for g in (grid, image))
     detail = (
         f"{here} voxels against {there}"
         if here != there
-        else "the same number of voxels at another place or spacing in mm"
+        else f"at another place: corners up to {apart} apart, at most {SAME_GRID_VOXELS} of a voxel is "
+        "taken for rounding"
     )
     raise UserError(
-        f"{what} {volume.source} lies on another grid than its image {image.source} "
-        f"({detail}); resample it onto the image first"
+        f"{name} lies on another grid than its image {image_name} ({detail}); resample "
+        "it onto the image first"
     )
 
 

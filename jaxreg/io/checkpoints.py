@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxreg.errors import UserError
+from jaxreg.io import files
 from jaxreg.typing import Variables
 
 DESCRIPTION = "jaxreg.json"
@@ -260,7 +260,7 @@ def _temporary_sibling(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Not tempfile.mkdtemp, whose folders only their owner may read.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = files.temporary_sibling(path, ".tmp")
     try:
         yield temporary
     finally:

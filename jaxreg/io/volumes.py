@@ -4,19 +4,19 @@ NIfTI's world is RAS+ mm, as jaxreg's. NRRD and MHA come through SimpleITK, whos
 is LPS mm: the first two world axes change sign here.
 """
 
-import gzip
+import math
+import os
 import pathlib
 import warnings
-import zlib
-from typing import Any, Literal
+from typing import Literal
 
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from nibabel import filebasedimages, nifti1, spatialimages
+from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files
+from jaxreg.io import files, itk_images, nifti
 from jaxreg.space.grid import Grid, Shape, Volume
 
 Kind = Literal["image", "labels", "mask", "stored"]
@@ -40,16 +40,11 @@ MAX_VOXELS = 2**31
 _VECTOR_INTENTS = range(1004, 1012)
 """NIfTI's codes for several numbers per voxel, from matrix to quaternion."""
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    gzip.BadGzipFile,
-    filebasedimages.ImageFileError,
-    spatialimages.HeaderDataError,
-)
+_EXACT_FLOAT32 = 2**24
+"""Whole numbers up to this one are all different in float32."""
+
+_ROUNDING = 2.0**-22
+"""What float32 leaves of a whole number's fraction, for its size: four half units."""
 
 
 def read_volume(path: files.PathLike, *, kind: Kind = "image") -> Volume:
@@ -67,11 +62,9 @@ def read_volume(path: files.PathLike, *, kind: Kind = "image") -> Volume:
       UserError: the file is missing, damaged, of another type, not one real 3D volume,
         without a usable place in space, or its values do not suit `kind`.
     """
-    path = files.check_readable(path, _noun(kind))
-    suffix = _known_suffix(path, (*NIFTI, *ITK_READ))
-    array, grid = _read_nifti(path) if suffix in NIFTI else _read_itk(path)
-    _check_grid(grid, path)
-    return Volume(_checked_values(array, kind, path), grid, str(path))
+    path = check_source(path, _noun(kind))
+    file, grid = _open(path)
+    return Volume(_checked_values(_values(file, kind), kind, path), grid, str(path))
 
 
 def read_grid(path: files.PathLike) -> Grid:
@@ -80,11 +73,23 @@ def read_grid(path: files.PathLike) -> Grid:
     Raises:
       UserError: as `read_volume`, as far as the header shows it.
     """
-    path = files.check_readable(path, "image")
-    suffix = _known_suffix(path, (*NIFTI, *ITK_READ))
-    grid = _open_nifti(path)[1] if suffix in NIFTI else _open_itk(path)[1]
-    _check_grid(grid, path)
-    return grid
+    return _open(check_source(path, "image"))[1]
+
+
+def check_source(path: files.PathLike, what: str = "image") -> pathlib.Path:
+    """Checks that a scan is there: a file, or the folder of a DICOM series.
+
+    Args:
+      path: see `read_volume`.
+      what: its role in the sentence: "image", "--fixed", ...
+
+    Raises:
+      UserError: as `files.check_readable`, but for folders.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+        return path
+    return files.check_readable(path, what)
 
 
 def check_volume_path(path: files.PathLike, option: str = "output") -> pathlib.Path:
@@ -129,7 +134,9 @@ def write_volume(path: files.PathLike, volume: Volume) -> None:
         try:
             sitk.WriteImage(image, str(temporary), useCompression=True)
         except RuntimeError as error:
-            raise UserError(f"{path} cannot be written: {_last_line(error)}") from error
+            raise UserError(
+                f"{path} cannot be written: {files.last_line(error)}"
+            ) from error
 
 
 def check_storable(value: float, volume: Volume) -> None:
@@ -159,23 +166,23 @@ def read_nifti_vectors(path: files.PathLike) -> tuple[np.ndarray, Grid, str]:
     """
     path = files.check_readable(path, "displacement field")
     _known_suffix(path, NIFTI)
-    image = _load_nifti(path)
-    shape, dtype = image.shape, image.get_data_dtype()
-    real = dtype.fields is None and not np.issubdtype(dtype, np.complexfloating)
-    if len(shape) != 5 or shape[3:] != (1, 3) or not real:
+    file = nifti.open_nifti(path)
+    shape = file.shape
+    if len(shape) != 5 or shape[3:] != (1, 3) or file.dtype.kind not in "iuf":
         raise UserError(
             f"{path} has shape {' x '.join(map(str, shape))}, a NIfTI displacement "
             "field has X x Y x Z x 1 x 3 real numbers (4D would be a time series); "
             "write it as ITK and ANTs do, in LPS mm"
         )
-    grid = _nifti_grid(image, shape[:3], path)
+    space = _spatial_shape(shape[:3], path)
+    grid = Grid(space, _reversed_columns(nifti.affine_mm(file)))
     _check_grid(grid, path)
-    try:
-        array = np.asanyarray(image.dataobj, dtype=np.float32)
-    except _READ_ERRORS as error:
-        raise _damaged(path, error) from error
-    vectors = array[:, :, :, 0].transpose(2, 1, 0, 3)
-    return vectors, grid, image.header.get_intent()[0]
+    array = nifti.read_voxels(file)  # 3 1 D H W
+    vectors = np.moveaxis(array[:, 0], 0, -1).astype(np.float32)
+    if file.scale is not None:
+        slope, inter = file.scale
+        vectors = (vectors.astype(np.float64) * slope + inter).astype(np.float32)
+    return vectors, grid, _intent(file)
 
 
 def nifti_image(array: np.ndarray, grid: Grid) -> nifti1.Nifti1Image:
@@ -212,18 +219,6 @@ def _reversed_columns(affine: np.ndarray) -> np.ndarray:
 def _is_sheared(affine: np.ndarray) -> bool:
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return bool(np.abs(axes.T @ axes - np.eye(3)).max() > 1e-4)
-
-
-def _damaged(path: pathlib.Path, error: BaseException) -> UserError:
-    return UserError(
-        f"{path} cannot be read, it may be truncated or of another format "
-        f"({_last_line(error)}); write or fetch it again"
-    )
-
-
-def _last_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[-1].strip().rstrip(".") if text else type(error).__name__
 
 
 def _spatial_shape(shape: tuple[int, ...], path: pathlib.Path) -> Shape:
@@ -266,114 +261,116 @@ def _check_grid(grid: Grid, path: pathlib.Path) -> None:
         )
 
 
-def _load_nifti(path: pathlib.Path) -> Any:
-    """Returns nibabel's lazy image."""
-    try:
-        return nib.load(path)  # pyright: ignore[reportPrivateImportUsage]
-    except _READ_ERRORS as error:
-        raise _damaged(path, error) from error
+def _open(
+    path: pathlib.Path,
+) -> tuple[nifti.Nifti | itk_images.ItkImage, Grid]:
+    """Returns a file's header, checked for one real number per voxel, and the grid."""
+    if itk_images.is_dicom(path):
+        file = itk_images.open_dicom(path)
+    elif _known_suffix(path, (*NIFTI, *ITK_READ)) in NIFTI:
+        file = nifti.open_nifti(path)
+        _check_one_number(file)
+    else:
+        file = itk_images.open_itk(path)
+    shape = _spatial_shape(file.shape, path)
+    affine = nifti.affine_mm(file) if isinstance(file, nifti.Nifti) else file.affine_mm
+    grid = Grid(shape, _reversed_columns(affine))
+    _check_grid(grid, path)
+    return file, grid
 
 
-def _nifti_grid(image: Any, shape: tuple[int, ...], path: pathlib.Path) -> Grid:
-    _warn_about_orientation(image.header, path)
-    affine = np.asarray(image.affine, np.float64)
-    return Grid(_spatial_shape(shape, path), _reversed_columns(affine))
-
-
-def _open_nifti(path: pathlib.Path) -> tuple[Any, Grid]:
-    """Returns nibabel's lazy image and the grid."""
-    image = _load_nifti(path)
-    dtype = image.get_data_dtype()
-    intent = image.header.get("intent_code", 0)
-    vector = len(image.shape) > 3 and int(intent) in _VECTOR_INTENTS
-    if dtype.fields is not None or vector:
+def _check_one_number(file: nifti.Nifti) -> None:
+    """Refuses what has no single real number per voxel, and says what it is."""
+    path, shape = file.path, file.shape
+    full = " x ".join(map(str, shape))
+    if file.dtype.fields is not None:
         raise UserError(
-            f"{path} is an RGB or vector image, expected one number per voxel; "
-            "extract one component or convert it to grey"
+            f"{path} is an RGB or vector image ({len(file.dtype.fields)} colours per "
+            "voxel), expected one number per voxel; convert it to grey"
         )
-    if np.issubdtype(dtype, np.complexfloating):
-        raise UserError(
-            f"{path} holds complex numbers, expected real ones; save the magnitude"
-        )
-    return image, _nifti_grid(image, image.shape, path)
-
-
-def _read_nifti(path: pathlib.Path) -> tuple[np.ndarray, Grid]:
-    image, grid = _open_nifti(path)
-    stored = image.get_data_dtype()
-    scaled = (image.dataobj.slope, image.dataobj.inter) != (1.0, 0.0)
-    try:
-        # Scaled values of integers need more digits than float32 until they are made.
-        array = np.asanyarray(image.dataobj, dtype=np.float64 if scaled else stored)
-    except _READ_ERRORS as error:
-        raise _damaged(path, error) from error
-    array = array.reshape(array.shape[:3])
-    if scaled:
-        array = array.astype(np.float32)
-    return np.ascontiguousarray(array.T).astype(array.dtype.newbyteorder("=")), grid
-
-
-def _warn_about_orientation(header: Any, path: pathlib.Path) -> None:
-    if not isinstance(header, nifti1.Nifti1Header):
-        return
-    try:
-        qform, _ = header.get_qform(coded=True)
-    except spatialimages.HeaderDataError as error:
-        raise _damaged(path, error) from error
-    sform, _ = header.get_sform(coded=True)
-    if qform is not None and sform is not None:
-        i, j, k = (int(n) for n in header.get_data_shape()[:3])
-        if not Grid((i, j, k), qform).matches(Grid((i, j, k), sform)):
-            warnings.warn(
-                f"{path}: qform and sform differ; the sform is used here, "
-                "other programs (ITK) may use the qform",
-                stacklevel=5,
-            )
-    elif qform is None and sform is None:
-        warnings.warn(
-            f"{path}: neither qform nor sform is set; its place in space is a guess "
-            "from the voxel sizes, other programs may guess otherwise",
-            stacklevel=5,
-        )
-
-
-def _open_itk(path: pathlib.Path) -> tuple[sitk.ImageFileReader, Grid]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
-    pixel = sitk.GetPixelIDValueAsString(reader.GetPixelID())
-    if "complex" in pixel:
+    if file.dtype.kind == "c":
         raise UserError(
             f"{path} holds complex numbers, expected real ones; save the magnitude"
         )
-    if reader.GetNumberOfComponents() != 1 or "vector" in pixel:
+    many = math.prod(shape[3:]) > 1
+    if many and int(file.header["intent_code"]) in _VECTOR_INTENTS:
         raise UserError(
-            f"{path} is an RGB or vector image, expected one number per voxel; "
-            "extract one component or convert it to grey"
+            f"{path} is an RGB or vector image of {full} (intent: {_intent(file)}), "
+            "expected one number per voxel; extract one component"
         )
-    shape = _spatial_shape(reader.GetSize(), path)
-    n = reader.GetDimension()
-    affine = np.eye(4)
-    direction = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
-    affine[:3, :3] = direction * np.asarray(reader.GetSpacing()[:3])
-    affine[:3, 3] = reader.GetOrigin()[:3]
-    return reader, Grid(shape, _reversed_columns(_LPS @ affine))
+    if len(shape) >= 5 and shape[3] == 1 and many:
+        kind = "displacement field" if shape[4] == 3 else "vector image"
+        raise UserError(
+            f"{path} is a {len(shape)}D image of {full}, {math.prod(shape[4:])} "
+            f"numbers per voxel as in a {kind}, expected one; extract one component, "
+            "or give the file as the transform if it is one"
+        )
 
 
-def _read_itk(path: pathlib.Path) -> tuple[np.ndarray, Grid]:
-    reader, grid = _open_itk(path)
-    try:
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise _damaged(path, error) from error
-    return sitk.GetArrayFromImage(image).reshape(grid.shape), grid
+def _intent(file: nifti.Nifti) -> str:
+    code = int(file.header["intent_code"])
+    known = code in nifti1.intent_codes.code
+    return str(nifti1.intent_codes.label[code] if known else code)
+
+
+def _values(file: nifti.Nifti | itk_images.ItkImage, kind: Kind) -> np.ndarray:
+    """Returns a file's values, D H W: as stored, or scaled by slope and intercept."""
+    if isinstance(file, itk_images.ItkImage):
+        array = itk_images.read_itk(file)
+        return array.reshape(array.shape[-3:])
+    array = nifti.read_voxels(file)
+    array = array.reshape(array.shape[-3:])
+    if array.dtype.itemsize > 8:  # long double, which nothing behind this knows
+        array = array.astype(np.float64)
+    if file.scale is None:
+        return array
+    return _scaled(array, *file.scale, whole=kind != "image")
+
+
+def _scaled(
+    array: np.ndarray, slope: float, inter: float, *, whole: bool
+) -> np.ndarray:
+    """Returns ``slope * array + inter`` as float32, or as float64 what needs it.
+
+    Args:
+      array: as stored, D H W.
+      slope: not 0.
+      inter: finite.
+      whole: make whole numbers of what they may have been before they were stored, see
+        `_is_whole`; those beyond float32's exact ones become float64.
+    """
+    whole = whole and _is_whole(array, slope, inter)
+    most = max(abs(float(end) * slope + inter) for end in (array.min(), array.max()))
+    wide = whole and most > _EXACT_FLOAT32
+    out = np.empty(array.shape, np.float64 if wide else np.float32)
+    for stored, scaled in zip(array, out, strict=True):  # float64 of one slice at once
+        values = stored.astype(np.float64) * slope + inter
+        with np.errstate(over="ignore"):  # reported later, as what it became
+            scaled[:] = np.rint(values) if whole else values
+    return out
+
+
+def _is_whole(array: np.ndarray, slope: float = 1.0, inter: float = 0.0) -> bool:
+    """Whether ``slope * array + inter`` are whole numbers but for their storage.
+
+    A writer that scales rounds (value - inter) / slope to an integer, half a slope at
+    most, and slope, intercept and product to float32. Half a slope counts where the
+    slope is at most 1/2: only then has every whole number an integer of its own, and
+    no single step of the scale passes for a whole number.
+    """
+    integers = not np.issubdtype(array.dtype, np.floating)
+    step = abs(slope) / 2 if integers and abs(slope) <= 0.5 else 0.0
+    for stored in array:
+        product = stored.astype(np.float64) * slope
+        gap = np.abs(product + inter - np.rint(product + inter))
+        allowed = step + _ROUNDING * (np.abs(product) + abs(inter))
+        if not (gap <= np.minimum(allowed, 0.25)).all():  # NaN is not
+            return False
+    return True
 
 
 def _itk_image(array: np.ndarray, grid: Grid, path: pathlib.Path) -> sitk.Image:
-    affine = _LPS @ _reversed_columns(grid.affine_mm)
+    affine = itk_images.LPS @ _reversed_columns(grid.affine_mm)
     if _is_sheared(affine):
         raise UserError(
             f"{path} cannot hold a sheared voxel grid, its format knows rotation and "
@@ -407,7 +404,7 @@ def _checked_values(array: np.ndarray, kind: Kind, path: pathlib.Path) -> np.nda
         return _whole_numbers(array, path)
     if kind == "mask":
         if np.issubdtype(array.dtype, np.floating):
-            whole = bool((array == np.rint(array)).all())
+            whole = _is_whole(array)
             array = (
                 _whole_numbers(array, path) if whole else np.uint8(1) * (array > 0.5)
             )
@@ -422,16 +419,26 @@ def _checked_values(array: np.ndarray, kind: Kind, path: pathlib.Path) -> np.nda
 def _whole_numbers(array: np.ndarray, path: pathlib.Path) -> np.ndarray:
     if not np.issubdtype(array.dtype, np.floating):
         return array
-    fractions = array[array != np.rint(array)]
-    if fractions.size:
+    if not _is_whole(array):
+        fractions = array[np.abs(array - np.rint(array)) > _ROUNDING * np.abs(array)]
         raise UserError(
             f"label map {path} has {fractions.size} voxels with fractional values "
             f"(e.g. {fractions.flat[0]:g}), expected whole numbers; was it resampled "
             "with linear interpolation? resample it with nearest neighbour"
         )
-    if np.abs(array).max(initial=0) > np.iinfo(np.int32).max:
+    most = max(abs(float(array.min())), abs(float(array.max())))
+    if most > np.iinfo(np.int32).max:
         raise UserError(
             f"label map {path} has values beyond 32-bit integers stored as floats, "
             "which may have lost digits; renumber its labels"
         )
-    return array.astype(np.int32)
+    if array.dtype == np.float32 and most > _EXACT_FLOAT32:
+        warnings.warn(
+            f"label map {path} has labels up to {most:.0f} in 32-bit floats, which "
+            f"tell whole numbers apart up to {_EXACT_FLOAT32} only; renumber them",
+            stacklevel=2,
+        )
+    labels = np.empty(array.shape, np.int32)
+    for stored, whole in zip(array, labels, strict=True):
+        whole[:] = np.rint(stored)
+    return labels

@@ -16,6 +16,10 @@ import numpy as np
 Shape = tuple[int, ...]
 """Voxels per array axis, always three: (D, H, W)."""
 
+ROUNDING_VOXELS = 0.01
+"""Grids whose corners lie closer than this part of a voxel are one: a header's digits.
+"""
+
 
 def unit_scale(shape: Shape) -> np.ndarray:
     """Returns voxels per unit, shape (3,): n - 1, and 1 on an axis of one voxel."""
@@ -89,16 +93,41 @@ class Grid:
         """Returns the grid of the array with its axes in reverse order."""
         return Grid(self.shape[::-1], self.affine_mm[:, [2, 1, 0, 3]])
 
-    def matches(self, other: "Grid", *, tolerance_mm: float = 1e-2) -> bool:
-        """Whether both grids have one shape and corners closer than `tolerance_mm`."""
-        if self.shape != other.shape:
-            return False
-        last = np.asarray(self.shape) - 1
-        corners = np.array(
-            [[*(last * bits), 1.0] for bits in np.ndindex(2, 2, 2)], np.float64
-        )
-        gap = corners @ (self.affine_mm - other.affine_mm).T
-        return bool(np.abs(gap).max() <= tolerance_mm)
+    def gap_mm(self, other: "Grid") -> float:
+        """Returns the largest distance between equal corners; infinite by shape."""
+        if tuple(self.shape) != tuple(other.shape):
+            return np.inf
+        gap = _corners(self.shape) @ (self.affine_mm - other.affine_mm).T
+        return float(np.linalg.norm(gap[:, :3], axis=1).max())
+
+    def gap_voxels(self, other: "Grid") -> float:
+        """Returns how far equal corners lie apart along an axis of this grid at most.
+
+        In this grid's voxels; infinite where the shapes differ.
+        """
+        if tuple(self.shape) != tuple(other.shape):
+            return np.inf
+        corners = _corners(self.shape)
+        there = corners @ (np.linalg.inv(self.affine_mm) @ other.affine_mm).T
+        return float(np.abs(there - corners).max())
+
+    def matches(self, other: "Grid", *, tolerance_mm: float | None = None) -> bool:
+        """Whether both grids have one shape and the same corners.
+
+        Args:
+          other: the other grid.
+          tolerance_mm: how far corners may lie apart; `ROUNDING_VOXELS` of this grid's
+            voxels if None.
+        """
+        if tolerance_mm is None:
+            return self.gap_voxels(other) <= ROUNDING_VOXELS
+        return self.gap_mm(other) <= tolerance_mm
+
+
+def _corners(shape: Shape) -> np.ndarray:
+    """Returns the indices of the corner voxels, homogeneous, 8 x 4."""
+    last = np.asarray(shape) - 1
+    return np.array([[*(last * bits), 1.0] for bits in np.ndindex(2, 2, 2)], np.float64)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import gzip
 import re
 import warnings
+import zlib
 
 import nibabel as nib
 import numpy as np
@@ -406,3 +407,156 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_check_volume_path(tmp_path, name, expected):
     with pytest.raises(UserError, match=expected):
         volumes.check_volume_path(tmp_path / name, "--warped-moving-out")
+
+
+@pytest.mark.parametrize(("unit", "mm"), [("micron", 1e-3), ("meter", 1e3)])
+@pytest.mark.parametrize("form", ["s", "q"])
+def test_units_of_length_are_those_that_itk_sees(tmp_path, unit, mm, form):
+    array = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    affine = np.diag([2 / mm, 3 / mm, 4 / mm, 1])
+    affine[:3, 3] = np.array([-19, -17, 15]) / mm
+    image = nib.Nifti1Image(array, affine)
+    image.set_sform(affine, code=int(form == "s"))
+    image.set_qform(affine, code=int(form == "q"))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    grid = volumes.read_grid(tmp_path / "a.nii")
+    itk = sitk.ReadImage(str(tmp_path / "a.nii"))
+    np.testing.assert_allclose(grid.spacing_mm[::-1], itk.GetSpacing(), rtol=1e-6)
+    lps = np.array([-1, -1, 1]) * itk.GetOrigin()
+    np.testing.assert_allclose(grid.affine_mm[:3, 3], lps, rtol=1e-6)
+
+
+def _headed(path, **fields):
+    """Writes a NIfTI file and sets fields of its header behind nibabel's back."""
+    affine = np.diag([2.0, 3.0, 4.0, 1.0])
+    image = nib.Nifti1Image(np.arange(24, dtype=np.float32).reshape(2, 3, 4), affine)
+    image.set_sform(affine, code=1)
+    image.set_qform(affine, code=1)
+    nib.save(image, path)
+    block = path.read_bytes()
+    header = nib.Nifti1Header(block[:348], check=False)
+    for name, value in fields.items():
+        header[name] = value
+    path.write_bytes(header.binaryblock + block[348:])
+    return path
+
+
+def test_a_quaternion_a_rounding_too_long_is_a_rotation(tmp_path):
+    path = _headed(
+        tmp_path / "a.nii", sform_code=0, quatern_b=0.70711, quatern_c=0.70711
+    )
+    itk = sitk.ReadImage(str(path))
+    direction = np.reshape(itk.GetDirection(), (3, 3))
+    grid = volumes.read_grid(path)
+    ours = grid.affine_mm[:3, [2, 1, 0]] / grid.spacing_mm[::-1]
+    np.testing.assert_allclose(np.diag([-1, -1, 1]) @ ours, direction, atol=1e-6)
+    path = _headed(tmp_path / "b.nii", sform_code=0, quatern_b=3.0)
+    with pytest.raises(UserError, match="qform that is no rotation"):
+        volumes.read_volume(path)
+
+
+def test_an_sform_that_is_no_place_gives_way_to_the_qform(tmp_path):
+    zeros = {f"srow_{axis}": 0.0 for axis in "xyz"}
+    path = _headed(tmp_path / "a.nii", **zeros)
+    with pytest.warns(UserWarning, match="sform is no place in space; its qform"):
+        grid = volumes.read_grid(path)
+    np.testing.assert_allclose(grid.spacing_mm, [4, 3, 2])
+    path = _headed(tmp_path / "b.nii", quatern_b=3.0, **zeros)
+    with pytest.raises(UserError, match="neither is a place in space"):
+        volumes.read_grid(path)
+
+
+def test_labels_behind_a_slope_are_whole_numbers_again(tmp_path):
+    labels = np.arange(24.0).reshape(2, 3, 4) % 8
+    for name, values in (("whole", labels), ("half", labels / 2)):
+        image = nib.Nifti1Image(values, np.eye(4))
+        image.set_data_dtype(np.int16)
+        nib.save(image, tmp_path / f"{name}.nii")
+    stored = np.asarray(nib.load(tmp_path / "whole.nii").dataobj)
+    assert (stored != np.rint(stored)).any()  # what a reader has to undo
+    for kind in ("labels", "stored"):
+        read = volumes.read_volume(tmp_path / "whole.nii", kind=kind)
+        np.testing.assert_array_equal(read.array, labels.T)
+    with pytest.raises(UserError, match="12 voxels with fractional values"):
+        volumes.read_volume(tmp_path / "half.nii", kind="labels")
+
+
+def _flipped(packed, raw):
+    """Flips a bit of stored (not deflated) data, where only a checksum tells."""
+    damaged = bytearray(packed)
+    damaged[damaged.index(raw[4000:4016]) + 2] ^= 0x40
+    return bytes(damaged)
+
+
+def _meta(payload):
+    return (
+        b"ObjectType = Image\nNDims = 3\nBinaryData = True\n"
+        b"BinaryDataByteOrderMSB = False\nCompressedData = True\n"
+        b"ElementSpacing = 1 1 1\nDimSize = 9 10 20\nElementType = MET_FLOAT\n"
+        b"ElementDataFile = LOCAL\n" + payload
+    )
+
+
+def test_checksums_and_ends_of_compressed_data_count(tmp_path):
+    array = np.random.default_rng(0).normal(size=(20, 10, 9)).astype(np.float32)
+    raw = array.tobytes()
+    nib.save(nib.Nifti1Image(array.T, np.eye(4)), tmp_path / "a.nii")
+    whole = (tmp_path / "a.nii").read_bytes()
+    packed, deflated = gzip.compress(whole, 0), zlib.compress(raw, 0)
+    good = {"a.nii.gz": packed, "a.mha": _meta(deflated)}
+    bad = {
+        "bit.nii.gz": _flipped(packed, raw),
+        "end.nii.gz": packed[:-4],
+        "bit.mha": _meta(_flipped(deflated, raw)),
+        "end.mha": _meta(zlib.compress(raw)[:-2000]),
+    }
+    for name, content in (good | bad).items():
+        (tmp_path / name).write_bytes(content)
+    for name in good:
+        np.testing.assert_array_equal(volumes.read_volume(tmp_path / name).array, array)
+    for name in bad:
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            volumes.read_volume(tmp_path / name)
+    (tmp_path / "a.nii.gz").write_bytes(packed + b"more")
+    with pytest.warns(UserWarning, match="follows the end of its compressed data"):
+        volumes.read_volume(tmp_path / "a.nii.gz")
+
+
+def test_a_name_of_249_bytes_is_written(tmp_path):
+    path = tmp_path / ("a" * 242 + ".nii.gz")
+    volumes.write_volume(path, volume())
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    with pytest.raises(UserError, match="name of 307 bytes, at most 255"):
+        volumes.write_volume(tmp_path / ("a" * 300 + ".nii.gz"), volume())
+
+
+def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path):
+    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
+    for k in range(5):
+        image = sitk.GetImageFromArray(array[k])
+        image.SetSpacing((1.5, 2.0))
+        tags = {
+            "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0008|0060": "CT",
+            "0020|0032": f"-10\\5\\{20 + 3 * k}", "0020|0037": "1\\0\\0\\0\\1\\0",
+            "0020|0013": str(k), "0008|0018": f"1.2.3.4.{k + 1}",
+            "0028|1052": "-1024", "0028|1053": "1",
+        }  # fmt: skip
+        for key, value in tags.items():
+            image.SetMetaData(key, value)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(tmp_path / f"{k}.dcm"))
+        writer.Execute(image)
+    read = volumes.read_volume(tmp_path)
+    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
+    itk = sitk.ReadImage(names)
+    np.testing.assert_array_equal(read.array, sitk.GetArrayFromImage(itk))
+    np.testing.assert_allclose(read.grid.spacing_mm[::-1], itk.GetSpacing())
+    lps = np.array([-1, -1, 1]) * itk.GetOrigin()
+    np.testing.assert_allclose(read.grid.affine_mm[:3, 3], lps)
+    with pytest.raises(UserError, match="one DICOM file, expected a folder"):
+        volumes.read_volume(tmp_path / "1.dcm")
+    (tmp_path / "2.dcm").unlink()
+    with pytest.raises(UserError, match="from 3 to 6 mm apart"):
+        volumes.read_volume(tmp_path)

@@ -1,0 +1,443 @@
+"""NRRD, MetaImage and DICOM through SimpleITK: the place in space and the voxels.
+
+What ITK 5.4 passes over in silence is looked at here: units of length other than mm,
+the end and the checksum of compressed data (of a damaged MetaImage it returns whatever
+was in memory), sizes that the file cannot hold, and DICOM slices that are not evenly
+spaced.
+
+References:
+  http://teem.sourceforge.net/nrrd/format.html; MetaIO's documentation, "MetaImage";
+  DICOM PS3.3, C.7.6.2 (Image Plane Module).
+"""
+
+import dataclasses
+import math
+import pathlib
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import SimpleITK as sitk
+
+from jaxreg.errors import UserError
+from jaxreg.io import files, nifti
+
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""ITK's frame to RAS+ mm, and back."""
+
+DICOM = (".dcm", ".ima")
+
+_HEADER_BYTES = 2**20
+_NRRD_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "nm": 1e-6}
+_META_MM = {"cm": 10.0, "mm": 1.0, "um": 1e-3}
+_WORDS_MM = {
+    **{"meter": 1e3, "metre": 1e3, "centimeter": 10.0, "centimetre": 10.0},
+    **{"millimeter": 1.0, "millimetre": 1.0, "micron": 1e-3, "micrometer": 1e-3},
+    **{"micrometre": 1e-3, "nanometer": 1e-6, "nanometre": 1e-6},
+}
+_DTYPES = {
+    **{sitk.sitkUInt8: "u1", sitk.sitkInt8: "i1", sitk.sitkUInt16: "u2"},
+    **{sitk.sitkInt16: "i2", sitk.sitkUInt32: "u4", sitk.sitkInt32: "i4"},
+    **{sitk.sitkUInt64: "u8", sitk.sitkInt64: "i8"},
+    **{sitk.sitkFloat32: "f4", sitk.sitkFloat64: "f8"},
+}
+_UNEVEN = 0.05  # of the mean step between slices
+_MEND_DICOM = "convert it with dcm2niix and give the .nii.gz"
+
+
+@dataclasses.dataclass(frozen=True)
+class ItkImage:
+    """One image's header, before its voxels are read.
+
+    Attributes:
+      path: the file or, of a DICOM series, the folder.
+      shape: as stored, (X, Y, Z, ...).
+      affine_mm: 4x4, (i, j, k, 1) to RAS+ mm.
+      reader: SimpleITK's, ready to execute.
+      dtype: of the voxels.
+      fields: of a text header, by name; empty for DICOM.
+      header_bytes: how long that header is.
+    """
+
+    path: pathlib.Path
+    shape: tuple[int, ...]
+    affine_mm: np.ndarray
+    reader: Any
+    dtype: np.dtype
+    fields: dict[str, str]
+    header_bytes: int
+
+
+def open_itk(path: pathlib.Path) -> ItkImage:
+    """Reads the header of an NRRD or MetaImage file.
+
+    Raises:
+      UserError: it is damaged, or holds several numbers or complex ones per voxel.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    _read_header(reader, path)
+    pixel = reader.GetPixelID()
+    name = sitk.GetPixelIDValueAsString(pixel)
+    shape = tuple(reader.GetSize())
+    if "complex" in name:
+        raise UserError(
+            f"{path} holds complex numbers, expected real ones; save the magnitude"
+        )
+    count = reader.GetNumberOfComponents()
+    if count != 1 or "vector" in name:
+        raise UserError(
+            f"{path} is an RGB or vector image ({count} numbers per voxel), expected "
+            "one number per voxel; extract one component or convert it to grey"
+        )
+    fields, header_bytes = _text_header(path)
+    n = reader.GetDimension()
+    affine = np.eye(4)
+    direction = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
+    if n >= 3:
+        affine[:3, :3] = direction * np.asarray(reader.GetSpacing()[:3])
+        affine[:3, 3] = reader.GetOrigin()[:3]
+        scale = _unit_mm(fields, path)
+        affine = np.diag([scale, scale, scale, 1.0]) @ affine
+    dtype = np.dtype(_DTYPES.get(pixel, "V"))
+    return ItkImage(path, shape, LPS @ affine, reader, dtype, fields, header_bytes)
+
+
+def read_itk(image: ItkImage) -> np.ndarray:
+    """Reads the voxels.
+
+    Returns:
+      The shape reversed, (..., Z, Y, X).
+
+    Raises:
+      UserError: they are damaged, end early, or memory lacks.
+    """
+    path = image.path
+    size = math.prod(image.shape) * image.dtype.itemsize
+    packed = _compressed(image)
+    if packed is not None:
+        source, start, wrapper, order = packed
+        flat = files.read_bytes(source, size, start=start, wrapper=wrapper)
+        stored = flat.view(image.dtype.newbyteorder(order))
+        return nifti.native(stored).reshape(image.shape[::-1])
+    _check_size(image)
+    try:
+        return sitk.GetArrayFromImage(image.reader.Execute())
+    except MemoryError as error:
+        raise files.too_large(path, size) from error
+    except RuntimeError as error:
+        raise files.damaged(path, error) from error
+
+
+def is_dicom(path: pathlib.Path) -> bool:
+    """Whether a path is a folder or a DICOM file, by its extension or content."""
+    if path.is_dir():
+        return True
+    if path.suffix.lower() in DICOM:
+        return True
+    if path.suffix and not path.suffix[1:].isdigit():  # "IM0001", "1.2.840.10008"
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def open_dicom(path: pathlib.Path) -> ItkImage:
+    """Reads the headers of a folder that holds one DICOM series of slices.
+
+    The affine's third axis is the step from slice to slice: that of a tilted gantry is
+    not at right angles to the others, and ITK takes it for one that is.
+
+    Raises:
+      UserError: there is no series or more than one, or its slices are not one evenly
+        spaced 3D scan of one number per voxel.
+    """
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is one DICOM file, expected a folder with one series of slices; "
+            f"give the folder {path.parent}, or {_MEND_DICOM}"
+        )
+    names = _series(path)
+    headers = [_slice_header(pathlib.Path(name)) for name in names]
+    first = headers[0]
+    for name, header in zip(names, headers, strict=True):
+        same = header.size == first.size and header.spacing == first.spacing
+        if not same or not np.allclose(header.axes, first.axes, atol=1e-4):
+            raise UserError(
+                f"{path} holds slices of different sizes or directions "
+                f"({pathlib.Path(names[0]).name} and {pathlib.Path(name).name}), "
+                f"expected one 3D series; {_MEND_DICOM}"
+            )
+        if header.rescale != first.rescale:
+            raise UserError(
+                f"{path} holds slices of different rescale slopes or intercepts, "
+                f"which one array of numbers cannot keep; {_MEND_DICOM}"
+            )
+    affine = np.eye(4)
+    affine[:3, :2] = first.axes.T * first.spacing
+    affine[:3, 2] = _step([header.position for header in headers], first.axes, path)
+    affine[:3, 3] = first.position
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(names)
+    shape = (*first.size, len(names))
+    return ItkImage(path, shape, LPS @ affine, reader, first.dtype, {}, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slice:
+    size: tuple[int, int]
+    spacing: tuple[float, float]  # along a row, along a column
+    axes: np.ndarray  # 2 x 3, LPS: the directions of a row and of a column
+    position: np.ndarray  # LPS mm, of the first voxel
+    rescale: tuple[str, str]
+    dtype: np.dtype
+
+
+def _read_header(reader: sitk.ImageFileReader, path: pathlib.Path) -> None:
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise files.damaged(path, error) from error
+
+
+def _text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
+    """Returns the fields of an NRRD or MetaImage header and its length in bytes.
+
+    NRRD's names are in small letters; its header ends at an empty line, MetaImage's
+    behind the line of ElementDataFile.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    nrrd = head.startswith(b"NRRD")
+    fields, at = {}, 0
+    while at < len(head):
+        end = head.find(b"\n", at)
+        end = len(head) if end < 0 else end
+        line = head[at:end].decode("latin-1").strip()
+        at = end + 1
+        if nrrd and not line:
+            break
+        name, *value = re.split(":" if nrrd else "[=:]", line, maxsplit=1)
+        if not value or line.startswith("#") or value[0].startswith("="):
+            continue
+        name = name.strip().lower() if nrrd else name.strip()
+        fields[name] = value[0].strip()
+        if name == "ElementDataFile":
+            break
+    return fields, min(at, len(head))
+
+
+def _unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:
+    """Returns how many mm the header's unit of length is; mm if it names none."""
+    if "space units" in fields:
+        named = re.findall(r'"([^"]*)"', fields["space units"])
+        known: dict[str, float] = _NRRD_MM | _WORDS_MM
+    elif "DistanceUnits" in fields:
+        named, known = [fields["DistanceUnits"]], _META_MM
+    else:
+        return 1.0
+    units = {name.strip() for name in named} - {"", "?", "???", "none"}
+    scales = {known.get(unit, known.get(unit.lower().rstrip("s"))) for unit in units}
+    if len(scales) > 1:
+        raise UserError(
+            f"{path} has axes in different units ({', '.join(sorted(units))}), "
+            "expected one for all; repair its header"
+        )
+    scale = scales.pop() if scales else 1.0
+    if scale is None:
+        warnings.warn(
+            f'{path}: its unit of length, "{units.pop()}", is unknown here and taken '
+            "as mm",
+            stacklevel=2,
+        )
+    return scale or 1.0
+
+
+def _compressed(
+    image: ItkImage,
+) -> tuple[pathlib.Path, int, files.Wrapper, Literal["<", ">"]] | None:
+    """Returns where compressed voxels are: file, first byte, wrapper and byte order.
+
+    None where they are not compressed, or lie in a way that is left to ITK.
+    """
+    fields, path = image.fields, image.path
+    wrapper: files.Wrapper
+    if fields.get("encoding", "").lower() in ("gzip", "gz"):
+        if any(name.replace(" ", "") in ("lineskip", "byteskip") for name in fields):
+            return None
+        wrapper, big = "gzip", fields.get("endian", "little").lower() == "big"
+        named = fields.get("data file", fields.get("datafile"))
+    elif _is_true(fields, "CompressedData"):
+        big = _is_true(fields, "BinaryDataByteOrderMSB")
+        big |= _is_true(fields, "ElementByteOrderMSB")
+        wrapper = "zlib"
+        named = fields.get("ElementDataFile")
+        named = None if named and named.upper() == "LOCAL" else named
+    else:
+        return None
+    order: Literal["<", ">"] = ">" if big else "<"
+    if named is None:
+        return path, image.header_bytes, wrapper, order
+    source = path.parent / named
+    if not source.is_file():
+        if wrapper == "gzip":  # a list of files or a pattern, whose checksums ITK sees
+            return None
+        raise UserError(
+            f"{path} names the compressed voxels {named}, which is not one file beside "
+            "it; fetch it as well, or convert the image to .nii.gz"
+        )
+    skip = fields.get("HeaderSize", "0")
+    return source, int(skip) if skip.isdigit() else 0, wrapper, order
+
+
+def _is_true(fields: dict[str, str], name: str) -> bool:
+    return fields.get(name, "")[:1] in ("t", "T", "1")  # as MetaIO reads it
+
+
+def _check_size(image: ItkImage) -> None:
+    """Checks that uncompressed voxels can be in the file, before memory is taken."""
+    fields, path = image.fields, image.path
+    named = fields.get("data file", fields.get("datafile"))
+    named = fields.get("ElementDataFile", named)
+    source = path
+    if named and named.upper() != "LOCAL":
+        source = path.parent / named
+        if not source.is_file():
+            return  # a list or a pattern
+    voxels = math.prod(image.shape)
+    encoding = fields.get("encoding", "raw").lower()
+    text = encoding in ("ascii", "text", "txt")
+    text |= "BinaryData" in fields and not _is_true(fields, "BinaryData")
+    if text:
+        size = 2 * voxels - 1
+    else:
+        size = voxels * image.dtype.itemsize * (2 if encoding == "hex" else 1)
+    if encoding in ("gzip", "gz", "bzip2", "bz2"):
+        return  # several files, or what this ITK does not read
+    there = source.stat().st_size
+    if size > there:
+        short = f"its header claims {size} bytes of voxels, {source.name} has {there}"
+        raise files.damaged(path, EOFError(short))
+
+
+def _series(path: pathlib.Path) -> list[str]:
+    """Returns the files of a folder's only series, in the order of their slices."""
+    find = sitk.ImageSeriesReader.GetGDCMSeriesFileNames
+    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # "No Series were found"
+    try:
+        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+        names = {one: list(find(str(path), one)) for one in series}
+    except RuntimeError as error:
+        raise files.damaged(path, error) from error
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
+    if not names:
+        raise UserError(
+            f"{path} is a folder, expected a file or a folder with one DICOM series; "
+            "it holds no DICOM image, name another"
+        )
+    if len(names) > 1:
+        listed = [_described(files_of) for files_of in names.values()]
+        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+        raise UserError(
+            f"{path} holds {len(names)} DICOM series ({', '.join(listed[:8])}{more}), "
+            f"expected one; put one into a folder of its own, or {_MEND_DICOM}"
+        )
+    return next(iter(names.values()))
+
+
+def _described(names: Sequence[str]) -> str:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(names[0])
+    what = ""
+    try:
+        reader.ReadImageInformation()
+        what = _tag(reader, "0008|103e") or _tag(reader, "0020|0011")
+    except RuntimeError:
+        pass
+    count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
+    return f"{what or pathlib.Path(names[0]).name}: {count}"
+
+
+def _tag(reader: sitk.ImageFileReader, key: str) -> str:
+    if not reader.HasMetaDataKey(key):
+        return ""
+    # SimpleITK hands over bytes that are no UTF-8 as lone surrogates.
+    text = reader.GetMetaData(key).encode("utf-8", "replace").decode("utf-8")
+    return " ".join(text.split())
+
+
+def _numbers(reader: sitk.ImageFileReader, key: str, count: int) -> np.ndarray | None:
+    try:
+        values = [float(part) for part in _tag(reader, key).split("\\")]
+    except ValueError:
+        return None
+    whole = len(values) == count and np.isfinite(values).all()
+    return np.asarray(values) if whole else None
+
+
+def _slice_header(path: pathlib.Path) -> _Slice:
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    _read_header(reader, path)
+    size = reader.GetSize()
+    pixel = reader.GetPixelID()
+    if reader.GetNumberOfComponents() != 1 or pixel not in _DTYPES:
+        raise UserError(
+            f"{path} is a colour image, expected one number per voxel; leave its "
+            "series out, or convert it to grey"
+        )
+    if math.prod(size[2:]) != 1:
+        raise UserError(
+            f"{path} is a DICOM file of {size[2]} frames, expected slices of one frame "
+            f"each; {_MEND_DICOM}"
+        )
+    position = _numbers(reader, "0020|0032", 3)
+    axes = _numbers(reader, "0020|0037", 6)
+    if position is None or axes is None:
+        raise UserError(
+            f"{path} does not say where its slice lies (ImagePositionPatient, "
+            f"ImageOrientationPatient); {_MEND_DICOM}"
+        )
+    spacing = reader.GetSpacing()
+    return _Slice(
+        size=(size[0], size[1]),
+        spacing=(spacing[0], spacing[1]),
+        axes=axes.reshape(2, 3),
+        position=position,
+        rescale=(_tag(reader, "0028|1053"), _tag(reader, "0028|1052")),
+        dtype=np.dtype(_DTYPES[pixel]),
+    )
+
+
+def _step(
+    positions: Sequence[np.ndarray], axes: np.ndarray, path: pathlib.Path
+) -> np.ndarray:
+    """Returns the vector from slice to slice, LPS mm, if all steps are that one."""
+    if len(positions) < 2:
+        raise UserError(
+            f"{path} holds one DICOM slice, expected a 3D series; give all its slices"
+        )
+    steps = np.diff(positions, axis=0)
+    mean = steps.mean(axis=0)
+    length = float(np.linalg.norm(mean))
+    along = steps @ np.cross(*axes)
+    if np.abs(along).min() < 1e-3 * np.abs(along).max():
+        raise UserError(
+            f"{path} holds several images of one place (a time series or several "
+            f"echoes), expected one 3D scan; {_MEND_DICOM}, one volume of it"
+        )
+    if np.linalg.norm(steps - mean, axis=1).max() > _UNEVEN * length:
+        apart = np.abs(along)
+        raise UserError(
+            f"{path} holds slices from {apart.min():.4g} to {apart.max():.4g} mm "
+            "apart, expected even steps (is one missing?); complete the series, or "
+            f"{_MEND_DICOM}, which interpolates"
+        )
+    return mean
