@@ -367,7 +367,7 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg.io import files, transforms, volumes
+    from jaxreg.io import transforms, volumes
     from jaxreg.space import transform as transform_lib
 
     for name, path in scans.items():

@@ -458,8 +458,8 @@ def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
     detail = (
         f"{here} voxels against {there}"
         if here != there
-        else f"at another place: corners up to {apart} apart, at most {SAME_GRID_VOXELS} of a voxel is "
-        "taken for rounding"
+        else f"at another place: corners up to {apart} apart, at most "
+        f"{SAME_GRID_VOXELS} of a voxel is taken for rounding"
     )
     raise UserError(
         f"{name} lies on another grid than its image {image_name} ({detail}); resample "

@@ -478,7 +478,7 @@ def test_labels_behind_a_slope_are_whole_numbers_again(tmp_path):
     for kind in ("labels", "stored"):
         read = volumes.read_volume(tmp_path / "whole.nii", kind=kind)
         np.testing.assert_array_equal(read.array, labels.T)
-    with pytest.raises(UserError, match="12 voxels with fractional values"):
+    with pytest.raises(UserError, match="voxels with fractional values"):
         volumes.read_volume(tmp_path / "half.nii", kind="labels")
 
 
