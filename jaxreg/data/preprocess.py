@@ -458,7 +458,7 @@ def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
     detail = (
         f"{here} voxels against {there}"
         if here != there
-        else f"at another place: corners up to {apart} apart, at most "
+        else f"one shape at another place, corners up to {apart} apart, at most "
         f"{SAME_GRID_VOXELS} of a voxel is taken for rounding"
     )
     raise UserError(
