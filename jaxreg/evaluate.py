@@ -245,6 +245,7 @@ def evaluate(
     _check_pairs(pairs, names, options, landmarks_frame)
     told = [f"pair {name}" for name in names]
     pair_list.check_told(pairs, told, model, options, smoothness)
+    pair_list.warn_of_validation_scans(pairs, model, stacklevel=3)
     rows: list[results.Row] = []
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):

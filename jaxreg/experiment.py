@@ -46,6 +46,8 @@ class DataConfig:
       manifests: manifest files or folders, see `data.manifest.read_manifest`.
       synthetic: names of `data.synthetic.TASKS`, instead of manifests.
       synthetic_labels: structures of the synthetic anatomies.
+      synthetic_deformation: largest displacement of the synthetic deformations, voxels;
+        an eighth of the shortest axis if None.
       holdout: every n-th subject validates where a manifest has no splits; None: all
         train.
       tasks: how each dataset is trained on; one task per dataset if empty.
@@ -55,13 +57,17 @@ class DataConfig:
       pairs_per_epoch: of all tasks together.
       classes: label values of the Dice term; all of a manifest's list if empty.
         Validation scores every label that it finds.
-      validation_pairs: at most so many, spread over the validation split; 0 for none.
+      validation_pairs: so many of all datasets together, fewer if there are no more;
+        0 for none. Each dataset has an equal share, at least one where it has any, and
+        gives what it lacks to the others; within a dataset they are spread over the
+        validation split. The best weights are those of the best mean over datasets.
       neighbours: each validation subject is fixed image for the next few, cyclically.
     """
 
     manifests: tuple[str, ...] = ()
     synthetic: tuple[str, ...] = ()
     synthetic_labels: int = 5
+    synthetic_deformation: float | None = None
     holdout: int | None = 5
     tasks: tuple[Task, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -413,7 +419,8 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
             f"{path} cannot be read ({error}), so the run is not resumed; put back the "
             "settings that it was started with, or give another --out"
         ) from error
-    was, now = _leaves(before), _leaves(to_dict(experiment))
+    was = _leaves(_completed(before, experiment))
+    now = _leaves(to_dict(experiment))
     differing = [
         f"{name} {was.get(name)} -> {now.get(name)}"
         for name in sorted({*was, *now})
@@ -424,6 +431,25 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
             f"the run in {path.parent} was started with other settings "
             f"({'; '.join(differing[:5])}); resume it with those, or give another --out"
         )
+
+
+def _completed(before: Any, now: Any) -> Any:
+    """Returns settings as read, with the defaults of fields that came later."""
+    if isinstance(before, Mapping) and dataclasses.is_dataclass(now):
+        given = {field.name: field for field in dataclasses.fields(now)}
+        later = {
+            name: json.loads(json.dumps(field.default, default=dataclasses.asdict))
+            for name, field in given.items()
+            if name not in before and field.default is not dataclasses.MISSING
+        }
+        known = {
+            name: _completed(value, getattr(now, name)) if name in given else value
+            for name, value in before.items()
+        }
+        return known | later
+    if isinstance(before, list) and isinstance(now, tuple) and len(before) == len(now):
+        return [_completed(*both) for both in zip(before, now, strict=True)]
+    return before
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

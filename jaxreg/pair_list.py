@@ -299,6 +299,35 @@ def warn_of_idle_masks(
         )
 
 
+def warn_of_validation_scans(
+    pairs: Sequence[PairSpec], model: zoo.LoadedModel | None, *, stacklevel: int
+) -> None:
+    """Warns of pairs with scans of subjects on which the weights were chosen.
+
+    Args:
+      pairs: to be scored.
+      model: the network; weights that do not tell what chose them are trusted.
+      stacklevel: as in `warnings.warn`; 2 is the caller.
+    """
+    if model is None:
+        return
+    seen = [
+        pair
+        for pair in pairs
+        if model.validation_scans
+        & {files.scan_name(pair.fixed), files.scan_name(pair.moving)}
+    ]
+    if seen:
+        name = files.scan_name(seen[0].fixed)
+        warnings.warn(
+            f"{len(seen)} of {len(pairs)} pairs, the first with {name} as fixed scan, "
+            f"are of subjects on which the weights of {model.name} were chosen in "
+            "training (by the names of their files), so that their scores are too good "
+            "for held-out ones; evaluate others, with --split test or another list",
+            stacklevel=stacklevel,
+        )
+
+
 def check_told(
     pairs: Sequence[PairSpec],
     names: Sequence[str],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -235,6 +236,11 @@ def _pairs_seed(seed: int, number: int) -> int:
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
+def dataset_names(sources: Sources) -> tuple[str, ...]:
+    """Returns the name under which pairs of each task are scored: its dataset's."""
+    return sources.tasks or ("all",) * len(sources.objectives)
+
+
 def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
     data = experiment.data
     configs = [
@@ -242,6 +248,7 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
             synthetic.TASKS[name],
             shape=experiment.loading.shape,
             labels=data.synthetic_labels,
+            deformation_voxel=data.synthetic_deformation,
         )
         for name in _left(data.synthetic, data.exclude, str)
     ]
@@ -252,10 +259,12 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
             experiment.train.seed + _VALIDATION_SEED,
         )
     )
+    # Pairs go through the kinds in turn, so that each has one at least.
+    count = data.validation_pairs and max(data.validation_pairs, len(configs))
     return Sources(
         train=train,
-        validation=validation if data.validation_pairs else None,
-        validation_count=data.validation_pairs,
+        validation=validation if count else None,
+        validation_count=count,
         objectives=(0,) * len(configs),
         classes=data.classes or tuple(range(1, data.synthetic_labels + 1)),
         tasks=tuple(config.name for config in configs),
@@ -270,9 +279,10 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
 def _validation_plans(
     whole: Manifest, tasks: Sequence[pairs.Task], experiment: Experiment
 ) -> tuple[tuple[pairs.PairPlan, ...], tuple[Record, ...]]:
-    """Returns at most as many pairs as asked for, spread over the split.
+    """Returns the pairs that validate, see `DataConfig`, and the records they count.
 
-    Of several tasks of one dataset, the first has its pairs.
+    Of several tasks of one dataset, the first has its pairs. A dataset with held-out
+    scans, but no pair of them, is warned about.
     """
     pairing_of = {task.dataset: task.pairing for task in reversed(tasks)}
     held_out = tuple(
@@ -296,9 +306,50 @@ def _validation_plans(
         )
         if fixed.dataset in task_of
     ]
-    count = min(len(found), experiment.data.validation_pairs)
-    chosen = np.linspace(0, len(found), count, endpoint=False).astype(int)
-    return tuple(found[i] for i in chosen), held_out
+    by_task: dict[int, list[pairs.PairPlan]] = {}
+    for plan in found:
+        by_task.setdefault(plan.task, []).append(plan)
+    if experiment.data.validation_pairs:
+        _warn_of_unpaired(held_out, {tasks[i].dataset for i in by_task}, tasks)
+    counts = [len(several) for several in by_task.values()]
+    shares = _equal_shares(counts, experiment.data.validation_pairs)
+    plans: list[pairs.PairPlan] = []
+    for several, share in zip(by_task.values(), shares, strict=True):
+        chosen = np.linspace(0, len(several), share, endpoint=False).astype(int)
+        plans += [several[i] for i in chosen]
+    return tuple(plans), held_out
+
+
+def _equal_shares(counts: Sequence[int], total: int) -> list[int]:
+    """Divides a number into equal shares, each at least 1 and at most its count.
+
+    What one share lacks of an equal one, the others have; the first ones have what does
+    not divide.
+    """
+    shares = [0] * len(counts)
+    left = min(max(total, len(counts)), sum(counts)) if total else 0
+    while left:
+        open_ones = [i for i, count in enumerate(counts) if shares[i] < count]
+        each = max(left // len(open_ones), 1)
+        for i in open_ones[:left]:
+            given = min(each, counts[i] - shares[i])
+            shares[i], left = shares[i] + given, left - given
+    return shares
+
+
+def _warn_of_unpaired(
+    held_out: Sequence[Record], paired: set[str], tasks: Sequence[pairs.Task]
+) -> None:
+    for dataset in dict.fromkeys(task.dataset for task in tasks):
+        scans = sum(record.dataset == dataset for record in held_out)
+        if scans and dataset not in paired:
+            warnings.warn(
+                f"dataset {dataset} has {scans} held-out scans and no pair among them, "
+                "so that it neither validates nor has a say in which weights are the "
+                "best; hold out two subjects (of intra pairs: two scans of one), by a "
+                "column split or a smaller data.holdout",
+                stacklevel=4,
+            )
 
 
 def _check_modalities(

@@ -3,6 +3,7 @@
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
 OUT/start_tasks.txt   names of the prompts in the bank that it started from
+OUT/validation_scans.txt   scans on which the weights it started from were chosen
 OUT/sam/              the SAM network whose embeddings a UniReg correlates
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
@@ -14,7 +15,8 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +35,7 @@ from jaxreg.models.sam import TrainedSam
 from jaxreg.sources import (
     Sources,
     TaskRule,
+    dataset_names,
     loading_of,
     loss_of,
     make_prepare,
@@ -50,6 +53,7 @@ Say = Callable[[str], None]
 SETTINGS = "experiment.json"
 SCANS = "scans.txt"
 _START_TASKS = "start_tasks.txt"
+_VALIDATION_SCANS = "validation_scans.txt"
 _SAM = "sam"
 
 
@@ -305,7 +309,11 @@ def run(
                 started_with,
                 first.sam,
             )
-    records = {SCANS: _scans_of(stage_runs), _START_TASKS: list(started_with)}
+    records = {
+        SCANS: _scans_of(stage_runs),
+        _START_TASKS: list(started_with),
+        _VALIDATION_SCANS: _scans_of_start(experiment, out),
+    }
     open_folder(experiment, out, records, resume=resume)
     if sam is not None and jax.process_index() == 0 and not (out / _SAM).is_dir():
         checkpoints.save_bundle(out / _SAM, _bundle_of_sam(sam))
@@ -320,7 +328,8 @@ def run(
         assert variables is not None  # an experiment has a stage
         last = stage_runs[-1]
         bundle = bundle_of(last.experiment, variables, last.sources, last.sam)
-        checkpoints.save_bundle(weights, bundle)
+        chosen_on = {*_lines(out / _VALIDATION_SCANS), *validation_scans(stage_runs)}
+        checkpoints.save_bundle(weights, _with_validation_scans(bundle, chosen_on))
     parallel.barrier("weights written")
     return Outcome(weights, scores, steps, time.perf_counter() - began)
 
@@ -385,13 +394,59 @@ def _scans_of(stage_runs: Sequence["_StageRun"]) -> list[str]:
     return found
 
 
+def _with_validation_scans(
+    bundle: checkpoints.Bundle, scans: Collection[str]
+) -> checkpoints.Bundle:
+    """Returns the weights with what chose them, for `pair_list` to warn of."""
+    if not scans:
+        return bundle
+    told = {**bundle.preprocessing, zoo.VALIDATION_SCANS: sorted(scans)}
+    return dataclasses.replace(bundle, preprocessing=told)
+
+
+def _lines(path: pathlib.Path) -> list[str]:
+    return path.read_text("utf-8").splitlines() if path.is_file() else []
+
+
+def _scans_of_start(experiment: Experiment, out: pathlib.Path) -> list[str]:
+    """Returns on which scans the weights to start a new run from were chosen."""
+    start = experiment.train.start
+    if start is None or (out / SETTINGS).is_file():
+        return []
+    return sorted(zoo.load(start).validation_scans)
+
+
+def validation_scans(stage_runs: Sequence["_StageRun"]) -> list[str]:
+    """Returns the scans of the subjects whose scores choose the weights of a stage.
+
+    They are named as `files.scan_name` does. All scans of such a subject count, even
+    one that was in no validation pair.
+    """
+    found: set[str] = set()
+    for trainer in stage_runs:
+        source = trainer.sources.validation
+        if trainer.metric is None or not isinstance(source, pipeline.PairSource):
+            continue
+        plans = map(source.plan, range(trainer.sources.validation_count))
+        shown = [
+            source.records[view.record] for p in plans for view in (p.moving, p.fixed)
+        ]
+        subjects = {(record.dataset, record.subject) for record in shown}
+        found |= {
+            files.scan_name(record.image)
+            for record in source.records
+            if (record.dataset, record.subject) in subjects
+        }
+    return sorted(found)
+
+
 def line_of(stage: str, record: Record) -> str:
     """Returns what is kept of a scan, to tell whether a run goes on with the same."""
     values = dataclasses.asdict(record)
     for name, value in values.items():
         # The same scans may lie elsewhere when a run goes on.
         if isinstance(value, pathlib.Path):
-            values[name] = "/".join(value.parts[-2:])
+            values[name] = files.scan_name(value)
     told = ", ".join(f"{name} {value}" for name, value in values.items() if value)
     return f"{stage}: {told}"
 
@@ -403,8 +458,7 @@ def _recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
     """
     if not (out / SETTINGS).is_file():
         return None
-    path = out / _START_TASKS
-    return tuple(path.read_text("utf-8").splitlines()) if path.is_file() else ()
+    return tuple(_lines(out / _START_TASKS))
 
 
 def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
@@ -542,19 +596,36 @@ def metric_of(experiment: Experiment, sources: Sources) -> str | None:
                 "images or --loop.metric auto, which then takes the last checkpoint"
             )
         return None
-    labelled = not isinstance(source, pipeline.PairSource) or any(
-        source.records[plan.moving.record].label
-        and source.records[plan.fixed.record].label
-        for plan in map(source.plan, range(sources.validation_count))
-    )
+    having = _labelled_datasets(sources)
+    labelled = any(having.values())
     if wanted == "dice" and not labelled:
         raise UserError(
             "loop.metric is dice, but no validation pair has label maps of both "
             "images; add the column label or give --loop.metric loss"
         )
-    if wanted == "auto":
-        return "dice" if labelled else "loss"
-    return wanted
+    chosen = ("dice" if labelled else "loss") if wanted == "auto" else wanted
+    if chosen == "dice" and not all(having.values()):
+        without = ", ".join(name for name, has in having.items() if not has)
+        warnings.warn(
+            "the best weights are those of the best mean Dice over datasets, in which "
+            f"{without} has no say: no validation pair there has label maps of both "
+            "images; add them, or give --loop.metric loss",
+            stacklevel=2,
+        )
+    return chosen
+
+
+def _labelled_datasets(sources: Sources) -> dict[str, bool]:
+    """Returns whether a dataset that validates has a pair with both label maps."""
+    source, names = sources.validation, dataset_names(sources)
+    if not isinstance(source, pipeline.PairSource):
+        return dict.fromkeys(names, True)
+    found: dict[str, bool] = {}
+    for plan in map(source.plan, range(sources.validation_count)):
+        both = (source.records[view.record].label for view in (plan.moving, plan.fixed))
+        name = names[plan.task]
+        found[name] = all(both) or found.get(name, False)
+    return found
 
 
 class _StageRun:

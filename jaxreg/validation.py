@@ -16,6 +16,7 @@ from jaxreg.sources import (
     Source,
     Sources,
     addressed,
+    dataset_names,
     loading_of,
     loss_of,
     make_prepare,
@@ -43,9 +44,10 @@ def make_validation(
 ) -> Callable[[Variables], loop.Validation] | None:
     """Returns ``validate(variables)``, or None where there is nothing to score on.
 
-    Each process scores its share of the pairs, one at a time. Scores are means over the
-    pairs: the parts of the objective in evaluation mode with fixed noise, "dice" (mean
-    over a pair's labels, nearest, on the network grid), and "folding_percent".
+    Each process scores its share of the pairs, one at a time: the objective's parts in
+    evaluation mode with fixed noise, "dice" (mean over a pair's labels, nearest, on the
+    network grid), and "folding_percent". A score is the mean over a dataset's pairs,
+    then over the datasets that have it: a small one counts as a large one.
     """
     source = sources.validation
     if source is None:
@@ -76,9 +78,11 @@ def make_validation(
 
     compiled = parallel.compile_step(score, one, donate=False)
     mine = _own_share(sources.validation_count)
+    names = dataset_names(sources)
 
     def validate(variables):
-        rows, images = [], {}
+        rows: list[tuple[str, dict[str, float]]] = []
+        images = {}
         placed = parallel.place_state(variables, one)
         # One reader for all of them: worker processes take seconds to start.
         with pipeline.Batches(
@@ -94,11 +98,12 @@ def make_validation(
                 row |= _overlap(warped, batch)
                 if "dice" in row and not np.isfinite(points).all():
                     row["dice"] = np.nan
-                rows.append(row)
+                rows.append((names[int(batch["task"][0])], row))
                 _warn_if_not_finite(row, _pair_name(source, i))
                 if i == 0:
                     images = {name: a[0, ..., 0] for name, a in shown.items()}
-        return loop.Validation(_means(rows), images)
+        found = _of_datasets(rows, tuple(dict.fromkeys(names)))
+        return loop.Validation(_means(found), images, found)
 
     return validate
 
@@ -136,21 +141,45 @@ def _warn_if_not_finite(row: Mapping[str, float], pair: str) -> None:
         )
 
 
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Means over all pairs of all processes; a pair without a score is left out.
+_NAMES = (
+    "loss", "inverse_consistency", "similarity", "transform_magnitude", "folds",
+    "dice_loss", "smoothness", "orthogonality", "task_similarity", "folding_percent",
+    "dice",
+)  # fmt: skip
 
-    A score that is not finite makes its mean infinite, which is never the best.
+
+def _of_datasets(
+    rows: Sequence[tuple[str, Mapping[str, float]]], datasets: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Means over each dataset's pairs of all processes.
+
+    A pair without a score is left out. A score that is not finite makes its mean
+    infinite, which is never the best.
+
+    Args:
+      rows: of this process' pairs: (dataset, scores).
+      datasets: all of them, in the same order on every process.
     """
-    names = ("loss", "inverse_consistency", "similarity", "transform_magnitude",
-             "folds", "dice_loss", "smoothness", "orthogonality", "task_similarity",
-             "folding_percent", "dice")  # fmt: skip
-    sums = np.zeros((2, len(names)))
-    for row in rows:
-        for i, name in enumerate(names):
+    sums = np.zeros((2, len(datasets), len(_NAMES)))
+    for dataset, row in rows:
+        of_dataset = sums[:, datasets.index(dataset)]
+        for i, name in enumerate(_NAMES):
             if name in row:
-                sums[:, i] += row[name] if np.isfinite(row[name]) else np.inf, 1
-    total, count = loop.sum_over_processes(sums)
-    return {n: float(t / c) for n, t, c in zip(names, total, count, strict=True) if c}
+                of_dataset[:, i] += row[name] if np.isfinite(row[name]) else np.inf, 1
+    totals, counts = loop.sum_over_processes(sums)
+    return {
+        dataset: {
+            n: float(t / c) for n, t, c in zip(_NAMES, total, count, strict=True) if c
+        }
+        for dataset, total, count in zip(datasets, totals, counts, strict=True)
+        if count.any()
+    }
+
+
+def _means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over the datasets that have a score, each of which counts alike."""
+    having = {n: [s[n] for s in found.values() if n in s] for n in _NAMES}
+    return {name: float(np.mean(values)) for name, values in having.items() if values}
 
 
 def make_blame(

@@ -47,6 +47,8 @@ from jaxreg.models.sam import (
 from jaxreg.typing import Variables
 
 CACHE_VARIABLE = "JAXREG_CACHE"
+VALIDATION_SCANS = "validation_scans"
+"""Under this name weights tell what chose them, beside their preprocessing."""
 BASE_URL = "https://github.com/uncbiag/uniGradICON/releases/download"
 TORCH_SUFFIXES = (".trch", ".pth", ".pt")
 _OTHER_SUFFIXES = (".safetensors", ".onnx", ".npz", ".h5", ".ckpt", ".bin", ".pkl")
@@ -131,6 +133,11 @@ class LoadedModel:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks it was trained on, in the order of its prompt bank."""
         return tuple(self.bundle.preprocessing.get("tasks", ()))
+
+    @property
+    def validation_scans(self) -> frozenset[str]:
+        """Scans, see `files.scan_name`, of the subjects on which it was chosen."""
+        return frozenset(self.bundle.preprocessing.get(VALIDATION_SCANS, ()))
 
     def _range(self, name: str) -> tuple[float, float] | None:
         stated = self.bundle.preprocessing.get(name)

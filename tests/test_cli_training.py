@@ -260,6 +260,35 @@ def test_a_manifest_without_a_split_trains_whole(scans, config):
         assert sources.validation is None
 
 
+def test_scoring_what_chose_the_weights_is_warned_about(train, scans, tmp_path, capsys):
+    rows = rows_of(scans)
+    for i, row in enumerate(rows):
+        row["split"] = "val" if i < 2 else "test" if i < 4 else "train"
+    write_rows(scans, rows)
+    options = ["--data.manifests", scans, "--data.validation_pairs", "2"]
+    status, _, error = train(*options)
+    assert status == 0, error
+    weights = tmp_path / "run" / "weights"
+    named = {f"images/{pathlib.Path(row['image']).name}" for row in rows[:2]}
+    assert zoo.load(str(weights)).validation_scans == named
+    # Weights trained from these were chosen on the same scans, and on no others.
+    status, _, error = train(
+        "--data.manifests", scans, "--train.start", weights, out="again"
+    )
+    assert status == 0, error
+    again = tmp_path / "again" / "weights"
+    assert zoo.load(str(again)).validation_scans == named
+    warned = {}
+    for split in ("val", "test"):
+        status = cli.main(
+            ["evaluate", "--manifest", str(scans), "--model", str(again), "--split",
+             split, "--neighbours", "1", "--out", str(tmp_path / f"{split}.csv")]
+        )  # fmt: skip
+        assert status == 0
+        warned[split] = "weights of" in capsys.readouterr().err
+    assert warned == {"val": True, "test": False}
+
+
 def test_the_folder_must_be_named(train):
     is_mistake(train(out=None), "--out is missing", "--dry-run")
 

@@ -1,6 +1,7 @@
 """Settings from files and from the command line, and what a resumed run may change."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -296,6 +297,14 @@ def test_a_resumed_run_keeps_what_decides_the_numbers(tmp_path):
     path = tmp_path / "experiment.json"
     lib.write(path, PLAIN)
     lib.check_same(path, PLAIN)
+    # A run that was started before a setting came had its default.
+    before = json.loads(path.read_text())
+    del before["data"]["synthetic_deformation"], before["train"]["ema"]
+    del before["stages"][0]["changes"], before["optimizer"]["betas"]
+    path.write_text(json.dumps(before))
+    lib.check_same(path, PLAIN)
+    with pytest.raises(UserError, match=r"train\.ema 0\.0 -> 0\.5"):
+        lib.check_same(path, lib.override(PLAIN, [("train.ema", "0.5")]))
     elsewhere = lib.override(
         PLAIN,
         [

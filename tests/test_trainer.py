@@ -17,6 +17,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -420,8 +421,8 @@ def scoring(*dice):
     """In place of `validation._means`: one score after the other; None interrupts."""
     left = list(dice)
 
-    def means(rows):
-        assert len(rows) == 2
+    def means(found):
+        assert list(found) == ["inter_mono"]
         score = left.pop(0)
         if score is None:
             raise KeyboardInterrupt
@@ -578,7 +579,8 @@ def test_one_reader_serves_all_pairs_and_dice_is_of_those_with_labels(monkeypatc
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, -math.inf])
 def test_a_pair_without_a_finite_loss_is_no_success(spoilt):
     rows = [{"loss": 0.5, "dice": 0.9}, {"loss": spoilt}, {"loss": 0.5}]
-    means = validation_lib._means(rows)
+    found = validation_lib._of_datasets([("all", row) for row in rows], ["all"])
+    means = validation_lib._means(found)
     assert means["loss"] == math.inf
     assert means["dice"] == 0.9  # of the one pair with labels
     assert "dice_loss" not in means
@@ -610,6 +612,124 @@ def test_validation_pairs_are_of_all_modalities_of_a_task():
         experiment.override(tiny(), [("data.validation_pairs", 9)]),
     )  # fmt: skip
     assert [(p.fixed.record, p.moving.record) for p in plans] == [(0, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("counts", "total", "expected"),
+    [
+        ((215, 500, 6), 16, [6, 5, 5]),
+        ((215, 500, 2), 16, [7, 7, 2]),  # what one lacks the others have
+        ((9, 9, 9), 2, [1, 1, 1]),  # one at least
+        ((3, 1), 16, [3, 1]),
+        ((7,), 5, [5]),
+        ((), 5, []),
+        ((9, 9), 0, [0, 0]),
+    ],
+)
+def test_datasets_have_equal_shares(counts, total, expected):
+    assert sources_lib._equal_shares(counts, total) == expected
+
+
+def held_out(**subjects):
+    """Records of the validation split: so many subjects of each dataset."""
+    return tuple(
+        Record(pathlib.Path(dataset, f"{i}.nii"), f"{i}", dataset, split="val")
+        for dataset, count in subjects.items()
+        for i in range(count)
+    )
+
+
+def test_small_datasets_validate_beside_large_ones():
+    records = held_out(large=215, larger=500, small=6)
+    tasks = tuple(pairs.Task(name) for name in ("larger", "small", "large"))
+    chosen = tiny(data=DataConfig(manifests=("here",), tasks=tasks))
+    plans, _ = sources_lib._validation_plans(Manifest(records, "here"), tasks, chosen)
+    count = [tasks[plan.task].dataset for plan in plans].count
+    assert chosen.data.validation_pairs == 16
+    assert [count(name) for name in ("large", "larger", "small")] == [6, 5, 5]
+    # Spread over each, and no pair twice.
+    for name, subjects in (("larger", 500), ("small", 6)):
+        fixed = [
+            int(records[plan.fixed.record].subject)
+            for plan in plans
+            if tasks[plan.task].dataset == name
+        ]
+        assert min(fixed) == 0 and max(fixed) >= 0.6 * subjects
+    assert len({(p.fixed, p.moving) for p in plans}) == 16
+
+
+def test_a_dataset_without_a_validation_pair_is_named():
+    records = held_out(large=9, single=1)
+    tasks = (pairs.Task("large"), pairs.Task("single"), pairs.Task("trains_whole"))
+    with pytest.warns(UserWarning, match="dataset single has 1 held-out scans") as said:
+        chosen = tiny(data=DataConfig(manifests=("here",), tasks=tasks))
+        sources_lib._validation_plans(Manifest(records, "here"), tasks, chosen)
+    assert len(said) == 1
+
+
+def test_a_score_is_the_mean_over_datasets_and_told_of_each():
+    rows = [("large", {"dice": d, "loss": 1.0}) for d in (0.2, 0.4, 0.6)]
+    rows += [("small", {"dice": 0.8, "loss": 3.0}), ("bare", {"loss": 5.0})]
+    found = validation_lib._of_datasets(rows, ["large", "absent", "small", "bare"])
+    assert list(found) == ["large", "small", "bare"]
+    assert found["large"]["dice"] == pytest.approx(0.4)
+    assert found["bare"] == {"loss": 5.0}
+    means = validation_lib._means(found)
+    assert means["dice"] == pytest.approx((0.4 + 0.8) / 2)  # over pairs it is 0.5
+    assert means["loss"] == pytest.approx((1 + 3 + 5) / 3)
+
+
+def test_every_kind_of_synthetic_pair_validates():
+    chosen = tiny(data=DataConfig(synthetic=("inter_mono", "intra_mono", "inter_multi"),
+                                  validation_pairs=2))  # fmt: skip
+    found = sources_lib.make_sources(chosen)
+    assert found.validation is not None and found.validation_count == 3
+    names = sources_lib.dataset_names(found)
+    numbers = range(found.validation_count)
+    tasks = [names[int(found.validation[i]["task"])] for i in numbers]
+    assert tasks == ["inter_mono", "intra_mono", "inter_multi"]
+    chosen = experiment.override(chosen, [("data.validation_pairs", 0)])
+    assert sources_lib.make_sources(chosen).validation is None
+
+
+@pytest.fixture
+def listed(tmp_path):
+    """A manifest of two datasets, of which one has labels; two subjects validate."""
+    path = tmp_path / "scans.csv"
+    rows = ["image,subject,dataset,session,label,split"]
+    for dataset in ("bare", "labelled"):
+        for i in range(6):
+            for visit in (1, 2):
+                name = f"{dataset}/{i}_{visit}.nii"
+                label = f"{dataset}/{i}_labels.nii" if dataset == "labelled" else ""
+                split = "val" if i < 2 else "test" if i == 2 else "train"
+                rows.append(f"{name},{i},{dataset},{visit},{label},{split}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_a_dataset_without_labels_has_no_say_and_is_named(listed):
+    chosen = tiny(data=DataConfig(manifests=(str(listed),)))
+    found = sources_lib.make_sources(chosen)
+    with pytest.warns(UserWarning, match="in which bare has no say"):
+        assert trainer.metric_of(chosen, found) == "dice"
+    chosen = tiny(data=chosen.data, loop=LoopConfig(metric="loss"))
+    assert trainer.metric_of(chosen, found) == "loss"
+
+
+def test_scans_that_choose_weights_are_all_of_their_subjects(listed):
+    data = DataConfig(manifests=(str(listed),), validation_pairs=2)
+    found = sources_lib.make_sources(tiny(data=data))
+    assert found.validation_count == 2
+    chosen = {
+        metric: trainer.validation_scans([types.SimpleNamespace(sources=found,
+                                                                metric=metric)])
+        for metric in ("dice", None)
+    }  # fmt: skip
+    # Both visits of the two subjects, of which each pair shows one; no others.
+    expected = [f"{d}/{i}_{visit}.nii" for d in ("bare", "labelled")
+                for i in (0, 1) for visit in (1, 2)]  # fmt: skip
+    assert chosen == {"dice": expected, None: []}
 
 
 @pytest.mark.parametrize("masked", [False, True])

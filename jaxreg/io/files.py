@@ -51,6 +51,11 @@ def full_suffix(path: PathLike) -> str:
     return suffix
 
 
+def scan_name(path: PathLike) -> str:
+    """Returns a scan's folder and file, the same wherever its dataset lies."""
+    return "/".join(pathlib.Path(path).parts[-2:])
+
+
 def check_readable(
     path: PathLike, what: str = "file", *, limit_bytes: int | None = None
 ) -> pathlib.Path:

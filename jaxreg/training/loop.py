@@ -71,6 +71,7 @@ class LoopConfig:
 
 
 _SHOWN = ("dice", "loss", "folding_percent")
+_OF_DATASET = ("dice", "loss")
 
 
 class Batches(Protocol):
@@ -96,12 +97,16 @@ class Validation:
     """What one validation found.
 
     Attributes:
-      scores: by name, of all validation pairs.
+      scores: by name, means over datasets.
       images: by name, D H W, of the first pair.
+      datasets: scores of each dataset's pairs, by its name.
     """
 
     scores: Mapping[str, float]
     images: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    datasets: Mapping[str, Mapping[str, float]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,10 +344,13 @@ class _Loop:
             return {}
         began = time.perf_counter()
         found = job.validate(self._variables())
-        job.log.scalars(
-            self.done, {f"validation_{k}": v for k, v in found.scores.items()}
-        )
+        row = {f"validation_{k}": v for k, v in found.scores.items()}
+        for dataset, scores in found.datasets.items():
+            own = [name for name in _OF_DATASET if name in scores]
+            row |= {f"val/{dataset}/{name}": scores[name] for name in own}
+        job.log.scalars(self.done, row)
         shown = [f"{n} {found.scores[n]:.4f}" for n in _SHOWN if n in found.scores]
+        shown += _each_dataset(found)
         job.log.note(f"step {self.done} validation: {', '.join(shown)}")
         epoch = self.done // job.steps_per_epoch
         if every and (self.done == job.steps or epoch % every == 0):
@@ -405,6 +413,17 @@ class _Loop:
                 else f"The checkpoint of step {kept} is good"
             )
         )
+
+
+def _each_dataset(found: Validation) -> list[str]:
+    """Returns what is shown of each of several datasets: Dice, loss without labels."""
+    if len(found.datasets) < 2:
+        return []
+    return [
+        f"{dataset} {name} {scores[name]:.4f}"
+        for dataset, scores in found.datasets.items()
+        for name in [n for n in _OF_DATASET if n in scores][:1]
+    ]
 
 
 def sum_over_processes(values: np.ndarray) -> np.ndarray:

@@ -214,6 +214,21 @@ def test_validation_comes_before_between_and_after():
     assert "step 4 validation: dice 0.9000, loss 4.0000" in log.notes
 
 
+def test_each_dataset_is_logged_and_shown():
+    def scored_apart(variables):
+        found = {"a": {"dice": 0.5, "loss": 2.0}, "b": {"loss": 4.0, "folds": 1.0}}
+        return loop.Validation({"dice": 0.5, "loss": 3.0}, {}, found)
+
+    log = Log()
+    loop.run(fresh(), job(log, validate=scored_apart), LoopConfig(validate_every=0))
+    own = {k: v for k, v in log.rows[9].items() if k.startswith("val/")}
+    assert own == {"val/a/dice": 0.5, "val/a/loss": 2.0, "val/b/loss": 4.0}
+    assert (
+        "step 9 validation: dice 0.5000, loss 3.0000, a dice 0.5000, b loss 4.0000"
+        in log.notes
+    )
+
+
 def test_without_periods_there_is_only_the_beginning_and_the_end():
     log = Log()
     config = LoopConfig(validate_every=0, image_every=0)
