@@ -1,9 +1,9 @@
 """PromptReg on the hippocampus set (Task04), in the time of hippocampus_gradicon.
 
 Method: Xie et al., PromptReg, MICCAI 2025, section 2; a pyramid of 4 channels on grids
-of 32 x 48 x 32 voxels, which two CPU cores can train. Data, augmentation and similarity
-as in configs/hippocampus_gradicon.py; the method's own smoothness term, moving onto
-fixed alone.
+of 32 x 48 x 32 voxels, which two CPU cores can train. Data, splits, augmentation and
+similarity as in configs/hippocampus_gradicon.py; the method's own smoothness term,
+moving onto fixed alone.
 
     python train.py --config configs/hippocampus_promptreg.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus_promptreg

@@ -1,7 +1,8 @@
 """SAM on the hippocampus set (Task04): small views and a network for two CPU cores.
 
 Method: Yan et al., SAM, IEEE TMI 2022, section III; the distances are scaled to scans
-of about 35 x 51 x 35 mm, voxels of 1 mm. Every fifth subject is held out.
+of about 35 x 51 x 35 mm, voxels of 1 mm. Every fifth subject is held out (split val);
+twelve of them choose the best weights by the loss, and do not count as held out.
 
     python train.py --config configs/hippocampus_sam.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus_sam

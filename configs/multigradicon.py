@@ -14,10 +14,10 @@ region counts alike, without inverted CT and with COPDGene's lungs masked.
 takes one manifest per dataset, NAME.csv, from the working directory. ABCD is two sets:
 abcd_dti.csv lists FA and MD, for the first two stages, and abcd.csv T1, T2, FA and MD,
 for the third. The release's script draws from fewer scans and normalises some datasets
-twice, which is not copied.
-The order of COPDGene's scans, and that nobody is held out, are as in the recipe
-`unigradicon`. To change what the third stage has of its own, its manifests above all,
-name it: --stages.further.data.manifests a.csv,b.csv.
+twice, which is not copied. The order of COPDGene's scans, that nobody is held out, and
+which split is which, are as in the recipe `unigradicon`. To change what the third stage
+has of its own, its manifests above all, name it: --stages.further.data.manifests
+a.csv,b.csv.
 """
 
 from jaxreg.data.augment import Augmentation

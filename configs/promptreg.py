@@ -17,6 +17,10 @@ Table 1, a domain left out of training and registered nevertheless:
     python train.py --config configs/promptreg.py --data.manifests ... \
         --data.exclude hippocampus --data.pairs_per_epoch 400 --out runs/without
 
+Nobody is held out, as in the paper's training, and the last weights are kept, unless a
+manifest has a column split: train trains, val chooses the best weights, test does
+neither and is what `jaxreg evaluate --split test` may report.
+
 Table 2, without the two regularisers: --objective.orthogonality_weight 0
 --objective.task_weight 0. Without prompts (RDP): configs/rdp.py.
 """

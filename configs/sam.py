@@ -3,7 +3,9 @@
 Method: Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in
 radiological images, IEEE TMI 2022, section III. The released configuration for several
 data sets: 20,000 steps of 3 volumes, two views of 32 x 96 x 96 voxels of 2 mm each. It
-leaves the blur of views out, as this does.
+leaves the blur of views out, as this does. Splits: every fifth scan validates (val) and
+chooses the best weights by the loss, unless the manifest has a column split; test scans
+do neither.
 
     python train.py --config configs/sam.py --data.manifests scans.csv --out runs/sam
 """

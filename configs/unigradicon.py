@@ -15,8 +15,10 @@ intra and lung masks, OAI, HCP and L2R-Abdomen with pairing inter:
 Where the release differs from the paper: its loops run 801 and 201 epochs, and 3899
 pairs, because COPDGene has 899 subjects. Where this recipe differs from the release:
 COPDGene's two scans are drawn in either order, there always expiration first. Nobody
-is held out, as there, where training pairs validate: manifests with a split, or
---data.holdout 5, give scores by which the best weights are kept, otherwise the last.
+is held out, as there, where training pairs validate: without a split the last weights
+are kept. Splits, if a manifest has the column: train trains, val chooses the best
+weights (--data.holdout 5 makes one), test does neither, and is what `jaxreg evaluate
+--split test` may report as held out.
 """
 
 from jaxreg.data.augment import Augmentation

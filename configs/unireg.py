@@ -20,6 +20,10 @@ Scans are taken as they are stored. The paper aligns those of two subjects first
 once for each, onto one of them, by `jaxreg register --prealign affine --model none
 --io-iterations None --warped-moving-out ...`, and with --prealign in use.
 
+Nobody is held out and the last weights are kept, unless a manifest has a column split:
+train trains, val chooses the best weights, test (the paper's test pairs) does neither
+and is what `jaxreg evaluate --split test` may report.
+
 A user's own tasks are a copy of this file with other TASKS; each may have a similarity
 and labels of its own. A network that is asked for lambda at registration has
 smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.

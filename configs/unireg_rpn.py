@@ -14,6 +14,9 @@ Unlike the release: one grid of 160 x 192 x 192 for all tasks, where it has grid
 their own for the heart (16 x 128 x 128, boxes of 3 x 9 x 9) and the brain (192 x 224 x
 160); single precision; tasks drawn by weight, not in a fixed cycle; scans as they are
 stored, not pre-aligned (see configs/unireg.py).
+Nobody is held out and the last weights are kept, unless a manifest has a column split:
+train trains, val chooses the best weights by the mean Dice over tasks, as the release
+does, test does neither and is what `jaxreg evaluate --split test` may report.
 UniReg-IIRPN is the same network in use: jaxreg register --level-iterations 10.
 """
 

@@ -9,11 +9,11 @@ The defaults are those of the released code (its configuration for several data 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxreg import experiment as experiment_lib
-from jaxreg.data import manifest, preprocess
+from jaxreg.data import manifest, pairs, preprocess
 from jaxreg.data.manifest import Record
 from jaxreg.data.pipeline import Loading
 from jaxreg.data.views import ViewConfig
@@ -38,7 +38,8 @@ class SamData:
       manifests: manifest files or folders, see `data.manifest.read_manifest`.
       holdout: every n-th subject validates where a manifest has no splits; None: all
         train.
-      validation_volumes: at most so many, spread over the validation split; 0 for none.
+      validation_volumes: at most so many, equal shares of every dataset, spread over
+        its validation split; 0 for none.
     """
 
     manifests: tuple[str, ...] = ()
@@ -235,7 +236,7 @@ def records_of(
             "give more scans"
         )
     count = min(data.validation_volumes, len(held)) // batch * batch
-    chosen = [held[i * len(held) // count] for i in range(count)]
+    chosen = _spread(held, count)
     if data.validation_volumes and held and not count:
         raise UserError(
             f"{min(data.validation_volumes, len(held))} scans validate, fewer than "
@@ -256,3 +257,18 @@ def data_sentences(experiment: SamExperiment) -> Mapping[str, str]:
         counts = [f"{len(found.of_split(s))} {s}" for s in ("train", "val", "test")]
         said[f"data {number}"] = f"{path}: {', '.join(counts)}"
     return said
+
+
+def _spread(records: Sequence[Record], count: int) -> list[Record]:
+    """Returns so many records, of every dataset an equal share, spread over each."""
+    by_dataset: dict[str, list[Record]] = {}
+    for record in records:
+        by_dataset.setdefault(record.dataset, []).append(record)
+    several = list(by_dataset.values())
+    shares = pairs.equal_shares([len(found) for found in several], count)
+    chosen = [
+        found[i * len(found) // share]
+        for found, share in zip(several, shares, strict=True)
+        for i in range(share)
+    ]
+    return chosen[:count]  # fewer than datasets: not one of each

@@ -312,29 +312,12 @@ def _validation_plans(
     if experiment.data.validation_pairs:
         _warn_of_unpaired(held_out, {tasks[i].dataset for i in by_task}, tasks)
     counts = [len(several) for several in by_task.values()]
-    shares = _equal_shares(counts, experiment.data.validation_pairs)
+    shares = pairs.equal_shares(counts, experiment.data.validation_pairs)
     plans: list[pairs.PairPlan] = []
     for several, share in zip(by_task.values(), shares, strict=True):
         chosen = np.linspace(0, len(several), share, endpoint=False).astype(int)
         plans += [several[i] for i in chosen]
     return tuple(plans), held_out
-
-
-def _equal_shares(counts: Sequence[int], total: int) -> list[int]:
-    """Divides a number into equal shares, each at least 1 and at most its count.
-
-    What one share lacks of an equal one, the others have; the first ones have what does
-    not divide.
-    """
-    shares = [0] * len(counts)
-    left = min(max(total, len(counts)), sum(counts)) if total else 0
-    while left:
-        open_ones = [i for i, count in enumerate(counts) if shares[i] < count]
-        each = max(left // len(open_ones), 1)
-        for i in open_ones[:left]:
-            given = min(each, counts[i] - shares[i])
-            shares[i], left = shares[i] + given, left - given
-    return shares
 
 
 def _warn_of_unpaired(

@@ -219,3 +219,17 @@ def test_settings_are_recorded(trained):
     lines = (out / "scans.txt").read_text().splitlines()
     assert sum(line.startswith("train:") for line in lines) == 8
     assert sum(line.startswith("val:") for line in lines) == 2
+
+
+def test_volumes_that_validate_are_of_every_dataset(tmp_path):
+    paths = []
+    for dataset, count in (("large", 40), ("small", 2), ("middle", 9)):
+        paths.append(tmp_path / f"{dataset}.csv")
+        rows = [f"{dataset}{i}.nii,{i},ct,val" for i in range(count)]
+        rows += [f"{dataset}{i}.nii,{i},ct,train" for i in range(count, count + 3)]
+        paths[-1].write_text("\n".join(["image,subject,modality,split", *rows]) + "\n")
+    chosen = small(",".join(map(str, paths)), train__batch="3",
+                   data__validation_volumes="12")  # fmt: skip
+    _, held = sam_experiment.records_of(chosen)
+    datasets = [record.dataset for record in held]
+    assert [datasets.count(n) for n in ("large", "small", "middle")] == [5, 2, 5]

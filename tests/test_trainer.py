@@ -627,7 +627,7 @@ def test_validation_pairs_are_of_all_modalities_of_a_task():
     ],
 )
 def test_datasets_have_equal_shares(counts, total, expected):
-    assert sources_lib._equal_shares(counts, total) == expected
+    assert pairs.equal_shares(counts, total) == expected
 
 
 def held_out(**subjects):

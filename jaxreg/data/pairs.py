@@ -336,6 +336,23 @@ def modality_weights(
     return tuple(weights)
 
 
+def equal_shares(counts: Sequence[int], total: int) -> list[int]:
+    """Divides a number into equal shares, each at least 1 and at most its count.
+
+    What one share lacks of an equal one, the others have; the first ones have what does
+    not divide.
+    """
+    shares = [0] * len(counts)
+    left = min(max(total, len(counts)), sum(counts)) if total else 0
+    while left:
+        open_ones = [i for i, count in enumerate(counts) if shares[i] < count]
+        each = max(left // len(open_ones), 1)
+        for i in open_ones[:left]:
+            given = min(each, counts[i] - shares[i])
+            shares[i], left = shares[i] + given, left - given
+    return shares
+
+
 def region_weights(anatomies: Mapping[str, Collection[str]]) -> dict[str, float]:
     """Returns weights that even out how often anatomies are met.
 
