@@ -6,29 +6,34 @@ d, h, w. Both turns happen here and nowhere else.
 """
 
 import dataclasses
-import math
 import pathlib
 import warnings
 
 import h5py
 import numpy as np
+import SimpleITK as sitk
 from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, volumes
+from jaxreg.io import files, hdf5, itk_fields, itk_linear, matlab, volumes
 from jaxreg.space import transform as transform_lib
-from jaxreg.space.grid import Grid, Shape, unit_to_voxel
+from jaxreg.space.grid import Grid, unit_to_voxel
 from jaxreg.space.transform import Affine, Displacement, Step, Transform
 
 HDF5 = (".h5", ".hdf5")
 TEXT = (".tfm", ".txt")
+MATLAB = (".mat",)
 EXTENSIONS = (*HDF5, *TEXT, *volumes.NIFTI)
+"""What is written."""
+READ_EXTENSIONS = (*EXTENSIONS, *MATLAB, *volumes.ITK_READ)
+"""What is read."""
 
 _FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 _REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
 _COMPOSITE = "CompositeTransform"
 _FIELD = "DisplacementFieldTransform"
 _TYPE_ENDING = "_double_3_3"
+_MOST_DEFLATED = 1032  # to 1: what claims to unpack to more is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,19 +85,39 @@ def write_transform(path: files.PathLike, transform: Transform, fixed: Grid) -> 
         write_itk_composite(path, transform)
 
 
+def as_written(path: files.PathLike, transform: Transform) -> Transform:
+    """Returns what a reader finds in the file that `write_transform` made.
+
+    Equal to `read_transform`, without reading an ITK composite once more. Rounding
+    apart it is the transform itself, for a displacement field on its grid alone. A scan
+    warped by it is the one that the file gives later, voxel for voxel.
+
+    Args:
+      path: where it was written.
+      transform: what was written.
+    """
+    path = pathlib.Path(path)
+    if files.full_suffix(path).lower() in volumes.NIFTI:
+        return read_displacement_nifti(path)
+    return _from_records(_to_records(transform), path)
+
+
 def read_transform(path: files.PathLike) -> Transform:
-    """Reads a transform file of any format in `EXTENSIONS`.
+    """Reads a transform file of any format in `READ_EXTENSIONS`.
 
     Returns:
       Fixed mm to moving mm.
 
     Raises:
-      UserError: see `read_itk` and `read_displacement_nifti`.
+      UserError: see `read_itk`, `read_displacement_nifti` and `read_displacement_itk`.
     """
     path = files.check_readable(path, "transform")
-    _check_extension(path, "transform")
-    if files.full_suffix(path).lower() in volumes.NIFTI:
+    _check_extension(path, "transform", known=READ_EXTENSIONS)
+    suffix = files.full_suffix(path).lower()
+    if suffix in volumes.NIFTI:
         return read_displacement_nifti(path)
+    if suffix in volumes.ITK_READ:
+        return read_displacement_itk(path)
     return read_itk(path)
 
 
@@ -126,20 +151,26 @@ def read_itk(path: files.PathLike) -> Transform:
     """Reads an ITK transform, single or composite.
 
     Args:
-      path: .h5, .hdf5, .tfm or .txt, written by ITK, ANTs, Slicer, unigradicon or
-        `write_itk_composite`.
+      path: .h5, .hdf5, .tfm, .txt or .mat, written by ITK, ANTs, Slicer, elastix,
+        unigradicon or `write_itk_composite`.
 
     Returns:
-      Fixed mm to moving mm (RAS+); fields have outside="half_voxel", as in ITK.
+      Fixed mm to moving mm (RAS+); fields have outside="half_voxel", as in ITK. A
+      B-spline becomes a displacement field, see `itk_fields.spline`.
 
     Raises:
       UserError: the file is missing, damaged, or holds a kind of transform that is
-        neither affine nor a displacement field.
+        neither one of `itk_linear.KINDS` nor a displacement field nor a B-spline.
     """
     path = files.check_readable(path, "transform")
-    _check_extension(path, "transform", known=(*HDF5, *TEXT))
+    _check_extension(path, "transform", known=(*HDF5, *TEXT, *MATLAB))
     suffix = files.full_suffix(path).lower()
-    records = _read_hdf5(path) if suffix in HDF5 else _read_text(path)
+    if suffix in HDF5:
+        records = _read_hdf5(path)
+    elif suffix in MATLAB:
+        records = _read_matlab(path)
+    else:
+        records = _read_text(path)
     return _from_records(_members(records, path), path)
 
 
@@ -167,7 +198,7 @@ def read_displacement_nifti(path: files.PathLike) -> Transform:
     Args:
       path: shape (X, Y, Z, 1, 3), mm. Components count in LPS with the intent
         "vector", as ANTs writes it, and in RAS with NIfTI's intent "displacement
-        vector", as ITK has it.
+        vector", as ITK has it; in LPS with any other, which is warned about.
 
     Returns:
       Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
@@ -177,9 +208,103 @@ def read_displacement_nifti(path: files.PathLike) -> Transform:
     """
     path = files.check_readable(path, "transform")
     field, grid, intent = volumes.read_nifti_vectors(path)
-    to_unit = np.linalg.inv(grid.unit_to_mm)
+    if intent not in ("vector", "displacement vector"):
+        warnings.warn(
+            f"{path} has the intent {intent}, which does not say that it is a "
+            "displacement field; its vectors are taken in LPS mm, as ITK and ANTs do "
+            'with the intent "vector" (1007)',
+            stacklevel=2,
+        )
     turn = np.eye(4) if intent == "displacement vector" else _FLIP
-    step = _displacement(field, (to_unit @ turn)[:3, :3], path)
+    return _on_grid(field, grid, turn, path)
+
+
+def read_displacement_itk(path: files.PathLike) -> Transform:
+    """Reads a displacement field of NRRD or MetaImage: Slicer's, elastix' or ITK's.
+
+    Args:
+      path: .nrrd, .nhdr, .mha or .mhd with three numbers per voxel, LPS mm whatever
+        frame the header has, as ITK and Slicer take them.
+
+    Returns:
+      Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
+
+    Raises:
+      UserError: the file is missing, damaged or no such field.
+    """
+    path = files.check_readable(path, "transform")
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+        size, components = reader.GetSize(), reader.GetNumberOfComponents()
+        if reader.GetDimension() != 3 or components != 3:
+            raise UserError(
+                f"{path} has {' x '.join(map(str, size))} voxels of {components} "
+                "numbers, a displacement field is a 3D image of 3 numbers each (in "
+                "NRRD a first axis of kind vector); write it so"
+            )
+        _check_claim(path, size)
+        reader.SetOutputPixelType(sitk.sitkVectorFloat32)
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} cannot be read as a displacement field "
+            f"({str(error).strip().splitlines()[-1].strip()}); write or fetch it again"
+        ) from error
+    if _says_other_frame(path):
+        warnings.warn(
+            f"{path} has a header in another frame than LPS; its vectors are taken in "
+            "LPS mm all the same, as ITK and 3D Slicer do",
+            stacklevel=2,
+        )
+    affine = np.eye(4)
+    direction = np.reshape(image.GetDirection(), (3, 3))
+    affine[:3, :3] = direction * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    grid = Grid(image.GetSize()[::-1], _FLIP @ affine @ _REVERSE)
+    _check_regular(grid, path)
+    return _on_grid(sitk.GetArrayFromImage(image), grid, _FLIP, path)
+
+
+def _check_claim(path: pathlib.Path, size: tuple[int, ...]) -> None:
+    """Refuses a header that claims more voxels than any compression can hold."""
+    detached = path.suffix.lower() in (".nhdr", ".mhd")
+    claimed = 3 * np.prod([float(n) for n in size])
+    stored = path.stat().st_size
+    if claimed > (3 * volumes.MAX_VOXELS if detached else _MOST_DEFLATED * stored):
+        raise UserError(
+            f"{path} claims {' x '.join(map(str, size))} vectors in {stored} bytes; "
+            "write or fetch it again"
+        )
+
+
+def _says_other_frame(path: pathlib.Path) -> bool:
+    """Whether a NRRD header gives its axes in another space than ITK's."""
+    if path.suffix.lower() not in (".nrrd", ".nhdr"):
+        return False
+    with open(path, "rb") as file:
+        head = file.read(2**16).split(b"\n\n")[0].decode("latin-1").lower()
+    fields = (line.partition(":") for line in head.splitlines())
+    space = {key: value.strip() for key, _, value in fields}.get("space", "")
+    return space not in ("", "left-posterior-superior", "lps")
+
+
+def _check_regular(grid: Grid, path: pathlib.Path) -> None:
+    lengths = grid.spacing_mm
+    regular = np.isfinite(grid.affine_mm).all() and (lengths > 0).all()
+    if not regular or abs(np.linalg.det(grid.affine_mm[:3, :3] / lengths)) < 1e-6:
+        raise UserError(
+            f"{path} has a singular grid; repair its header or write it again"
+        )
+
+
+def _on_grid(
+    vectors: np.ndarray, grid: Grid, turn: np.ndarray, path: pathlib.Path
+) -> Transform:
+    """Returns a field D H W 3 on its grid; `turn` takes its components to RAS+."""
+    to_unit = np.linalg.inv(grid.unit_to_mm)
+    step = _displacement(vectors, (to_unit @ turn)[:3, :3], path)
     return Transform((Affine(to_unit), step, Affine(grid.unit_to_mm)))
 
 
@@ -187,7 +312,7 @@ def _check_extension(
     path: pathlib.Path, option: str, known: tuple[str, ...] = EXTENSIONS
 ) -> None:
     suffix = files.full_suffix(path).lower()
-    if suffix == ".mat":
+    if suffix == ".mat" and suffix not in known:
         raise UserError(
             f"{option} {path} is a .mat file, which cannot hold a displacement field; "
             "use .h5"
@@ -239,13 +364,15 @@ def _to_records(transform: Transform) -> list[_Record]:
 
 
 def _affine_record(matrix: np.ndarray, centre: np.ndarray) -> _Record:
-    """ITK's ``M (p - c) + c + t``: parameters M row by row, c, t; fixed c."""
+    """ITK's ``M (p - c) + c + t``: parameters M row by row, t; fixed c.
+
+    The original writes a CenteredAffineTransform, the same map with the centre among
+    its parameters, which some readers (nitransforms) refuse.
+    """
     linear = matrix[:3, :3]
     translation = matrix[:3, 3] + linear @ centre - centre
     return _Record(
-        "CenteredAffineTransform",
-        np.concatenate([linear.ravel(), centre, translation]),
-        centre,
+        "AffineTransform", np.concatenate([linear.ravel(), translation]), centre
     )
 
 
@@ -276,85 +403,46 @@ def _from_records(records: list[_Record], path: pathlib.Path) -> Transform:
     steps: list[Step] = []
     pending = _FLIP
     for record in records:
-        if record.kind != _FIELD:
-            pending = _matrix(record, path) @ pending
-            continue
-        shape, unit_to_file = _field_geometry(record, path)
+        kind, parameters, fixed = record.kind, record.parameters, record.fixed
+        try:
+            if kind in itk_linear.KINDS:
+                pending = itk_linear.matrix(kind, parameters, fixed) @ pending
+                continue
+            vectors, unit_to_file = _vectors(record, path)
+        except ValueError as error:
+            raise _damaged(path, f"{kind}: {error}") from error
         to_unit = np.linalg.inv(unit_to_file)
-        vectors = record.parameters.reshape(*shape, 3)
         steps.append(Affine(to_unit @ pending))
         steps.append(_displacement(vectors, to_unit[:3, :3], path))
         pending = unit_to_file
+    if not np.isfinite(pending).all():
+        raise _damaged(path, "its matrices multiply to infinity")
     return Transform((*steps, Affine(_FLIP @ pending)))
 
 
-def _field_geometry(record: _Record, path: pathlib.Path) -> tuple[Shape, np.ndarray]:
-    """Returns the field's shape (D, H, W) and its matrix from unit to file frame."""
-    fixed = record.fixed
-    if fixed.size != 18 or not (fixed[:3] >= 1).all():
-        raise _damaged(path, f"{_FIELD} has {fixed.size} fixed parameters, not 18")
-    w, h, d = (int(n) for n in fixed[:3])
-    if record.parameters.size != 3 * math.prod((d, h, w)):
-        raise _damaged(
-            path, f"{record.parameters.size} parameters for {w} x {h} x {d} vectors"
-        )
-    matrix = np.eye(4)
-    matrix[:3, :3] = fixed[9:].reshape(3, 3) * fixed[6:9]
-    matrix[:3, 3] = fixed[3:6]
-    matrix = matrix @ _REVERSE @ unit_to_voxel((d, h, w))
-    if not np.isfinite(matrix).all() or np.linalg.matrix_rank(matrix) < 4:
-        raise _damaged(path, "singular grid of the displacement field")
-    return (d, h, w), matrix
-
-
-def _matrix(record: _Record, path: pathlib.Path) -> np.ndarray:
-    """Returns the 4x4 matrix of an affine record in its own frame."""
-    kind, p = record.kind, record.parameters
-    if kind not in _AFFINES:
-        known = ", ".join([*_AFFINES, _FIELD])
+def _vectors(record: _Record, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns a field's vectors D H W 3 and its matrix from unit to file frame."""
+    if itk_fields.is_field(record.kind):
+        return itk_fields.displacement(record.parameters, record.fixed)
+    if itk_fields.is_spline(record.kind):
+        vectors, matrix, error = itk_fields.spline(record.parameters, record.fixed)
+        if error > itk_fields.TOLERANCE_MM:
+            warnings.warn(
+                f"{path}: its B-spline bends so much that the displacement field read "
+                f"in its place may be up to {error:.2g} mm off",
+                stacklevel=2,
+            )
+        return vectors, matrix
+    if record.kind == _COMPOSITE:
         raise UserError(
-            f"{path} holds a {kind}, expected one of {known}; flatten it to a "
-            "displacement field first"
+            f"{path} holds a composite within another; flatten it first "
+            "(FlattenTransform of SimpleITK)"
         )
-    count = _AFFINES[kind]
-    if p.size != count or not np.isfinite(p).all():
-        raise _damaged(path, f"{kind} needs {count} finite parameters, has {p.size}")
-    centre = np.zeros(3)
-    linear, translation = np.eye(3), np.zeros(3)
-    if kind == "TranslationTransform":
-        translation = p
-    elif kind == "Euler3DTransform":
-        linear, translation = _euler(p[:3], record.fixed), p[3:]
-    elif kind != "IdentityTransform":
-        linear, translation = p[:9].reshape(3, 3), p[-3:]
-    if kind == "CenteredAffineTransform":
-        centre = p[9:12]
-    elif record.fixed.size >= 3:
-        centre = record.fixed[:3]
-    matrix = np.eye(4)
-    matrix[:3, :3] = linear
-    matrix[:3, 3] = centre + translation - linear @ centre
-    return matrix
-
-
-_AFFINES = {
-    "AffineTransform": 12,
-    "MatrixOffsetTransformBase": 12,
-    "CenteredAffineTransform": 15,
-    "Euler3DTransform": 6,
-    "TranslationTransform": 3,
-    "IdentityTransform": 0,
-}
-"""The kinds that are one matrix, and how many parameters each has."""
-
-
-def _euler(angles: np.ndarray, fixed: np.ndarray) -> np.ndarray:
-    """Returns ITK's rotation: Rz Rx Ry, or Rz Ry Rx where the fourth flag says so."""
-    (cx, cy, cz), (sx, sy, sz) = np.cos(angles), np.sin(angles)
-    rx = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
-    ry = np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
-    rz = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
-    return rz @ ry @ rx if fixed.size > 3 and fixed[3] else rz @ rx @ ry
+    known = ", ".join([*itk_linear.KINDS, _FIELD, "BSplineTransform"])
+    raise UserError(
+        f"{path} holds a {record.kind}, expected one of {known}; flatten it to a "
+        "displacement field first"
+    )
 
 
 def _damaged(path: pathlib.Path, detail: object) -> UserError:
@@ -402,33 +490,28 @@ def _write_hdf5(path: pathlib.Path, records: list[_Record]) -> None:
 
 def _read_hdf5(path: pathlib.Path) -> list[_Record]:
     try:
-        with h5py.File(path, "r") as file:
-            root = file["TransformGroup"]
-            if not isinstance(root, h5py.Group):
-                raise KeyError("TransformGroup is not a group")
-            # As numbers: "10" comes after "9".
-            return [_read_group(root[name], path) for name in sorted(root, key=int)]
-    except (OSError, KeyError, ValueError) as error:
-        raise _damaged(path, str(error).strip("'\"").splitlines()[0]) from error
+        found = hdf5.read_transforms(path)
+    except hdf5.Damaged as error:
+        raise _damaged(path, error) from error
+    return [_record(*each, path) for each in found]
 
 
-def _read_group(group, path: pathlib.Path) -> _Record:
-    name = np.ravel(group["TransformType"][()])[0]
-    name = name.decode() if isinstance(name, bytes) else str(name)
-
-    def numbers(*spellings):
-        for key in spellings:
-            if key in group:
-                return np.ravel(np.asarray(group[key][()], np.float64))
-        return np.zeros(0)
-
-    # Files of older ITK versions misspell both.
-    return _record(
-        name,
-        numbers("TransformParameters", "TranformParameters"),
-        numbers("TransformFixedParameters", "TranformFixedParameters"),
-        path,
-    )
+def _read_matlab(path: pathlib.Path) -> list[_Record]:
+    """Pairs of matrices: one named as the transform, one named fixed."""
+    try:
+        matrices = matlab.read_matrices(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path} is no .mat of ITK or ANTs ({error}); if it is a text matrix of "
+            "FSL, convert it with c3d_affine_tool, otherwise write it again"
+        ) from error
+    records = []
+    while matrices:
+        (name, parameters), fixed = matrices.pop(0), np.zeros(0)
+        if matrices and matrices[0][0].lower() == "fixed":
+            fixed = matrices.pop(0)[1]
+        records.append(_record(name, parameters, fixed, path))
+    return records
 
 
 def _write_text(path: pathlib.Path, records: list[_Record]) -> None:

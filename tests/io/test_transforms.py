@@ -2,15 +2,18 @@
 
 import itertools
 import re
+import struct
+import warnings
 
 import h5py
 import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from jaxreg.errors import UserError
-from jaxreg.io import transforms, volumes
+from jaxreg.io import itk_fields, itk_linear, transforms, volumes
 from jaxreg.space import sampling
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import (
@@ -274,12 +277,20 @@ def test_golden_file_equals_ours(golden, golden_path, tmp_path):
         for number, group in theirs["TransformGroup"].items():
             mine = ours["TransformGroup"][number]
             assert set(mine) == set(group)
-            assert mine["TransformType"][0] == group["TransformType"][0]
-            for key in set(group) - {"TransformType"}:
-                assert mine[key].dtype == group[key].dtype
-                np.testing.assert_allclose(
-                    mine[key][()], group[key][()], rtol=1e-6, atol=1e-6
+            kind = group["TransformType"][0]
+            expected = {key: group[key][()] for key in set(group) - {"TransformType"}}
+            if kind == b"CenteredAffineTransform_double_3_3":
+                # The same map with the centre left to the fixed parameters.
+                kind = b"AffineTransform_double_3_3"
+                given = expected["TransformParameters"]
+                np.testing.assert_array_equal(
+                    given[9:12], expected["TransformFixedParameters"]
                 )
+                expected["TransformParameters"] = np.delete(given, slice(9, 12))
+            assert mine["TransformType"][0] == kind
+            for key, values in expected.items():
+                assert mine[key].dtype == values.dtype
+                np.testing.assert_allclose(mine[key][()], values, rtol=1e-6, atol=1e-6)
 
 
 # ITK itself.
@@ -359,30 +370,45 @@ def random_parameters(itk_transform, count, rng, scale=0.2):
     itk_transform.SetParameters(parameters)
 
 
-def itk_kinds(itk):
-    affine = itk.AffineTransform[itk.D, 3].New()
-    affine.SetCenter((3, -4, 5))
-    centred = itk.CenteredAffineTransform[itk.D, 3].New()
-    euler = itk.Euler3DTransform[itk.D].New()
-    euler.SetCenter((3, -4, 5))
-    zyx = itk.Euler3DTransform[itk.D].New()
-    zyx.SetComputeZYX(True)
-    return [
-        (affine, 12),
-        (centred, 15),
-        (euler, 6),
-        (zyx, 6),
-        (itk.TranslationTransform[itk.D, 3].New(), 3),
-        (itk.IdentityTransform[itk.D, 3].New(), 0),
-    ]
+def itk_kind(itk, name):
+    kind = getattr(itk, name)
+    for arguments in ((itk.D, 3), (itk.D,), (itk.D, 3, 3)):
+        try:
+            return kind[arguments if len(arguments) > 1 else arguments[0]].New()
+        except (KeyError, itk.TemplateTypeError):
+            continue
+    raise AssertionError(name)
 
 
-@pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize("suffix", [".h5", ".txt"])
-def test_reads_itks_affine_kinds(tmp_path, number, suffix):
+@pytest.mark.parametrize(
+    ("name", "zyx"),
+    [
+        (name, zyx)
+        for name in itk_linear.KINDS
+        for zyx in ((False, True) if "Euler" in name else (False,))
+    ],
+)
+def test_reads_itks_linear_kinds(tmp_path, name, suffix, zyx):
     itk = pytest.importorskip("itk")
-    theirs, count = itk_kinds(itk)[number]
-    random_parameters(theirs, count, np.random.default_rng(number))
+    theirs = itk_kind(itk, name)
+    rng = np.random.default_rng(len(name))
+    fixed = theirs.GetFixedParameters()
+    for i in range(len(fixed)):
+        fixed[i] = rng.uniform(-20, 20)
+    if "Euler" in name:
+        fixed[len(fixed) - 1] = float(zyx)
+    theirs.SetFixedParameters(fixed)
+    count = itk_linear.KINDS[name][0]
+    if name == "Rigid3DTransform":  # its nine are a rotation
+        parameters = theirs.GetParameters()
+        for i, value in enumerate(rotation(0.3, 0.5, -0.2).ravel()):
+            parameters[i] = value
+        theirs.SetParameters(parameters)
+    elif "Quaternion" in name:
+        random_parameters(theirs, count, rng, scale=1.0)
+    else:
+        random_parameters(theirs, count, rng)
     path = tmp_path / f"t{suffix}"
     itk.transformwrite(theirs, str(path))
     points = points_in(FIXED)
@@ -391,6 +417,216 @@ def test_reads_itks_affine_kinds(tmp_path, number, suffix):
         itk_map(theirs, points),
         atol=1e-9,
     )
+
+
+def matlab(path, *matrices, order="<", letter="d"):
+    """Writes MATLAB's level 4 by its specification."""
+    with open(path, "wb") as file:
+        for name, values in matrices:
+            kind = (1000 if order == ">" else 0) + {"d": 0, "f": 10}[letter]
+            sizes = (kind, len(values), 1, 0, len(name) + 1)
+            file.write(struct.pack(f"{order}5i", *sizes) + name.encode() + b"\0")
+            file.write(struct.pack(f"{order}{len(values)}{letter}", *values))
+
+
+@pytest.mark.parametrize("precision", ["double", "float"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize(
+    "name", ["AffineTransform", "MatrixOffsetTransformBase", "Euler3DTransform"]
+)
+def test_reads_the_mat_of_ants(tmp_path, name, order, precision):
+    rng = np.random.default_rng(3)
+    values = rng.normal(size=itk_linear.KINDS[name][0])
+    fixed = rng.normal(size=3)
+    if precision == "float":
+        values, fixed = values.astype("f4"), fixed.astype("f4")
+    path = tmp_path / "0GenericAffine.mat"
+    matlab(
+        path, (f"{name}_{precision}_3_3", values), ("fixed", fixed), order=order,
+        letter=precision[0],
+    )  # fmt: skip
+    points = points_in(FIXED)
+    got = transforms.read_transform(path).map_points(points)
+    if name == "Euler3DTransform":
+        theirs = sitk.Euler3DTransform(fixed.tolist(), *values.tolist()[:3])
+        theirs.SetTranslation(values[3:].tolist())
+    else:
+        theirs = sitk.AffineTransform(3)
+        theirs.SetFixedParameters(fixed.tolist())
+        theirs.SetParameters(values.tolist())
+    np.testing.assert_allclose(got, itk_map(theirs, points), atol=1e-9)
+
+
+def test_reads_the_mat_that_simpleitk_writes(tmp_path):
+    theirs = sitk.AffineTransform(3)
+    theirs.SetFixedParameters([1.0, -2.0, 3.0])
+    theirs.SetParameters(np.random.default_rng(4).normal(size=12).tolist())
+    sitk.WriteTransform(theirs, str(tmp_path / "t.mat"))
+    points = points_in(FIXED)
+    got = transforms.read_transform(tmp_path / "t.mat").map_points(points)
+    np.testing.assert_allclose(got, itk_map(theirs, points), atol=1e-9)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".tfm"])
+def test_reads_a_b_spline_as_its_field(tmp_path, suffix):
+    image = sitk.Image([20, 18, 16], sitk.sitkFloat32)
+    image.SetSpacing([2.0, 1.5, 3.0])
+    image.SetOrigin([-10.0, 5.0, 7.0])
+    image.SetDirection(rotation(0.3, -0.2, 0.1).ravel().tolist())
+    theirs = sitk.BSplineTransformInitializer(image, [3, 4, 2], order=3)
+    count = len(theirs.GetParameters())
+    theirs.SetParameters(np.random.default_rng(5).normal(0, 2.0, count).tolist())
+    sitk.WriteTransform(theirs, str(tmp_path / f"t{suffix}"))
+    rng = np.random.default_rng(6)
+    inside = rng.uniform(0.0, 1.0, (100, 3)) * (19, 17, 15)
+    beyond = inside + rng.choice([-22.0, 22.0], (100, 1)) * (1, 0, 1)
+    index = np.concatenate([inside, beyond])
+    points = np.array([image.TransformContinuousIndexToPhysicalPoint(i) for i in index])
+    expected = np.array([theirs.TransformPoint(p.tolist()) for p in points])
+    assert (expected[100:] == points[100:]).all()  # beyond its domain: the identity
+    assert np.abs(expected - points)[:100].max() > 1
+    got = transforms.read_itk(tmp_path / f"t{suffix}").map_points(points * LPS) * LPS
+    assert np.abs(got - expected).max() < itk_fields.TOLERANCE_MM
+
+
+def test_affines_are_of_the_kind_that_every_reader_knows(tmp_path):
+    """Only classes that nitransforms takes, which refuses CenteredAffineTransform."""
+    steps = (prealign(), Displacement(smooth_field()))
+    for suffix in (".h5", ".tfm"):
+        path = tmp_path / f"t{suffix}"
+        transforms.write_transform(path, example(*steps), FIXED)
+        theirs = sitk.ReadTransform(str(path))
+        parts = sitk.CompositeTransform(theirs)
+        kinds = [
+            parts.GetNthTransform(i).GetName()
+            for i in range(parts.GetNumberOfTransforms())
+        ]
+        assert kinds == [
+            "AffineTransform", "DisplacementFieldTransform", "AffineTransform"
+        ]  # fmt: skip
+        points = points_in(FIXED, margin=0.1)
+        np.testing.assert_allclose(
+            example(*steps).map_points(points), itk_map(theirs, points), atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nhdr"])
+def test_reads_grid_transforms_of_slicer(tmp_path, suffix):
+    field, image = small_field()
+    sitk.WriteImage(image, str(tmp_path / f"t{suffix}"))
+    read = transforms.read_transform(tmp_path / f"t{suffix}")
+    points = points_in(field, count=200, margin=0.3)
+    theirs = sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64))
+    np.testing.assert_allclose(
+        read.map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+
+
+def small_field():
+    """A grid within FIXED, with vectors on it as an image of SimpleITK."""
+    grid = grid_of((6, 5, 4), (8, -34, 4), (1.5, 1.0, 2.0), rotation(0.2, 3.0, 0.3))
+    vectors = smooth_field((4, 5, 6), size=2.0)[0].astype(np.float32)
+    image = sitk.GetImageFromArray(vectors, isVector=True)
+    affine = np.diag([*LPS, 1]) @ grid.affine_mm[:, [2, 1, 0, 3]]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return grid, image
+
+
+def test_a_nrrd_of_another_frame_is_taken_as_itk_takes_it(tmp_path):
+    _, image = small_field()
+    sitk.WriteImage(image, str(tmp_path / "lps.nrrd"))
+    data = (tmp_path / "lps.nrrd").read_bytes()
+    path = tmp_path / "ras.nrrd"
+    path.write_bytes(data.replace(b"left-posterior-sup", b"right-anterior-sup"))
+    with pytest.warns(UserWarning, match="another frame than LPS; its vectors are"):
+        read = transforms.read_transform(path)
+    theirs = sitk.ReadImage(str(path), sitk.sitkVectorFloat64)
+    middle = theirs.TransformContinuousIndexToPhysicalPoint([2.5, 2.0, 1.5])
+    points = np.array([middle]) * LPS
+    theirs = sitk.DisplacementFieldTransform(theirs)
+    np.testing.assert_allclose(
+        read.map_points(points), itk_map(theirs, points), atol=1e-4
+    )
+
+
+def test_a_field_smaller_than_the_scan_moves_nothing_beyond(tmp_path):
+    """As in ITK: the identity outside of its domain, in every format."""
+    _, image = small_field()
+    theirs = sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64))
+    sitk.WriteTransform(theirs, str(tmp_path / "t.h5"))
+    index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
+    points = index.reshape(-1, 3) @ FIXED.affine_mm[:3, :3].T + FIXED.affine_mm[:3, 3]
+    theirs = sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64))
+    sitk.WriteImage(image, str(tmp_path / "t.nrrd"))
+    expected = itk_map(theirs, points).reshape(*FIXED.shape, 3)
+    still = np.abs(expected.reshape(-1, 3) - points).max(-1) == 0
+    assert 0.5 < still.mean() < 1
+    for name in ("t.h5", "t.nrrd"):
+        read = transforms.read_transform(tmp_path / name)
+        got = displacement_mm(read, FIXED) + points.reshape(*FIXED.shape, 3)
+        np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_vector_nifti_without_intent_is_taken_with_a_warning(tmp_path):
+    grid, image = small_field()
+    vectors = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3)[:, :, :, None]
+    affine = grid.affine_mm[:, [2, 1, 0, 3]]
+    maps = []
+    for intent in ("none", "vector"):
+        nifti = nib.Nifti1Image(vectors, affine)
+        nifti.header.set_intent(intent)
+        nib.save(nifti, tmp_path / f"{intent}.nii.gz")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            read = transforms.read_transform(tmp_path / f"{intent}.nii.gz")
+        said = any("does not say that it is a displace" in str(w.message) for w in told)
+        assert said == (intent == "none")
+        maps.append(read.map_points(points_in(grid)))
+    np.testing.assert_array_equal(*maps)
+
+
+@pytest.mark.parametrize("suffix", [*ITK_FORMATS, ".nii.gz"])
+def test_what_was_written_is_known_without_reading(tmp_path, suffix):
+    """A scan warped by register is the one that warp gives, to the bit."""
+    transform = example(prealign(), Displacement(smooth_field()))
+    path = tmp_path / f"t{suffix}"
+    transforms.write_transform(path, transform, FIXED)
+    moving = Volume(smooth_image(MOVING.shape), MOVING)
+    found = [
+        warp_volume(moving, mapping, FIXED, fill=0.0).array
+        for mapping in (
+            transforms.as_written(path, transform),
+            transforms.read_transform(path),
+        )
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_file_that_makes_the_hdf5_library_loop_is_given_up(tmp_path, monkeypatch):
+    """Continuation blocks of the object headers refer to each other for ever."""
+    from jaxreg.io import hdf5 as reader
+
+    path = tmp_path / "endless.h5"
+    hdf5(_0=("TranslationTransform_double_3_3", [1, 2, 3], []))(path)
+    monkeypatch.setattr(reader, "_WORKER", tmp_path / "worker.py")
+    (tmp_path / "worker.py").write_text(ENDLESS)
+    reader._close()
+    with pytest.raises(UserError, match="does not come to an end"):
+        transforms.read_transform(path)
+    monkeypatch.undo()  # the next file gets a worker of its own
+    assert transforms.read_transform(path).steps
+
+
+ENDLESS = """
+import signal, sys
+sys.stdin.buffer.readline()
+signal.setitimer(signal.ITIMER_PROF, 0.1)
+while True:
+    pass
+"""
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".tfm"])
@@ -600,7 +836,11 @@ FIELD = "DisplacementFieldTransform_double_3_3"
 BOX = [2, 2, 2, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1, 0, 0, 0, 1]
 BAD = {
     "missing.h5": (lambda path: None, "transform .* does not exist"),
-    "t.mat": (lambda path: path.write_text("x"), "is a .mat file"),
+    "t.mat": (lambda path: path.write_text("x"), "is no .mat of ITK or ANTs"),
+    "fsl.mat": (
+        lambda path: np.savetxt(path, np.eye(4)),
+        "if it is a text matrix of FSL, convert it with c3d_affine_tool",
+    ),
     "t.xfm": (lambda path: path.write_text("x"), "extension .xfm, expected one of .h5"),
     "text.h5": (lambda path: path.write_text("hello"), "no readable ITK transform"),
     "other.h5": (
@@ -618,24 +858,42 @@ BAD = {
         text("Transform: AffineTransform_double_2_2", "Parameters: 1 0 0 1 0 0"),
         "expected a transform of 3D points",
     ),
+    "velocity.txt": (
+        text("Transform: GaussianExponentialDiffeomorphicTransform_double_3_3"),
+        "holds a GaussianExp.*, expected one of AffineTransform, .*BSplineTransform",
+    ),
     "bspline.txt": (
         text("Transform: BSplineTransform_double_3_3", "Parameters: 1"),
-        "holds a BSplineTransform, expected one of AffineTransform",
+        "BSplineTransform: needs 18 finite fixed parameters, has 0",
+    ),
+    "quadratic.txt": (
+        text("Transform: BSplineTransform_double_3_3_2", "Parameters: 1"),
+        "expected a transform of 3D points",
+    ),
+    "versor.txt": (
+        text(
+            "Transform: VersorRigid3DTransform_double_3_3",
+            "Parameters: 0 0.9 0.9 0 0 0",
+        ),
+        "has a versor of length 1.27279, expected at most 1",
     ),
     "short.txt": (
         text("Transform: AffineTransform_double_3_3", "Parameters: 1 2 3"),
-        "AffineTransform needs 12 finite parameters, has 3",
+        "AffineTransform: needs 12 finite parameters, has 3",
     ),
     "two.txt": (
         text(*["Transform: IdentityTransform_double_3_3"] * 2),
         "lists 2 transforms without a composite",
     ),
-    "geometry.h5": (hdf5(_0=(FIELD, np.zeros(24), BOX[:17])), "17 fixed parameters"),
+    "geometry.h5": (
+        hdf5(_0=(FIELD, np.zeros(24), BOX[:17])),
+        "fixed parameters, has 17",
+    ),
     "size.h5": (hdf5(_0=(FIELD, np.zeros(21), BOX)), "21 parameters for 2 x 2 x 2"),
     "nan.h5": (hdf5(_0=(FIELD, np.full(24, np.nan), BOX)), "has 24 numbers that are"),
     "flat.h5": (
         hdf5(_0=(FIELD, np.zeros(24), [*BOX[:6], 0, *BOX[7:]])),
-        "singular grid",
+        "its grid is singular",
     ),
     "name.h5": (hdf5(x=(FIELD, np.zeros(24), BOX)), "no readable ITK transform"),
     "series.nii.gz": (nifti_field(4, 5, 6, 3), "has shape 4 x 5 x 6 x 3.*time series"),

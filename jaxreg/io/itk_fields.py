@@ -1,0 +1,133 @@
+"""ITK's transforms that are fields: from their parameters to vectors on a grid.
+
+Frame: the file's own, LPS mm, components in x, y, z. Arrays are D H W 3.
+"""
+
+import math
+
+import numpy as np
+
+from jaxreg.space.grid import Shape, unit_to_voxel
+
+TOLERANCE_MM = 0.01
+"""How far a B-spline's samples, read linearly, may be from it, as memory allows."""
+
+_MOST_SAMPLES = 2**24  # of a B-spline: 200 MB in float32
+_REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
+_GEOMETRY = 18  # fixed parameters: size, origin, spacing, direction
+
+
+def is_field(kind: str) -> bool:
+    """Whether the parameters of an ITK class are a displacement field's."""
+    return kind.endswith("DisplacementFieldTransform")
+
+
+def is_spline(kind: str) -> bool:
+    """Whether the parameters of an ITK class are a cubic B-spline's."""
+    return kind in ("BSplineTransform", "BSplineDeformableTransform")
+
+
+def displacement(
+    parameters: np.ndarray, fixed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns vectors D H W 3 and the 4x4 matrix from unit coordinates to mm.
+
+    Args:
+      parameters: 3 D H W, float64, vector by vector, x fastest.
+      fixed: 18: size, origin, spacing, direction.
+
+    Raises:
+      ValueError: says what does not fit.
+    """
+    shape, voxel_to_file = _geometry(parameters, fixed)
+    unit_to_file = voxel_to_file @ unit_to_voxel(shape)
+    return parameters.reshape(*shape, 3), unit_to_file
+
+
+def spline(
+    parameters: np.ndarray, fixed: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """Samples a cubic B-spline over its domain; beyond it, ITK moves nothing.
+
+    The samples divide each interval of control points into as many parts as
+    `TOLERANCE_MM` needs: linear reading between samples h apart is wrong by at most
+    ``h^2 max|u''| / 8``, and ``u''`` is at most the largest second difference of the
+    control points over the square of their distance.
+
+    Args:
+      parameters: 3 D H W, float64, all of x, then y, then z, x fastest.
+      fixed: 18: size, origin, spacing and direction of the control points.
+
+    Returns:
+      (vectors D H W 3, matrix from unit coordinates to mm, largest possible error in
+      mm of reading them linearly).
+
+    Raises:
+      ValueError: says what does not fit.
+    """
+    shape, voxel_to_file = _geometry(parameters, fixed)
+    if min(shape) < 4:
+        raise ValueError(f"a cubic B-spline needs 4 control points, has {min(shape)}")
+    vectors = np.moveaxis(parameters.reshape(3, *shape), 0, -1)
+    d, h, w = shape
+    if not np.isfinite(vectors).all():
+        raise ValueError("not all of its control points are finite")
+    bends = [
+        float(np.linalg.norm(np.diff(vectors, 2, axis), axis=-1).max())
+        for axis in range(3)
+    ]
+    intervals = [n - 3 for n in shape]
+    parts = [max(1, math.ceil(math.sqrt(3 * b / (8 * TOLERANCE_MM)))) for b in bends]
+
+    def samples():
+        return math.prod(i * p + 1 for i, p in zip(intervals, parts, strict=True))
+
+    while samples() > _MOST_SAMPLES:
+        if max(parts) == 1:
+            raise ValueError(f"{w} x {h} x {d} control points are too many to sample")
+        parts = [max(1, int(0.8 * p)) for p in parts]
+    for axis, (count, divided) in enumerate(zip(intervals, parts, strict=True)):
+        weights = _cubic(count, divided)
+        vectors = np.moveaxis(np.tensordot(weights, vectors, (1, axis)), 0, axis)
+    d, h, w = vectors.shape[:3]
+    # The domain starts at the second control point.
+    to_control = np.diag([*(1.0 / np.asarray(parts)), 1.0])
+    to_control[:3, 3] = 1.0
+    error = sum(b / (8 * p * p) for b, p in zip(bends, parts, strict=True))
+    matrix = voxel_to_file @ to_control @ unit_to_voxel((d, h, w))
+    return vectors, matrix, error
+
+
+def _cubic(intervals: int, parts: int) -> np.ndarray:
+    """Weights of intervals + 3 control points at parts * intervals + 1 places."""
+    place = np.arange(intervals * parts + 1) / parts
+    first = np.minimum(place.astype(int), intervals - 1)
+    t = place - first
+    basis = (
+        (1 - t) ** 3,
+        3 * t**3 - 6 * t**2 + 4,
+        -3 * t**3 + 3 * t**2 + 3 * t + 1,
+        t**3,
+    )
+    weights = np.zeros((place.size, intervals + 3))
+    for k, values in enumerate(basis):
+        weights[np.arange(place.size), first + k] = values / 6
+    return weights
+
+
+def _geometry(parameters: np.ndarray, fixed: np.ndarray) -> tuple[Shape, np.ndarray]:
+    """Returns (D, H, W) and the matrix from d, h, w to mm."""
+    if fixed.size != _GEOMETRY or not np.isfinite(fixed).all():
+        raise ValueError(f"needs {_GEOMETRY} finite fixed parameters, has {fixed.size}")
+    if not ((fixed[:3] >= 1) & (fixed[:3] == np.rint(fixed[:3]))).all():
+        raise ValueError(f"its grid has {fixed[:3].tolist()} points")
+    w, h, d = (int(n) for n in fixed[:3])
+    if parameters.size != 3 * math.prod((d, h, w)):
+        raise ValueError(f"{parameters.size} parameters for {w} x {h} x {d} vectors")
+    matrix = np.eye(4)
+    matrix[:3, :3] = fixed[9:].reshape(3, 3) * fixed[6:9]
+    matrix[:3, 3] = fixed[3:6]
+    axes = matrix[:3, :3] / np.maximum(np.linalg.norm(matrix[:3, :3], axis=0), 1e-300)
+    if not np.isfinite(matrix).all() or abs(np.linalg.det(axes)) < 1e-9:
+        raise ValueError("its grid is singular")
+    return (d, h, w), matrix @ _REVERSE
