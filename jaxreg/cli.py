@@ -59,6 +59,7 @@ from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.space.grid import Volume
+    from jaxreg.space.transform import Transform
     from jaxreg.zoo import LoadedModel
 
 # typer carries its own copy of click since 0.26; the base of all usage errors is found
@@ -475,20 +476,25 @@ def warp_verb(
         Path | None,
         option(
             "--points",
-            "CSV of points in the fixed scan, mm: columns x, y, z (by name or the "
-            "first three). Other columns are kept.",
+            "Points in the fixed scan, mm: .csv with columns x, y, z (by name or the "
+            "first three), or .fcsv or .mrk.json of 3D Slicer. Other columns are kept.",
             SCANS,
         ),
     ] = None,
     points_out: Annotated[
         Path | None,
-        option("--points-out", "CSV of the same points in the moving scan, mm.", _OUT),
+        option(
+            "--points-out",
+            "The same points in the moving scan, mm: .csv .fcsv .mrk.json.",
+            _OUT,
+        ),
     ] = None,
     points_frame: Annotated[
         Frame,
         choice(
             "--points-frame",
-            "Sign convention of the points: lps as in ITK and ANTs, ras as in NIfTI.",
+            "Sign convention of the points: lps as in ITK and ANTs, ras as in NIfTI. "
+            "3D Slicer's files say it themselves.",
             SCANS,
         ),
     ] = Frame.LPS,
@@ -518,7 +524,9 @@ def warp_verb(
     if transform is not None:
         mapping = transforms.read_transform(transform)
     if points is not None and points_out is not None:
-        map_points(points, points_out, mapping, frame=points_frame)
+        if transform is None:
+            warn("without --transform the points are those of the moving scan as well")
+        map_points(points, points_out, mapping, frame=points_frame, fixed=fixed)
     if warped_moving_out is not None and fixed is not None and moving is not None:
         grid = volumes.read_grid(fixed)
         stored = volumes.read_volume(moving, kind="stored")
@@ -703,7 +711,7 @@ def _check_outputs(
     needed: bool = True,
 ) -> None:
     """Checks names and folders of all results before anything is read."""
-    from jaxreg.io import files, transforms, volumes
+    from jaxreg.io import files, tables, transforms, volumes
 
     given = {name: path for name, path in outputs.items() if path is not None}
     if needed and not given:
@@ -712,9 +720,10 @@ def _check_outputs(
     for name, path in given.items():
         if name in ("--transform-out", "--inverse-out"):
             transforms.check_transform_path(path, name)
-        elif name in ("--report", "--points-out"):
-            suffixes = (".html", ".htm") if name == "--report" else (".csv",)
-            files.check_writable(path, name, suffixes=suffixes)
+        elif name == "--report":
+            files.check_writable(path, name, suffixes=(".html", ".htm"))
+        elif name == "--points-out":
+            tables.check_target(path, name)
         else:
             volumes.check_volume_path(path, name)
         if path.resolve() in seen:
@@ -826,26 +835,55 @@ def _hyphened(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def map_points(source: pathlib.Path, target: pathlib.Path, mapping, *, frame: Frame):
-    """Maps the points of a CSV file and writes them with its other columns.
+def map_points(
+    source: pathlib.Path,
+    target: pathlib.Path,
+    mapping: "Transform",
+    *,
+    frame: Frame,
+    fixed: pathlib.Path | None = None,
+) -> None:
+    """Maps the points of a file and writes them with everything else in it.
+
+    Warns where points lie outside the fixed scan, or without one outside the domain
+    of the transform's field.
 
     Args:
-      source: CSV with columns x, y, z in mm, by name in a header or the first three.
+      source: the points, see `io.tables.read`.
       target: the same table with the mapped points.
-      mapping: `space.transform.Transform`, fixed to moving mm, RAS+.
-      frame: of both files.
+      mapping: fixed to moving mm, RAS+.
+      frame: of both files, where they do not say it.
+      fixed: the scan in which the points are.
 
     Raises:
       UserError: the table has no three columns of numbers.
     """
     import numpy as np
 
-    from jaxreg.io import tables
+    from jaxreg.io import tables, volumes
+    from jaxreg.space import transform as transform_lib
 
     table = tables.read(source, "--points")
-    given = tables.to_mm(table.places, frame.value)
+    grid = None if fixed is None else volumes.read_grid(fixed)
+    outside = tables.outside(
+        table,
+        frame.value,
+        lambda places: (
+            transform_lib.count_beyond(mapping, places)
+            if grid is None
+            else tables.count_outside(places, grid)
+        ),
+        points=str(source),
+        scan="the domain of the transform's field (beyond it nothing is displaced)"
+        if fixed is None
+        else f"the scan {fixed}",
+        option="--points-frame",
+    )
+    if outside is not None:
+        warn(outside)
+    given = tables.points_mm(table, frame.value)
     mapped = np.asarray(mapping.map_points(given[None]))[0]
-    tables.write(target, table, tables.from_mm(mapped, frame.value))
+    tables.write(target, table, mapped, frame=frame.value)
 
 
 def _print_written(paths) -> None:

@@ -58,8 +58,8 @@ def match_verb(  # noqa: PLR0913
         pathlib.Path | None,
         option(
             "--points",
-            "CSV of places in the fixed scan: columns x, y, z (by name or the first "
-            "three). Other columns are kept.",
+            "Places in the fixed scan: .csv with columns x, y, z (by name or the first "
+            "three), or .fcsv or .mrk.json of 3D Slicer. Other columns are kept.",
             _POINTS,
         ),
     ] = None,
@@ -67,8 +67,8 @@ def match_verb(  # noqa: PLR0913
         pathlib.Path | None,
         option(
             "--points-out",
-            "CSV of the same points in the moving scan, with their similarity. "
-            "Default: a table is printed.",
+            "The same points in the moving scan, with their similarity: .csv .fcsv "
+            ".mrk.json. Default: a table is printed.",
             _POINTS,
         ),
     ] = None,
@@ -77,7 +77,8 @@ def match_verb(  # noqa: PLR0913
         choice(
             "--points-frame",
             "What the numbers are, given and found: mm as in ITK (lps) or NIfTI (ras), "
-            "or NIfTI's voxel indices of the scan that the point is in.",
+            "or NIfTI's voxel indices of the scan that the point is in. 3D Slicer's "
+            "files say it themselves.",
             _POINTS,
         ),
     ] = LandmarksFrame.LPS,
@@ -126,8 +127,18 @@ def match_verb(  # noqa: PLR0913
     from jaxreg import points as points_lib
 
     scans = [volumes.read_volume(path) for path in (fixed, moving)]
-    given = np.array([point]) if table is None else table.places
-    here = tables.to_mm(given, points_frame.value, scans[0].grid)
+    if table is None:
+        cells = [f"{x:g}" for x in point or ()]
+        table = tables.Table(["x", "y", "z"], [0, 1, 2], [cells], np.array([point]))
+    frame, grid = points_frame.value, scans[0].grid
+    outside = tables.outside(
+        table, frame, lambda places: tables.count_outside(places, grid), grid=grid,
+        points="--point" if points is None else str(points),
+        scan=f"the scan {fixed}", option="--points-frame",
+    )  # fmt: skip
+    if outside is not None:
+        raise UserError(outside)
+    here = tables.points_mm(table, frame, grid)
     described = [
         describe(scan, modality, ct_window, quantile_range)
         for scan, modality in zip(scans, modalities, strict=True)
@@ -137,14 +148,14 @@ def match_verb(  # noqa: PLR0913
     if cycle:
         returned = points_lib.cycle_mm(here, found, *described)
         columns["cycle_mm"] = [f"{value:.3f}" for value in returned]
-    there = tables.from_mm(found.points_mm, points_frame.value, scans[1].grid)
     if points_out is None:
-        _print(given, there, columns)
+        shown = table.frame or frame
+        there = tables.from_mm(found.points_mm, shown, scans[1].grid)
+        _print(table.places, there, columns)
         return
-    if table is None:
-        cells = [f"{x:g}" for x in given[0]]
-        table = tables.Table(["x", "y", "z"], [0, 1, 2], [cells], given)
-    tables.write(points_out, table, there, columns)
+    tables.write(
+        points_out, table, found.points_mm, columns, frame=frame, grid=scans[1].grid
+    )
     print(f"wrote {points_out}")
 
 
@@ -153,7 +164,7 @@ _Describe = Callable[..., "Described"]
 
 def _check(point, points, points_out, scans, model: str, spacing) -> None:
     """Checks the options before anything is read."""
-    from jaxreg.io import files
+    from jaxreg.io import tables
 
     if (point is None) == (points is None):
         raise UserError("give either --point X Y Z or --points FILE.csv, to say where")
@@ -168,7 +179,7 @@ def _check(point, points, points_out, scans, model: str, spacing) -> None:
         )
     if points_out is None:
         return
-    files.check_writable(points_out, "--points-out", suffixes=(".csv",))
+    tables.check_target(points_out, "--points-out")
     if points_out.resolve() in [p.resolve() for p in (*scans, points) if p]:
         raise UserError(
             f"--points-out {points_out} is also an input; name another file"

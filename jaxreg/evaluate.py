@@ -12,7 +12,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
@@ -139,8 +139,9 @@ def read_landmarks(
     """Reads points of a scan.
 
     Args:
-      path: CSV with columns x, y, z, by name in a header or the first three.
-      frame: what the numbers are.
+      path: CSV with columns x, y, z, by name in a header or the first three; or
+        .fcsv or .mrk.json of 3D Slicer, which say their frame.
+      frame: what the numbers of a CSV are.
       grid: the scan's grid, for "voxel".
 
     Returns:
@@ -149,7 +150,7 @@ def read_landmarks(
     Raises:
       UserError: the file is missing or has a row without three finite numbers.
     """
-    return tables.to_mm(tables.read(path, "landmarks").places, frame, grid)
+    return tables.points_mm(tables.read(path, "landmarks"), frame, grid)
 
 
 # --- register and measure ------------------------------------------------------------
@@ -541,41 +542,22 @@ def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
         return None
     if pair.fixed_landmarks is None or pair.moving_landmarks is None:
         raise UserError("it has one file of landmarks; give both or neither")
-    here = read_landmarks(pair.fixed_landmarks, frame=frame, grid=fixed)
+    table = tables.read(pair.fixed_landmarks, "landmarks")
+    here = tables.points_mm(table, frame, fixed)
     there = read_landmarks(pair.moving_landmarks, frame=frame, grid=moving)
     if len(here) != len(there):
         raise UserError(
             f"{pair.fixed_landmarks} has {len(here)} landmarks, "
             f"{pair.moving_landmarks} {len(there)}; give the same points in one order"
         )
-    outside = _count_outside(here, fixed)
-    if outside:
-        others = [other for other in get_args(Frame) if other != frame]
-        fitting = [
-            other
-            for other in others
-            if not _count_outside(
-                read_landmarks(pair.fixed_landmarks, frame=other, grid=fixed), fixed
-            )
-        ]
-        raise UserError(
-            f"{outside} of {len(here)} points of {pair.fixed_landmarks} lie outside "
-            f"the scan {pair.fixed}, read as {frame}; "
-            + (
-                f"pass --landmarks-frame {' or '.join(fitting)}, where all are inside"
-                if fitting
-                else "no other --landmarks-frame puts all inside, check the file"
-            )
-        )
+    outside = tables.outside(
+        table, frame, lambda points: tables.count_outside(points, fixed), grid=fixed,
+        points=str(pair.fixed_landmarks), scan=f"the scan {pair.fixed}",
+        option="--landmarks-frame",
+    )  # fmt: skip
+    if outside is not None:
+        raise UserError(outside)
     return here, there
-
-
-def _count_outside(points_mm: np.ndarray, grid: Grid) -> int:
-    """Returns how many points, P 3 RAS+ mm, are a voxel or more off the grid."""
-    turn, origin = grid.affine_mm[:3, :3], grid.affine_mm[:3, 3]
-    voxels = (points_mm - origin) @ np.linalg.inv(turn).T
-    inside = (voxels > -1) & (voxels < np.asarray(grid.shape))
-    return int((~inside.all(axis=1)).sum())
 
 
 def _read(pair: PairSpec, name: str, options: register.Options, frame: Frame) -> _Scans:

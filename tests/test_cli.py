@@ -661,6 +661,43 @@ def test_points_move_from_fixed_to_moving(frame, shift, tmp_path, capsys):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".fcsv"])
+def test_points_far_outside_are_warned_about(suffix, shift, tmp_path, capsys):
+    """In the scan as RAS; read as LPS on the other side of the world's origin."""
+    affine = np.diag([2.0, 2.0, 2.0, 1.0])
+    far = affine[:3, 3] = [200.0, 300.0, 0.0]
+    save_nifti(tmp_path / "f.nii", np.ones((8, 7, 6), np.float32), affine)
+    x, y, z = far + affine[:3, :3] @ (2, 2, 2)
+    head = "x,y,z" if suffix == ".csv" else "# CoordinateSystem = LPS\n# columns=x,y,z"
+    (tmp_path / f"p{suffix}").write_text(f"{head}\n{x},{y},{z}\n")
+    line = ["warp", "--fixed", tmp_path / "f.nii", "--transform", shift, "--points",
+            tmp_path / f"p{suffix}", "--points-out", tmp_path / "q.csv"]  # fmt: skip
+    assert cli.main([*map(str, line)]) == 0
+    said = capsys.readouterr().err
+    assert "1 of 1 points" in said and "outside the scan" in said
+    if suffix == ".fcsv":
+        assert "in the frame lps that the file says" in said
+        return
+    assert "pass --points-frame ras, where all are inside" in said
+    assert cli.main([*map(str, line), "--points-frame", "ras"]) == 0
+    assert "outside" not in capsys.readouterr().err
+
+
+def test_points_beyond_the_field_are_warned_about(tmp_path, capsys):
+    place = Grid((6, 7, 8), np.diag([2.0, 2.0, 2.0, 1.0]))
+    field = transform_lib.Displacement(np.zeros((1, 6, 7, 8, 3), np.float32))
+    mapping = transform_lib.in_world(transform_lib.Transform((field,)), place, place)
+    transforms.write_transform(tmp_path / "t.h5", mapping, place)
+    (tmp_path / "p.csv").write_text("x,y,z\n4,4,6\n5,6,7\n")
+    line = ["warp", "--transform", tmp_path / "t.h5", "--points", tmp_path / "p.csv",
+            "--points-out", tmp_path / "q.csv"]  # fmt: skip
+    assert cli.main([*map(str, line)]) == 0
+    said = capsys.readouterr().err
+    assert "2 of 2 points" in said and "--points-frame ras" in said
+    assert cli.main([*map(str, line), "--points-frame", "ras"]) == 0
+    assert not capsys.readouterr().err
+
+
 def test_points_agree_with_simpleitk(shift, tmp_path, capsys):
     source, target = tmp_path / "points.csv", tmp_path / "out.csv"
     places = np.random.default_rng(0).normal(size=(5, 3))

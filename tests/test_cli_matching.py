@@ -111,7 +111,7 @@ def test_weights_of_sam_are_taken(folder, tmp_path, capsys):
     [
         ("mind", [], "give either --point X Y Z or --points"),
         ("mind", ["--point", "1", "2", "3", "--points", "p.csv"], "give either"),
-        ("mind", ["--point", "900", "2", "3"], "lies outside"),
+        ("mind", ["--point", "900", "2", "3"], "lie outside the scan"),
         ("mind", ["--point", "1", "2", "3", "--spacing", "0"], "--spacing is 0"),
         ("mind", ["--point", "1", "2", "3", "--ct-window", "0", "9"], "no effect"),
         ("mind", ["--points", "{}/absent.csv"], "absent.csv"),

@@ -145,6 +145,24 @@ def flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     return Transform((Displacement(unit.on_grid(shape) - sampling.identity(shape)),))
 
 
+def count_beyond(transform: Transform, points_mm: np.ndarray) -> int:
+    """Returns how many points the transform's first field does not reach.
+
+    Args:
+      transform: fixed mm to moving mm.
+      points_mm: P 3, RAS+.
+    """
+    at = np.asarray(points_mm, np.float64)
+    for step in transform.steps:
+        if isinstance(step, Displacement):
+            shape = step.field.shape[1:4]
+            voxels = at * grid_lib.unit_scale(shape)
+            inside = (voxels > -1) & (voxels < np.asarray(shape))
+            return int((~inside.all(-1)).sum())
+        at = np.asarray(step(at))
+    return 0
+
+
 def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     merged: list[Step] = []
     for step in steps:
