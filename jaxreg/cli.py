@@ -575,13 +575,16 @@ def jacobian_verb(
     """Measure local volume change: determinant map, its range, folded voxels.
 
     The determinant is that of the map in mm: 1 keeps volume, 2 means that a voxel of
-    the fixed scan covers twice its volume in the moving scan, 0 or less is a fold.
+    the fixed scan covers twice its volume in the moving scan, below 0 is a fold. It is
+    taken by central differences at the fixed scan's voxels; the share of folded voxels
+    is the one that register and evaluate print.
     """
     outputs = {"--jacob": jacob, "--log-jacob": log_jacob}
     _check_outputs(outputs, [fixed, transform], needed=False)
 
     import numpy as np
 
+    from jaxreg import metrics
     from jaxreg.io import transforms, volumes
     from jaxreg.space import transform as transform_lib
     from jaxreg.space.grid import Volume
@@ -594,13 +597,14 @@ def jacobian_verb(
     if log_jacob is not None:
         logarithm = np.log(np.maximum(determinant, 1e-6))
         volumes.write_volume(log_jacob, Volume(logarithm.astype(np.float32), grid))
-    folded = int((determinant <= 0).sum())
+    folded = int((determinant < 0).sum())
+    percent = metrics.folding_fraction(determinant)
     print_numbers(
         {
             "minimum": f"{determinant.min():.4f}",
             "mean": f"{determinant.mean(dtype=np.float64):.4f}",
             "maximum": f"{determinant.max():.4f}",
-            "folded voxels": f"{100 * folded / determinant.size:.4f} % ({folded})",
+            "folded voxels": f"{percent:.4f} % ({folded})",
         }
     )
     _print_written(outputs.values())

@@ -39,6 +39,7 @@ from jaxreg.typing import Pair
 Target = Literal["network", "displacement", "features", "map"]
 _TARGETS = ("network", "displacement", "features", "map")
 _REFINING = ("features", "map")
+_MUCH_FOLDED = 1.0  # per cent of the voxels
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -165,8 +166,9 @@ class Registration:
       similarity_before: with the scans where their headers place them.
       similarity_prealigned: with the scans pre-aligned, or None if they were not.
       similarity_after: with the moving scan warped by the transform.
-      folding_percent: share of network cells whose Jacobian determinant is negative,
-        0 to 100.
+      folding_percent: share of the fixed scan's voxels where the Jacobian determinant
+        of the transform in mm is negative, 0 to 100, as `space.transform.jacobian_map`
+        has it.
       domains: share of each domain of a prompt bank in this pair's prompt, by name;
         empty for other networks.
       seconds: wall time by phase.
@@ -458,19 +460,18 @@ def register(
             (transform_lib.Affine(jnp.asarray(headers, "f4")),)
         )
         before, warped_before = _score(apart[0], placed, options)
-        between = None
-        if options.prealign != "none":
-            between, _ = _score(pair, transform_lib.Transform(()), options)
+        between = start and _score(pair, transform_lib.Transform(()), options)[0]
         after, warped_after = _score(pair, rest, options)
+        in_world = transform_lib.in_world(forward, *grids)
+        if alone and start:  # exact as it is
+            in_world = start.in_world
+        folded = _folded(in_world, fixed.grid)
     inverse, residual = None, None
     if options.inverse:
         with _Clock(seconds, "inverse"):
             inverse, residual = _inverse(forward, backward, *grids)
     return Registration(
-        # A pre-alignment alone is exact as it is.
-        transform=start.in_world
-        if alone and start
-        else transform_lib.in_world(forward, *grids),
+        transform=in_world,
         inverse=inverse,
         inverse_residual_mm=residual,
         fixed_grid=grids[0],
@@ -480,7 +481,7 @@ def register(
         similarity_before=before,
         similarity_after=after,
         similarity_prealigned=between,
-        folding_percent=_folded(forward, options.shape),
+        folding_percent=folded,
         domains=domains,
         seconds=seconds,
         fixed_image=np.asarray(_as_compared(pair).fixed[0, ..., 0]),
@@ -1008,9 +1009,25 @@ def _compared(moving, fixed, mask, points, *, name: str):
     return similarity.SIMILARITIES[name](warped, fixed, mask=mask), warped
 
 
-def _folded(unit: transform_lib.Transform, shape: Shape) -> float:
-    """Returns the share of cells with a negative determinant, per cent."""
-    return metrics.folding_fraction(metrics.cell_determinant(_mapped(unit, shape)))
+def _folded(transform: transform_lib.Transform, fixed: Grid) -> float:
+    """Returns the share of the fixed scan's voxels that fold, per cent; warns of any.
+
+    On the scan's own voxels, so that `jacobian` prints the same of the written file.
+    """
+    determinant = transform_lib.jacobian_map(transform, fixed)
+    percent = metrics.folding_fraction(determinant)
+    if percent > 0:
+        warnings.warn(
+            f"the transform folds: {percent:.2g} % of the fixed scan's voxels have a "
+            "negative Jacobian determinant"
+            + (
+                "; the result is doubtful there"
+                if percent < _MUCH_FOLDED
+                else ", which no anatomy does; do not use it without looking at it"
+            ),
+            stacklevel=3,
+        )
+    return percent
 
 
 class _Clock:

@@ -184,6 +184,52 @@ def test_the_map_itself_is_moved(started):
     )
 
 
+def noise_pair(shape, seed=0):
+    """Two images that have nothing in common, so that a free map tears them apart."""
+    rng = np.random.default_rng(seed)
+    images = [ndimage.gaussian_filter(rng.normal(size=shape), 2) for _ in range(2)]
+    images = [(i - i.min()) / (i.max() - i.min()) for i in images]
+    return Pair(*(jnp.asarray(i, jnp.float32)[None, ..., None] for i in images))
+
+
+def folded_at(field, factor):
+    """Share of negative determinants between the voxels, as SimpleITK has them."""
+    sitk = pytest.importorskip("SimpleITK")
+    shape = np.asarray(field.shape[1:4])
+    axes = [np.linspace(0, 1, factor * (n - 1) + 1) for n in shape]
+    finer = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    moved = sampling.sample(field, jnp.asarray(finer, jnp.float32)[None])[0]
+    # Displacements along x, y, z in voxels of the finer grid.
+    moved = np.asarray(moved, np.float64) * (shape - 1) * factor
+    image = sitk.GetImageFromArray(moved[..., ::-1], isVector=True)
+    determinant = sitk.GetArrayFromImage(
+        sitk.DisplacementFieldJacobianDeterminant(image)
+    )
+    return (determinant[1:-1, 1:-1, 1:-1] <= 0).mean()
+
+
+def test_a_map_that_is_moved_does_not_fold():
+    pair = noise_pair((16, 18, 14))
+    found = refine.optimize_map(pair, refine.UNTOUCHED, steps=40)
+    assert found.history["loss"][-1] < 0.7 * found.history["loss"][0]
+    (step,) = found.forward.steps
+    assert [folded_at(step.field, factor) for factor in (1, 3)] == [0, 0]
+
+
+def test_a_start_that_folds_is_unfolded_where_it_does():
+    rng = np.random.default_rng(0)
+    field = np.full((1, 16, 18, 14, 3), 0.1, np.float32)
+    field[0, 3:7, 4:8, 5:9] += rng.normal(size=(4, 4, 4, 3)) * 0.1
+    field = jnp.asarray(field)
+    assert folded_at(field, 1) > 0
+    found = refine.unfolded(field, between=True)
+    assert [folded_at(found, factor) for factor in (1, 3)] == [0, 0]
+    np.testing.assert_array_equal(found[:, 10:], field[:, 10:])
+    np.testing.assert_array_equal(refine.unfolded(found, between=True), found)
+    # And nothing is repeated for ever where there is no number to be had.
+    assert np.isnan(refine.unfolded(field * jnp.nan)).all()
+
+
 def test_descriptors_of_any_grid():
     image = jnp.asarray(np.random.default_rng(0).uniform(size=(1, 9, 20, 33, 1)), "f4")
     found = refine.mind_features(image)

@@ -317,6 +317,44 @@ def test_divergence_is_a_sentence():
         register.register(scan, scan, loaded(Shifting((np.nan, 0, 0))), OPTIONS)
 
 
+def test_folding_is_that_of_the_written_file_and_warned_about(tmp_path, capsys):
+    """On the scan's grid, not the network's, as `jacobian` and SimpleITK have it."""
+    sitk = pytest.importorskip("SimpleITK")
+    from jaxreg import cli
+    from jaxreg.io import transforms, volumes
+
+    scan = blobs(make_grid(turn=0.1))
+    with pytest.warns(UserWarning, match="folds: .* % of the fixed scan's voxels"):
+        result = register.register(scan, scan, loaded(Shifting(bend=0.5)), OPTIONS)
+    assert 1 < result.folding_percent < 99
+    displacement = transform_lib.displacement_mm(result.transform, scan.grid)
+    spacing = scan.grid.spacing_mm
+    # Along the array's axes in mm, and those reversed: x is the last.
+    along = displacement @ (scan.grid.affine_mm[:3, :3] / spacing)
+    image = sitk.GetImageFromArray(along.astype(np.float64)[..., ::-1], isVector=True)
+    image.SetSpacing(spacing[::-1].tolist())
+    found = sitk.DisplacementFieldJacobianDeterminant(image)
+    determinant = sitk.GetArrayFromImage(found)[1:-1, 1:-1, 1:-1]
+    own = transform_lib.jacobian_map(result.transform, scan.grid)
+    np.testing.assert_allclose(own[1:-1, 1:-1, 1:-1], determinant, atol=2e-3)
+    assert result.folding_percent == pytest.approx(100 * (own < 0).mean())
+
+    volumes.write_volume(tmp_path / "fixed.nii.gz", scan)
+    transforms.write_transform(tmp_path / "t.h5", result.transform, scan.grid)
+    files = ["--fixed", str(tmp_path / "fixed.nii.gz"), "--transform"]
+    assert cli.main(["jacobian", *files, str(tmp_path / "t.h5")]) == 0
+    printed = capsys.readouterr().out.split("folded voxels")[1].split("%")[0]
+    row = register.summary(result)["folded voxels"]
+    assert printed.strip() == row.removesuffix("%").strip()
+
+
+def test_a_result_that_does_not_fold_is_not_warned_about():
+    scan = blobs(make_grid())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        register.register(scan, scan, loaded(Shifting(bend=0.02)), OPTIONS)
+
+
 @pytest.mark.slow
 def test_displacement_finds_a_shift():
     """Scans that overlap by half in world space are brought together."""

@@ -3,6 +3,8 @@
 A field u (N D H W 3, unit) stands for the map ``x -> x + u(x)``.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -213,3 +215,52 @@ def jacobian_determinant(
         return (ends[0] - ends[1]) / (reach * spacing[axis])
 
     return jnp.sum(jnp.cross(difference(0), difference(1)) * difference(2), axis=-1)
+
+
+def least_determinant(points: Points, *, between: bool = False) -> jax.Array:
+    """Returns the least Jacobian determinant of each cell of a map, N D-1 H-1 W-1.
+
+    At a cell's corner the determinant is that of the three edges that meet there; at a
+    voxel, the determinant of central differences is the mean of those at the corners
+    around it. Between the voxels a map is read linearly along each axis. There its
+    derivative along an axis is a mean of the cell's four edges in this direction, and
+    the determinant a mean of those of one edge of each direction: the least of these 64
+    is a lower bound everywhere in the cell.
+
+    Args:
+      points: N D H W 3, unit coordinates of the mapped voxels, two or more along each
+        axis. The identity has determinant 1.
+      between: the lower bound for all of the cell in place of the least at its corners.
+    """
+    components = jnp.moveaxis(points, -1, 0)  # 3 N D H W: whole vectors are slow on CPU
+    edges = [
+        jnp.diff(components, axis=axis + 2) * (components.shape[axis + 2] - 1)
+        for axis in range(3)
+    ]
+    ends = (slice(None, -1), slice(1, None))
+
+    def edge(axis, corner):
+        at = [slice(None) if a == axis else ends[c] for a, c in enumerate(corner)]
+        return edges[axis][:, :, *at]
+
+    corners = list(itertools.product((0, 1), repeat=3))
+    triples = {
+        tuple((*c[:axis], 0, *c[axis + 1 :]) for axis, c in enumerate(chosen))
+        for chosen in (
+            itertools.product(corners, repeat=3)
+            if between
+            else ((corner,) * 3 for corner in corners)
+        )
+    }
+
+    def determinant(triple):
+        (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = (
+            edge(axis, corner) for axis, corner in enumerate(triple)
+        )
+        return (
+            (a1 * b2 - a2 * b1) * c0
+            + (a2 * b0 - a0 * b2) * c1
+            + (a0 * b1 - a1 * b0) * c2
+        )
+
+    return functools.reduce(jnp.minimum, map(determinant, sorted(triples)))

@@ -208,19 +208,25 @@ def _read_slab(values, points, shape, fill, *, order):
 
 
 def _by_slabs(
-    steps, shape: grid_lib.Shape, function, voxels_per_slab: int | None = None
+    steps,
+    shape: grid_lib.Shape,
+    function,
+    voxels_per_slab: int | None = None,
+    slices: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Applies `function` to the mapped voxel indices of `shape`, slab by slab."""
-    total = math.prod(shape)
+    begin, end = slices or (0, shape[0])
+    in_slice = math.prod(shape[1:])
+    total = (end - begin) * in_slice
     count = voxels_per_slab or (_FEW if total <= 16 * _FEW else _MANY)
     sizes = np.asarray(shape, np.int32)
     out = []
     for first in range(0, total, count):
-        start = np.asarray(divmod(first, math.prod(shape[1:])), np.int32)
+        start = np.asarray(divmod(begin * in_slice + first, in_slice), np.int32)
         points = _map_slab(steps, start, sizes, count=count)
         out.append(np.asarray(function(points))[0, : total - first])
     flat = np.concatenate(out)
-    return flat.reshape(*shape, *flat.shape[1:])
+    return flat.reshape(end - begin, *shape[1:], *flat.shape[1:])
 
 
 def _padded(values: np.ndarray) -> np.ndarray:
@@ -286,13 +292,26 @@ def warp_volume(
     return grid_lib.Volume(found.astype(dtype), fixed, moving.source)
 
 
-def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
-    """Returns ``T(x) - x`` at the fixed voxels, D H W 3, RAS+ mm, float32."""
+def displacement_mm(
+    transform: Transform,
+    fixed: grid_lib.Grid,
+    *,
+    slices: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """Returns ``T(x) - x`` at the fixed voxels, D H W 3, RAS+ mm, float32.
+
+    Args:
+      transform: fixed mm to moving mm.
+      fixed: the grid.
+      slices: the first along D and the one behind the last; all if None.
+    """
     # In voxels of the fixed grid, where float32 is exact enough, and to mm at the end.
     to_voxel = Affine(np.linalg.inv(fixed.voxel_to_mm))
     steps = _merge_affines((Affine(fixed.voxel_to_mm), *transform.steps, to_voxel))
-    mapped = _by_slabs(steps, fixed.shape, lambda points: points)
-    voxels = np.stack(np.meshgrid(*map(np.arange, fixed.shape), indexing="ij"), -1)
+    mapped = _by_slabs(steps, fixed.shape, lambda points: points, slices=slices)
+    axes = [np.arange(n) for n in fixed.shape]
+    axes[0] = axes[0][slice(*(slices or (None,)))]
+    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
     return ((mapped - voxels) @ fixed.voxel_to_mm[:3, :3].T).astype(np.float32)
 
 
@@ -306,13 +325,13 @@ def jacobian_map(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
     image direction and spacing are taken into account (the original ignores the
     direction and halves the border's differences).
     """
-    displacement = displacement_mm(transform, fixed)
     d, h, w = fixed.shape
     depth = max(1, _JACOBIAN_SLAB // (h * w))
     out = []
     for first in range(0, d, depth):  # with a slice more on either side
         below, above = min(first, 1), min(first + depth + 1, d)
-        slab = displacement[first - below : above].astype(np.float64)
+        slices = (first - below, above)
+        slab = displacement_mm(transform, fixed, slices=slices).astype(np.float64)
         determinant = _jacobian_of_slab(slab, fixed.voxel_to_mm[:3, :3])
         out.append(determinant[below : below + depth].astype(np.float32))
     return np.concatenate(out)
