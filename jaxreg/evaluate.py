@@ -203,9 +203,10 @@ def evaluate(
     the pre-alignment, if the options ask for one. Then come the other tools, the
     model's prediction, and the result of instance optimisation.
 
-    The grid of the fixed scan is that of all measures. Labels are warped by nearest
-    neighbour. A label of either scan of a pair counts; one that neither has is NaN and
-    left out of the means.
+    The grid of the fixed scan is that of all measures; where it is larger than the box
+    of a network with a fixed spacing, determinants are those within the box. Labels are
+    warped by nearest neighbour. A label of either scan of a pair counts; one that
+    neither has is NaN and left out of the means.
 
     What fails on one pair is warned about and leaves a row without numbers; the others
     go on.
@@ -248,8 +249,11 @@ def evaluate(
     pair_list.check_told(pairs, told, model, options, smoothness)
     pair_list.warn_of_validation_scans(pairs, model, stacklevel=3)
     rows: list[results.Row] = []
+    placement = register.placement_of(model, options)
     for pair, called in zip(pairs, names, strict=True):
-        for row in _rows_of(pair, called, ways, options, labels, landmarks_frame):
+        for row in _rows_of(
+            pair, called, ways, options, placement, labels, landmarks_frame
+        ):
             rows.append(row)
             if progress is not None:
                 progress(len(rows), len(pairs) * len(ways), row)
@@ -263,6 +267,7 @@ def _rows_of(
     name: str,
     ways: Sequence[_Way],
     options: register.Options,
+    placement: preprocess.Placement,
     labels: Sequence[int] | None,
     frame: Frame,
 ) -> Iterator[results.Row]:
@@ -275,10 +280,11 @@ def _rows_of(
         yield from (results.Row(way.name, pair.table, name) for way in ways)
         return
     present = _labels_of(scans, labels)
+    measured = placement.measured(placement.turned(scans.fixed).grid, options.shape)
     for way in ways:
         try:
             found, seconds = way.find(scans)
-            row = _measure(scans, found, way.name, present)
+            row = _measure(scans, found, way.name, present, measured)
             if way is written:
                 _write_outputs(scans, found, options)
             yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
@@ -384,9 +390,7 @@ def _starts(
     model: Any, options: register.Options, start: "_Start | None"
 ) -> list[_Way]:
     """Returns the rows before any registration."""
-    placement = options.placement or preprocess.Placement.of_weights(
-        {} if model is None else model.bundle.preprocessing
-    )
+    placement = register.placement_of(model, options)
 
     def resized(scans):
         return _resized(scans, options, placement), math.nan
@@ -596,7 +600,11 @@ def _labels_of(scans: _Scans, labels: Sequence[int] | None) -> tuple[int, ...]:
 
 
 def _measure(
-    scans: _Scans, found: Transform, method: str, labels: tuple[int, ...]
+    scans: _Scans,
+    found: Transform,
+    method: str,
+    labels: tuple[int, ...],
+    measured: Grid,
 ) -> results.Row:
     dice, hd95 = {}, {}
     if scans.labels is not None:
@@ -620,7 +628,7 @@ def _measure(
         here, there = scans.landmarks
         mapped = np.asarray(found.map_points(here[None]))[0]
         tre = float(metrics.tre_mm(mapped, there).mean())
-    determinant = transform_lib.jacobian_map(found, scans.fixed.grid)
+    folding_percent, sdlogj = metrics.regularity(found, measured)
     return results.Row(
         method=method,
         task=scans.spec.table,
@@ -628,8 +636,8 @@ def _measure(
         dice=dice,
         hd95_mm=hd95,
         tre_mm=tre,
-        folding_percent=metrics.folding_fraction(determinant),
-        sdlogj=metrics.sdlogj(determinant),
+        folding_percent=folding_percent,
+        sdlogj=sdlogj,
     )
 
 

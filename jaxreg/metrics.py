@@ -14,6 +14,8 @@ import numpy as np
 from scipy import ndimage
 
 from jaxreg.space import fields
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid
 
 SDLOGJ_FLOOR = 1e-9
 SDLOGJ_LEAST = 1e-6
@@ -147,6 +149,20 @@ def sdlogj(
     values = values + 3.0 if mode == "l2r" else values
     values = np.clip(values, SDLOGJ_FLOOR, 1.0 / SDLOGJ_FLOOR)
     return float(np.std(np.log(values))) if values.size else 0.0
+
+
+def regularity(transform: transform_lib.Transform, grid: Grid) -> tuple[float, float]:
+    """Returns the folded voxels in per cent, and SDlogJ, of a map between scans.
+
+    The one measure of `register` and `evaluate`, of the determinants that `jacobian`
+    writes: of the map in mm, at a grid's voxels.
+
+    Args:
+      transform: fixed mm to moving mm.
+      grid: of the fixed scan, see `data.preprocess.Placement.measured`.
+    """
+    determinant = transform_lib.jacobian_map(transform, grid)
+    return folding_fraction(determinant), sdlogj(determinant)
 
 
 def tre_mm(mapped_mm: np.ndarray, target_mm: np.ndarray) -> np.ndarray:

@@ -33,7 +33,7 @@ from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import Pairing
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
-from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.space.grid import Grid, Shape, Volume, unit_scale
 from jaxreg.typing import Pair
 
 Target = Literal["network", "displacement", "features", "map"]
@@ -76,8 +76,9 @@ class Options:
         the reverse where its placement has NIfTI's order.
       precision: of the network's products, where the device has a choice; all else is
         float32, coordinates and losses included.
-      stored_orientation: feed the moving scan as it is stored, as the original does,
-        instead of in the fixed scan's axis order; see `oriented_like`.
+      stored_orientation: feed both scans as they are stored, as the original does,
+        instead of turned to the orientation of the network's training, or where that
+        is not known the moving one to the fixed one's; see `oriented_like`.
       seed: of the noise in the inverse consistency term.
       inverse: compute the inverse transform as well.
       task: for a network with a prompt bank: "auto" weighs all its domains, names (with
@@ -166,15 +167,16 @@ class Registration:
       similarity_before: with the scans where their headers place them.
       similarity_prealigned: with the scans pre-aligned, or None if they were not.
       similarity_after: with the moving scan warped by the transform.
-      folding_percent: share of the fixed scan's voxels where the Jacobian determinant
-        of the transform in mm is negative, 0 to 100, as `space.transform.jacobian_map`
-        has it.
+      folding_percent: share of the fixed scan's voxels whose Jacobian determinant is
+        negative, 0 to 100, see `metrics.regularity`; of a scan that is larger than the
+        network's box, those within it.
       domains: share of each domain of a prompt bank in this pair's prompt, by name;
         empty for other networks.
       seconds: wall time by phase.
       fixed_image: what the similarity saw of the fixed scan, D H W, [0, 1].
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
+      sdlogj: standard deviation of the determinant's logarithm at the same voxels.
       told: what the network was told of the pair: region, pairing and, where it can be
         asked for one, the smoothness; empty for other networks.
     """
@@ -195,6 +197,7 @@ class Registration:
     fixed_image: np.ndarray
     warped_before: np.ndarray
     warped_after: np.ndarray
+    sdlogj: float
     told: str = ""
 
 
@@ -414,21 +417,11 @@ def register(
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
     model, told = _told(model, options, sam)
-    options = options if model is None else _with_rule_of(model, options)
-    if not options.stored_orientation:
-        turn = functools.partial(oriented_like, reference=fixed.grid)
-        moving = turn(moving)
-        regions = _each(regions, turn, ("moving_mask", "moving_segmentation"))
-    placement = options.placement or preprocess.AS_GRADICON
-    moving, fixed = placement.turned(moving), placement.turned(fixed)
-    regions = _each(regions, placement.turned)
-    alone = model is None and options.io_target == "network"
-    if alone and (options.prealign == "none" or options.io_iterations is not None):
-        raise UserError(
-            "--io-target network needs a model; name one with --model, pass "
-            "--io-target displacement to register without weights, or --prealign and "
-            "--io-iterations None to pre-align alone"
-        )
+    _warn_of_orientation(fixed, model, options)
+    options = _with_rule_of(model, options)
+    placement = placement_of(model, options)
+    moving, fixed, regions = _turned(moving, fixed, regions, placement, options)
+    alone = _prealigns_alone(model, options)
     seconds: dict[str, float] = {}
 
     def shown(pair: Pair) -> Pair:
@@ -450,7 +443,8 @@ def register(
         with jax.default_matmul_precision(_MATMUL[options.precision]):
             found = _optimise(pair, model, options, grids, progress, sam)
             domains = {} if model is None else tasks.domains(model, pair)
-        forward, backward = _bent(found, bend, options.shape)
+        there, back = _bent(found, bend, options.shape)
+        forward = transform_lib.flatten(there, options.shape)
         # What the pair's moving image, which is bent already, lacks.
         rest = forward if bend is None else found.forward
         _check_finite(forward, options)
@@ -462,16 +456,25 @@ def register(
         before, warped_before = _score(apart[0], placed, options)
         between = start and _score(pair, transform_lib.Transform(()), options)[0]
         after, warped_after = _score(pair, rest, options)
-        in_world = transform_lib.in_world(forward, *grids)
-        if alone and start:  # exact as it is
-            in_world = start.in_world
-        folded = _folded(in_world, fixed.grid)
+        transform, forward = _beyond_the_box(there, grids, fixed.grid)
+        if alone and start:  # a pre-alignment alone is exact as it is
+            transform = start.in_world
+        folding_percent, sdlogj = metrics.regularity(
+            transform, placement.measured(fixed.grid, options.shape)
+        )
+        _warn_of_folds(folding_percent)
     inverse, residual = None, None
     if options.inverse:
         with _Clock(seconds, "inverse"):
-            inverse, residual = _inverse(forward, backward, *grids)
+            # With a pre-alignment both network grids lie over the fixed scan.
+            over = (
+                None
+                if options.prealign == "none" or start is None
+                else start.carried(fixed.grid)
+            )
+            inverse, residual = _inverse(forward, back, grids, moving.grid, over)
     return Registration(
-        transform=in_world,
+        transform=transform,
         inverse=inverse,
         inverse_residual_mm=residual,
         fixed_grid=grids[0],
@@ -481,7 +484,8 @@ def register(
         similarity_before=before,
         similarity_after=after,
         similarity_prealigned=between,
-        folding_percent=folded,
+        folding_percent=folding_percent,
+        sdlogj=sdlogj,
         domains=domains,
         seconds=seconds,
         fixed_image=np.asarray(_as_compared(pair).fixed[0, ..., 0]),
@@ -489,6 +493,22 @@ def register(
         warped_after=warped_after,
         told=told.text,
     )
+
+
+def _prealigns_alone(model: zoo.LoadedModel | None, options: Options) -> bool:
+    """Whether nothing follows the pre-alignment.
+
+    Raises:
+      UserError: there is neither a network nor anything to do without one.
+    """
+    alone = model is None and options.io_target == "network"
+    if alone and (options.prealign == "none" or options.io_iterations is not None):
+        raise UserError(
+            "--io-target network needs a model; name one with --model, pass "
+            "--io-target displacement to register without weights, or --prealign and "
+            "--io-iterations None to pre-align alone"
+        )
+    return alone
 
 
 def _told(
@@ -544,12 +564,68 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
     )
 
 
-def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
+def placement_of(
+    model: zoo.LoadedModel | None, options: Options
+) -> preprocess.Placement:
+    """Returns how scans become arrays: as the options say, else as the weights do.
+
+    Without either, as GradICON's after turning both scans to RAS.
+    """
+    found = options.placement
+    if found is None:
+        found = (
+            preprocess.WITHOUT_WEIGHTS
+            if model is None
+            else preprocess.Placement.of_weights(model.bundle.preprocessing)
+        )
+    if options.stored_orientation:
+        found = dataclasses.replace(found, orientation=None)
+    return found
+
+
+def _turned(
+    moving: Volume,
+    fixed: Volume,
+    regions: Regions,
+    placement: preprocess.Placement,
+    options: Options,
+) -> tuple[Volume, Volume, Regions]:
+    """Returns scans and regions with their array axes in the network's order."""
+    if not options.stored_orientation:
+        turn = functools.partial(oriented_like, reference=fixed.grid)
+        moving = turn(moving)
+        regions = _each(regions, turn, ("moving_mask", "moving_segmentation"))
+    regions = _each(regions, placement.turned)
+    return placement.turned(moving), placement.turned(fixed), regions
+
+
+def _warn_of_orientation(
+    fixed: Volume, model: zoo.LoadedModel | None, options: Options
+) -> None:
+    """Warns where nobody knows whether a network sees scans as in its training."""
+    if model is None or options.stored_orientation or options.placement is not None:
+        return
+    turned = placement_of(model, options).axes == "spl"
+    if turned or model.orientation is not None:
+        return
+    warnings.warn(
+        f"{model.name} does not say how the scans of its training were oriented, and "
+        f"sees the fixed scan as it is stored ({preprocess.orientation_of(fixed.grid)})"
+        "; results are worse where that differs. In a checkpoint folder it is said by "
+        f'"orientation": "{preprocess.CANONICAL}" (or what they had) under '
+        "preprocessing in jaxreg.json",
+        stacklevel=3,
+    )
+
+
+def _with_rule_of(model: zoo.LoadedModel | None, options: Options) -> Options:
     """Returns the options with the weights' intensity rule where they have none.
 
     Raises:
       UserError: see `check_units`.
     """
+    if model is None:
+        return dataclasses.replace(options, placement=placement_of(None, options))
     check_units(model, options)
     if model.mask_inputs and not options.input_masking:
         warnings.warn(
@@ -563,8 +639,7 @@ def _with_rule_of(model: zoo.LoadedModel, options: Options) -> Options:
         ct_window=options.ct_window
         or model.ct_window
         or kinds.hounsfield_window(config),
-        placement=options.placement
-        or preprocess.Placement.of_weights(model.bundle.preprocessing),
+        placement=placement_of(model, options),
         quantile_range=options.quantile_range or model.quantile_range,
         foreground=model.foreground
         if options.foreground is None
@@ -719,16 +794,30 @@ def _bent(
     found: optimize.Optimized, bend: transform_lib.Transform | None, shape: Shape
 ) -> tuple[transform_lib.Transform, transform_lib.Transform]:
     """Returns forward and backward with the bend that the network did not see."""
-    forward, backward = found.forward, found.backward
-    if bend is not None:
-        back = _solve_inverse(bend, jnp.zeros((1, *shape, 3)))
-        forward = forward.then(bend)
-        undone = transform_lib.Transform((transform_lib.Displacement(back),))
-        backward = undone.then(backward)
-    return (
-        transform_lib.flatten(forward, shape),
-        transform_lib.flatten(backward, shape),
-    )
+    if bend is None:
+        return found.forward, found.backward
+    back = _solve_inverse(bend, jnp.zeros((1, *shape, 3)))
+    undone = transform_lib.Transform((transform_lib.Displacement(back),))
+    return found.forward.then(bend), undone.then(found.backward)
+
+
+def _beyond_the_box(
+    unit: transform_lib.Transform, grids: Sequence[Grid], scan: Grid
+) -> tuple[transform_lib.Transform, transform_lib.Transform]:
+    """Returns a map in mm over all of the fixed scan, and the same in unit coordinates.
+
+    Args:
+      unit: between the network grids, its fields with outside="edge".
+      grids: the network grids of the fixed and of the moving scan.
+      scan: the fixed scan's grid; a network's box may be smaller.
+    """
+    shape, padding = grids[0].shape, grids[0].padding(scan)
+    whole = transform_lib.padded(unit, shape, padding)
+    world = transform_lib.in_world(whole, *(grid.padded(padding) for grid in grids))
+    if padding.any():
+        leave = transform_lib.padded_to_unit(shape, padding)
+        whole = whole.seen_from(np.linalg.inv(leave))
+    return world, whole
 
 
 def _each(
@@ -752,6 +841,7 @@ def summary(result: Registration) -> dict[str, str]:
         else "",
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
+        "SDlogJ": f"{result.sdlogj:.4f}",
     }
     rows = {name: text for name, text in rows.items() if text}
     if result.told:
@@ -1009,13 +1099,7 @@ def _compared(moving, fixed, mask, points, *, name: str):
     return similarity.SIMILARITIES[name](warped, fixed, mask=mask), warped
 
 
-def _folded(transform: transform_lib.Transform, fixed: Grid) -> float:
-    """Returns the share of the fixed scan's voxels that fold, per cent; warns of any.
-
-    On the scan's own voxels, so that `jacobian` prints the same of the written file.
-    """
-    determinant = transform_lib.jacobian_map(transform, fixed)
-    percent = metrics.folding_fraction(determinant)
+def _warn_of_folds(percent: float) -> None:
     if percent > 0:
         warnings.warn(
             f"the transform folds: {percent:.2g} % of the fixed scan's voxels have a "
@@ -1027,7 +1111,6 @@ def _folded(transform: transform_lib.Transform, fixed: Grid) -> float:
             ),
             stacklevel=3,
         )
-    return percent
 
 
 class _Clock:
@@ -1063,15 +1146,32 @@ def _solve_inverse(forward, start):
     return fields.invert(forward.map_points, start.shape[1:4], initial=start)[0]
 
 
-def _inverse(forward, backward, fixed: Grid, moving: Grid):
+def _inverse(forward, backward, grids, scan: Grid, over: Grid | None):
     """Returns the inverse in mm and its (mean, maximal) residual in mm.
 
     The fixed point iteration starts from the backward prediction, which is nearly the
     inverse already. Voxels whose partner lies outside the fixed scan have no inverse
     to be measured against.
+
+    Args:
+      forward: in unit coordinates of the network grids, also beyond them.
+      backward: a first guess of its inverse.
+      grids: the network grids of the fixed and of the moving scan.
+      scan: the moving scan's grid, which the inverse covers besides.
+      over: the fixed scan's grid in the moving scan's space, if the network grid lies
+        over that one: it is covered, and what the map makes of it.
     """
-    start = backward.steps[0].field
-    field = _solve_inverse(forward, start)
+    shape, padding = grids[1].shape, grids[1].padding(scan)
+    if over is not None:
+        moved = np.abs(_gap(forward, jnp.zeros((1, *shape, 3)))).max((0, 1, 2, 3))
+        farthest = np.ceil(moved * unit_scale(shape)).astype(int)
+        padding = np.minimum(padding, grids[1].padding(over) + farthest[:, None])
+    if padding.any():
+        forward = forward.seen_from(transform_lib.padded_to_unit(shape, padding))
+    fixed, moving = (grid.padded(padding) for grid in grids)
+    (start,) = transform_lib.padded(backward, shape, padding).steps
+    assert isinstance(start, transform_lib.Displacement)
+    field = _solve_inverse(forward, start.field)
     gap_mm = np.asarray(_gap(forward, field)) @ moving.unit_to_mm[:3, :3].T
     partner = np.asarray(sampling.identity(moving.shape) + field)
     inside = np.all((partner >= 0) & (partner <= 1), axis=-1)

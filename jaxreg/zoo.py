@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import platformdirs
 
-from jaxreg.data.preprocess import Placement
+from jaxreg.data.preprocess import ANY_ORIENTATION, Placement
 from jaxreg.errors import UserError
 from jaxreg.io import (
     checkpoints,
@@ -130,6 +130,14 @@ class LoadedModel:
         return bool(self.bundle.preprocessing.get("mask_inputs", False))
 
     @property
+    def orientation(self) -> str | None:
+        """How the scans of its training lay: "RAS", "any" if all ways; None: not said.
+
+        See `preprocess.Placement`.
+        """
+        return self.bundle.preprocessing.get("orientation")
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks it was trained on, in the order of its prompt bank."""
         return tuple(self.bundle.preprocessing.get("tasks", ()))
@@ -219,6 +227,9 @@ def _promptreg_preprocessing(variables: Variables) -> dict[str, Any]:
     shape = released_promptreg.network_shape(variables)
     return {**PROMPTREG_PREPROCESSING, "shape": list(shape)}
 
+
+_PUBLISHED_GRADICON = {**GRADICON_PREPROCESSING, "orientation": ANY_ORIENTATION}
+"""All turns and mirrorings were part of the training's augmentation."""
 
 UNIREG_RPN_PREPROCESSING = {
     "shape": [160, 192, 192],
@@ -343,7 +354,7 @@ ZOO = {
         title="uniGradICON",
         model="gradicon",
         config=_GRADICON_CONFIG,
-        preprocessing=GRADICON_PREPROCESSING,
+        preprocessing=_PUBLISHED_GRADICON,
         parameters=70_680_916,
         tasks="lung CT, knee MR, brain MR, abdomen CT; two scans of one modality",
         licence=_UNIGRADICON_LICENCE,
@@ -354,7 +365,7 @@ ZOO = {
         title="multiGradICON",
         model="gradicon",
         config=_GRADICON_CONFIG,
-        preprocessing=GRADICON_PREPROCESSING,
+        preprocessing=_PUBLISHED_GRADICON,
         parameters=70_680_916,
         tasks="lung, knee, brain, abdomen; CT, CBCT, MR, also across modalities",
         licence=_UNIGRADICON_LICENCE,
@@ -632,7 +643,9 @@ def _from_cache(name: str, folder: pathlib.Path) -> Bundle | None:
     except UserError as error:
         raise UserError(f"{error}. Remove {place} to fetch it anew") from error
     _check_sizes(ZOO[name], bundle.config, f"{place} (remove it to fetch it anew)")
-    return bundle
+    # An older jaxreg knew less of the published networks.
+    said = {**ZOO[name].preprocessing, **bundle.preprocessing}
+    return dataclasses.replace(bundle, preprocessing=said)
 
 
 def _fill_cache(

@@ -15,12 +15,14 @@ from nibabel.affines import apply_affine
 
 from jaxreg import evaluate, register, results, zoo
 from jaxreg.data import manifest as manifest_lib
+from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.evaluate import PairSpec
 from jaxreg.io import checkpoints, transforms, volumes
 from jaxreg.models import kinds
 from jaxreg.models.base import Prediction
 from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Transform
@@ -95,9 +97,13 @@ def spec(folder):
 
 @dataclasses.dataclass(frozen=True)
 class Shifting:
-    """A model that always answers with one shift along axis 2, in voxels."""
+    """A model that always answers with one shift along axis 2, in voxels.
+
+    And waves across it, of a height in unit coordinates.
+    """
 
     voxels: float = SHIFT
+    wave: float = 0.0
 
     def init(self, key, shape):
         return {}
@@ -106,10 +112,12 @@ class Shifting:
         shape = fixed.shape[1:4]
         shift = jnp.asarray([0.0, 0.0, self.voxels / (shape[2] - 1)])
         field = jnp.zeros((fixed.shape[0], *shape, 3)) + shift
+        field += self.wave * jnp.sin(9 * sampling.identity(shape)[..., ::-1])
         return Prediction(Transform((transform_lib.Displacement(field),))), variables
 
 
 def loaded(model, name="known", **preprocessing) -> zoo.LoadedModel:
+    preprocessing = {"orientation": "any", **preprocessing}
     bundle = checkpoints.Bundle({}, "known", {}, preprocessing, "a test", "none")
     return zoo.LoadedModel(name, model, {}, bundle)
 
@@ -149,6 +157,29 @@ def test_a_shift_neither_folds_nor_stretches(result):
     for row in result.rows:
         assert row.folding_percent == 0.0
         assert row.sdlogj == pytest.approx(0.0, abs=1e-4)
+
+
+def test_a_shift_beyond_a_networks_box_has_no_spread(tmp_path):
+    """0 for a shift, and always the same numbers as `register` gives."""
+    grid = Grid((30, 34, 28), make_grid().affine_mm)
+    array = np.random.default_rng(0).uniform(0, 1000, grid.shape).astype(np.float32)
+    for name in ("fixed", "moving"):
+        volumes.write_volume(tmp_path / f"{name}.nii.gz", Volume(array, grid))
+    pair = PairSpec(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
+    box = preprocess.Placement("pad_crop", "spl", 2.0)
+    options = dataclasses.replace(OPTIONS, shape=(8, 10, 9))
+    scan = volumes.read_volume(pair.fixed)
+    for wave in (0.0, 0.2):
+        weights = loaded(Shifting(wave=wave), **box.to_dict())
+        *_, row = evaluate.evaluate([pair], weights, options).rows
+        found = register.register(scan, scan, weights, options)
+        assert row.folding_percent == found.folding_percent
+        assert row.sdlogj == found.sdlogj
+        if wave:
+            assert row.sdlogj > 0.1
+        else:
+            assert row.folding_percent == 0
+            assert row.sdlogj < 1e-6
 
 
 def test_seconds_are_those_of_registering(result):

@@ -92,6 +92,7 @@ class Known:
 
 
 def loaded(model, **preprocessing):
+    preprocessing = {"orientation": "any", **preprocessing}
     bundle = checkpoints.Bundle({}, "known", {}, preprocessing, "a test", "none")
     return zoo.LoadedModel("known", model, {}, bundle)
 

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg import register, zoo
+from jaxreg import prealignment, register, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints
+from jaxreg.io import checkpoints, transforms
 from jaxreg.models import sam
 from jaxreg.models.base import Prediction
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
@@ -70,6 +70,7 @@ class Shifting:
 
 
 def loaded(model, **preprocessing) -> zoo.LoadedModel:
+    preprocessing = {"orientation": "any", **preprocessing}
     bundle = checkpoints.Bundle({}, "known", {}, preprocessing, "a test", "none")
     return zoo.LoadedModel("known", model, {}, bundle)
 
@@ -179,6 +180,123 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
         register.register(moving, fixed, loaded(Shifting()), options)
     expected = moving if stored else fixed
     np.testing.assert_array_equal(seen["moving"].array, expected.array)
+
+
+# --- a scan that is larger than the network's box -------------------------------------
+
+BOX = preprocess.Placement("pad_crop", "spl", 2.0)
+BOX_SHAPE = (12, 14, 10)
+BOXED = dataclasses.replace(OPTIONS, shape=BOX_SHAPE)
+
+
+def large(shape=(34, 40, 36), spacing=(1.25, 1.5, 1.0), turn=0.0) -> Volume:
+    """A scan of 42 x 60 x 36 mm; the box has 24 x 28 x 20."""
+    grid = make_grid(spacing, (-22.0, -28.0, -16.0), turn)
+    return blobs(Grid(shape, grid.affine_mm))
+
+
+def itk_image(itk, volume: Volume):
+    image = itk.GetImageFromArray(np.ascontiguousarray(volume.array))
+    affine = np.diag([-1, -1, 1, 1]) @ volume.grid.affine_mm[:, [2, 1, 0, 3]]
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(affine[:3, 3].tolist())
+    image.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
+    return image
+
+
+@pytest.mark.parametrize("shape", [(34, 40, 36), (10, 40, 36), (9, 8, 14)])
+def test_a_shift_is_a_shift_beyond_the_box(shape):
+    scan = large(shape)
+    model = loaded(Shifting((0.15, -0.1, 0.2)), **BOX.to_dict())
+    result = register.register(scan, scan, model, BOXED)
+    got = transform_lib.displacement_mm(result.transform, scan.grid)
+    expected = result.fixed_grid.unit_to_mm[:3, :3] @ [0.15, -0.1, 0.2]
+    np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-3)
+    assert result.folding_percent == 0
+    assert result.sdlogj < 1e-6
+    assert result.inverse is not None
+    back = transform_lib.displacement_mm(result.inverse, scan.grid)
+    np.testing.assert_allclose(back, np.broadcast_to(-expected, back.shape), atol=1e-3)
+
+
+def test_what_is_written_maps_as_the_result_does_all_over_the_scan(tmp_path):
+    """In memory, from both kinds of file, by our own and by ITK's resampling."""
+    itk = pytest.importorskip("SimpleITK")
+    fixed, moving = large(), large(turn=0.1)
+    model = loaded(Shifting((0.05, -0.1, 0.08), bend=0.04), **BOX.to_dict())
+    result = register.register(moving, fixed, model, BOXED)
+    expected = transform_lib.warp_volume(moving, result.transform, fixed.grid)
+    voxels = np.indices(fixed.grid.shape).reshape(3, -1).T
+    places = voxels @ fixed.grid.affine_mm[:3, :3].T + fixed.grid.affine_mm[:3, 3]
+    mapped = result.transform.map_points(places[None])
+    for name, tolerance_mm in (("a.h5", 1e-4), ("a.nii.gz", 1e-3)):
+        path = tmp_path / name
+        transforms.write_transform(path, result.transform, fixed.grid)
+        read = transforms.read_transform(path)
+        found = read.map_points(places[None])
+        np.testing.assert_allclose(found, mapped, atol=tolerance_mm)
+        warped = transform_lib.warp_volume(moving, read, fixed.grid)
+        # 1000 brightnesses over a few mm.
+        np.testing.assert_allclose(warped.array, expected.array, atol=1.0)
+    resampled = itk.Resample(
+        itk_image(itk, moving),
+        itk_image(itk, fixed),
+        itk.ReadTransform(str(tmp_path / "a.h5")),
+        itk.sitkLinear,
+        0.0,
+    )
+    assert (expected.array > 0).mean() > 0.5
+    np.testing.assert_allclose(
+        itk.GetArrayFromImage(resampled), expected.array, atol=0.5
+    )
+    # And there and back, but for what leaves the moving scan.
+    assert result.inverse is not None
+    transforms.write_transform(tmp_path / "b.h5", result.inverse, moving.grid)
+    inverse = transforms.read_transform(tmp_path / "b.h5")
+    inside = ((voxels > 4) & (voxels < np.asarray(fixed.grid.shape) - 5)).all(1)
+    again = inverse.map_points(mapped[:, inside])
+    # Linear between voxels of 2 mm, with a kink at the box.
+    np.testing.assert_allclose(again[0], places[inside], atol=0.1)
+
+
+def test_the_map_does_not_tear_at_the_box():
+    """Neighbouring voxels of a gentle field stay neighbours, whatever the box."""
+    scan = large()
+    model = loaded(Shifting((0.15, -0.1, 0.2), bend=0.04), **BOX.to_dict())
+    result = register.register(scan, scan, model, BOXED)
+    moved = transform_lib.displacement_mm(result.transform, scan.grid)
+    for axis in range(3):
+        jump = np.linalg.norm(np.diff(moved, axis=axis), axis=-1).max()
+        assert jump < 0.3 * scan.grid.spacing_mm[axis]
+    determinant = transform_lib.jacobian_map(result.transform, scan.grid)
+    assert determinant.min() > 0.5
+
+
+def test_a_prealigned_box_keeps_the_pre_alignment_beyond_it():
+    fixed = large()
+    world = np.eye(4)
+    world[:3, :3] = make_grid(turn=0.2).affine_mm[:3, :3] / [1.5, 1.0, 1.2]
+    world[:3, :3] = world[:3, :3][:, ::-1]
+    world[:3, 3] = 3.0, -2.0, 1.0
+    wider = fixed.grid.padded(np.full((3, 2), 8))
+    moving = Volume(np.pad(fixed.array, 8), Grid(wider.shape, world @ wider.affine_mm))
+    options = dataclasses.replace(BOXED, prealign="affine")
+    model = loaded(Shifting((0.1, 0.05, -0.1)), **BOX.to_dict())
+    start = prealignment.Prealignment(world)
+    result = register.register(moving, fixed, model, options, start=start)
+    last = np.asarray(fixed.grid.shape) - 1
+    corners = np.array(list(np.ndindex(2, 2, 2))) * last
+    corners = corners @ fixed.grid.affine_mm[:3, :3].T + fixed.grid.affine_mm[:3, 3]
+    # More background lowers the quantile: the moving scan is the brighter one.
+    shift = -result.fixed_grid.unit_to_mm[:3, :3] @ [0.1, 0.05, -0.1]
+    got = result.transform.map_points(corners[None])[0]
+    expected = (corners + shift) @ world[:3, :3].T + world[:3, 3]
+    np.testing.assert_allclose(got, expected, atol=1e-3)
+    assert result.inverse is not None
+    back = result.inverse.map_points(got[None])[0]
+    np.testing.assert_allclose(back, corners, atol=1e-2)
+    assert result.sdlogj < 1e-6
 
 
 # --- the weights' own preprocessing ---------------------------------------------------
@@ -321,7 +439,7 @@ def test_folding_is_that_of_the_written_file_and_warned_about(tmp_path, capsys):
     """On the scan's grid, not the network's, as `jacobian` and SimpleITK have it."""
     sitk = pytest.importorskip("SimpleITK")
     from jaxreg import cli
-    from jaxreg.io import transforms, volumes
+    from jaxreg.io import volumes
 
     scan = blobs(make_grid(turn=0.1))
     with pytest.warns(UserWarning, match="folds: .* % of the fixed scan's voxels"):
@@ -564,6 +682,7 @@ def test_a_sam_network_that_is_given_is_shown_the_units_that_it_knows():
     assert found.model == UniReg(dataclasses.replace(config, sam_window=(-300, 500)))
     assert set(found.variables) == {"params", "sam"}
     assert register._with_sam(found, None) is found
+
 
 @pytest.mark.parametrize(
     ("change", "words"),

@@ -44,6 +44,9 @@ _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
 _AIR = -1000.0  # HU
 SAME_GRID_VOXELS = 0.25
 """How far apart the grids of an image and its mask may lie, see `check_grids`."""
+CANONICAL = "RAS"
+ANY_ORIENTATION = "any"
+"""What weights say that were trained on scans turned and mirrored at random."""
 
 
 def kind(modality: str) -> Modality:
@@ -98,6 +101,26 @@ def beyond(modality: str, volume: Volume) -> float:
     return max(_AIR, float(volume.array.min())) if ct else 0.0
 
 
+def _world_axes(orientation: str) -> np.ndarray:
+    """Returns `oriented`'s axes, (3, 2), of an orientation such as "RAS".
+
+    Raises:
+      UserError: it is none.
+    """
+    letters = tuple(str(orientation).upper())
+    try:
+        ijk = orientations.axcodes2ornt(letters)
+        known = sorted(ijk[:, 0]) == [0, 1, 2]
+    except (ValueError, IndexError):
+        known = False
+    if len(letters) != 3 or not known:
+        raise UserError(
+            f'orientation is "{orientation}", expected a letter of each pair R L, A P '
+            'and S I for the directions in which i, j and k grow, e.g. "RAS"'
+        )
+    return ijk[::-1]
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """How a scan's voxels become those of the network; travels with a model's weights.
@@ -110,11 +133,15 @@ class Placement:
         NIfTI's own (PromptReg); "spl": the scan is turned first, so that array
         indices grow towards superior, posterior and left (UniReg).
       spacing_mm: of the network's voxels, for "pad_crop" alone.
+      orientation: what scans are turned to before that, as NIfTI counts it: "RAS" is i
+        towards right, j anterior, k superior, as near as permuting and flipping axes
+        comes. None leaves them as they are stored. For "spl" there is none to give.
     """
 
     resize: Resize = "half_pixel"
     axes: Axes = "kji"
     spacing_mm: float = 2.0
+    orientation: str | None = None
 
     def __post_init__(self):
         """Checks the values.
@@ -122,6 +149,8 @@ class Placement:
         Raises:
           UserError: a name is unknown or the spacing not positive.
         """
+        if self.orientation is not None:
+            _world_axes(self.orientation)
         for field, words in (("resize", _RESIZE_WORDS), ("axes", _AXES_WORDS)):
             if getattr(self, field) not in words:
                 raise UserError(
@@ -144,10 +173,12 @@ class Placement:
                 (k for k, text in words.items() if said.startswith(text)), first
             )
 
+        orientation = preprocessing.get("orientation", ANY_ORIENTATION)
         return cls(
             named(_RESIZE_WORDS, "resize"),
             named(_AXES_WORDS, "axes"),
             float(preprocessing.get("spacing_mm", 2.0)),
+            None if orientation == ANY_ORIENTATION else str(orientation),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +189,8 @@ class Placement:
             "resize": _RESIZE_WORDS[self.resize],
             "resize_labels": "nearest" + f", {nearest}" * (not self._fixed_spacing),
         }
+        if self.orientation is not None:
+            told["orientation"] = self.orientation
         return told | ({"spacing_mm": self.spacing_mm} if self._fixed_spacing else {})
 
     @property
@@ -168,6 +201,8 @@ class Placement:
         """Returns the scan with its array axes in the network's order; a view."""
         if self.axes == "spl":
             return oriented(volume, _SUPERIOR_POSTERIOR_LEFT)
+        if self.orientation is not None:
+            volume = oriented(volume, _world_axes(self.orientation))
         return volume.transposed() if self.axes == "ijk" else volume
 
     def grid(self, grid: Grid, shape: Shape) -> Grid:
@@ -177,6 +212,14 @@ class Placement:
         if self.resize == "aligned":
             return grid.resized_aligned(shape)
         return grid.resized(shape)
+
+    def measured(self, grid: Grid, shape: Shape) -> Grid:
+        """Returns where a map is judged: what the network sees of a turned scan's grid.
+
+        All of it, but for "pad_crop" the scan's voxels within the network's box. Beyond
+        it the map only goes on, and papers measure on the box.
+        """
+        return grid.within(self.grid(grid, shape)) if self._fixed_spacing else grid
 
     def image(
         self, array: np.ndarray, grid: Grid, shape: Shape, *, outside: float = 0.0
@@ -208,6 +251,9 @@ class Placement:
 
 
 AS_GRADICON = Placement()
+WITHOUT_WEIGHTS = Placement(orientation=CANONICAL)
+"""Where no network says what it was trained on: one result, however scans are stored.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -352,6 +398,11 @@ def oriented(volume: Volume, axes: Any) -> Volume:
     array = orientations.apply_orientation(volume.array, change)
     back = orientations.inv_ornt_aff(change, volume.grid.shape)
     return Volume(array, Grid(array.shape, volume.grid.affine_mm @ back), volume.source)
+
+
+def orientation_of(grid: Grid) -> str:
+    """Returns the directions in which NIfTI's i, j and k grow, e.g. "RAS"."""
+    return "".join(orientations.aff2axcodes(grid.transposed().affine_mm))
 
 
 def _two_numbers(name: str, values: Any) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import numpy as np
 
 Shape = tuple[int, ...]
 """Voxels per array axis, always three: (D, H, W)."""
+_ROUNDING = 1e-3  # of a voxel: more than float32 coordinates of a scan are off by
 
 ROUNDING_VOXELS = 0.01
 """Grids whose corners lie closer than this part of a voxel are one: a header's digits.
@@ -122,6 +123,47 @@ class Grid:
         if tolerance_mm is None:
             return self.gap_voxels(other) <= ROUNDING_VOXELS
         return self.gap_mm(other) <= tolerance_mm
+
+    def padding(self, other: "Grid") -> np.ndarray:
+        """Returns how many voxels this grid lacks to cover another, (3, 2).
+
+        Before and after each axis. Nothing where it covers all of the other's voxel
+        centres by its own voxels' extent; else as much as covers their extents.
+        """
+        to_index = np.linalg.inv(self.affine_mm) @ other.affine_mm
+        last = np.asarray(self.shape) - 1.0
+        lacking = []
+        for half in (0.0, 0.5):  # to the outer centres, to the outer faces
+            ends = np.stack([np.full(3, -half), np.asarray(other.shape) - 1 + half])
+            bits = np.array(list(np.ndindex(2, 2, 2)))
+            corners = ends[bits, np.arange(3)] @ to_index[:3, :3].T + to_index[:3, 3]
+            beyond = np.stack([-corners.min(0), corners.max(0) - last], -1) - 0.5
+            lacking.append(beyond)
+        if (lacking[0] < -_ROUNDING).all():
+            return np.zeros((3, 2), int)
+        return np.maximum(np.ceil(lacking[1] - _ROUNDING), 0).astype(int)
+
+    def padded(self, padding: np.ndarray) -> "Grid":
+        """Returns this grid with voxels added before and after each axis, (3, 2)."""
+        matrix = np.eye(4)
+        matrix[:3, 3] = -padding[:, 0]
+        shape = tuple(int(n) for n in self.shape + padding.sum(1))
+        return Grid(shape, self.affine_mm @ matrix)
+
+    def within(self, other: "Grid") -> "Grid":
+        """Returns the part whose voxel centres lie between another's outer centres.
+
+        The axes of both are parallel, in one order. An axis without two such voxels
+        stays whole.
+        """
+        to_index = np.linalg.inv(other.affine_mm) @ self.affine_mm
+        matrix, shape = np.eye(4), list(self.shape)
+        for axis, n in enumerate(other.shape):
+            at = to_index[axis, 3] + to_index[axis, axis] * np.arange(shape[axis])
+            inside = np.flatnonzero((at >= -_ROUNDING) & (at <= n - 1 + _ROUNDING))
+            if inside.size > 1:
+                matrix[axis, 3], shape[axis] = inside[0], inside.size
+        return Grid(tuple(shape), self.affine_mm @ matrix)
 
 
 def _corners(shape: Shape) -> np.ndarray:

@@ -108,6 +108,11 @@ class Transform:
             for index in range(parts)
         )
 
+    def seen_from(self, matrix: np.ndarray) -> "Transform":
+        """Returns the same map in other coordinates, from which a 4x4 matrix leads."""
+        enter, leave = Affine(matrix), Affine(np.linalg.inv(matrix))
+        return Transform((enter, *self.steps, leave))
+
     def then(self, other: "Transform") -> "Transform":
         """Returns the transform that applies `other` to this one's result."""
         return Transform(self.steps + other.steps)
@@ -139,9 +144,26 @@ def in_world(unit: Transform, fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Tr
     )
 
 
-@functools.partial(jax.jit, static_argnames="shape")
 def flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     """Returns the same map as one displacement field on a grid of `shape`, unit."""
+    if _is_field(unit, shape):
+        # As it is: adding the voxels' places and taking them off again would round it.
+        return unit
+    return _flatten(unit, shape)
+
+
+def _is_field(unit: Transform, shape: grid_lib.Shape) -> bool:
+    (step, *more) = unit.steps or (None,)
+    return (
+        isinstance(step, Displacement)
+        and not more
+        and step.outside == "edge"
+        and step.field.shape[1:4] == tuple(shape)
+    )
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     return Transform((Displacement(unit.on_grid(shape) - sampling.identity(shape)),))
 
 
@@ -161,6 +183,44 @@ def count_beyond(transform: Transform, points_mm: np.ndarray) -> int:
             return int((~inside.all(-1)).sum())
         at = np.asarray(step(at))
     return 0
+
+
+def padded_to_unit(shape: grid_lib.Shape, padding: np.ndarray) -> np.ndarray:
+    """Returns the 4x4 matrix from unit coordinates of a padded grid to the grid's own.
+
+    Args:
+      shape: of the grid.
+      padding: voxels before and after each axis, (3, 2), see `Grid.padded`.
+    """
+    scale = grid_lib.unit_scale(shape)
+    whole = grid_lib.unit_scale(tuple(np.asarray(shape) + padding.sum(1)))
+    matrix = np.diag([*(whole / scale), 1.0])
+    matrix[:3, 3] = -padding[:, 0] / scale
+    return matrix
+
+
+def padded(unit: Transform, shape: grid_lib.Shape, padding: np.ndarray) -> Transform:
+    """Returns the same map as one field on a padded grid, in that one's unit.
+
+    Beyond its own grid a field goes on with the nearest voxel's displacement: a shift
+    stays that shift, and the determinant stays above 0 wherever it is along the edge.
+
+    Args:
+      unit: in unit coordinates of the grid, its fields with outside="edge".
+      shape: of the grid.
+      padding: voxels before and after each axis, (3, 2), see `Grid.padding`.
+    """
+    if not padding.any():
+        return flatten(unit, shape)
+    leave = padded_to_unit(shape, padding)
+    if _is_field(unit, shape):
+        (step,) = unit.steps
+        assert isinstance(step, Displacement)
+        field = np.pad(np.asarray(step.field), [(0, 0), *padding, (0, 0)], "edge")
+        scaled = field / np.diag(leave)[:3].astype(np.float32)
+        return Transform((Displacement(jnp.asarray(scaled)),))
+    whole = tuple(int(n) for n in np.asarray(shape) + padding.sum(1))
+    return flatten(unit.seen_from(leave), whole)
 
 
 def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
@@ -187,13 +247,17 @@ def _map_slab(steps, start, shape, *, count: int):
 
     What is beyond the last voxel of the shape belongs to slices that are not there.
     """
-    in_slice = start[1] + jnp.arange(count, dtype=jnp.int32)
-    size = shape[1] * shape[2]
-    voxel = [in_slice // size + start[0], in_slice % size // shape[2]]
-    points = jnp.stack([*voxel, in_slice % shape[2]], -1).astype(jnp.float32)[None]
+    points = _voxels_of_slab(start, shape, count)
     for step in steps:
         points = step(points)
     return points
+
+
+def _voxels_of_slab(start, shape, count: int):
+    in_slice = start[1] + jnp.arange(count, dtype=jnp.int32)
+    size = shape[1] * shape[2]
+    voxel = [in_slice // size + start[0], in_slice % size // shape[2]]
+    return jnp.stack([*voxel, in_slice % shape[2]], -1).astype(jnp.float32)[None]
 
 
 @functools.partial(jax.jit, static_argnames="order")
@@ -212,21 +276,31 @@ def _by_slabs(
     shape: grid_lib.Shape,
     function,
     voxels_per_slab: int | None = None,
-    slices: tuple[int, int] | None = None,
+    *,
+    program=_map_slab,
+    first_slice: int = 0,
 ) -> np.ndarray:
-    """Applies `function` to the mapped voxel indices of `shape`, slab by slab."""
-    begin, end = slices or (0, shape[0])
-    in_slice = math.prod(shape[1:])
-    total = (end - begin) * in_slice
+    """Applies `function` to what a program makes of a grid's voxels, slab by slab.
+
+    Args:
+      steps: the program's first argument.
+      shape: D H W, of which D counts from the first slice.
+      function: of the program's result.
+      voxels_per_slab: by the number of voxels if None.
+      program: `_map_slab` or one like it.
+      first_slice: where the voxels begin along the first axis.
+    """
+    total = math.prod(shape)
     count = voxels_per_slab or (_FEW if total <= 16 * _FEW else _MANY)
     sizes = np.asarray(shape, np.int32)
     out = []
     for first in range(0, total, count):
-        start = np.asarray(divmod(begin * in_slice + first, in_slice), np.int32)
-        points = _map_slab(steps, start, sizes, count=count)
-        out.append(np.asarray(function(points))[0, : total - first])
+        start = np.asarray(divmod(first, math.prod(shape[1:])), np.int32)
+        start[0] += first_slice
+        found = program(steps, start, sizes, count=count)
+        out.append(np.asarray(function(found))[0, : total - first])
     flat = np.concatenate(out)
-    return flat.reshape(end - begin, *shape[1:], *flat.shape[1:])
+    return flat.reshape(*shape, *flat.shape[1:])
 
 
 def _padded(values: np.ndarray) -> np.ndarray:
@@ -292,30 +366,33 @@ def warp_volume(
     return grid_lib.Volume(found.astype(dtype), fixed, moving.source)
 
 
-def displacement_mm(
-    transform: Transform,
-    fixed: grid_lib.Grid,
-    *,
-    slices: tuple[int, int] | None = None,
-) -> np.ndarray:
-    """Returns ``T(x) - x`` at the fixed voxels, D H W 3, RAS+ mm, float32.
-
-    Args:
-      transform: fixed mm to moving mm.
-      fixed: the grid.
-      slices: the first along D and the one behind the last; all if None.
-    """
+def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
+    """Returns ``T(x) - x`` at the fixed voxels, D H W 3, RAS+ mm, float32."""
     # In voxels of the fixed grid, where float32 is exact enough, and to mm at the end.
     to_voxel = Affine(np.linalg.inv(fixed.voxel_to_mm))
     steps = _merge_affines((Affine(fixed.voxel_to_mm), *transform.steps, to_voxel))
-    mapped = _by_slabs(steps, fixed.shape, lambda points: points, slices=slices)
-    axes = [np.arange(n) for n in fixed.shape]
-    axes[0] = axes[0][slice(*(slices or (None,)))]
-    voxels = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    mapped = _by_slabs(steps, fixed.shape, lambda points: points)
+    voxels = np.stack(np.meshgrid(*map(np.arange, fixed.shape), indexing="ij"), -1)
     return ((mapped - voxels) @ fixed.voxel_to_mm[:3, :3].T).astype(np.float32)
 
 
-_JACOBIAN_SLAB = 2**20  # voxels; a whole scan in float64 would take gigabytes
+_JACOBIAN_SLAB = _MANY  # voxels; the differences of a whole scan would take gigabytes
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _departure_slab(steps, start, shape, *, count: int):
+    """What fields add to the affine maps' product at voxels, 1 P 3; see `_map_slab`."""
+    points = _voxels_of_slab(start, shape, count)
+    departure = jnp.zeros_like(points)
+    for step in steps:
+        if isinstance(step, Affine):
+            turned = Affine(jnp.asarray(step.matrix).at[:3, 3].set(0.0))
+            points, departure = step(points), turned(departure)
+        else:
+            field = jnp.asarray(step.field)
+            moved = sampling.sample(field, jnp.asarray(points), outside=step.outside)
+            points, departure = points + moved, departure + moved
+    return departure
 
 
 def jacobian_map(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
@@ -323,30 +400,50 @@ def jacobian_map(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
 
     Central differences inside, one-sided ones at the border, in world coordinates:
     image direction and spacing are taken into account (the original ignores the
-    direction and halves the border's differences).
+    direction and halves the border's differences). The affine maps' own part is exact,
+    so that only what the fields add is rounded: a shift has the determinant 1 to 1e-6,
+    however far from the origin the scans lie.
     """
+    # From voxel to voxel of the fixed grid: the determinant is the same there.
+    to_voxel = Affine(np.linalg.inv(fixed.voxel_to_mm))
+    steps = _merge_affines((Affine(fixed.voxel_to_mm), *transform.steps, to_voxel))
+    matrices = [np.asarray(s.matrix) for s in steps if isinstance(s, Affine)]
+    linear = functools.reduce(lambda product, m: m @ product, matrices)[:3, :3]
+    if not any(isinstance(step, Displacement) for step in steps):
+        return np.full(fixed.shape, np.linalg.det(linear), np.float32)
     d, h, w = fixed.shape
-    depth = max(1, _JACOBIAN_SLAB // (h * w))
+    depth = max(1, _JACOBIAN_SLAB // (h * w) - 2)
     out = []
     for first in range(0, d, depth):  # with a slice more on either side
         below, above = min(first, 1), min(first + depth + 1, d)
-        slices = (first - below, above)
-        slab = displacement_mm(transform, fixed, slices=slices).astype(np.float64)
-        determinant = _jacobian_of_slab(slab, fixed.voxel_to_mm[:3, :3])
-        out.append(determinant[below : below + depth].astype(np.float32))
+        shape = (above - first + below, h, w)
+        departure = _by_slabs(
+            steps,
+            shape,
+            lambda found: found,
+            program=_departure_slab,
+            first_slice=first - below,
+        )
+        determinant = _determinant_of_slab(departure, linear)
+        out.append(determinant[below : below + depth])
     return np.concatenate(out)
 
 
-def _jacobian_of_slab(displacement: np.ndarray, voxel_to_mm: np.ndarray) -> np.ndarray:
-    """det dT/dx as the volume of the voxel's mapped axes over that of its own."""
-    mapped = [
-        voxel_to_mm[:, axis]
-        + (
-            np.gradient(displacement, axis=axis)
-            if displacement.shape[axis] > 1
-            else np.zeros_like(displacement)
+def _determinant_of_slab(departure: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """det of a linear map and the differences of a displacement D H W 3, in voxels."""
+    a, b, c = (
+        np.moveaxis(
+            np.gradient(departure, axis=axis)
+            if departure.shape[axis] > 1
+            else np.zeros_like(departure),
+            -1,
+            0,
         )
+        + linear[:, axis, None, None, None].astype(np.float32)
         for axis in range(3)
-    ]
-    volume = np.sum(np.cross(mapped[0], mapped[1]) * mapped[2], axis=-1)
-    return volume / np.linalg.det(voxel_to_mm)
+    )
+    return (
+        a[0] * (b[1] * c[2] - b[2] * c[1])
+        + a[1] * (b[2] * c[0] - b[0] * c[2])
+        + a[2] * (b[0] * c[1] - b[1] * c[0])
+    )

@@ -97,3 +97,56 @@ def test_matches_counts_shape_and_corners():
 def test_volume_needs_an_array_of_its_grid():
     with pytest.raises(ValueError, match="array has shape"):
         Volume(np.zeros((2, 3, 4)), Grid((4, 3, 2), OBLIQUE))
+
+
+def box_around(scan: Grid, shape, spacing_mm=2.0) -> Grid:
+    return scan.centred(shape, spacing_mm)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(1, 60)] * 3),
+    box=st.tuples(*[st.integers(2, 12)] * 3),
+    spacing=st.floats(0.3, 3.0),
+)
+def test_padding_covers_the_other_grid_and_no_more(shape, box, spacing):
+    scan = Grid(shape, OBLIQUE)
+    network = box_around(scan, box, spacing)
+    padding = network.padding(scan)
+    whole = network.padded(padding)
+    to_index = np.linalg.inv(whole.affine_mm) @ scan.affine_mm
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.asarray(shape) - 1)
+    index = apply(to_index, corners)
+    assert (index > -0.5).all()
+    assert (index < np.asarray(whole.shape) - 0.5).all()
+    # The lattice stays, and a voxel less on either side would be too few.
+    np.testing.assert_allclose(
+        apply(whole.affine_mm, padding[:, 0]), network.affine_mm[:3, 3], atol=1e-9
+    )
+    faces = apply(to_index, np.array([np.full(3, -0.5), np.asarray(shape) - 0.5]))
+    low, high = faces.min(0), np.asarray(whole.shape) - 1 - faces.max(0)
+    for lacking, added in ((low, padding[:, 0]), (high, padding[:, 1])):
+        assert (lacking[added > 0] < 0.5 + 1e-9).all()
+
+
+@given(shape=sizes, target=sizes)
+def test_grids_of_the_same_extent_need_no_padding(shape, target):
+    scan = Grid(shape, OBLIQUE)
+    assert not scan.resized(target).padding(scan).any()
+    if min(shape) > 1 and min(target) > 1:
+        assert not scan.resized_aligned(target).padding(scan).any()
+
+
+def test_the_part_within_a_box_has_the_voxels_between_its_outer_centres():
+    scan = Grid((20, 5, 20), OBLIQUE)
+    spacing = scan.spacing_mm
+    matrix = scan.affine_mm.copy()
+    matrix[:3, 3] = apply(scan.affine_mm, [4.5, 0, 6])
+    box = Grid((3, 1, 4), matrix @ np.diag([2, 1, 3, 1]))  # 4.5 to 8.5 and 6 to 15
+    part = scan.within(box)
+    assert part.shape == (4, 5, 10)  # one voxel's width is no box
+    np.testing.assert_allclose(
+        part.affine_mm[:3, 3], apply(scan.affine_mm, [5, 0, 6]), atol=1e-9
+    )
+    np.testing.assert_allclose(part.spacing_mm, spacing)
+    assert scan.within(scan.resized_aligned((7, 7, 7))).shape == scan.shape

@@ -319,3 +319,96 @@ def test_jacobian_slabs_join_without_a_seam(monkeypatch):
         transform, "_JACOBIAN_SLAB", 2 * FIXED.shape[1] * FIXED.shape[2]
     )
     np.testing.assert_allclose(transform.jacobian_map(t, FIXED), whole, atol=1e-6)
+
+
+# --- a network's box that is smaller than the scan ------------------------------------
+
+
+def boxed(scan, shape=(12, 14, 11), spacing_mm=1.5):
+    """The box's grid and what it lacks of the scan."""
+    box = scan.centred(shape, spacing_mm)
+    return box, box.padding(scan)
+
+
+def placed(unit, box, padding):
+    """A map of a scan onto itself, over all of it."""
+    whole = transform.padded(unit, box.shape, padding)
+    return transform.in_world(whole, box.padded(padding), box.padded(padding))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    shape=st.tuples(*[st.integers(6, 40)] * 3),
+    box=st.tuples(*[st.integers(4, 12)] * 3),
+    far=st.floats(-500, 500),
+)
+def test_a_shift_goes_on_beyond_the_box(shape, box, far):
+    scan = grid(shape, origin=(far, 20, -far))
+    where, padding = boxed(scan, box)
+    shift = np.float32([0.11, -0.23, 0.31])  # unit
+    field = np.broadcast_to(shift, (1, *box, 3))
+    world = placed(Transform((Displacement(field),)), where, padding)
+    expected = where.unit_to_mm[:3, :3] @ shift
+    got = transform.displacement_mm(world, scan)
+    np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-3)
+    determinant = transform.jacobian_map(world, scan).astype(np.float64)
+    assert np.std(np.log(determinant)) < 1e-6
+    np.testing.assert_allclose(determinant, 1, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(12, 14, 11), (10, 9, 12)])
+def test_beyond_the_box_the_edge_goes_on(shape):
+    """Against NumPy: the field read at the nearest place of the box."""
+    scan = grid((30, 28, 40))
+    box, padding = boxed(scan, shape)
+    assert padding.all()
+    unit = Transform((Displacement(field(shape=shape)),))
+    world = placed(unit, box, padding)
+    rng = np.random.default_rng(3)
+    at = mm(scan, rng.uniform(0, 1, (1, 200, 3)))
+    inside = at @ np.linalg.inv(box.unit_to_mm)[:3, :3].T
+    inside = inside + np.linalg.inv(box.unit_to_mm)[:3, 3]
+    assert ((inside < 0) | (inside > 1)).any(-1).mean() > 0.5
+    nearest = np.clip(inside, 0, 1).astype(np.float32)
+    moved = np.asarray(sampling.sample(jnp.asarray(unit.steps[0].field), nearest))
+    expected = at + moved @ box.unit_to_mm[:3, :3].T
+    np.testing.assert_allclose(world.map_points(at), expected, atol=1e-4)
+
+
+def test_a_bend_behind_the_field_is_not_cut_off_at_the_box():
+    scan = grid((30, 28, 40))
+    box, padding = boxed(scan)
+    bend = Displacement(field(seed=5, shape=(4, 4, 4)))
+    wide = np.linalg.inv(scan.unit_to_mm) @ box.unit_to_mm
+    steps = (Displacement(field(shape=box.shape)), Affine(wide), bend)
+    unit = Transform((*steps, Affine(np.linalg.inv(wide))))
+    world = placed(unit, box, padding)
+    voxels = np.array([[[1.0, 2, 3], [28, 2, 38], [15, 14, 20], [2, 26, 20]]])
+    at = voxels @ scan.affine_mm[:3, :3].T + scan.affine_mm[:3, 3]
+    enter = np.linalg.inv(box.unit_to_mm)
+    there = unit.map_points(at @ enter[:3, :3].T + enter[:3, 3])
+    # Read between the voxels of the box, so nearly.
+    np.testing.assert_allclose(world.map_points(at), mm(box, there), atol=0.3)
+
+
+def test_a_stretch_has_one_determinant_within_the_box():
+    scan = grid((30, 28, 40))
+    box, padding = boxed(scan)
+    stretch = np.float32([0.2, -0.1, 0.05])
+    unit = np.asarray(sampling.identity(box.shape)) * stretch
+    world = placed(Transform((Displacement(unit),)), box, padding)
+    part = scan.within(box)
+    assert 8 <= min(part.shape) and part.shape < scan.shape
+    determinant = transform.jacobian_map(world, part).astype(np.float64)
+    np.testing.assert_allclose(determinant, np.prod(1 + stretch), rtol=3e-6)
+    assert np.std(np.log(determinant)) < 1e-6
+    # Beyond it the map goes on without a jump: along the edge as it was there.
+    beyond = transform.jacobian_map(world, scan)
+    assert beyond.min() > 0.8
+    assert beyond.max() < 1.3
+
+
+def test_no_padding_leaves_a_field_as_it_is():
+    unit = Transform((Displacement(field()),))
+    none = np.zeros((3, 2), int)
+    assert transform.padded(unit, NETWORK, none) is unit
