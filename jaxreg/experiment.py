@@ -211,8 +211,8 @@ class Experiment:
         Raises:
           UserError: no stage, stages of one name, an unknown objective or synthetic
             task, losses of prompts without a bank, data of two kinds, settings that
-            synthetic data cannot have, `loading.canonical`, or a window of Hounsfield
-            units that is not the network's.
+            synthetic data cannot have, or a window of Hounsfield units that is not the
+            network's.
         """
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
@@ -237,13 +237,6 @@ class Experiment:
             raise UserError(
                 f"synthetic pairs take no notice of {', '.join(found)}; leave that "
                 "out, or give data.manifests instead of data.synthetic"
-            )
-        if self.loading.canonical:
-            # Turned scans in training alone would spoil every registration after it.
-            raise UserError(
-                "loading.canonical is true, but weights do not tell register and "
-                "evaluate to turn scans; leave it out and store all scans in one "
-                "orientation"
             )
         self._check_windows()
         for task in self.data.tasks:

@@ -1,9 +1,12 @@
 """An experiment's data: manifests or synthetic anatomies to pairs on the device."""
 
+import collections
+import contextlib
 import dataclasses
 import math
+import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -14,6 +17,7 @@ from jaxreg.data import augment, manifest, pairs, pipeline, preprocess, syntheti
 from jaxreg.data.manifest import Manifest, Pairing, Record
 from jaxreg.errors import UserError
 from jaxreg.experiment import Experiment
+from jaxreg.io import volumes
 from jaxreg.losses.objective import Objective, TaskObjective
 from jaxreg.models import kinds
 from jaxreg.nn.dynamic import SmoothnessRange
@@ -65,6 +69,8 @@ class Sources:
       rules: of each task.
       bank: names that the weights carry, see `with_bank`.
       rows: of each task in the bank.
+      orientation: of the scans as the network sees them, see `preprocess.Placement`;
+        None if not known.
     """
 
     train: Source
@@ -78,6 +84,7 @@ class Sources:
     rules: tuple[TaskRule, ...] = ()
     bank: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
+    orientation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,6 +407,68 @@ def _check_annotations(
             "loading.mask_inputs is true, but no training image has a mask; add the "
             "column mask to a manifest or give --loading.mask_inputs false"
         )
+
+
+def stored_orientations(several: Iterable[Sources]) -> dict[str, int]:
+    """Returns how many scans of manifests are stored in each orientation.
+
+    By their headers. What cannot be read is left to those who read scans.
+    """
+    images: set[pathlib.Path] = set()
+    for sources in several:
+        for source in (sources.train, sources.validation):
+            if isinstance(source, pipeline.PairSource):
+                images |= {record.image for record in source.records}
+    found: collections.Counter[str] = collections.Counter()
+    for image in sorted(images):
+        with contextlib.suppress(UserError):
+            found[preprocess.orientation_of(volumes.read_grid(image))] += 1
+    return dict(found)
+
+
+def seen_orientation(
+    experiment: Experiment, stored: Mapping[str, int], start: str | None
+) -> tuple[str | None, str]:
+    """Returns the orientation in which a network is to see scans, and a word on it.
+
+    That which the settings name; else that of the weights to start from; else the one
+    in which all scans are stored. Where they are stored in several, RAS: a network
+    would be shown some pairs with one scan mirrored or rotated against the other.
+
+    Args:
+      experiment: what to train.
+      stored: number of scans by orientation, of `stored_orientations`.
+      start: what the weights to start from say.
+
+    Returns:
+      (orientation, sentence); None where the placement turns scans anyhow, and the
+      sentence is empty where no scan is turned.
+    """
+    loading = experiment.loading
+    if loading.axes == "spl":
+        return None, ""
+    if experiment.data.synthetic:
+        return synthetic.ORIENTATION, ""
+    asked = loading.placement.orientation
+    known = None if start in (None, preprocess.ANY_ORIENTATION) else start
+    if asked is not None:
+        differs = known is not None and known != asked
+        return asked, (
+            f"the scans are turned to {asked}, but those of train.start were {known}"
+            if differs
+            else ""
+        )
+    listed = ", ".join(f"{count} {name}" for name, count in sorted(stored.items()))
+    if known is not None:
+        turned = set(stored) - {known}
+        why = f"the scans ({listed}) are turned to {known}, as those of train.start"
+        return known, why if turned else ""
+    if len(stored) > 1:
+        return preprocess.CANONICAL, (
+            f"the scans are stored in several orientations ({listed}) and are turned "
+            f"to {preprocess.CANONICAL}; loading.orientation names another"
+        )
+    return next(iter(stored), None), ""
 
 
 def loading_of(experiment: Experiment, *, validation: bool) -> pipeline.Loading:

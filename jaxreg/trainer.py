@@ -4,6 +4,7 @@ OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
 OUT/start_tasks.txt   names of the prompts in the bank that it started from
 OUT/validation_scans.txt   scans on which the weights it started from were chosen
+OUT/orientation.txt   how the network sees scans, see `sources.seen_orientation`
 OUT/sam/              the SAM network whose embeddings a UniReg correlates
 OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
@@ -40,6 +41,8 @@ from jaxreg.sources import (
     loss_of,
     make_prepare,
     make_sources,
+    seen_orientation,
+    stored_orientations,
     with_bank,
     with_tasks,
 )
@@ -55,6 +58,7 @@ SCANS = "scans.txt"
 _START_TASKS = "start_tasks.txt"
 _VALIDATION_SCANS = "validation_scans.txt"
 _SAM = "sam"
+_ORIENTATION = "orientation.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -295,6 +299,7 @@ def run(
         known = before if experiment.train.start is None else started_with
         own = sam if kinds.correlates_sam(changed.model) else None
         stage_runs.append(_StageRun(changed, stage, out, say, before, known, own))
+    orientation = _orientation(experiment, stage_runs, out, say)
     if not (out / SETTINGS).is_file():
         if resume:
             say(f"there is no run in {out} to resume, so it starts anew")
@@ -313,6 +318,7 @@ def run(
         SCANS: _scans_of(stage_runs),
         _START_TASKS: list(started_with),
         _VALIDATION_SCANS: _scans_of_start(experiment, out),
+        _ORIENTATION: [orientation] if orientation else [],
     }
     open_folder(experiment, out, records, resume=resume)
     if sam is not None and jax.process_index() == 0 and not (out / _SAM).is_dir():
@@ -334,6 +340,38 @@ def run(
     return Outcome(weights, scores, steps, time.perf_counter() - began)
 
 
+def _orientation(
+    experiment: Experiment,
+    stage_runs: Sequence["_StageRun"],
+    out: pathlib.Path,
+    say: Say,
+) -> str | None:
+    """Makes all stages see scans in one orientation; returns which.
+
+    A run that goes on keeps to its own. One of an older jaxreg saw scans as stored.
+    """
+    stored = stored_orientations(one.sources for one in stage_runs)
+    if (out / SETTINGS).is_file():
+        path = out / _ORIENTATION
+        text = path.read_text("utf-8").strip() if path.is_file() else ""
+        only = next(iter(stored)) if len(stored) == 1 else None
+        found, why = text or only, ""
+        found = None if experiment.loading.axes == "spl" else found
+    else:
+        start = experiment.train.start
+        said = None if start is None else zoo.load(start).orientation
+        found, why = seen_orientation(experiment, stored, said)
+    if why:
+        say(why)
+    for one in stage_runs:
+        one.sources = dataclasses.replace(one.sources, orientation=found)
+        if set(stored) - {found} and found is not None:
+            loading = one.experiment.loading
+            loading = dataclasses.replace(loading, orientation=found)
+            one.experiment = dataclasses.replace(one.experiment, loading=loading)
+    return found
+
+
 def bundle_of(
     experiment: Experiment,
     variables: Variables,
@@ -349,7 +387,7 @@ def bundle_of(
       sam: the network that the variables hold for a UniReg's embeddings.
     """
     loading, told = experiment.loading, kinds.tells_tasks(experiment.model)
-    named = {}
+    named: dict[str, Any] = {}
     if told is not None:
         assert sources is not None  # the caller's promise
         rules: Sequence[TaskRule] = sources.rules
@@ -366,6 +404,8 @@ def bundle_of(
     compared = {rule.similarity_window for rule in sources.rules} if sources else {None}
     if len(compared) == 1 and (window := compared.pop()):
         named["similarity_window"] = list(window)
+    if sources is not None and sources.orientation is not None:
+        named["orientation"] = sources.orientation
     return checkpoints.Bundle(
         variables=jax.tree.map(np.asarray, variables),
         model=kinds.name_of(experiment.model),

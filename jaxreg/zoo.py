@@ -565,7 +565,8 @@ def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
     Where it differs from theirs alone: the file holds tensors and names.
     """
     stated, found = bundle.preprocessing, []
-    for name, assumed in kind.preprocessing(bundle.variables).items():
+    read = {"orientation": ANY_ORIENTATION, **kind.preprocessing(bundle.variables)}
+    for name, assumed in read.items():
         own = stated.get(name, assumed)
         if name in ("tasks", "regions", "resize_labels"):
             continue

@@ -20,6 +20,7 @@ from jaxreg.models.unireg import UniReg, UniRegConfig
 from jaxreg.space import sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
+from jaxreg.space.transform import Transform
 
 SHAPE = (20, 24, 22)
 NETWORK_GRID = (12, 14, 13)
@@ -180,6 +181,106 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
         register.register(moving, fixed, loaded(Shifting()), options)
     expected = moving if stored else fixed
     np.testing.assert_array_equal(seen["moving"].array, expected.array)
+
+
+# --- the orientation of the training --------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaning:
+    """A model whose answer depends on how the fixed scan lies in its array."""
+
+    def apply(self, variables, moving, fixed, **_):
+        shape = fixed.shape[1:4]
+        grid = sampling.identity(shape)
+        field = 0.05 * jnp.sin(3 * grid + jnp.asarray([0.1, 0.5, 0.9]))
+        field = field * (1 + fixed)  # and on what it shows
+        return Prediction(Transform((transform_lib.Displacement(field),))), variables
+
+
+@pytest.mark.parametrize(("axes", "flips"), ORDERS)
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "any", None])
+@pytest.mark.parametrize("model", ["kji", "ijk"])
+def test_a_network_sees_the_orientation_of_its_training(
+    axes, flips, orientation, model
+):
+    fixed, moving = blobs(make_grid(turn=0.2)), blobs(make_grid(), (2.0, 1.0, 0.0))
+    said = {} if orientation is None else {"orientation": orientation}
+    placement = preprocess.Placement(axes=model)
+    weights = loaded(Leaning(), **{**placement.to_dict(), **said})
+    if orientation is None:
+        weights = dataclasses.replace(
+            weights,
+            bundle=dataclasses.replace(
+                weights.bundle, preprocessing=placement.to_dict()
+            ),
+        )
+    options = dataclasses.replace(OPTIONS, inverse=False)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        results = [
+            register.register(moving, scan, weights, options)
+            for scan in (fixed, reorder(fixed, axes, flips))
+        ]
+    text = "does not say how the scans of its training were oriented"
+    assert any(text in str(w.message) for w in heard) == (orientation is None)
+    maps = [transform_lib.displacement_mm(r.transform, fixed.grid) for r in results]
+    if orientation in ("RAS", "LPS"):
+        np.testing.assert_allclose(maps[1], maps[0], atol=1e-4)
+        assert results[1].folding_percent == results[0].folding_percent
+        np.testing.assert_allclose(results[1].sdlogj, results[0].sdlogj, rtol=1e-4)
+    else:  # as it is stored
+        assert np.abs(maps[1] - maps[0]).max() > 0.1
+
+
+def test_stored_orientation_comes_before_that_of_the_training():
+    scan = blobs(make_grid())
+    turned = reorder(scan, (0, 1, 2), (True, True, False))
+    as_stored = dataclasses.replace(OPTIONS, stored_orientation=True, inverse=False)
+    weights = loaded(Leaning(), orientation="RAS")
+    seen = [
+        register.register(volume, volume, weights, options).fixed_image
+        for volume, options in ((turned, as_stored), (turned, OPTIONS))
+    ]
+    np.testing.assert_array_equal(seen[0], seen[1][::-1, ::-1])
+    assert not np.array_equal(seen[0], seen[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axes", "flips"), ORDERS)
+def test_without_weights_the_order_of_storage_decides_nothing(axes, flips):
+    fixed, moving = blobs(make_grid(turn=0.2)), blobs(make_grid(), (2.0, 1.0, 0.0))
+    options = dataclasses.replace(
+        OPTIONS, io_target="displacement", io_iterations=4, io_sim="mse", inverse=False
+    )
+    maps = [
+        transform_lib.displacement_mm(
+            register.register(moving, scan, None, options).transform, fixed.grid
+        )
+        for scan in (fixed, reorder(fixed, axes, flips))
+    ]
+    np.testing.assert_allclose(maps[1], maps[0], atol=1e-4)
+
+
+def test_a_pre_alignment_sees_what_the_network_sees(monkeypatch):
+    """`prealigned`, of which evaluate keeps the result, turns scans as `register`."""
+    scan = blobs(make_grid())
+    turned = reorder(scan, (2, 0, 1), (False, True, False))
+    seen = []
+
+    def find(way, moving, fixed, **_):
+        seen.append((moving.volume, fixed.volume))
+        return prealignment.Prealignment(np.eye(4))
+
+    monkeypatch.setattr(prealignment, "find", find)
+    options = dataclasses.replace(OPTIONS, prealign="affine", inverse=False)
+    weights = loaded(Leaning(), orientation="LPS")
+    register.prealigned(turned, scan, weights, options)
+    register.register(turned, scan, weights, options)
+    for volumes in seen:
+        for volume in volumes:
+            assert preprocess.orientation_of(volume.grid) == "LPS"
+    assert len(seen) == 2
 
 
 # --- a scan that is larger than the network's box -------------------------------------

@@ -11,6 +11,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import struct
@@ -223,7 +224,10 @@ def reference_of_eight(tmp_path_factory, cache):
 
 def test_a_run_leaves_settings_logs_checkpoints_and_weights(reference):
     names = {path.name for path in reference.iterdir()}
-    assert names == {"experiment.json", "stage_1", "stage_2", "weights"}
+    files = {"experiment.json", "orientation.txt"}
+    assert names == {*files, "stage_1", "stage_2", "weights"}
+    kept = checkpoints.load_bundle(reference / "weights").preprocessing
+    assert kept["orientation"] == synthetic.ORIENTATION
     for stage, steps in STEPS.items():
         assert saved(reference, stage) == list(range(1, steps + 1))
         assert not writing(reference, stage)
@@ -706,6 +710,39 @@ def listed(tmp_path):
                 rows.append(f"{name},{i},{dataset},{visit},{label},{split}")
     path.write_text("\n".join(rows) + "\n")
     return path
+
+
+@pytest.mark.parametrize(
+    ("stored", "start", "asked", "expected", "words"),
+    [
+        ({"LPS": 3}, None, None, "LPS", ""),
+        ({"LPS": 3, "PIR": 1}, None, None, "RAS", "3 LPS, 1 PIR.* turned to RAS"),
+        ({"LPS": 3}, "RAS", None, "RAS", "turned to RAS, as those of train.start"),
+        ({"RAS": 3}, "RAS", None, "RAS", ""),
+        ({"RAS": 3}, "any", None, "RAS", ""),
+        ({"RAS": 3}, "RAS", "LPS", "LPS", "those of train.start were RAS"),
+        ({}, None, None, None, ""),
+    ],
+)
+def test_the_orientation_that_a_network_is_trained_in(
+    stored, start, asked, expected, words
+):
+    chosen = tiny(data=DataConfig(manifests=("here",)))
+    loading = dataclasses.replace(chosen.loading, orientation=asked)
+    chosen = dataclasses.replace(chosen, loading=loading)
+    found, said = sources_lib.seen_orientation(chosen, stored, start)
+    assert found == expected
+    assert re.search(words, said) if words else not said
+
+
+def test_a_network_that_turns_scans_itself_has_no_orientation_to_keep():
+    chosen = tiny(data=DataConfig(manifests=("here",)))
+    loading = dataclasses.replace(chosen.loading, resize="pad_crop", axes="spl")
+    chosen = dataclasses.replace(chosen, loading=loading)
+    assert sources_lib.seen_orientation(chosen, {"LPS": 1, "PIR": 2}, None) == (
+        None,
+        "",
+    )
 
 
 def test_a_dataset_without_labels_has_no_say_and_is_named(listed):

@@ -43,7 +43,6 @@ _SIDES = ("moving", "fixed")
 _ENDLESS = 2**40
 _AHEAD = 2
 """Batches that each worker prepares ahead; they lie in the cache, not in memory."""
-_SUPERIOR_ANTERIOR_RIGHT = ((2, 1), (1, 1), (0, 1))
 """Array axes (d, h, w) towards z, y, x of RAS+, as nibabel counts orientations."""
 
 
@@ -67,9 +66,10 @@ class Loading:
       quantile_range: the quantiles that become 0 and 1 in other images; the minimum
         and the 0.99 quantile if None.
       foreground: those quantiles are of the voxels above 0 alone.
-      canonical: turn every scan to the axis order and directions closest to RAS+ first
-        (D towards superior, H anterior, W right), so that scans stored in different
-        orders look alike; no voxel moves in the world.
+      canonical: the same as the orientation "RAS".
+      orientation: turn every scan to these directions first, so that scans stored in
+        different orders look alike, see `preprocess.Placement`; as stored if None.
+        Training decides it where it is not given, see `sources.seen_orientation`.
       resize: see `preprocess.Placement`.
       axes: see `preprocess.Placement`.
       spacing_mm: see `preprocess.Placement`.
@@ -91,6 +91,7 @@ class Loading:
     quantile_range: tuple[float, float] | None = None
     foreground: bool = False
     canonical: bool = False
+    orientation: str | None = None
     resize: preprocess.Resize = "half_pixel"
     axes: preprocess.Axes = "kji"
     spacing_mm: float = 2.0
@@ -134,11 +135,19 @@ class Loading:
             )
         self.rule("mri")
         _ = self.placement  # which checks its own
+        if self.canonical and self.orientation not in (None, preprocess.CANONICAL):
+            raise UserError(
+                f"orientation is {self.orientation}, but canonical means "
+                f"{preprocess.CANONICAL}; leave one of the two out"
+            )
 
     @property
     def placement(self) -> preprocess.Placement:
         """How scans become arrays on the network grid."""
-        return preprocess.Placement(self.resize, self.axes, self.spacing_mm)
+        orientation = preprocess.CANONICAL if self.canonical else self.orientation
+        return preprocess.Placement(
+            self.resize, self.axes, self.spacing_mm, orientation
+        )
 
     def rule(self, modality: str, task: Task | None = None) -> preprocess.Preprocessing:
         """Returns the intensity rule of a modality: "ct" in any case is CT.
@@ -434,14 +443,17 @@ class _ScanReader:
             "canonical": self.loading.canonical,
             "sources": digests,
         }
-        if self.loading.placement != preprocess.AS_GRADICON:
-            settings |= dataclasses.asdict(self.loading.placement)
+        # As an older jaxreg named them, where it could make the same.
+        placement = dataclasses.replace(self.loading.placement, orientation=None)
+        if placement != preprocess.AS_GRADICON:
+            settings |= dataclasses.asdict(placement)
+            del settings["orientation"]
+        if self.loading.orientation is not None:
+            settings["orientation"] = self.loading.orientation
         return cache_lib.entry_name({**fields, **settings})
 
     def _volume(self, path: pathlib.Path, kind: volumes.Kind) -> Volume:
-        volume = volumes.read_volume(path, kind=kind)
-        volume = canonical(volume) if self.loading.canonical else volume
-        return self.loading.placement.turned(volume)
+        return self.loading.placement.turned(volumes.read_volume(path, kind=kind))
 
     def _on_image_grid(
         self, path: pathlib.Path, kind: volumes.Kind, record: Record
@@ -450,8 +462,6 @@ class _ScanReader:
         volume = self._volume(path, kind)
         grid = volumes.read_grid(record.image)
         header = Volume(np.broadcast_to(False, grid.shape), grid, str(record.image))
-        if self.loading.canonical:
-            header = canonical(header)
         header = self.loading.placement.turned(header)
         what = {"labels": "label map"}.get(kind, kind)
         preprocess.check_same_grid(volume, header, what=what)
@@ -462,11 +472,6 @@ def _listed(values: Any) -> str:
     values = sorted(values)
     more = f" and {len(values) - 8} more" if len(values) > 8 else ""
     return ", ".join(map(str, values[:8])) + more
-
-
-def canonical(volume: Volume) -> Volume:
-    """Returns the volume with D towards superior, H anterior, W right, as it can be."""
-    return preprocess.oriented(volume, _SUPERIOR_ANTERIOR_RIGHT)
 
 
 def stored(image: np.ndarray, storage: Storage) -> np.ndarray:

@@ -44,6 +44,8 @@ _AMOUNTS = (
 )  # fmt: skip
 _SPACING_MM = (2.0, 1.25, 1.5)
 _HOLD_OUT = 5
+ORIENTATION = "LPS"
+"""Of all synthetic scans, as NIfTI counts it: see `_scanner_grid`."""
 _STORED_RANGE = 1000
 
 # What a stream of random numbers is for: streams with other purposes are independent.

@@ -404,11 +404,10 @@ def read_names(
       source: see `read_state_dict`.
 
     Raises:
-      UserError: torch is not installed.
+      UserError: see `read_state_dict`.
     """
-    torch = require_torch(f"read {source or path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    return _names(content, entry)
+    with torch_file.opened(path, source=source) as (content, _):
+        return _names(content, entry)
 
 
 def _names(content: Any, entry: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -451,3 +452,36 @@ def test_names_of_modalities():
         assert preprocess.kind(name) == ("ct" if name == "ct" else "mri")
     words = ("CT", "T2w ", "swi", "MR")
     assert [preprocess.known(word) for word in words] == ["ct", "t2w", "mri", "mr"]
+
+
+@pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "ASL"])
+@pytest.mark.parametrize("axes", ["kji", "ijk"])
+def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes):
+    """Against nibabel's own reorientation of the same scan."""
+    grid = Grid((4, 5, 6), np.array(
+        [[0.1, 0.2, -1.5, 3], [0.3, 1.2, 0.1, -7], [2.0, -0.1, 0.2, 5], [0, 0, 0, 1.0]]
+    ))  # fmt: skip
+    array = np.random.default_rng(0).normal(size=grid.shape)
+    placement = preprocess.Placement(axes=axes, orientation=orientation)
+    got = placement.turned(Volume(array, grid))
+    image = nib.Nifti1Image(array.T, grid.transposed().affine_mm)
+    change = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(image.affine),
+        nib.orientations.axcodes2ornt(orientation),
+    )
+    expected = image.as_reoriented(change)
+    assert preprocess.orientation_of(grid) == "".join(nib.aff2axcodes(image.affine))
+    data = np.asarray(expected.dataobj)
+    volume = got if axes == "ijk" else got.transposed()
+    np.testing.assert_array_equal(volume.array, data)
+    np.testing.assert_allclose(volume.grid.affine_mm, expected.affine, atol=1e-12)
+
+
+def test_orientation_travels_with_the_placement():
+    for orientation in (None, "RAS", "LPS"):
+        placement = preprocess.Placement(orientation=orientation)
+        assert preprocess.Placement.of_weights(placement.to_dict()) == placement
+    said = {"orientation": preprocess.ANY_ORIENTATION}
+    assert preprocess.Placement.of_weights(said).orientation is None
+    with pytest.raises(UserError, match='orientation is "up", expected a letter'):
+        preprocess.Placement(orientation="up")
