@@ -204,7 +204,11 @@ def test_folds_and_sdlogj_match_unireg(golden):
     np.testing.assert_allclose(
         metrics.sdlogj(central, mode="exclude"), expected, rtol=1e-5
     )
-    assert np.mean(central <= 0) == g["metric/nonpos_ratio_voxel_units"]
+    # The stored share is a float32 mean: half a step of it, and what rounding of the
+    # determinant may move across 0.
+    stored, near = g["metric/nonpos_ratio_voxel_units"], 1e-5
+    step = np.spacing(np.float32(stored))
+    assert np.mean(central <= -near) - step <= stored <= np.mean(central <= near) + step
 
 
 @pytest.mark.parametrize(

@@ -35,18 +35,19 @@ def channels_last(array):
 
 @pytest.fixture(scope="module")
 def stored(golden):
-    """Runs the stored case at a learning rate; one program serves all rates."""
+    """The stored case, and how to run it at a rate; one program serves all rates."""
     g = golden("unigradicon_io")
     state = {
         k.removeprefix("state/"): v for k, v in g.items() if k.startswith("state/")
     }
     config = released.gradicon_config(state)
     variables = released.to_variables(state, config)
-    pair = Pair(channels_last(g["A"]), channels_last(g["B"]))
+    images = [channels_last(g[name]) for name in "AB"]
     noise = jnp.asarray(np.moveaxis(g["noise"], 1, -1)[:, None])  # steps 1 D H W 3
 
-    def run(rate):
-        result = optimize.optimize_network(
+    def run(rate, scale=1.0):
+        pair = Pair(*(np.float32(image * np.float32(scale)) for image in images))
+        return optimize.optimize_network(
             GradIcon(GradIconConfig(**config)),
             variables,
             pair,
@@ -56,28 +57,44 @@ def stored(golden):
             key=jax.random.key(0),
             noise=noise,
         )
-        return g, result, pair.fixed.shape[1:4]
 
-    return run
+    return g, run, images[0].shape[1:4]
 
 
-def check_rows(g, history, rate, rows, tolerance):
+# Images scaled by a unit in the last place, either way, and by a few. LNCC does not
+# mind the scale, so what moves with it is rounding.
+SCALES = (1 + 2.0**-23, 1 - 2.0**-23, 1 + 3 * 2.0**-23)
+
+
+def check_rows(g, run, rate, result):
+    """Compares every part of every step with the stored one.
+
+    Adam's first update is a sign and the next ones are nearly so: where a gradient is
+    its own rounding error, an update is plus or minus the rate by chance, and what
+    comes of it no fixed number bounds. The same program tells: with images that differ
+    by a rounding, its parts move by `spread`. The stored run is one more rounding of
+    the same sums; it may lie a few times as far away, and by the 1e-4 by which one
+    evaluation in float32 differs between programs.
+    """
+    others = [run(rate, scale).history for scale in SCALES]
     for column, name in enumerate(g["loss_columns"]):
-        got = history[PARTS[str(name)]]
-        wanted = g[f"{rate}/losses"][:, column]
+        part = PARTS[str(name)]
+        got, wanted = result.history[part], g[f"{rate}/losses"][:, column]
         assert got.shape == wanted.shape
+        spread = np.max([np.abs(other[part] - got) for other in others], axis=0)
+        # Chaos grows from step to step: a later row is no steadier than those before.
+        limit = 1e-4 * np.abs(wanted) + 4 * np.maximum.accumulate(spread)
         if name == "flips":  # a determinant next to zero may fall on either side
-            limits = {"rtol": max(2e-3, tolerance), "atol": 2}
-        else:
-            limits = {"rtol": tolerance}
-        np.testing.assert_allclose(got[rows], wanted[rows], **limits, err_msg=str(name))
+            limit = limit + 2e-3 * wanted + 2
+        assert np.all(np.abs(got - wanted) <= limit), (name, got, wanted, limit)
 
 
 @pytest.mark.golden
 def test_the_usual_rate_matches_reference(stored):
     rate = "lr2e-5"
-    g, result, shape = stored(rate)
-    check_rows(g, result.history, rate, slice(None), 1e-3)
+    g, run, shape = stored
+    result = run(rate)
+    check_rows(g, run, rate, result)
     for way, transform in (("AB", result.forward), ("BA", result.backward)):
         points = jax.jit(lambda t: t.on_grid(shape))(transform)
         wanted = channels_last(g[f"{rate}/phi_{way}"])
@@ -87,14 +104,10 @@ def test_the_usual_rate_matches_reference(stored):
 @pytest.mark.golden
 def test_a_high_rate_matches_reference(stored):
     rate = "lr1e-3"
-    g, result, _ = stored(rate)
-    check_rows(g, result.history, rate, slice(0, 1), 1e-3)
-    # Adam's first update is a sign, so rounding of gradients next to zero is amplified:
-    # images scaled by 1 + 3e-7 move the second row's similarity by 1.1e-3.
-    check_rows(g, result.history, rate, slice(1, 2), 2e-3)
-    # From there on chaotically: the original itself moves by 2e-3 to 3e-2 in these rows
-    # with another number of threads, with its input scaled by 1 + 1e-7, or in float64.
-    # So of the later rows only the loss is held, to a tenth of what it started from.
+    g, run, _ = stored
+    result = run(rate)
+    check_rows(g, run, rate, result)
+    # Whatever the spread, the loss is held to a tenth of what it started from.
     wanted = g[f"{rate}/losses"][:, list(g["loss_columns"]).index("all_loss")]
     off = np.abs(result.history["loss"] - wanted)
     assert np.all(off <= 0.1 * wanted[0]), off
