@@ -76,6 +76,7 @@ def open_itk(path: pathlib.Path) -> ItkImage:
     Raises:
       UserError: it is damaged, or holds several numbers or complex ones per voxel.
     """
+    check_text_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     _read_header(reader, path)
@@ -103,6 +104,17 @@ def open_itk(path: pathlib.Path) -> ItkImage:
         affine = np.diag([scale, scale, scale, 1.0]) @ affine
     dtype = np.dtype(_DTYPES.get(pixel, "V"))
     return ItkImage(path, shape, LPS @ affine, reader, dtype, fields, header_bytes)
+
+
+def check_text_header(path: pathlib.Path) -> None:
+    """Checks what would end the process in SimpleITK: MetaIO has 10 axes at most.
+
+    Raises:
+      UserError: a MetaImage claims another number of them.
+    """
+    claimed = _text_header(path)[0].get("NDims")
+    if claimed is not None and not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
+        raise files.damaged(path, ValueError(f"its header claims {claimed} axes"))
 
 
 def read_itk(image: ItkImage) -> np.ndarray:

@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, hdf5, itk_fields, itk_linear, matlab, volumes
+from jaxreg.io import files, hdf5, itk_fields, itk_images, itk_linear, matlab, volumes
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, unit_to_voxel
 from jaxreg.space.transform import Affine, Displacement, Step, Transform
@@ -233,6 +233,7 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
       UserError: the file is missing, damaged or no such field.
     """
     path = files.check_readable(path, "transform")
+    itk_images.check_text_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:

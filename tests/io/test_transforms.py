@@ -522,6 +522,19 @@ def test_reads_grid_transforms_of_slicer(tmp_path, suffix):
     )
 
 
+@pytest.mark.parametrize("claimed", ["1e300", "-1", "11", "99999999999", "three"])
+def test_a_metaimage_of_impossible_axes_does_not_end_the_process(tmp_path, claimed):
+    """MetaIO writes beyond its arrays of 10: SimpleITK crashes, also with scans."""
+    _, image = small_field()
+    sitk.WriteImage(image, str(tmp_path / "whole.mha"))
+    data = (tmp_path / "whole.mha").read_bytes()
+    path = tmp_path / "t.mha"
+    path.write_bytes(data.replace(b"NDims = 3", b"NDims = " + claimed.encode()))
+    for read in (transforms.read_transform, volumes.read_volume):
+        with pytest.raises(UserError, match=f"claims {claimed} axes"):
+            read(path)
+
+
 def small_field():
     """A grid within FIXED, with vectors on it as an image of SimpleITK."""
     grid = grid_of((6, 5, 4), (8, -34, 4), (1.5, 1.0, 2.0), rotation(0.2, 3.0, 0.3))

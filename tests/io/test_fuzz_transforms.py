@@ -1,0 +1,142 @@
+"""Damaged transforms and points: each is read or refused in one sentence, and soon.
+
+JAXREG_FUZZ_SEED and JAXREG_FUZZ_COUNT (files in all) give other and more ones.
+"""
+
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+import time
+import warnings
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from jaxreg.errors import UserError
+from jaxreg.io import hdf5, tables, transforms
+
+# Tests are no package: a helper beside them is loaded by its file.
+_spec = importlib.util.spec_from_file_location(
+    "mutation", pathlib.Path(__file__).with_name("mutation.py")
+)
+mutation = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(mutation)
+
+SEED = int(os.environ.get("JAXREG_FUZZ_SEED", "0"))
+COUNT = int(os.environ.get("JAXREG_FUZZ_COUNT", "800"))
+LIMIT_S = 5.0
+LIMIT_BYTES = 2**30
+
+FCSV = """# Markups fiducial file version = 4.11
+# CoordinateSystem = LPS
+# columns = id,x,y,z,ow,ox,oy,oz,vis,sel,lock,label,desc,associatedNodeID
+vtkMRMLMarkupsFiducialNode_0,1.5,-2.0,3.25,0,0,0,1,1,1,0,F-1,a note,
+vtkMRMLMarkupsFiducialNode_1,-4.5,5.0,6.75,0,0,0,1,1,1,0,F-2,,
+"""
+MRK = {
+    "markups": [
+        {
+            "type": "Fiducial",
+            "coordinateSystem": "LPS",
+            "coordinateUnits": "mm",
+            "controlPoints": [
+                {"id": "1", "label": "F-1", "position": [1.5, -2.0, 3.25]},
+                {"id": "2", "label": "F-2", "position": [-4.5, 5.0, 6.75]},
+            ],
+        }
+    ]
+}
+
+
+def vectors():
+    return np.random.default_rng(0).normal(size=(4, 5, 6, 3)).astype(np.float32)
+
+
+def field(path):
+    image = sitk.GetImageFromArray(vectors(), isVector=True)
+    if path.suffix in (".nrrd", ".mha"):
+        sitk.WriteImage(image, str(path), useCompression=path.suffix == ".nrrd")
+        return
+    sitk.WriteTransform(
+        sitk.DisplacementFieldTransform(sitk.Cast(image, sitk.sitkVectorFloat64)),
+        str(path),
+    )
+
+
+def nifti(path):
+    stored = vectors().transpose(2, 1, 0, 3)[:, :, :, None]
+    image = nib.Nifti1Image(stored, np.diag([2.0, 1.5, 3.0, 1.0]))
+    image.header.set_intent("vector")
+    nib.save(image, path)
+
+
+def composite(path):
+    rigid = sitk.VersorRigid3DTransform()
+    rigid.SetRotation((0.0, 0.6, 0.8), 0.35)
+    parts = [rigid, sitk.AffineTransform(3), sitk.BSplineTransform(3, 3)]
+    sitk.WriteTransform(sitk.CompositeTransform(parts), str(path))
+
+
+def affine(path):
+    sitk.WriteTransform(sitk.AffineTransform(3), str(path))
+
+
+MADE = {
+    "field.h5": field,
+    "composite.h5": composite,
+    "composite.tfm": composite,
+    "affine.mat": affine,
+    "field.nii.gz": nifti,
+    "field.nrrd": field,
+    "field.mha": field,
+    "points.fcsv": lambda path: path.write_text(FCSV),
+    "points.mrk.json": lambda path: path.write_text(json.dumps(MRK, indent=1)),
+    "points.csv": lambda path: path.write_text("label,x,y,z\na,1,2,3\nb,4,5,6\n"),
+}
+
+
+def peak_bytes():
+    resource = pytest.importorskip("resource")
+    unit = 1 if sys.platform == "darwin" else 1024
+    hdf5._close()  # a child counts when it has ended
+    return [
+        unit * resource.getrusage(whose).ru_maxrss
+        for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_damaged_files_are_read_or_refused(tmp_path, name):
+    MADE[name](tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    path = tmp_path / f"damaged_{name}"
+    before = peak_bytes()
+    outcomes = {"read": 0, "refused": 0}
+    for number, damaged in enumerate(mutation.mutations(data, SEED)):
+        if number == max(1, COUNT // len(MADE)):
+            break
+        path.write_bytes(damaged)
+        start = time.process_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                if name.startswith("points"):
+                    table = tables.read(path, "points")
+                    assert np.isfinite(tables.points_mm(table, "ras")).all()
+                else:
+                    transforms.read_transform(path)
+            outcomes["read"] += 1
+        except UserError as error:
+            assert "\n" not in str(error), (number, str(error))
+            outcomes["refused"] += 1
+        # Of this process; the time of HDF5's own one is limited by `hdf5`.
+        assert time.process_time() - start < LIMIT_S, number
+    assert outcomes["refused"]
+    # The whole test session counts for the peak: only what these files added.
+    for was, now in zip(before, peak_bytes(), strict=True):
+        assert now - was < LIMIT_BYTES
+    print(name, outcomes)
