@@ -764,8 +764,11 @@ def prealigned(
     if model is not None:
         words = (options.task, options.pairing, options.smoothness)
         model = tasks.tell(model, *words).model
-        options = _with_rule_of(model, options)
-    regions = regions or Regions()
+    options = _with_rule_of(model, options)
+    placement = placement_of(model, options)
+    moving, fixed, regions = _turned(
+        moving, fixed, regions or Regions(), placement, options
+    )
     return _prealigned(moving, fixed, model, options, regions, sam)
 
 
