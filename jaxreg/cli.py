@@ -160,7 +160,8 @@ ShapeText = Annotated[
     str | None,
     option(
         "--shape",
-        "Network grid in voxels, stored volume's slowest axis first (its fastest for "
+        "Network grid in voxels, the slowest axis of the volume first, as the network "
+        "sees it turned (without weights: superior, anterior, right; its fastest for "
         "weights that see NIfTI's order, as PromptReg's). Default: the grid that the "
         "weights were trained on, 175,175,175 for the published ones.",
         _MODEL,
@@ -196,8 +197,9 @@ StoredOrientation = Annotated[
     bool,
     option(
         "--stored-orientation",
-        "Feed the moving scan as it is stored, as the PyTorch tool does. Default: its "
-        "axes are permuted and flipped into the fixed scan's order first.",
+        "Feed both scans as they are stored, as the PyTorch tool does. Default: their "
+        "axes are permuted and flipped into the order that the weights were trained "
+        "with, where they say it, else the moving scan's into the fixed scan's.",
         _MODEL,
     ),
 ]

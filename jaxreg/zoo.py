@@ -565,15 +565,21 @@ def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
     Where it differs from theirs alone: the file holds tensors and names.
     """
     stated, found = bundle.preprocessing, []
-    read = {"orientation": ANY_ORIENTATION, **kind.preprocessing(bundle.variables)}
-    for name, assumed in read.items():
+    for name, assumed in kind.preprocessing(bundle.variables).items():
         own = stated.get(name, assumed)
-        if name in ("tasks", "regions", "resize_labels"):
+        if name in ("tasks", "regions", "resize_labels", "orientation"):
             continue
         if isinstance(assumed, list):
             own = list(own)
         if own != assumed:
             found.append(f"{name} {assumed} where it is {own}")
+    orientation = stated.get("orientation", ANY_ORIENTATION)
+    if orientation != ANY_ORIENTATION:
+        found.append(
+            f"scans as they are stored where they were turned to {orientation} (a "
+            'checkpoint made of the file needs "orientation": '
+            f'"{orientation}" under preprocessing in its jaxreg.json)'
+        )
     return found
 
 

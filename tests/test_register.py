@@ -198,12 +198,12 @@ class Leaning:
         return Prediction(Transform((transform_lib.Displacement(field),))), variables
 
 
-@pytest.mark.parametrize(("axes", "flips"), ORDERS)
-@pytest.mark.parametrize("orientation", ["RAS", "LPS", "any", None])
-@pytest.mark.parametrize("model", ["kji", "ijk"])
-def test_a_network_sees_the_orientation_of_its_training(
-    axes, flips, orientation, model
-):
+@pytest.mark.parametrize(
+    ("orientation", "model"),
+    [("RAS", "kji"), ("LPS", "ijk"), ("any", "kji"), (None, "kji")],
+)
+def test_a_network_sees_the_orientation_of_its_training(orientation, model):
+    axes, flips = ORDERS[1]
     fixed, moving = blobs(make_grid(turn=0.2)), blobs(make_grid(), (2.0, 1.0, 0.0))
     said = {} if orientation is None else {"orientation": orientation}
     placement = preprocess.Placement(axes=model)
@@ -242,8 +242,8 @@ def test_stored_orientation_comes_before_that_of_the_training():
         register.register(volume, volume, weights, options).fixed_image
         for volume, options in ((turned, as_stored), (turned, OPTIONS))
     ]
-    np.testing.assert_array_equal(seen[0], seen[1][::-1, ::-1])
-    assert not np.array_equal(seen[0], seen[1])
+    np.testing.assert_allclose(seen[0], seen[1][::-1, ::-1], atol=1e-6)
+    assert not np.allclose(seen[0], seen[1], atol=1e-2)
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import random
-import re
 import shutil
 import signal
 import struct
@@ -21,6 +20,7 @@ import time
 import types
 
 import jax
+import nibabel as nib
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -712,39 +712,6 @@ def listed(tmp_path):
     return path
 
 
-@pytest.mark.parametrize(
-    ("stored", "start", "asked", "expected", "words"),
-    [
-        ({"LPS": 3}, None, None, "LPS", ""),
-        ({"LPS": 3, "PIR": 1}, None, None, "RAS", "3 LPS, 1 PIR.* turned to RAS"),
-        ({"LPS": 3}, "RAS", None, "RAS", "turned to RAS, as those of train.start"),
-        ({"RAS": 3}, "RAS", None, "RAS", ""),
-        ({"RAS": 3}, "any", None, "RAS", ""),
-        ({"RAS": 3}, "RAS", "LPS", "LPS", "those of train.start were RAS"),
-        ({}, None, None, None, ""),
-    ],
-)
-def test_the_orientation_that_a_network_is_trained_in(
-    stored, start, asked, expected, words
-):
-    chosen = tiny(data=DataConfig(manifests=("here",)))
-    loading = dataclasses.replace(chosen.loading, orientation=asked)
-    chosen = dataclasses.replace(chosen, loading=loading)
-    found, said = sources_lib.seen_orientation(chosen, stored, start)
-    assert found == expected
-    assert re.search(words, said) if words else not said
-
-
-def test_a_network_that_turns_scans_itself_has_no_orientation_to_keep():
-    chosen = tiny(data=DataConfig(manifests=("here",)))
-    loading = dataclasses.replace(chosen.loading, resize="pad_crop", axes="spl")
-    chosen = dataclasses.replace(chosen, loading=loading)
-    assert sources_lib.seen_orientation(chosen, {"LPS": 1, "PIR": 2}, None) == (
-        None,
-        "",
-    )
-
-
 def test_a_dataset_without_labels_has_no_say_and_is_named(listed):
     chosen = tiny(data=DataConfig(manifests=(str(listed),)))
     found = sources_lib.make_sources(chosen)
@@ -779,6 +746,63 @@ def test_weights_say_how_their_scans_were_scaled(masked):
     assert model.ct_window == (0.0, 80.0)
     assert model.quantile_range == (0.1, 0.9)
     assert model.mask_inputs == masked
+
+
+def scans_stored_as(folder, *codes) -> sources_lib.Sources:
+    """Sources of one scan in each orientation."""
+    records = []
+    for number, code in enumerate(codes):
+        image = nib.Nifti1Image(np.zeros((3, 4, 5), np.int16), np.eye(4))
+        change = nib.orientations.ornt_transform(
+            nib.orientations.io_orientation(np.eye(4)),
+            nib.orientations.axcodes2ornt(code),
+        )
+        path = folder / f"{number}.nii.gz"
+        nib.save(image.as_reoriented(change), path)
+        records.append(Record(path, str(number), "set"))
+    source = pipeline.PairSource(tuple(records), sources_lib.FixedPlans((), ()), {})
+    return sources_lib.Sources(source, None, 0, (), ())
+
+
+@pytest.mark.parametrize(
+    ("codes", "start", "changes", "seen", "turned"),
+    [
+        (["LPS", "LPS"], None, {}, "LPS", None),
+        (["LPS", "LPS"], "any", {}, "LPS", None),
+        (["LPS", "LPS"], "RAS", {}, "RAS", "RAS"),
+        (["RAS", "PIR", "RAS"], None, {}, "RAS", "RAS"),
+        (["LPS", "PIR"], None, {"orientation": "PIR"}, "PIR", "PIR"),
+        (["RAS"], None, {"canonical": True}, "RAS", None),
+        (["LPS", "PIR"], None, {"axes": "spl"}, None, None),
+    ],
+)
+def test_training_shows_scans_in_one_orientation_and_keeps_it(
+    tmp_path, monkeypatch, codes, start, changes, seen, turned
+):
+    data, train = DataConfig(manifests=("scans.csv",)), TrainConfig(start="weights")
+    chosen = tiny(data=data, loading=Loading(shape=(8, 8, 8), **changes), train=train)
+    bundle = checkpoints.Bundle({}, "gradicon", {}, {"orientation": start}, "", "")
+    bundle = bundle if start else dataclasses.replace(bundle, preprocessing={})
+    known = zoo.LoadedModel("weights", GradIcon(), {}, bundle)
+    monkeypatch.setattr(zoo, "load", lambda _: known)
+    stage = types.SimpleNamespace(
+        sources=scans_stored_as(tmp_path, *codes), experiment=chosen
+    )
+    said = []
+    found = trainer._orientation(chosen, [stage], tmp_path / "out", said.append)
+    assert found == seen
+    assert stage.experiment.loading.orientation == (
+        turned or changes.get("orientation")
+    )
+    assert bool(said) == (turned is not None and "orientation" not in changes)
+    stored = trainer.bundle_of(chosen, {}, stage.sources).preprocessing
+    assert stored.get("orientation") == seen
+    # A run that goes on keeps to what it saw, whatever is there to start from now.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / trainer.SETTINGS).write_text("{}")
+    (tmp_path / "out" / "orientation.txt").write_text(f"{seen or ''}\n")
+    monkeypatch.setattr(zoo, "load", None)
+    assert trainer._orientation(chosen, [stage], tmp_path / "out", print) == seen
 
 
 def test_validation_pairs_are_those_of_the_task():

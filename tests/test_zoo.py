@@ -727,3 +727,20 @@ def test_a_unireg_knows_the_scans_of_its_sam(trained, monkeypatch):
         assert found == (trained if stored else sam.TrainedSam(trained.config, {}))
     without = dataclasses.replace(model, variables={})
     assert zoo.sam_of(without) is None
+
+
+@pytest.mark.torch
+def test_a_pytorch_file_cannot_say_how_scans_lay(tmp_path):
+    zoo.convert(write_trch(tmp_path / "a.trch"), tmp_path / "checkpoint")
+    bundle = checkpoints.load_bundle(tmp_path / "checkpoint")
+    assert "orientation" not in bundle.preprocessing
+    said = {**bundle.preprocessing, "orientation": "LPS"}
+    turned = dataclasses.replace(bundle, preprocessing=said)
+    checkpoints.save_bundle(tmp_path / "turned", turned)
+    assert zoo.load(str(tmp_path / "turned")).orientation == "LPS"
+    with pytest.warns(UserWarning, match='"orientation": "LPS"'):
+        zoo.convert(tmp_path / "turned", tmp_path / "b.trch")
+
+
+def test_published_gradicon_saw_every_orientation():
+    assert {zoo.ZOO[n].preprocessing["orientation"] for n in zoo.ZOO} == {"any"}
