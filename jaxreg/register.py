@@ -1162,13 +1162,17 @@ def _inverse(forward, backward, grids, scan: Grid, over: Grid | None):
       grids: the network grids of the fixed and of the moving scan.
       scan: the moving scan's grid, which the inverse covers besides.
       over: the fixed scan's grid in the moving scan's space, if the network grid lies
-        over that one: it is covered, and what the map makes of it.
+        over that one: where it is larger, it is covered, and what the map makes of it.
     """
     shape, padding = grids[1].shape, grids[1].padding(scan)
     if over is not None:
-        moved = np.abs(_gap(forward, jnp.zeros((1, *shape, 3)))).max((0, 1, 2, 3))
-        farthest = np.ceil(moved * unit_scale(shape)).astype(int)
-        padding = np.minimum(padding, grids[1].padding(over) + farthest[:, None])
+        lacking = grids[1].padding(over)
+        if lacking.any():
+            moved = np.abs(_gap(forward, jnp.zeros((1, *shape, 3)))).max((0, 1, 2, 3))
+            farthest = np.ceil(moved * unit_scale(shape)).astype(int)
+            lacking = lacking + farthest[:, None]
+        # A grid with the scan's extent keeps its size, and one program serves all.
+        padding = np.minimum(padding, lacking)
     if padding.any():
         forward = forward.seen_from(transform_lib.padded_to_unit(shape, padding))
     fixed, moving = (grid.padded(padding) for grid in grids)
