@@ -528,7 +528,7 @@ def test_read_pairs_of_csv(tmp_path, folder):
         fixed_label=folder / "fixed_label.nii.gz",
         moving_label=folder / "moving_label.nii.gz",
         fixed_modality="ct",
-        moving_modality="mri",
+        moving_modality="t2",
         task="lungs",
         transform_out=folder / "t.h5",
     )
