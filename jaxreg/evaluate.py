@@ -449,13 +449,10 @@ def _resized(
     scans: _Scans, options: register.Options, placement: preprocess.Placement
 ) -> Transform:
     """The identity of both unit cubes: what a network that does nothing answers."""
-    moving = scans.moving
-    if not options.stored_orientation:
-        moving = register.oriented_like(moving, scans.fixed.grid)
-    grids = (
-        placement.grid(placement.turned(volume).grid, options.shape)
-        for volume in (scans.fixed, moving)
+    moving, fixed, _ = register.turned(
+        scans.moving, scans.fixed, register.Regions(), placement, options
     )
+    grids = (placement.grid(v.grid, options.shape) for v in (fixed, moving))
     return transform_lib.in_world(Transform(()), *grids)
 
 

@@ -14,7 +14,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,6 @@ from jaxreg.space.grid import Grid, Shape, Volume, unit_scale
 from jaxreg.typing import Pair
 
 Target = Literal["network", "displacement", "features", "map"]
-_TARGETS = ("network", "displacement", "features", "map")
 _REFINING = ("features", "map")
 _MUCH_FOLDED = 1.0  # per cent of the voxels
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
@@ -207,7 +206,7 @@ def check_options(options: Options) -> None:
     Raises:
       UserError: a value out of its range, or values that contradict each other.
     """
-    for name, known in (("io_target", _TARGETS), ("precision", tuple(_MATMUL))):
+    for name, known in (("io_target", get_args(Target)), ("precision", tuple(_MATMUL))):
         if getattr(options, name) not in known:
             near = difflib.get_close_matches(str(getattr(options, name)), known, n=1)
             raise UserError(
@@ -420,7 +419,7 @@ def register(
     _warn_of_orientation(fixed, model, options)
     options = _with_rule_of(model, options)
     placement = placement_of(model, options)
-    moving, fixed, regions = _turned(moving, fixed, regions, placement, options)
+    moving, fixed, regions = turned(moving, fixed, regions, placement, options)
     alone = _prealigns_alone(model, options)
     seconds: dict[str, float] = {}
 
@@ -583,7 +582,7 @@ def placement_of(
     return found
 
 
-def _turned(
+def turned(
     moving: Volume,
     fixed: Volume,
     regions: Regions,
@@ -766,7 +765,7 @@ def prealigned(
         model = tasks.tell(model, *words).model
     options = _with_rule_of(model, options)
     placement = placement_of(model, options)
-    moving, fixed, regions = _turned(
+    moving, fixed, regions = turned(
         moving, fixed, regions or Regions(), placement, options
     )
     return _prealigned(moving, fixed, model, options, regions, sam)

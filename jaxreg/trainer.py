@@ -350,13 +350,12 @@ def _orientation(
 
     A run that goes on keeps to its own. One of an older jaxreg saw scans as stored.
     """
-    stored = stored_orientations(one.sources for one in stage_runs)
+    spl = experiment.loading.axes == "spl"  # turned anyhow: no header need be read
+    stored = {} if spl else stored_orientations(one.sources for one in stage_runs)
     if (out / SETTINGS).is_file():
-        path = out / _ORIENTATION
-        text = path.read_text("utf-8").strip() if path.is_file() else ""
+        text = "".join(_lines(out / _ORIENTATION))
         only = next(iter(stored)) if len(stored) == 1 else None
-        found, why = text or only, ""
-        found = None if experiment.loading.axes == "spl" else found
+        found, why = None if spl else text or only, ""
     else:
         start = experiment.train.start
         said = None if start is None else zoo.load(start).orientation

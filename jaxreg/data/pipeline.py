@@ -43,7 +43,6 @@ _SIDES = ("moving", "fixed")
 _ENDLESS = 2**40
 _AHEAD = 2
 """Batches that each worker prepares ahead; they lie in the cache, not in memory."""
-"""Array axes (d, h, w) towards z, y, x of RAS+, as nibabel counts orientations."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -110,10 +110,10 @@ def _world_axes(orientation: str) -> np.ndarray:
     letters = tuple(str(orientation).upper())
     try:
         ijk = orientations.axcodes2ornt(letters)
-        known = sorted(ijk[:, 0]) == [0, 1, 2]
+        complete = sorted(ijk[:, 0]) == [0, 1, 2]
     except (ValueError, IndexError):
-        known = False
-    if len(letters) != 3 or not known:
+        complete = False
+    if len(letters) != 3 or not complete:
         raise UserError(
             f'orientation is "{orientation}", expected a letter of each pair R L, A P '
             'and S I for the directions in which i, j and k grow, e.g. "RAS"'

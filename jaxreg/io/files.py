@@ -27,7 +27,7 @@ READ_ERRORS = (OSError, EOFError, ValueError, zlib.error)
 _CHUNK = 2**20
 _NAME_BYTES = 255  # NAME_MAX of the usual file systems
 _STEM_BYTES = 40
-_GZIP = b"\x1f\x8b"
+GZIP = b"\x1f\x8b"
 _MOST_PACKED = 1040  # deflate makes at most 1032 bytes of one (zlib's documentation)
 # What the machine can do to a write in progress; anything else is a defect of ours.
 _MACHINE_ERRORS = {
@@ -192,7 +192,7 @@ def inflated(
             yield part
         if member.eof:
             packed = _after_zeros(member.unused_data, file)
-            if wrapper == "gzip" and packed.startswith(_GZIP):
+            if wrapper == "gzip" and packed.startswith(GZIP):
                 member = zlib.decompressobj(wbits)
                 continue
             if packed:

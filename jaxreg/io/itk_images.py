@@ -93,7 +93,7 @@ def open_itk(path: pathlib.Path) -> ItkImage:
             f"{path} is an RGB or vector image ({count} numbers per voxel), expected "
             "one number per voxel; extract one component or convert it to grey"
         )
-    fields, header_bytes = _text_header(path)
+    fields, header_bytes = text_header(path)
     n = reader.GetDimension()
     affine = np.eye(4)
     direction = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
@@ -112,7 +112,7 @@ def check_text_header(path: pathlib.Path) -> None:
     Raises:
       UserError: a MetaImage claims another number of them.
     """
-    claimed = _text_header(path)[0].get("NDims")
+    claimed = text_header(path)[0].get("NDims")
     if claimed is not None and not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
         raise files.damaged(path, ValueError(f"its header claims {claimed} axes"))
 
@@ -216,7 +216,7 @@ def _read_header(reader: sitk.ImageFileReader, path: pathlib.Path) -> None:
         raise files.damaged(path, error) from error
 
 
-def _text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
+def text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
     """Returns the fields of an NRRD or MetaImage header and its length in bytes.
 
     NRRD's names are in small letters; its header ends at an empty line, MetaImage's

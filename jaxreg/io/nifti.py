@@ -27,8 +27,6 @@ UNITS_MM = {1: ("metre", 1e3), 2: ("mm", 1.0), 3: ("micron", 1e-3)}
 """XYZT_UNITS' codes of lengths, and how many mm each is; any other is unknown: mm."""
 
 _FIRST = 560  # bytes that hold a header of either version
-_PACKED = b"\x1f\x8b"
-_MOST_PACKED = 1040  # deflate makes at most 1032 bytes of one (zlib's documentation)
 _KNOWN_CODES = range(
     1, 6
 )  # of qform and sform: scanner, aligned, Talairach, MNI, other
@@ -220,7 +218,7 @@ def _first_bytes(path: pathlib.Path) -> bytes:
 
 def _is_packed(path: pathlib.Path) -> bool:
     with path.open("rb") as opened:
-        return opened.read(2) == _PACKED
+        return opened.read(2) == files.GZIP
 
 
 def _header(block: bytes, path: pathlib.Path) -> Header:

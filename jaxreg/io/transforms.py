@@ -251,7 +251,7 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
     except RuntimeError as error:
         raise UserError(
             f"{path} cannot be read as a displacement field "
-            f"({str(error).strip().splitlines()[-1].strip()}); write or fetch it again"
+            f"({files.last_line(error)}); write or fetch it again"
         ) from error
     if _says_other_frame(path):
         warnings.warn(
@@ -284,10 +284,7 @@ def _says_other_frame(path: pathlib.Path) -> bool:
     """Whether a NRRD header gives its axes in another space than ITK's."""
     if path.suffix.lower() not in (".nrrd", ".nhdr"):
         return False
-    with open(path, "rb") as file:
-        head = file.read(2**16).split(b"\n\n")[0].decode("latin-1").lower()
-    fields = (line.partition(":") for line in head.splitlines())
-    space = {key: value.strip() for key, _, value in fields}.get("space", "")
+    space = itk_images.text_header(path)[0].get("space", "").lower()
     return space not in ("", "left-posterior-superior", "lps")
 
 
