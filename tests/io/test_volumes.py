@@ -1,6 +1,7 @@
 """Scans on disk against nibabel, SimpleITK and ITK."""
 
 import gzip
+import locale
 import re
 import warnings
 import zlib
@@ -531,7 +532,15 @@ def test_a_name_of_249_bytes_is_written(tmp_path):
         volumes.write_volume(tmp_path / ("a" * 300 + ".nii.gz"), volume())
 
 
-def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path):
+@pytest.fixture
+def own_locale():
+    """Puts the process's locale back, which SimpleITK's writer of DICOM sets to "C"."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield before
+    locale.setlocale(locale.LC_ALL, before)
+
+
+def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path, own_locale):
     array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
     for k in range(5):
         image = sitk.GetImageFromArray(array[k])
@@ -548,7 +557,9 @@ def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path):
         writer.KeepOriginalImageUIDOn()
         writer.SetFileName(str(tmp_path / f"{k}.dcm"))
         writer.Execute(image)
+    locale.setlocale(locale.LC_ALL, own_locale)
     read = volumes.read_volume(tmp_path)
+    assert locale.setlocale(locale.LC_ALL) == own_locale
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
     itk = sitk.ReadImage(names)
     np.testing.assert_array_equal(read.array, sitk.GetArrayFromImage(itk))
