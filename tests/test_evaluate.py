@@ -507,6 +507,18 @@ def test_a_pair_that_cannot_be_read_fails_in_every_way(spec, tmp_path, folder):
     assert [row.first for row in found.select(method="known")] == [False, True]
 
 
+def test_negative_labels_are_no_background(spec, tmp_path):
+    """Of a set with -1 where nothing is labelled, or of 255 stored as int8."""
+    labels = label_map().astype(np.int8)
+    labels[0] = -1
+    volumes.write_volume(tmp_path / "minus.nii.gz", Volume(labels, make_grid()))
+    pair = dataclasses.replace(spec, fixed_label=tmp_path / "minus.nii.gz")
+    said = r"left out: label map .*minus.nii.gz has negative labels \(down to -1\)"
+    with pytest.warns(UserWarning, match=said):
+        found = evaluate.evaluate([pair], loaded(Shifting()), OPTIONS)
+    assert all(row.failed for row in found.rows)
+
+
 # --- lists of pairs ------------------------------------------------------------------
 
 

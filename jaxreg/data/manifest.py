@@ -959,14 +959,6 @@ def _voxels(grid: Grid) -> str:
 def _label_problems(
     path: pathlib.Path, values: np.ndarray, record: Record, labels: Labels
 ) -> Iterator[Problem]:
-    negative = values[values < 0]
-    if negative.size:
-        yield Problem(
-            str(path),
-            "labels",
-            f"label map {path} has negative values ({_few(negative)}), expected 0 for "
-            "background and positive labels; renumber them",
-        )
     listed = labels.get(record.dataset, {})
     unlisted = [v for v in values.tolist() if v > 0 and v not in listed]
     if listed and unlisted:
@@ -977,7 +969,7 @@ def _label_problems(
             f"{record.dataset} ({_few(sorted(listed))}) leave out; list or renumber "
             "them",
         )
-    if not (values > 0).any() and not negative.size:
+    if not (values > 0).any():
         yield Problem(
             str(path),
             "labels",

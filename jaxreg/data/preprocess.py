@@ -18,6 +18,7 @@ from nibabel import orientations
 
 from jaxreg.data import resize
 from jaxreg.errors import UserError
+from jaxreg.io import volumes
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import ROUNDING_VOXELS, Grid, Shape, Volume
 from jaxreg.space.transform import Transform
@@ -580,12 +581,8 @@ def network_labels(
       UserError: a label is negative or beyond 32 bits.
     """
     labels = volume.array
-    low, high = labels.min(), labels.max()
-    if low < 0:
-        raise UserError(
-            f"label map {volume.source} has negative labels (down to {low}), expected "
-            "0 for background and positive labels; renumber it"
-        )
+    volumes.check_labels(labels, volume.source)
+    high = labels.max()
     if high > np.iinfo(np.int32).max:
         raise UserError(
             f"label map {volume.source} has labels up to {high}, expected at most "

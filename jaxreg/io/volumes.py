@@ -23,7 +23,8 @@ Kind = Literal["image", "labels", "mask", "stored"]
 """What a file is read as.
 
 image: intensities as float32; a constant one is refused.
-labels: whole numbers in the stored integer type, int32 where floats were stored.
+labels: whole numbers from 0 on in the stored integer type, int32 where floats were
+  stored. Negative ones are refused: background in one program, labels in another.
 mask: whole numbers as stored, above 0 is inside; fractions become uint8
   ``value > 0.5`` (the original truncates: 0.7 is outside there). Empty is refused.
 stored: intensities in the stored type (float32 where the file scales them), for
@@ -137,6 +138,28 @@ def write_volume(path: files.PathLike, volume: Volume) -> None:
             raise UserError(
                 f"{path} cannot be written: {files.last_line(error)}"
             ) from error
+
+
+def check_labels(array: np.ndarray, source: object) -> None:
+    """Checks that a label map has no negative numbers.
+
+    They stand for voxels without a label in some sets, and where labels above 127 were
+    stored as int8 they are labels.
+
+    Args:
+      array: whole numbers.
+      source: what to call the label map.
+
+    Raises:
+      UserError: there are some.
+    """
+    low = array.min()
+    if low < 0:
+        raise UserError(
+            f"label map {source} has negative labels (down to {low}), expected 0 for "
+            "background and positive labels; renumber it (voxels without a label to "
+            "0; labels above 127 do not fit into int8)"
+        )
 
 
 def check_storable(value: float, volume: Volume) -> None:
@@ -401,7 +424,8 @@ def _checked_values(array: np.ndarray, kind: Kind, path: pathlib.Path) -> np.nda
             "register; check that it is the right file"
         )
     if kind == "labels":
-        return _whole_numbers(array, path)
+        array = _whole_numbers(array, path)
+        check_labels(array, path)
     if kind == "mask":
         if np.issubdtype(array.dtype, np.floating):
             whole = _is_whole(array)

@@ -772,7 +772,7 @@ NUDGED = np.eye(4) + np.eye(4, k=3) * 0.2
         ({"shape": (6, 6, 7)}, "grid", "error", "has 6 x 6 x 7 voxels.*5 x 6 x 7"),
         ({"affine": FLIPPED}, "grid", "error", "lies up to 8 mm from"),
         ({"affine": NUDGED}, "grid", "warning", "lies up to 0.2 mm from"),
-        ({"values": (0, 1, -3)}, "labels", "error", r"negative values \(-3\)"),
+        ({"values": (0, 1, -3)}, "values", "error", r"negative labels \(down to -3"),
         ({"values": (0, 7, 1)}, "labels", "error", r"values 7, .*\(1, 2\) leave out"),
         ({"values": (0,)}, "labels", "warning", "background only"),
     ],

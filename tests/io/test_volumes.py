@@ -246,6 +246,13 @@ def test_kinds(tmp_path):
         volumes.read_volume(zeros, kind="mask")
     with pytest.raises(UserError, match="zeros.nii is constant"):
         volumes.read_volume(zeros)
+    for name, values in (("wrapped", np.int8([-56])), ("unlabelled", np.float32([-1]))):
+        below = np.resize(values, (2, 3, 4)) * np.eye(3, 4, dtype=values.dtype)
+        path = nifti(tmp_path / f"{name}.nii", below)
+        said = rf"{name}.nii has negative labels \(down to {values[0]:.0f}\)"
+        with pytest.raises(UserError, match=said):
+            volumes.read_volume(path, kind="labels")
+        assert volumes.read_volume(path, kind="stored").array.min() == values[0]
     huge = nifti(tmp_path / "huge.nii", np.full((2, 3, 4), 3e9))
     with pytest.raises(UserError, match="beyond 32-bit"):
         volumes.read_volume(huge, kind="labels")
