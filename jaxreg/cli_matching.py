@@ -112,13 +112,13 @@ def match_verb(  # noqa: PLR0913
     _check(point, points, points_out, [fixed, moving], model, spacing)
     from jaxreg import register
     from jaxreg.data import preprocess
-    from jaxreg.io import files, tables, volumes
+    from jaxreg.io import tables, volumes
 
     modalities = [preprocess.kind(m.value) for m in (fixed_modality, moving_modality)]
     register.check_intensities(ct_window, quantile_range, modalities)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
-        files.check_readable(path, name)
+        volumes.check_source(path, name)
     table = None if points is None else tables.read(points, "--points")
     describe = _by_mind(spacing) if model.lower() == _MIND else _by_sam(model)
 

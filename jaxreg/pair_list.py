@@ -214,10 +214,12 @@ def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
         else:
             fields[name] = cell if name in _WORDS else folder / cell
     pair = PairSpec(**fields)
-    for name in (*_IMAGES, *_LANDMARKS):
+    checks = {name: volumes.check_source for name in _IMAGES}
+    checks |= {name: files.check_readable for name in _LANDMARKS}
+    for name, check in checks.items():
         value = getattr(pair, name)
-        if value is not None and not value.is_file():
-            raise UserError(f"{where}: {name} {value} does not exist; check the path")
+        if value is not None:
+            check(value, f"{where}: {name}")
     return pair
 
 
@@ -251,7 +253,9 @@ def pair_names(pairs: Sequence[PairSpec]) -> tuple[str, ...]:
         called = {path: whole[path].relative_to(common) for path in paths}
 
     def name(path: pathlib.Path) -> str:
-        return called[path].as_posix().removesuffix(files.full_suffix(path))
+        # A folder's name, as of a DICOM series, may have points that part nothing.
+        suffix = "" if path.is_dir() else files.full_suffix(path)
+        return called[path].as_posix().removesuffix(suffix)
 
     return tuple(f"{name(pair.moving)} to {name(pair.fixed)}" for pair in pairs)
 

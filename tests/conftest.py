@@ -1,5 +1,6 @@
 """Shared by all tests: the golden arrays and the stand-in for torchvision."""
 
+import locale
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import types
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 
 # Before jax is imported: the grids are tiny, and compiling a network's gradient takes
 # far longer than running it. Halves the compile time; numbers agree to rounding.
@@ -76,3 +78,31 @@ def icon():
 def unigradicon(icon):
     """The unigradicon package, or a skip where it is not installed."""
     return pytest.importorskip("unigradicon")
+
+
+@pytest.fixture(scope="session")
+def dicom_series():
+    """Writes a series: dicom_series(folder, array), int16 D H W of 1.5 x 2 x 3 mm."""
+
+    def write(folder: pathlib.Path, array: np.ndarray, intercept=-1024) -> None:
+        # SimpleITK's writer of DICOM sets the process's locale to "C".
+        before = locale.setlocale(locale.LC_ALL)
+        folder.mkdir(exist_ok=True)
+        for k, plane in enumerate(array):
+            image = sitk.GetImageFromArray(plane)
+            image.SetSpacing((1.5, 2.0))
+            tags = {
+                "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0008|0060": "CT",
+                "0020|0032": f"-10\\5\\{20 + 3 * k}", "0020|0037": "1\\0\\0\\0\\1\\0",
+                "0020|0013": str(k), "0008|0018": f"1.2.3.4.{k + 1}",
+                "0028|1052": str(intercept), "0028|1053": "1",
+            }  # fmt: skip
+            for key, value in tags.items():
+                image.SetMetaData(key, value)
+            writer = sitk.ImageFileWriter()
+            writer.KeepOriginalImageUIDOn()
+            writer.SetFileName(str(folder / f"{k}.dcm"))
+            writer.Execute(image)
+        locale.setlocale(locale.LC_ALL, before)
+
+    return write

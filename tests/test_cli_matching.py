@@ -92,6 +92,18 @@ def test_a_table_keeps_its_other_columns(folder, tmp_path, capsys):
     np.testing.assert_allclose(found, POINTS_RAS + SHIFT, atol=1.2)
 
 
+def test_dicom_folders_are_scans(tmp_path, capsys, dicom_series):
+    noise = np.random.default_rng(0).normal(size=(14, 16, 18))
+    array = (3000 * ndimage.gaussian_filter(noise, 1.5)).astype(np.int16)
+    dicom_series(tmp_path, array)
+    point = ["--point", "2", "21", "41"]
+    scans = ["--fixed", str(tmp_path), "--moving", str(tmp_path)]
+    argv = ["match", *scans, *COMMON, "--model", "mind", *FINE, *point]
+    assert cli.main(argv) == 0
+    (row,) = printed(capsys.readouterr().out)
+    np.testing.assert_allclose([row[f"found {a}"] for a in "xyz"], [2, 21, 41], atol=1)
+
+
 def test_weights_of_sam_are_taken(folder, tmp_path, capsys):
     out = tmp_path / "found.csv"
     point = ["--point", "8", "20", "25", "--points-frame", "ras"]

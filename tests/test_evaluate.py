@@ -493,6 +493,24 @@ def test_what_fails_on_one_pair_is_missing_there_alone(spec):
     assert "Pairs that failed and are in no mean: tool 1." in results.markdown(found)
 
 
+def test_scans_label_maps_and_masks_may_be_dicom_folders(tmp_path, dicom_series):
+    for name, shift in (("11", 0), ("12", SHIFT)):
+        labels = label_map(shift).astype(np.int16)
+        brightness = 100 * labels + np.arange(labels.size).reshape(SHAPE) % 7
+        dicom_series(tmp_path / f"1.2.{name}", brightness.astype(np.int16), 0)
+        dicom_series(tmp_path / f"label{name}", labels, 0)
+    (tmp_path / "pairs.csv").write_text(
+        "fixed,moving,fixed_label,moving_label,fixed_mask,moving_mask\n"
+        "1.2.11,1.2.12,label11,label12,label11,label12\n"
+        "1.2.12,1.2.11,label12,label11,,\n"
+    )
+    pairs = evaluate.read_pairs(tmp_path / "pairs.csv")
+    options = dataclasses.replace(OPTIONS, input_masking=True)
+    found = evaluate.evaluate(pairs[:1], loaded(Shifting()), options).rows[-1]
+    assert found.dice == {1: 1.0, 2: 1.0}
+    assert evaluate.pair_names(pairs) == ("1.2.12 to 1.2.11", "1.2.11 to 1.2.12")
+
+
 def test_a_pair_that_cannot_be_read_fails_in_every_way(spec, tmp_path, folder):
     """The header is sound, the voxels are cut off."""
     path = tmp_path / "cut.nii"

@@ -434,7 +434,10 @@ class _ScanReader:
         if self.cache is None:
             return None
         given = {what: path for what, path in sources.items() if path is not None}
-        if any(p.suffix.lower() in cache_lib.DETACHED for p in given.values()):
+        several = (
+            p.is_dir() or p.suffix.lower() in cache_lib.DETACHED for p in given.values()
+        )
+        if any(several):  # files, of which a digest of one says nothing
             return None
         digests = {what: self.cache.digest(p, what) for what, p in given.items()}
         settings = {

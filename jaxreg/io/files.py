@@ -28,7 +28,8 @@ _CHUNK = 2**20
 _NAME_BYTES = 255  # NAME_MAX of the usual file systems
 _STEM_BYTES = 40
 GZIP = b"\x1f\x8b"
-_MOST_PACKED = 1040  # deflate makes at most 1032 bytes of one (zlib's documentation)
+MOST_PACKED = 1040
+"""Bytes that one compressed byte can hold: 1032 of deflate, and what is around it."""
 # What the machine can do to a write in progress; anything else is a defect of ours.
 _MACHINE_ERRORS = {
     errno.ENAMETOOLONG,
@@ -237,7 +238,7 @@ def read_bytes(
         with path.open("rb") as file:
             file.seek(start)
             there = path.stat().st_size - start
-            if skip + size > there * (_MOST_PACKED if wrapper else 1):
+            if skip + size > there * (MOST_PACKED if wrapper else 1):
                 raise EOFError(
                     f"its header claims {size} bytes of voxels, {there} bytes are left"
                 )

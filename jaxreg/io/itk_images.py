@@ -94,16 +94,25 @@ def open_itk(path: pathlib.Path) -> ItkImage:
             "one number per voxel; extract one component or convert it to grey"
         )
     fields, header_bytes = text_header(path)
+    affine = affine_mm(reader, unit_mm(fields, path))
+    dtype = np.dtype(_DTYPES.get(pixel, "V"))
+    return ItkImage(path, shape, affine, reader, dtype, fields, header_bytes)
+
+
+def affine_mm(reader: sitk.ImageFileReader, scale: float) -> np.ndarray:
+    """Returns where voxels lie: 4x4, (i, j, k, 1) to RAS+ mm; the identity in 2D.
+
+    Args:
+      reader: that has read a header.
+      scale: how many mm the header's unit of length is, see `unit_mm`.
+    """
     n = reader.GetDimension()
     affine = np.eye(4)
-    direction = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
     if n >= 3:
-        affine[:3, :3] = direction * np.asarray(reader.GetSpacing()[:3])
-        affine[:3, 3] = reader.GetOrigin()[:3]
-        scale = _unit_mm(fields, path)
-        affine = np.diag([scale, scale, scale, 1.0]) @ affine
-    dtype = np.dtype(_DTYPES.get(pixel, "V"))
-    return ItkImage(path, shape, LPS @ affine, reader, dtype, fields, header_bytes)
+        direction = np.reshape(reader.GetDirection(), (n, n))[:3, :3]
+        affine[:3, :3] = scale * direction * np.asarray(reader.GetSpacing()[:3])
+        affine[:3, 3] = scale * np.asarray(reader.GetOrigin()[:3])
+    return LPS @ affine
 
 
 def check_text_header(path: pathlib.Path) -> None:
@@ -134,7 +143,8 @@ def read_itk(image: ItkImage) -> np.ndarray:
         flat = files.read_bytes(source, size, start=start, wrapper=wrapper)
         stored = flat.view(image.dtype.newbyteorder(order))
         return nifti.native(stored).reshape(image.shape[::-1])
-    _check_size(image)
+    if not path.is_dir():  # a series, each file of which GDCM looks after
+        _check_size(image)
     try:
         return sitk.GetArrayFromImage(image.reader.Execute())
     except MemoryError as error:
@@ -243,7 +253,7 @@ def text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
     return fields, min(at, len(head))
 
 
-def _unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:
+def unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:
     """Returns how many mm the header's unit of length is; mm if it names none."""
     if "space units" in fields:
         named = re.findall(r'"([^"]*)"', fields["space units"])

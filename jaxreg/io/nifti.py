@@ -143,7 +143,7 @@ def affine_mm(file: Nifti) -> np.ndarray:
         code = int(file.header[f"{form}_code"])
         if code > 0 and code not in _KNOWN_CODES:
             _warn(f"{path}: {form}_code is {code}, which has no meaning; taken as set")
-    unit, scale = _unit(file)
+    unit, scale = unit_mm(file)
     affine = np.diag([scale, scale, scale, 1.0]) @ _chosen_form(file)
     sides = np.linalg.norm(affine[:3, :3], axis=0)
     low, high = _PLAUSIBLE_MM
@@ -312,7 +312,7 @@ def _agree(file: Nifti, sform: np.ndarray, qform: np.ndarray | None) -> bool:
     return Grid(shape, sform).matches(Grid(shape, qform))
 
 
-def _unit(file: Nifti) -> tuple[str, float]:
+def unit_mm(file: Nifti) -> tuple[str, float]:
     """Returns the header's unit of length and how many mm it is; unknown is mm."""
     code = int(file.header["xyzt_units"]) & 7
     return UNITS_MM.get(code, ("unknown", 1.0))

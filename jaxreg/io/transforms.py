@@ -33,7 +33,6 @@ _REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
 _COMPOSITE = "CompositeTransform"
 _FIELD = "DisplacementFieldTransform"
 _TYPE_ENDING = "_double_3_3"
-_MOST_DEFLATED = 1032  # to 1: what claims to unpack to more is damaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +222,9 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
     """Reads a displacement field of NRRD or MetaImage: Slicer's, elastix' or ITK's.
 
     Args:
-      path: .nrrd, .nhdr, .mha or .mhd with three numbers per voxel, LPS mm whatever
-        frame the header has, as ITK and Slicer take them.
+      path: .nrrd, .nhdr, .mha or .mhd with three numbers per voxel, LPS whatever frame
+        the header has, as ITK and Slicer take them. Lengths, of the grid and of the
+        vectors, are in the header's unit, mm if it names none.
 
     Returns:
       Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
@@ -259,13 +259,11 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
             "LPS mm all the same, as ITK and 3D Slicer do",
             stacklevel=2,
         )
-    affine = np.eye(4)
-    direction = np.reshape(image.GetDirection(), (3, 3))
-    affine[:3, :3] = direction * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    grid = Grid(image.GetSize()[::-1], _FLIP @ affine @ _REVERSE)
+    scale = itk_images.unit_mm(itk_images.text_header(path)[0], path)
+    grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ _REVERSE)
     _check_regular(grid, path)
-    return _on_grid(sitk.GetArrayFromImage(image), grid, _FLIP, path)
+    turn = _FLIP @ np.diag([scale, scale, scale, 1.0])
+    return _on_grid(sitk.GetArrayFromImage(image), grid, turn, path)
 
 
 def _check_claim(path: pathlib.Path, size: tuple[int, ...]) -> None:
@@ -273,7 +271,7 @@ def _check_claim(path: pathlib.Path, size: tuple[int, ...]) -> None:
     detached = path.suffix.lower() in (".nhdr", ".mhd")
     claimed = 3 * np.prod([float(n) for n in size])
     stored = path.stat().st_size
-    if claimed > (3 * volumes.MAX_VOXELS if detached else _MOST_DEFLATED * stored):
+    if claimed > (3 * volumes.MAX_VOXELS if detached else files.MOST_PACKED * stored):
         raise UserError(
             f"{path} claims {' x '.join(map(str, size))} vectors in {stored} bytes; "
             "write or fetch it again"

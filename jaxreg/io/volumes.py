@@ -200,6 +200,13 @@ def read_nifti_vectors(path: files.PathLike) -> tuple[np.ndarray, Grid, str]:
     space = _spatial_shape(shape[:3], path)
     grid = Grid(space, _reversed_columns(nifti.affine_mm(file)))
     _check_grid(grid, path)
+    unit, scale = nifti.unit_mm(file)
+    if scale != 1:
+        warnings.warn(
+            f"{path} counts lengths in {unit} by its header (xyzt_units); its grid is "
+            "taken so, its vectors in mm, as ITK takes them",
+            stacklevel=2,
+        )
     array = nifti.read_voxels(file)  # 3 1 D H W
     vectors = np.moveaxis(array[:, 0], 0, -1).astype(np.float32)
     if file.scale is not None:

@@ -522,6 +522,53 @@ def test_reads_grid_transforms_of_slicer(tmp_path, suffix):
     )
 
 
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha"])
+def test_a_field_in_micron_is_the_same_map(tmp_path, suffix):
+    """All lengths of a header's unit, the grid's and the vectors', as one map has."""
+    field, image = small_field()
+    sitk.WriteImage(image, str(tmp_path / f"mm{suffix}"))
+    large = sitk.Compose(
+        [sitk.VectorIndexSelectionCast(image, i) * 1000 for i in range(3)]
+    )
+    large.SetSpacing((1000 * np.array(image.GetSpacing())).tolist())
+    large.SetOrigin((1000 * np.array(image.GetOrigin())).tolist())
+    large.SetDirection(image.GetDirection())
+    path = tmp_path / f"um{suffix}"
+    sitk.WriteImage(large, str(path))
+    data = path.read_bytes()
+    if suffix == ".nrrd":
+        data = data.replace(b"kinds:", b'space units: "um" "um" "um"\nkinds:', 1)
+    else:
+        data = data.replace(b"ElementNum", b"DistanceUnits = um\nElementNum", 1)
+    path.write_bytes(data)
+    points = points_in(field, count=200)
+    got, expected = (
+        transforms.read_transform(tmp_path / f"{unit}{suffix}").map_points(points)
+        for unit in ("um", "mm")
+    )
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert np.abs(expected - points).max() > 1
+
+
+def test_a_nifti_field_in_micron_is_taken_as_itk_takes_it(tmp_path):
+    field, image = small_field()
+    vectors = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3)[:, :, :, None]
+    affine = np.diag([1000, 1000, 1000, 1]) @ field.affine_mm[:, [2, 1, 0, 3]]
+    nifti = nib.Nifti1Image(vectors, affine)
+    nifti.header.set_intent("vector")
+    nifti.header.set_xyzt_units("micron")
+    nib.save(nifti, tmp_path / "t.nii")
+    with pytest.warns(UserWarning, match="lengths in micron .* its vectors in mm"):
+        read = transforms.read_transform(tmp_path / "t.nii")
+    theirs = sitk.ReadImage(str(tmp_path / "t.nii"), sitk.sitkVectorFloat64)
+    points = points_in(field, count=200)
+    np.testing.assert_allclose(
+        read.map_points(points),
+        itk_map(sitk.DisplacementFieldTransform(theirs), points),
+        atol=1e-4,
+    )
+
+
 @pytest.mark.parametrize("claimed", ["1e300", "-1", "11", "99999999999", "three"])
 def test_a_metaimage_of_impossible_axes_does_not_end_the_process(tmp_path, claimed):
     """MetaIO writes beyond its arrays of 10: SimpleITK crashes, also with scans."""

@@ -539,34 +539,12 @@ def test_a_name_of_249_bytes_is_written(tmp_path):
         volumes.write_volume(tmp_path / ("a" * 300 + ".nii.gz"), volume())
 
 
-@pytest.fixture
-def own_locale():
-    """Puts the process's locale back, which SimpleITK's writer of DICOM sets to "C"."""
+def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path, dicom_series):
     before = locale.setlocale(locale.LC_ALL)
-    yield before
-    locale.setlocale(locale.LC_ALL, before)
-
-
-def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path, own_locale):
-    array = np.arange(5 * 6 * 7, dtype=np.int16).reshape(5, 6, 7)
-    for k in range(5):
-        image = sitk.GetImageFromArray(array[k])
-        image.SetSpacing((1.5, 2.0))
-        tags = {
-            "0020|000e": "1.2.3.4", "0020|000d": "1.2.3", "0008|0060": "CT",
-            "0020|0032": f"-10\\5\\{20 + 3 * k}", "0020|0037": "1\\0\\0\\0\\1\\0",
-            "0020|0013": str(k), "0008|0018": f"1.2.3.4.{k + 1}",
-            "0028|1052": "-1024", "0028|1053": "1",
-        }  # fmt: skip
-        for key, value in tags.items():
-            image.SetMetaData(key, value)
-        writer = sitk.ImageFileWriter()
-        writer.KeepOriginalImageUIDOn()
-        writer.SetFileName(str(tmp_path / f"{k}.dcm"))
-        writer.Execute(image)
-    locale.setlocale(locale.LC_ALL, own_locale)
+    # More voxels than a folder's entry has bytes.
+    dicom_series(tmp_path, np.arange(5 * 60 * 70, dtype=np.int16).reshape(5, 60, 70))
     read = volumes.read_volume(tmp_path)
-    assert locale.setlocale(locale.LC_ALL) == own_locale
+    assert locale.setlocale(locale.LC_ALL) == before
     names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
     itk = sitk.ReadImage(names)
     np.testing.assert_array_equal(read.array, sitk.GetArrayFromImage(itk))
