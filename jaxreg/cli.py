@@ -58,7 +58,7 @@ from jaxreg.cli_progress import compiling, interrupted, shorter
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxreg.space.grid import Volume
+    from jaxreg.space.grid import Grid, Volume
     from jaxreg.space.transform import Transform
     from jaxreg.zoo import LoadedModel
 
@@ -370,7 +370,7 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
-    from jaxreg.io import transforms, volumes
+    from jaxreg.io import volumes
     from jaxreg.space import transform as transform_lib
 
     for name, path in scans.items():
@@ -415,15 +415,8 @@ def _register(
             moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
 
+    result = _write_transforms(outputs, result, fixed.grid, moving.grid)
     numbers = register_lib.summary(result)
-    if outputs["--transform-out"]:
-        transforms.write_transform(
-            outputs["--transform-out"], result.transform, fixed.grid
-        )
-    if outputs["--inverse-out"] and result.inverse is not None:
-        transforms.write_transform(
-            outputs["--inverse-out"], result.inverse, moving.grid
-        )
     if outputs["--warped-moving-out"]:
         warped = transform_lib.warp_volume(
             stored, result.transform, fixed.grid, fill=value
@@ -438,6 +431,27 @@ def _register(
         )  # fmt: skip
     print_numbers(numbers)
     _print_written(outputs.values())
+
+
+def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
+    """Writes what was asked for; returns the result, measured by what is in the files.
+
+    A displacement field on a scan's grid is read linearly between its voxels, which is
+    another map than that in memory.
+    """
+    from jaxreg.io import transforms
+    from jaxreg.space import transform as transform_lib
+
+    maps = {"transform": result.transform, "inverse": result.inverse}
+    for name, grid in (("transform", fixed), ("inverse", moving)):
+        path, mapping = outputs[f"--{name}-out"], maps[name]
+        if path is not None and mapping is not None:
+            transforms.write_transform(path, mapping, grid)
+            maps[name] = transforms.as_written(path, mapping)
+    if result.inverse is None:
+        return result
+    residual = transform_lib.round_trip_mm(**maps, fixed=fixed, moving=moving)
+    return dataclasses.replace(result, inverse_residual_mm=residual)
 
 
 def _fetch(weights: str | pathlib.Path) -> "LoadedModel":
@@ -516,12 +530,10 @@ def warp_verb(
     elif moving is not None:
         raise UserError("--moving needs --warped-moving-out, where to write the result")
 
-    from jaxreg.io import files, transforms, volumes
+    from jaxreg.io import transforms, volumes
     from jaxreg.space import transform as transform_lib
 
-    for name, path in (("--fixed", fixed), ("--moving", moving), ("--points", points)):
-        if path is not None:
-            files.check_readable(path, name)
+    _check_sources({"--fixed": fixed, "--moving": moving}, points)
     mapping = transform_lib.Transform(())
     if transform is not None:
         mapping = transforms.read_transform(transform)
@@ -531,6 +543,7 @@ def warp_verb(
         map_points(points, points_out, mapping, frame=points_frame, fixed=fixed)
     if warped_moving_out is not None and fixed is not None and moving is not None:
         grid = volumes.read_grid(fixed)
+        _warn_beyond(mapping, transform, grid, fixed)
         stored = volumes.read_volume(moving, kind="stored")
         volumes.check_storable(fill, stored)
         warped = transform_lib.warp_volume(
@@ -538,6 +551,28 @@ def warp_verb(
         )
         volumes.write_volume(warped_moving_out, warped)
     _print_written(outputs.values())
+
+
+def _warn_beyond(mapping: "Transform", transform, grid: "Grid", fixed) -> None:
+    from jaxreg.space import transform as transform_lib
+
+    percent = transform_lib.beyond_percent(mapping, grid)
+    if percent > 0:
+        warn(
+            f"{percent:.2g} % of the voxels of {fixed} lie beyond the displacement "
+            f"field of {transform}, which displaces nothing there; expect a jump at "
+            "its edge, or use a field that covers the scan"
+        )
+
+
+def _check_sources(scans: Mapping[str, pathlib.Path | None], points) -> None:
+    from jaxreg.io import files, volumes
+
+    for name, path in scans.items():
+        if path is not None:
+            volumes.check_source(path, name)
+    if points is not None:
+        files.check_readable(points, "--points")
 
 
 def _check_warp_options(fixed, moving, *, linear: bool, nearest: bool) -> None:
@@ -593,6 +628,7 @@ def jacobian_verb(
 
     grid = volumes.read_grid(fixed)
     mapping = transforms.read_transform(transform)
+    _warn_beyond(mapping, transform, grid, fixed)
     determinant = transform_lib.jacobian_map(mapping, grid)
     if jacob is not None:
         volumes.write_volume(jacob, Volume(determinant, grid))

@@ -155,8 +155,8 @@ class Registration:
     Attributes:
       transform: fixed mm to moving mm (RAS+), what a resampler needs.
       inverse: moving mm to fixed mm, or None if not asked for.
-      inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` over the moving
-        network grid's voxels that come from inside the fixed scan, or None.
+      inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` within the
+        moving scan, of the two transforms above; see `transform.round_trip_mm`.
       fixed_grid: the fixed scan's network grid.
       moving_grid: the moving scan's network grid; with a pre-alignment, the fixed
         scan's moved by its affine part.
@@ -471,7 +471,11 @@ def register(
                 if options.prealign == "none" or start is None
                 else start.carried(fixed.grid)
             )
-            inverse, residual = _inverse(forward, back, grids, moving.grid, over)
+            inverse = _inverse(forward, back, grids, moving.grid, over)
+            # Of what is returned: a field is read linearly between its voxels.
+            residual = transform_lib.round_trip_mm(
+                transform, inverse, fixed.grid, moving.grid
+            )
     return Registration(
         transform=transform,
         inverse=inverse,
@@ -1149,11 +1153,10 @@ def _solve_inverse(forward, start):
 
 
 def _inverse(forward, backward, grids, scan: Grid, over: Grid | None):
-    """Returns the inverse in mm and its (mean, maximal) residual in mm.
+    """Returns the inverse in mm.
 
     The fixed point iteration starts from the backward prediction, which is nearly the
-    inverse already. Voxels whose partner lies outside the fixed scan have no inverse
-    to be measured against.
+    inverse already.
 
     Args:
       forward: in unit coordinates of the network grids, also beyond them.
@@ -1178,14 +1181,5 @@ def _inverse(forward, backward, grids, scan: Grid, over: Grid | None):
     (start,) = transform_lib.padded(backward, shape, padding).steps
     assert isinstance(start, transform_lib.Displacement)
     field = _solve_inverse(forward, start.field)
-    gap_mm = np.asarray(_gap(forward, field)) @ moving.unit_to_mm[:3, :3].T
-    partner = np.asarray(sampling.identity(moving.shape) + field)
-    inside = np.all((partner >= 0) & (partner <= 1), axis=-1)
-    residual = np.linalg.norm(gap_mm, axis=-1)[inside]
-    measured = (
-        (float(residual.mean()), float(residual.max()))
-        if residual.size
-        else (math.nan, math.nan)
-    )
     unit = transform_lib.Transform((transform_lib.Displacement(field),))
-    return transform_lib.in_world(unit, moving, fixed), measured
+    return transform_lib.in_world(unit, moving, fixed)

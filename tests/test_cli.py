@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import gzip
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -445,6 +446,9 @@ def test_displacement_end_to_end(inputs, tmp_path, capsys):
     mapping = transforms.read_transform(tmp_path / "transform.h5")
     again = transform_lib.warp_volume(moving, mapping, grid())
     np.testing.assert_allclose(again.array, warped.array, atol=1)
+    assert_residual_is_that_of_the_files(
+        captured.out, tmp_path / "transform.h5", tmp_path / "inverse.nii.gz"
+    )
     page = (tmp_path / "report.html").read_text()
     assert "data:image/png;base64," in page
     assert "--transform-out" in page
@@ -452,6 +456,29 @@ def test_displacement_end_to_end(inputs, tmp_path, capsys):
     assert leftovers == {
         "transform.h5", "warped.nii.gz", "inverse.nii.gz", "report.html",
     }  # fmt: skip
+
+
+def assert_residual_is_that_of_the_files(said: str, there: pathlib.Path, back) -> None:
+    """Against SimpleITK, which composes the two files at points of its own."""
+    field = sitk.ReadImage(str(back), sitk.sitkVectorFloat64)
+    inverse = sitk.DisplacementFieldTransform(field)
+    transform = sitk.ReadTransform(str(there))
+    span = np.asarray(SHAPE) - 1
+    rng = np.random.default_rng(1)
+    lps = np.array([-1, -1, 1, 1.0])
+    gaps = []
+    for voxel in rng.random((4000, 3)) * span:
+        x = (grid().affine_mm @ [*voxel, 1.0] * lps)[:3]
+        partner = inverse.TransformPoint(x)
+        at = np.linalg.inv(grid().affine_mm) @ (np.array([*partner, 1.0]) * lps)
+        if (at[:3] >= 0).all() and (at[:3] <= span).all():
+            gaps.append(np.linalg.norm(np.array(transform.TransformPoint(partner)) - x))
+    line = next(row for row in said.splitlines() if row.startswith("inverse residual"))
+    mean, largest = (float(word) for word in re.findall(r"([0-9.]+) mm", line))
+    deviation = np.std(gaps) / np.sqrt(len(gaps))
+    assert abs(mean - np.mean(gaps)) < 5 * deviation + 2e-4
+    assert np.quantile(gaps, 0.999) - 2e-3 < largest
+    assert mean > 5e-4  # a field of 8 voxels is not its own inverse between them
 
 
 def test_network_end_to_end(inputs, weights, tmp_path, capsys):
@@ -717,6 +744,57 @@ def test_warp_linear_is_the_identity_without_transform(inputs, tmp_path, capsys)
     np.testing.assert_array_equal(
         volumes.read_volume(out, kind="stored").array, blob(2.0)
     )
+
+
+def test_warp_takes_dicom_folders(tmp_path, capsys, dicom_series):
+    """As register does, and what it gives is what the converted scan gives."""
+    dicom_series(tmp_path / "a.1", blob())
+    scan = volumes.read_volume(tmp_path / "a.1", kind="stored")
+    volumes.write_volume(tmp_path / "a.nii.gz", scan)
+    matrix = np.eye(4)
+    matrix[:3, 3] = [1.0, 2.0, 3.0]
+    shift = transform_lib.Transform((transform_lib.Affine(matrix),))
+    transforms.write_transform(tmp_path / "t.tfm", shift, scan.grid)
+    found = []
+    for name in ("a.1", "a.nii.gz"):
+        out = tmp_path / f"w{len(found)}.nii.gz"
+        argv = ["warp", "--fixed", tmp_path / name, "--moving", tmp_path / name,
+                "--transform", tmp_path / "t.tfm", "--linear",
+                "--warped-moving-out", out]  # fmt: skip
+        assert cli.main([*map(str, argv)]) == 0
+        found.append(volumes.read_volume(out, kind="stored").array)
+    assert found[0].std() > 50
+    np.testing.assert_array_equal(*found)
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    argv = ["warp", "--fixed", tmp_path / "a.1", "--moving", tmp_path / "empty",
+            "--linear", "--warped-moving-out", tmp_path / "x.nii.gz"]  # fmt: skip
+    assert "holds no DICOM image" in refused([*map(str, argv)], capsys)
+
+
+@pytest.mark.parametrize("verb", ["warp", "jacobian"])
+def test_a_field_that_covers_a_part_of_the_scan_is_told(verb, tmp_path, capsys):
+    """12 of 20 slices by two axes of 24 and 22, of which it has 12 and 11."""
+    field = np.zeros((12, 12, 11, 3), np.float32) + np.float32([1, 0, 0])
+    image = sitk.GetImageFromArray(field, isVector=True)
+    affine = grid().affine_mm[:, [2, 1, 0, 3]]
+    image.SetSpacing(np.linalg.norm(affine[:3, :3], axis=0).tolist())
+    image.SetOrigin((affine[:3, 3] * [-1, -1, 1]).tolist())
+    image.SetDirection([-1, 0, 0, 0, -1, 0, 0, 0, 1])
+    sitk.WriteImage(image, str(tmp_path / "t.nrrd"))
+    scan = save(tmp_path / "f.nii.gz", blob())
+    argv = [verb, "--fixed", scan, "--transform", str(tmp_path / "t.nrrd")]
+    if verb == "warp":
+        argv += ["--moving", scan, "--linear"]
+        argv += ["--warped-moving-out", str(tmp_path / "w.nii.gz")]
+    assert cli.main(argv) == 0
+    said = capsys.readouterr().err
+    assert f"85 % of the voxels of {scan} lie beyond the displacement field of" in said
+    if verb == "warp":
+        warped = volumes.read_volume(tmp_path / "w.nii.gz", kind="stored").array
+        still = warped == blob()
+        assert still[12:].all() and still[:, 12:].all() and still[:, :, 11:].all()
+        assert not still[:12, :12, :11].all()
 
 
 def test_jacobian_of_a_scaling(inputs, tmp_path, capsys):

@@ -183,7 +183,8 @@ def test_a_bend_lies_between_the_network_and_the_affine_map(scans, monkeypatch, 
     # Both fields became one on the network grid.
     np.testing.assert_allclose(mapped, expected, atol=0.05)
     np.testing.assert_allclose(result.inverse.map_points(mapped), POINTS, atol=0.05)
-    assert result.inverse_residual_mm[0] < 0.02
+    # Between the voxels of the network grid as well.
+    assert result.inverse_residual_mm[0] < 0.03
 
 
 @pytest.mark.parametrize("bent", [False, True], ids=["affine", "coarse"])

@@ -174,15 +174,47 @@ def count_beyond(transform: Transform, points_mm: np.ndarray) -> int:
       transform: fixed mm to moving mm.
       points_mm: P 3, RAS+.
     """
-    at = np.asarray(points_mm, np.float64)
+    found = _first_field(transform)
+    if found is None:
+        return 0
+    voxels = np.asarray(found[0](np.asarray(points_mm, np.float64)))
+    inside = (voxels > -1) & (voxels < np.asarray(found[1]))
+    return int((~inside.all(-1)).sum())
+
+
+def beyond_percent(transform: Transform, grid: grid_lib.Grid) -> float:
+    """Returns how much of a grid the transform's first field does not reach, 0 to 100.
+
+    Beyond half a voxel outside its own grid a field displaces nothing. Of a large grid
+    up to 64 voxels along each axis are looked at, evenly, the outermost among them.
+
+    Args:
+      transform: from the grid's mm, its fields with outside="half_voxel".
+      grid: of a scan.
+    """
+    found = _first_field(transform)
+    if found is None:
+        return 0.0
+    axes = [np.linspace(0, n - 1, min(n, _LOOKED_AT)) for n in grid.shape]
+    index = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
+    voxels = np.asarray(found[0](Affine(grid.voxel_to_mm)(index)))
+    edge = 0.5 + 1e-3  # a rounding of headers
+    inside = (voxels >= -edge) & (voxels <= np.asarray(found[1]) - 1 + edge)
+    return float(100 * (~inside.all(-1)).mean())
+
+
+_LOOKED_AT = 64
+
+
+def _first_field(transform: Transform) -> tuple[Affine, grid_lib.Shape] | None:
+    """Returns what leads to the voxels of the first field, and its shape, if any."""
+    matrix = np.eye(4)
     for step in transform.steps:
         if isinstance(step, Displacement):
-            shape = step.field.shape[1:4]
-            voxels = at * grid_lib.unit_scale(shape)
-            inside = (voxels > -1) & (voxels < np.asarray(shape))
-            return int((~inside.all(-1)).sum())
-        at = np.asarray(step(at))
-    return 0
+            shape = tuple(step.field.shape[1:4])
+            return Affine(grid_lib.unit_to_voxel(shape) @ matrix), shape
+        matrix = np.asarray(step.matrix, np.float64) @ matrix
+    return None
 
 
 def padded_to_unit(shape: grid_lib.Shape, padding: np.ndarray) -> np.ndarray:
@@ -374,6 +406,57 @@ def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:
     mapped = _by_slabs(steps, fixed.shape, lambda points: points)
     voxels = np.stack(np.meshgrid(*map(np.arange, fixed.shape), indexing="ij"), -1)
     return ((mapped - voxels) @ fixed.voxel_to_mm[:3, :3].T).astype(np.float32)
+
+
+_ROUND_TRIPS = 2**17  # points: a mean to a few per mille
+
+
+@jax.jit
+def _there_and_back(back, there, points):
+    """Where `back` leads from points 1 P 3, and how far off `there` returns from it."""
+    partner = Transform(back).map_points(points)
+    return partner, Transform(there).map_points(partner) - points
+
+
+def round_trip_mm(
+    transform: Transform,
+    inverse: Transform,
+    fixed: grid_lib.Grid,
+    moving: grid_lib.Grid,
+) -> tuple[float, float]:
+    """Returns the mean and the maximum of ``|T(T_inverse(x)) - x|`` in mm.
+
+    At points x drawn evenly between the moving scan's outer voxel centres, the same
+    ones each time, whose partner lies between those of the fixed scan: what is outside
+    has no inverse. The points lie between the voxels of fields too, where an inverse
+    that is exact at its voxels is not.
+
+    Args:
+      transform: fixed mm to moving mm.
+      inverse: moving mm to fixed mm.
+      fixed: the fixed scan's grid.
+      moving: the moving scan's grid.
+
+    Returns:
+      NaN twice if no point has a partner.
+    """
+    span = np.asarray(moving.shape) - 1
+    points = np.random.default_rng(0).random((1, _ROUND_TRIPS, 3)) * span
+    # From voxel to voxel, as in `warp_volume`.
+    to_fixed, to_moving = (
+        Affine(np.linalg.inv(grid.voxel_to_mm)) for grid in (fixed, moving)
+    )
+    back = (Affine(moving.voxel_to_mm), *inverse.steps, to_fixed)
+    there = (Affine(fixed.voxel_to_mm), *transform.steps, to_moving)
+    partner, gap = _there_and_back(
+        _merge_affines(back), _merge_affines(there), points.astype(np.float32)
+    )
+    inside = (partner >= 0) & (partner <= np.asarray(fixed.shape) - 1)
+    gap_mm = np.asarray(gap) @ moving.voxel_to_mm[:3, :3].T
+    residual = np.linalg.norm(gap_mm, axis=-1)[np.asarray(inside).all(-1)]
+    if not residual.size:
+        return math.nan, math.nan
+    return float(residual.mean()), float(residual.max())
 
 
 _JACOBIAN_SLAB = _MANY  # voxels; the differences of a whole scan would take gigabytes

@@ -412,3 +412,14 @@ def test_no_padding_leaves_a_field_as_it_is():
     unit = Transform((Displacement(field()),))
     none = np.zeros((3, 2), int)
     assert transform.padded(unit, NETWORK, none) is unit
+
+
+def test_round_trip_of_a_map_and_what_is_not_quite_its_inverse():
+    linear = rotation(0.1, 0.0, -0.05)
+    there = Transform((Affine(matrix(linear, (1, -2, 0.5))),))
+    exact = np.linalg.inv(matrix(linear, (1, -2, 0.5)))
+    off = Transform((Affine(matrix(shift=(0.3, 0, -0.4)) @ exact),))
+    mean, largest = transform.round_trip_mm(there, off, FIXED, MOVING)
+    np.testing.assert_allclose([mean, largest], 0.5, atol=1e-4)
+    far = Transform((Affine(matrix(shift=(500, 0, 0))),))
+    assert np.isnan(transform.round_trip_mm(there, far, FIXED, MOVING)).all()
