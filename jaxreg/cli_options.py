@@ -27,6 +27,7 @@ class Modality(enum.StrEnum):
     """What kind of scan it is, for the intensity scale; of preprocess.CONTRASTS."""
 
     CT = "ct"
+    CBCT = "cbct"
     MRI = "mri"
     MR = "mr"
     T1 = "t1"
@@ -39,6 +40,8 @@ class Modality(enum.StrEnum):
     FA = "fa"
     FAT = "fat"
     WATER = "water"
+    US = "us"
+    PET = "pet"
 
 
 class Target(enum.StrEnum):

@@ -262,7 +262,7 @@ BAD = {
     "no output": ({"transform_out": None}, "--transform-out"),
     "no fixed": ({"fixed": None}, "--fixed"),
     "no modality": ({"fixed_modality": None}, "--fixed-modality"),
-    "modality": ({"fixed_modality": "pet"}, "--fixed-modality"),
+    "modality": ({"fixed_modality": "xray"}, "--fixed-modality"),
     "iterations abc": ({"io_iterations": "abc"}, "--io-iterations"),
     "iterations 0": ({"io_iterations": "0"}, "--io-iterations"),
     "iterations negative": ({"io_iterations": "-3"}, "--io-iterations"),

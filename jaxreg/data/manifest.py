@@ -38,8 +38,8 @@ class Record:
       image: the scan.
       subject: who was scanned; a name means one person within a dataset.
       dataset: what the image is a part of.
-      modality: any name (ct, t1, t2, fa, fat); "ct" in any case selects the CT window,
-        anything else the MRI rule.
+      modality: any name (ct, t1, t2, fa, fat); those of CT select the CT window,
+        anything else the MRI rule, see `preprocess.kind`.
       region: part of the body; the images of a pair show the same.
       label: label map on the image's grid.
       mask: mask on the image's grid, above 0 inside.

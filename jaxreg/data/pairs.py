@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from jaxreg.data import preprocess
 from jaxreg.data.manifest import Pairing, Record
 from jaxreg.errors import UserError
 
@@ -468,7 +469,7 @@ def _views(records: Sequence[Record], task: Task, i: int) -> dict[str, View]:
     """Returns what record i can be shown as, by modality."""
     modality = records[i].modality.lower()
     views = {modality: View(i)}
-    if task.invert_ct and modality == "ct":
+    if task.invert_ct and preprocess.kind(modality) == "ct":
         views[INVERTED_CT] = View(i, inverted=True)
     return views
 
@@ -481,7 +482,9 @@ def _pairing(records: Sequence[Record], task: Task, members: Sequence[int]) -> P
             f"dataset {task.dataset!r} has records for inter and for intra pairs, "
             "expected one kind; set the task's pairing or split the dataset"
         )
-    if task.invert_ct and not any(records[i].modality.lower() == "ct" for i in members):
+    if task.invert_ct and not any(
+        preprocess.kind(records[i].modality) == "ct" for i in members
+    ):
         raise UserError(
             f"task {task.dataset!r} inverts CT images, its dataset has none; "
             "set invert_ct to False or correct the records' modality"

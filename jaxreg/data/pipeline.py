@@ -149,7 +149,7 @@ class Loading:
         )
 
     def rule(self, modality: str, task: Task | None = None) -> preprocess.Preprocessing:
-        """Returns the intensity rule of a modality: "ct" in any case is CT.
+        """Returns the intensity rule of a modality, see `preprocess.kind`.
 
         Args:
           modality: of the scan.

@@ -7,6 +7,7 @@ grid whatever the spacing and orientation. Host side: NumPy in, NumPy float32 ou
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -50,14 +51,26 @@ ANY_ORIENTATION = "any"
 """What weights say that were trained on scans turned and mirrored at random."""
 
 
+_CT = frozenset(("ct", "cbct", "fbct", "cect", "ncct", "ldct", "hrct", "cta"))
+_EMISSION = frozenset(("pet", "spect"))
+
+
 def kind(modality: str) -> Modality:
-    """Returns whose intensity rule holds: "ct" in any case is CT, t1, fat ... MRI."""
-    return "ct" if modality.strip().lower() == "ct" else "mri"
+    """Returns whose intensity rule holds: that of CT, or of MR for everything else.
+
+    A word with CT in it is CT ("CT", "ct_venous", "low-dose CT"), cone-beam CT as well:
+    its numbers are meant as Hounsfield units, and multiGradICON saw ThoraxCBCT in the
+    window of CT. "PET/CT" is not: it may name either scan. In any case of letters.
+    """
+    words = set(re.split(r"[^a-z0-9]+", modality.lower()))
+    return "ct" if words & _CT and not words & _EMISSION else "mri"
 
 
 CONTRASTS: Mapping[str, str] = MappingProxyType(
     {
-        "ct": "ct",
+        **dict.fromkeys(("ct", "cbct", "fbct"), "ct"),
+        **dict.fromkeys(("us", "trus"), "us"),
+        "pet": "pet",
         **dict.fromkeys(("mri", "mr"), "mri"),
         **dict.fromkeys(("t1", "t1w"), "t1"),
         **dict.fromkeys(("t1c", "t1ce", "t1gd"), "t1c"),
@@ -77,8 +90,8 @@ def known(modality: str) -> str:
 def same_contrast(first: str, second: str) -> bool:
     """Whether two modalities may show tissue alike, so that intensities compare.
 
-    CT and MR never do, T1 and T2 do not; an MR whose contrast is not said ("mr", "mri")
-    may be like any other.
+    CT, ultrasound, PET and MR never do, T1 and T2 do not; an MR whose contrast is not
+    said ("mr", "mri") may be like any other MR.
 
     Args:
       first: name of a modality, in any case; a key of `CONTRASTS` or any other word.
@@ -88,7 +101,9 @@ def same_contrast(first: str, second: str) -> bool:
         return False
     words = (name.strip().lower() for name in (first, second))
     one, other = (CONTRASTS.get(word, word) for word in words)
-    return one == other or "mri" in (one, other)
+    if one == other or kind(first) == "ct":
+        return True
+    return "mri" in (one, other) and not {one, other} & {"us", "pet"}
 
 
 def beyond(modality: str, volume: Volume) -> float:

@@ -437,6 +437,8 @@ def test_placement_survives_in_words(resize, axes):
         ("t1", "T1w", True), ("t1", "t2", False), ("t1c", "t1", False),
         ("mr", "mri", True), ("mri", "t2", True), ("t2", "MR", True),
         ("fat", "water", False), ("swi", "SWI", True), ("swi", "t1", False),
+        ("ct", "cbct", True), ("us", "trus", True), ("us", "mri", False),
+        ("pet", "mr", False), ("pet", "ct", False), ("us", "t2", False),
     ],
 )  # fmt: skip
 def test_same_contrast(first, second, same):
@@ -444,14 +446,41 @@ def test_same_contrast(first, second, same):
     assert preprocess.same_contrast(second, first) is same
 
 
-def test_names_of_modalities():
+NAMES = {
+    "ct": "ct", "CT": "ct", " Ct ": "ct", "cbct": "ct", "CBCT": "ct", "fbct": "ct",
+    "CECT": "ct", "CTA": "ct", "ldct": "ct", "CT_venous": "ct", "low-dose CT": "ct",
+    "PET/CT": "mri", "spect-ct": "mri", "pet": "mri", "us": "mri", "TRUS": "mri",
+    "mri": "mri", "MR": "mri", "t1": "mri", "T1w": "mri", "T1ce": "mri", "t2": "mri",
+    "FLAIR": "mri", "pd": "mri", "DWI": "mri", "adc": "mri", "fa": "mri", "fat": "mri",
+    "water": "mri", "swi": "mri", "contrast": "mri", "": "mri",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_modalities(name):
+    """Whose intensity rule holds for each, in lists, for a scan and beyond it."""
+    rule = NAMES[name]
+    assert preprocess.kind(name) == rule
+    assert preprocess.kind(preprocess.known(name)) == rule
+    scan = volume(np.linspace(-3000, 3000, 60).reshape(3, 4, 5))
+    assert preprocess.beyond(name, scan) == (-1000 if rule == "ct" else 0)
+    seen = preprocess.normalise(
+        scan.array, preprocess.Preprocessing(preprocess.kind(name)), source="scan"
+    )
+    expected = np.clip((scan.array + 1000) / 2000, 0, 1)
+    assert np.allclose(seen, expected, atol=1e-6) == (rule == "ct")
+
+
+def test_options_and_lists_know_the_same_names():
     from jaxreg.cli_options import Modality
 
     assert {m.value for m in Modality} <= set(preprocess.CONTRASTS)
-    for name in preprocess.CONTRASTS:
-        assert preprocess.kind(name) == ("ct" if name == "ct" else "mri")
-    words = ("CT", "T2w ", "swi", "MR")
-    assert [preprocess.known(word) for word in words] == ["ct", "t2w", "mri", "mr"]
+    assert set(preprocess.CONTRASTS) <= {name.strip().lower() for name in NAMES} | {
+        "t2w", "t1c", "t1gd",
+    }  # fmt: skip
+    words = ("CT", "T2w ", "swi", "MR", "CBCT", "CT_venous", "TRUS")
+    known = ["ct", "t2w", "mri", "mr", "cbct", "ct", "trus"]
+    assert [preprocess.known(word) for word in words] == known
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "ASL"])
