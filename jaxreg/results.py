@@ -461,7 +461,10 @@ class Comparison:
       mean_b: mean of b.
       mean_difference: their difference.
       interval: 95 % bootstrap percentile interval of the mean difference.
-      p: two-sided, Wilcoxon's signed-rank test; 1 if all differences are 0.
+      p: two-sided, Wilcoxon's signed-rank test; 1 if all differences are 0. With
+        fewer than `FEWEST` pairs that differ it cannot be below 0.05.
+      extremes: the smallest and the largest difference.
+      differing: pairs whose difference is not 0.
     """
 
     metric: str
@@ -474,6 +477,12 @@ class Comparison:
     mean_difference: float
     interval: tuple[float, float]
     p: float
+    extremes: tuple[float, float]
+    differing: int
+
+
+FEWEST = 6
+"""Pairs that must differ for Wilcoxon's test: of 5, the least p is 2/2^5 = 0.0625."""
 
 
 def compare(
@@ -488,9 +497,10 @@ def compare(
 ) -> Comparison:
     """Tests whether two result files differ by more than chance, pair by pair.
 
-    Wilcoxon's signed-rank test without the zero differences (exact for few pairs), and
-    a bootstrap over pairs. Both take the pairs as independent; pairs that share a
-    subject are less than that, so a p near the limit deserves doubt.
+    Wilcoxon's signed-rank test without the zero differences (exact up to 50 pairs, also
+    where differences are equal), and a bootstrap over pairs. Both take the pairs as
+    independent; pairs that share a subject are less than that, so a p near the limit
+    deserves doubt.
 
     Args:
       csv_a: a file of `write_csv`.
@@ -525,10 +535,9 @@ def compare(
             "metric"
         )
     difference = known[:, 1] - known[:, 0]
-    p = 1.0
-    if difference.any():
-        found: Any = stats.wilcoxon(difference, zero_method="wilcox")
-        p = float(found.pvalue)
+    # What the last digits of a subtraction say is no difference, and no order of two.
+    ranked = np.round(difference / max(np.abs(known).max(), 1e-300), 12)
+    ranked = ranked[ranked != 0]
     return Comparison(
         metric=metric,
         method_a=chosen[0][0].method,
@@ -539,8 +548,36 @@ def compare(
         mean_b=float(known[:, 1].mean()),
         mean_difference=float(difference.mean()),
         interval=_bootstrap(difference, resamples, seed),
-        p=p,
+        p=_signed_rank_p(ranked),
+        extremes=(float(difference.min()), float(difference.max())),
+        differing=len(ranked),
     )
+
+
+_EXACT = 50  # pairs
+
+
+def _signed_rank_p(differences: np.ndarray) -> float:
+    """Returns the two-sided p of Wilcoxon's signed-rank test; none is 0.
+
+    Up to 50 the distribution over all signs is counted, for equal differences by their
+    mean rank, where SciPy takes the normal distribution.
+    """
+    if not len(differences):
+        return 1.0
+    if len(differences) > _EXACT:
+        found: Any = stats.wilcoxon(differences, zero_method="wilcox")
+        return float(found.pvalue)
+    # Twice the ranks: whole numbers also where the mean of two is not.
+    ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
+    total = int(ranks.sum())
+    ways = np.zeros(total + 1)  # signs that give each sum of positive ranks
+    ways[0] = 1.0
+    for rank in ranks:
+        ways[rank:] += ways[: total + 1 - rank].copy()
+    positive = int(ranks[differences > 0].sum())
+    tail = ways[: min(positive, total - positive) + 1].sum()
+    return float(min(1.0, 2 * tail / ways.sum()))
 
 
 def near_match(name: str, known: Iterable[str]) -> str:
@@ -620,14 +657,34 @@ def comparison_text(comparison: Comparison) -> str:
     c = comparison
     dice = c.metric.startswith("dice")
     scale, unit = (100, " %") if dice else (1, "")
-    low, high = (scale * value for value in c.interval)
     left_out = f" ({c.left_out} without it left out)" if c.left_out else ""
     return (
         f"{c.metric}: {c.method_b} {scale * c.mean_b:.4g}{unit}, {c.method_a} "
-        f"{scale * c.mean_a:.4g}{unit}; mean difference "
-        f"{scale * c.mean_difference:+.4g} (95 % interval {low:+.4g} to {high:+.4g}) "
-        f"over {_pairs(c.n)}{left_out}; Wilcoxon signed-rank p = {c.p:.3g}"
+        f"{scale * c.mean_a:.4g}{unit}; {_difference_text(c, scale)} over "
+        f"{_pairs(c.n)}{left_out}; {_significance_text(c)}"
     )
+
+
+def _difference_text(c: Comparison, scale: float) -> str:
+    mean = f"{scale * c.mean_difference:+.4g}"
+    if c.n == 1:
+        return f"difference {mean}"
+    # A bootstrap of a few pairs is far narrower than what it stands for.
+    few = c.n < FEWEST
+    low, high = (scale * value for value in (c.extremes if few else c.interval))
+    name = "from" if few else "95 % interval"
+    return f"mean difference {mean} ({name} {low:+.4g} to {high:+.4g})"
+
+
+def _significance_text(c: Comparison) -> str:
+    if c.differing == 0:
+        return "no pair differs, there is nothing to test"
+    if c.differing < FEWEST:
+        return (
+            f"no p: fewer than {FEWEST} pairs differ ({c.differing} of {c.n}), with "
+            "which Wilcoxon's signed-rank test cannot reach p < 0.05"
+        )
+    return f"Wilcoxon signed-rank p = {c.p:.3g}"
 
 
 def compare_files(csv_a: files.PathLike, csv_b: files.PathLike, **settings: Any) -> str:

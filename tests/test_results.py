@@ -1,6 +1,7 @@
 """Tables, files and the significance test, against numbers worked out by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
@@ -289,7 +290,9 @@ def test_compare_without_any_difference(files):
     assert found.p == 1.0
     assert found.mean_difference == 0.0
     assert found.interval == (0.0, 0.0)
-    assert "p = 1" in results.comparison_text(found)
+    assert found.differing == 0
+    assert "; no pair differs" in results.comparison_text(found)
+    assert "p =" not in results.comparison_text(found)
 
 
 def test_compare_a_constant_difference_and_one_pair(files):
@@ -299,9 +302,52 @@ def test_compare_a_constant_difference_and_one_pair(files):
     assert found.interval == (0.25, 0.25)
     assert found.p == 1.0  # both signs are as extreme
     assert results.compare_files(first, second) == (
-        "dice: new 75 %, old 50 %; mean difference +25 (95 % interval +25 to +25) over "
-        "1 pair; Wilcoxon signed-rank p = 1"
+        "dice: new 75 %, old 50 %; difference +25 over 1 pair; no p: fewer than 6 "
+        "pairs differ (1 of 1), with which Wilcoxon's signed-rank test cannot reach "
+        "p < 0.05"
     )
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_compare_few_pairs_gives_no_p(files, count):
+    first = files("a.csv", *by_pair("old", [0.5] * count))
+    gains = [0.51 + 0.02 * n for n in range(count)]
+    second = files("b.csv", *by_pair("new", gains))
+    found = results.compare(first, second)
+    assert found.p == pytest.approx(2 / 2**count)  # the least that there is
+    text = results.comparison_text(found)
+    assert f"(from +1 to {100 * (gains[-1] - 0.5):+.4g}) over {count} pairs" in text
+    assert f"fewer than 6 pairs differ ({count} of {count}), with which" in text
+    assert "p =" not in text and "interval" not in text
+
+
+def test_compare_equal_differences_are_counted_exactly(files):
+    """Five equal gains, but for the last digits of their subtraction."""
+    old = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    new = [0.2, 0.3, 0.4, 0.5, 0.6, 0.6, 0.7]
+    first = files("a.csv", *by_pair("old", old))
+    second = files("b.csv", *by_pair("new", new))
+    found = results.compare(first, second)
+    assert (found.n, found.differing) == (7, 5)
+    assert found.p == pytest.approx(2 / 2**5)
+    assert "fewer than 6 pairs differ (5 of 7)" in results.comparison_text(found)
+
+
+def test_signed_rank_p_is_scipys_where_that_is_exact():
+    rng = np.random.default_rng(0)
+    for count in (1, 2, 6, 11, 50):
+        differences = rng.normal(0.4, 1.0, count)
+        expected = stats.wilcoxon(differences, method="exact").pvalue
+        assert results._signed_rank_p(differences) == pytest.approx(expected)
+    signs = np.array(list(itertools.product((-1, 1), repeat=8)))
+    sizes = np.array([1, 1, 1, 2, 2, 3, 4, 4])
+    ranks = stats.rankdata(sizes)
+    sums = (signs > 0) @ ranks
+    for row in (3, 77, 130, 255):
+        least = min(sums[row], ranks.sum() - sums[row])
+        expected = min(1.0, 2 * (sums <= least).mean())
+        got = results._signed_rank_p(signs[row] * sizes)
+        assert got == pytest.approx(expected)
 
 
 def test_compare_other_metrics_and_leave_out_what_one_lacks(files):
