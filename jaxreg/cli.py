@@ -474,7 +474,8 @@ def warp_verb(
         Path | None,
         option(
             "--transform",
-            "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .nii.gz .nii. "
+            "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .mat of ITK, ANTs "
+            "or 3D Slicer, or a displacement field .nii.gz .nii .nrrd .nhdr .mha .mhd. "
             "Default: the identity.",
             SCANS,
         ),
@@ -518,7 +519,10 @@ def warp_verb(
     """Apply a transform to a scan, a label map or points.
 
     Images are pulled from moving onto the fixed grid; points go the other way, from
-    the fixed scan to the moving one. Use --inverse-out of register for moving points.
+    the fixed scan to the moving one. For points of the moving scan, or to bring the
+    fixed scan onto the moving one, take what --inverse-out of register wrote. Label
+    maps need --nearest-neighbor. Beyond a displacement field nothing is displaced, and
+    beyond the moving scan there is --fill.
     """
     outputs = {"--warped-moving-out": warped_moving_out, "--points-out": points_out}
     _check_outputs(outputs, [fixed, moving, transform, points])
@@ -546,11 +550,25 @@ def warp_verb(
         _warn_beyond(mapping, transform, grid, fixed)
         stored = volumes.read_volume(moving, kind="stored")
         volumes.check_storable(fill, stored)
+        _warn_about_warp(transform, moving, stored, linear=linear)
         warped = transform_lib.warp_volume(
             stored, mapping, grid, order=0 if nearest_neighbor else 1, fill=fill
         )
         volumes.write_volume(warped_moving_out, warped)
     _print_written(outputs.values())
+
+
+def _warn_about_warp(transform, moving, stored: "Volume", *, linear: bool) -> None:
+    from jaxreg.io import volumes
+
+    if transform is None:
+        warn("without --transform the scan is brought onto the fixed grid, unmoved")
+    if linear and volumes.looks_like_labels(stored.array):
+        warn(
+            f"{moving} looks like a label map (patches of equal whole numbers), of "
+            "which --linear makes other labels along every border; pass "
+            "--nearest-neighbor for one"
+        )
 
 
 def _warn_beyond(mapping: "Transform", transform, grid: "Grid", fixed) -> None:
@@ -594,7 +612,7 @@ def jacobian_verb(
     ],
     transform: Annotated[
         Path,
-        option("--transform", "Transform: .h5 .hdf5 .tfm .txt .nii.gz .nii."),
+        option("--transform", "Transform; formats as --transform of warp."),
     ],
     jacob: Annotated[
         Path | None,

@@ -391,6 +391,41 @@ def test_mistake_is_one_sentence_and_leaves_nothing(case, inputs, tmp_path, caps
     assert pathlib.Path(inputs["moving"]).read_bytes() == before
 
 
+NOT_ONE_NUMBER = {
+    "vectors": ((9, 8, 7, 1, 3), "numbers per voxel as in a displacement field"),
+    "series": ((9, 8, 7, 5), "is a 4D image of 9 x 8 x 7 x 5"),
+    "colours": ((9, 8, 7, 1, 4), "4 numbers per voxel as in a vector image"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_ONE_NUMBER)
+@pytest.mark.parametrize("role", ["fixed", "moving"])
+@pytest.mark.parametrize("verb", ["register", "warp", "evaluate", "match"])
+def test_several_numbers_a_voxel_are_refused(
+    verb, role, name, inputs, tmp_path, capsys
+):
+    """Of headers without an intent, as nibabel writes them."""
+    shape, said = NOT_ONE_NUMBER[name]
+    bad = tmp_path / f"{name}.nii"
+    save_nifti(bad, np.random.default_rng(0).random(shape, np.float32))
+    scans = {"fixed": inputs["fixed"], "moving": inputs["moving"]} | {role: str(bad)}
+    given = spelled(scans)
+    out = tmp_path / "out.nii.gz"
+    argv = {
+        "register": arguments(scans, tmp_path),
+        "warp": ["warp", *given, "--linear", "--warped-moving-out", str(out)],
+        "match": ["match", *given, "--fixed-modality", "mri", "--moving-modality",
+                  "mri", "--model", "mind", "--point", "1", "2", "3"],
+        "evaluate": ["evaluate", "--pairs", str(tmp_path / "pairs.csv"), "--out",
+                     str(tmp_path / "r.csv"), "--io-target", "displacement",
+                     "--io-iterations", "1"],
+    }  # fmt: skip
+    (tmp_path / "pairs.csv").write_text("fixed,moving\n" + ",".join(scans.values()))
+    sentence = refused(argv[verb], capsys)
+    assert str(bad) in sentence and said in sentence
+    assert {p.name for p in tmp_path.iterdir()} == {bad.name, "pairs.csv"}
+
+
 def test_output_folder_without_permission(inputs, tmp_path, capsys):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
@@ -744,6 +779,24 @@ def test_warp_linear_is_the_identity_without_transform(inputs, tmp_path, capsys)
     np.testing.assert_array_equal(
         volumes.read_volume(out, kind="stored").array, blob(2.0)
     )
+    said = capsys.readouterr().err
+    assert "without --transform the scan is brought" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("way", ["--linear", "--nearest-neighbor"])
+@pytest.mark.parametrize("name", ["labels", "other_labels", "moving"])
+def test_warp_of_a_label_map_asks_for_the_nearest(
+    name, way, inputs, shift, tmp_path, capsys
+):
+    argv = ["warp", "--fixed", inputs["fixed"], "--moving", inputs[name], "--transform",
+            shift, "--warped-moving-out", str(tmp_path / "w.nii.gz"), way]  # fmt: skip
+    assert cli.main(argv) == 0
+    told = f"{inputs[name]} looks like a label map" in capsys.readouterr().err
+    assert told == (way == "--linear" and name != "moving")
+    written = volumes.read_volume(tmp_path / "w.nii.gz", kind="stored").array
+    # What is warned about: other_labels are 0 and 7.
+    new = name == "other_labels" and bool(set(np.unique(written)) - {0, 7})
+    assert new == (name == "other_labels" and told)
 
 
 def test_warp_takes_dicom_folders(tmp_path, capsys, dicom_series):

@@ -41,6 +41,8 @@ MAX_VOXELS = 2**31
 _VECTOR_INTENTS = range(1004, 1012)
 """NIfTI's codes for several numbers per voxel, from matrix to quaternion."""
 
+_LOOKED_AT = 2**20  # voxels, to find the commonest
+
 _EXACT_FLOAT32 = 2**24
 """Whole numbers up to this one are all different in float32."""
 
@@ -160,6 +162,30 @@ def check_labels(array: np.ndarray, source: object) -> None:
             "background and positive labels; renumber it (voxels without a label to "
             "0; labels above 127 do not fit into int8)"
         )
+
+
+def looks_like_labels(array: np.ndarray) -> bool:
+    """Whether a scan's numbers lie in patches of equal whole ones, as labels do.
+
+    Beside the commonest number, the background, most neighbours in a label map are
+    equal; in scans noise sees to it that few are.
+
+    Args:
+      array: D H W, as stored.
+    """
+    if np.issubdtype(array.dtype, np.floating) and not _is_whole(array):
+        return False
+    values, counts = np.unique(array.ravel()[:: max(1, array.size // _LOOKED_AT)],
+                               return_counts=True)  # fmt: skip
+    background = values[counts.argmax()]
+    equal, pairs = 0, 0
+    for axis in range(array.ndim):
+        before, after = (np.take(array, range(n, n + array.shape[axis] - 1), axis)
+                         for n in (0, 1))  # fmt: skip
+        counted = (before != background) | (after != background)
+        equal += int(((before == after) & counted).sum())
+        pairs += int(counted.sum())
+    return equal > pairs / 2
 
 
 def check_storable(value: float, volume: Volume) -> None:

@@ -1,6 +1,7 @@
 """Preprocessing against the reference arrays and by hand."""
 
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -242,6 +243,34 @@ def test_other_grids_are_refused_with_both_names():
         preprocess.check_same_grid(
             volume(mask, "seg.nii", spacing=2.1), scan, what="segmentation"
         )
+
+
+@pytest.mark.parametrize("spacing", [0.2, 1.0, 5.0])
+@pytest.mark.parametrize("axis", range(3))
+def test_grids_are_compared_in_voxels(spacing, axis):
+    """A rounded origin is one, whatever the voxel's size; half a voxel never is."""
+    sizes = np.roll([1.0, 3.0, 4.0], axis) * spacing
+
+    def at(voxels, name):
+        affine = np.diag([*sizes, 1.0])
+        affine[axis, 3] = voxels * sizes[axis]
+        return Volume(np.ones((6, 7, 8)), Grid((6, 7, 8), affine), name)
+
+    scan = at(0.0, "scan.nii")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocess.check_same_grid(at(0.009, "mask.nii"), scan)
+    for voxels in (0.011, -0.24):
+        said = (
+            f"mask mask.nii lies up to {abs(voxels):.2g} of a voxel .* image scan.nii"
+        )
+        with pytest.warns(UserWarning, match=said):
+            preprocess.check_same_grid(at(voxels, "mask.nii"), scan)
+    said = (
+        f"mask.nii lies on another grid .*up to 0.5 of a voxel \\({sizes[axis] / 2:.2g}"
+    )
+    with pytest.raises(UserError, match=said):
+        preprocess.check_same_grid(at(0.5, "mask.nii"), scan)
 
 
 def test_pair():
