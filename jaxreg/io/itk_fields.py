@@ -12,6 +12,8 @@ from jaxreg.space.grid import Shape, unit_to_voxel
 TOLERANCE_MM = 0.01
 """How far a B-spline's samples, read linearly, may be from it, as memory allows."""
 
+# A field ends half a sample beyond its last one, a B-spline with its domain.
+_COARSEST_MM = 4.0
 _MOST_SAMPLES = 2**24  # of a B-spline: 200 MB in float32
 _REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
 _GEOMETRY = 18  # fixed parameters: size, origin, spacing, direction
@@ -23,7 +25,7 @@ def is_field(kind: str) -> bool:
 
 
 def is_spline(kind: str) -> bool:
-    """Whether the parameters of an ITK class are a cubic B-spline's."""
+    """Whether the parameters of an ITK class are a B-spline's."""
     return kind in ("BSplineTransform", "BSplineDeformableTransform")
 
 
@@ -45,9 +47,9 @@ def displacement(
 
 
 def spline(
-    parameters: np.ndarray, fixed: np.ndarray
+    parameters: np.ndarray, fixed: np.ndarray, order: int = 3
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Samples a cubic B-spline over its domain; beyond it, ITK moves nothing.
+    """Samples a B-spline over its domain; beyond it, ITK moves nothing.
 
     The samples divide each interval of control points into as many parts as
     `TOLERANCE_MM` needs: linear reading between samples h apart is wrong by at most
@@ -57,6 +59,7 @@ def spline(
     Args:
       parameters: 3 D H W, float64, all of x, then y, then z, x fastest.
       fixed: 18: size, origin, spacing and direction of the control points.
+      order: 1 to 3.
 
     Returns:
       (vectors D H W 3, matrix from unit coordinates to mm, largest possible error in
@@ -66,18 +69,31 @@ def spline(
       ValueError: says what does not fit.
     """
     shape, voxel_to_file = _geometry(parameters, fixed)
-    if min(shape) < 4:
-        raise ValueError(f"a cubic B-spline needs 4 control points, has {min(shape)}")
+    if min(shape) <= order:
+        raise ValueError(
+            f"a B-spline of order {order} needs {order + 1} control points, has "
+            f"{min(shape)}"
+        )
     vectors = np.moveaxis(parameters.reshape(3, *shape), 0, -1)
     d, h, w = shape
     if not np.isfinite(vectors).all():
         raise ValueError("not all of its control points are finite")
     bends = [
         float(np.linalg.norm(np.diff(vectors, 2, axis), axis=-1).max())
+        if order > 1
+        else 0.0
         for axis in range(3)
     ]
-    intervals = [n - 3 for n in shape]
-    parts = [max(1, math.ceil(math.sqrt(3 * b / (8 * TOLERANCE_MM)))) for b in bends]
+    intervals = [n - order for n in shape]
+    steps_mm = np.linalg.norm(voxel_to_file[:3, :3], axis=0)
+    parts = [
+        max(
+            math.ceil(math.sqrt(3 * bend / (8 * TOLERANCE_MM))),
+            math.ceil(min(step / _COARSEST_MM, _MOST_SAMPLES)),
+            1,
+        )
+        for bend, step in zip(bends, steps_mm, strict=True)
+    ]
 
     def samples():
         return math.prod(i * p + 1 for i, p in zip(intervals, parts, strict=True))
@@ -87,31 +103,35 @@ def spline(
             raise ValueError(f"{w} x {h} x {d} control points are too many to sample")
         parts = [max(1, int(0.8 * p)) for p in parts]
     for axis, (count, divided) in enumerate(zip(intervals, parts, strict=True)):
-        weights = _cubic(count, divided)
+        weights = _weights(count, divided, order)
         vectors = np.moveaxis(np.tensordot(weights, vectors, (1, axis)), 0, axis)
     d, h, w = vectors.shape[:3]
-    # The domain starts at the second control point.
+    # A cubic one's domain starts at the second control point.
     to_control = np.diag([*(1.0 / np.asarray(parts)), 1.0])
-    to_control[:3, 3] = 1.0
+    to_control[:3, 3] = (order - 1) / 2
     error = sum(b / (8 * p * p) for b, p in zip(bends, parts, strict=True))
     matrix = voxel_to_file @ to_control @ unit_to_voxel((d, h, w))
     return vectors, matrix, error
 
 
-def _cubic(intervals: int, parts: int) -> np.ndarray:
-    """Weights of intervals + 3 control points at parts * intervals + 1 places."""
+def _weights(intervals: int, parts: int, order: int) -> np.ndarray:
+    """Weights of intervals + order control points at parts * intervals + 1 places."""
     place = np.arange(intervals * parts + 1) / parts
     first = np.minimum(place.astype(int), intervals - 1)
     t = place - first
-    basis = (
-        (1 - t) ** 3,
-        3 * t**3 - 6 * t**2 + 4,
-        -3 * t**3 + 3 * t**2 + 3 * t + 1,
-        t**3,
-    )
-    weights = np.zeros((place.size, intervals + 3))
+    basis = {
+        1: (1 - t, t),
+        2: ((1 - t) ** 2 / 2, (1 + 2 * t - 2 * t**2) / 2, t**2 / 2),
+        3: (
+            (1 - t) ** 3 / 6,
+            (3 * t**3 - 6 * t**2 + 4) / 6,
+            (-3 * t**3 + 3 * t**2 + 3 * t + 1) / 6,
+            t**3 / 6,
+        ),
+    }[order]
+    weights = np.zeros((place.size, intervals + order))
     for k, values in enumerate(basis):
-        weights[np.arange(place.size), first + k] = values / 6
+        weights[np.arange(place.size), first + k] = values
     return weights
 
 

@@ -43,11 +43,13 @@ class _Record:
       kind: ITK's class name without precision and dimensions.
       parameters: float64, what ITK calls transform parameters.
       fixed: float64, fixed parameters.
+      order: of a B-spline.
     """
 
     kind: str
     parameters: np.ndarray
     fixed: np.ndarray
+    order: int = 3
 
 
 def check_transform_path(
@@ -421,7 +423,9 @@ def _vectors(record: _Record, path: pathlib.Path) -> tuple[np.ndarray, np.ndarra
     if itk_fields.is_field(record.kind):
         return itk_fields.displacement(record.parameters, record.fixed)
     if itk_fields.is_spline(record.kind):
-        vectors, matrix, error = itk_fields.spline(record.parameters, record.fixed)
+        vectors, matrix, error = itk_fields.spline(
+            record.parameters, record.fixed, record.order
+        )
         if error > itk_fields.TOLERANCE_MM:
             warnings.warn(
                 f"{path}: its B-spline bends so much that the displacement field read "
@@ -451,12 +455,15 @@ def _record(
     name: str, parameters: np.ndarray, fixed: np.ndarray, path: pathlib.Path
 ) -> _Record:
     kind, _, rest = name.partition("_")
+    order = 3
+    if itk_fields.is_spline(kind) and rest.endswith(("_3_3_1", "_3_3_2", "_3_3_3")):
+        rest, order = rest[:-2], int(rest[-1])
     if not rest.endswith("3_3"):
         raise UserError(
-            f"{path} holds a {name}, expected a transform of 3D points (_3_3); "
-            "give a 3D transform"
+            f"{path} holds a {name}, expected a transform of 3D points (_3_3), of a "
+            "B-spline of order 1 to 3; give such a one"
         )
-    return _Record(kind, parameters, fixed)
+    return _Record(kind, parameters, fixed, order)
 
 
 def _write_hdf5(path: pathlib.Path, records: list[_Record]) -> None:

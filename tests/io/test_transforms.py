@@ -467,19 +467,21 @@ def test_reads_the_mat_that_simpleitk_writes(tmp_path):
     np.testing.assert_allclose(got, itk_map(theirs, points), atol=1e-9)
 
 
+@pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("suffix", [".h5", ".tfm"])
-def test_reads_a_b_spline_as_its_field(tmp_path, suffix):
+def test_reads_a_b_spline_as_its_field(tmp_path, suffix, order):
     image = sitk.Image([20, 18, 16], sitk.sitkFloat32)
     image.SetSpacing([2.0, 1.5, 3.0])
     image.SetOrigin([-10.0, 5.0, 7.0])
     image.SetDirection(rotation(0.3, -0.2, 0.1).ravel().tolist())
-    theirs = sitk.BSplineTransformInitializer(image, [3, 4, 2], order=3)
+    theirs = sitk.BSplineTransformInitializer(image, [3, 4, 2], order=order)
     count = len(theirs.GetParameters())
     theirs.SetParameters(np.random.default_rng(5).normal(0, 2.0, count).tolist())
     sitk.WriteTransform(theirs, str(tmp_path / f"t{suffix}"))
     rng = np.random.default_rng(6)
     inside = rng.uniform(0.0, 1.0, (100, 3)) * (19, 17, 15)
-    beyond = inside + rng.choice([-22.0, 22.0], (100, 1)) * (1, 0, 1)
+    # More than half of what samples are apart at most, 4 mm, beyond the outer faces.
+    beyond = np.where(inside < (10, 9, 8), (-1.6, -2.0, -1.3), (20.6, 19.0, 16.3))
     index = np.concatenate([inside, beyond])
     points = np.array([image.TransformContinuousIndexToPhysicalPoint(i) for i in index])
     expected = np.array([theirs.TransformPoint(p.tolist()) for p in points])
@@ -487,6 +489,72 @@ def test_reads_a_b_spline_as_its_field(tmp_path, suffix):
     assert np.abs(expected - points)[:100].max() > 1
     got = transforms.read_itk(tmp_path / f"t{suffix}").map_points(points * LPS) * LPS
     assert np.abs(got - expected).max() < itk_fields.TOLERANCE_MM
+
+
+def random_itk(rng):
+    """Returns a transform of any of SimpleITK's classes, and its error in mm."""
+    linear = [
+        sitk.AffineTransform, sitk.Euler3DTransform, sitk.VersorTransform,
+        sitk.VersorRigid3DTransform, sitk.Similarity3DTransform,
+        sitk.ScaleVersor3DTransform, sitk.ScaleSkewVersor3DTransform,
+        sitk.ComposeScaleSkewVersor3DTransform, sitk.ScaleTransform,
+        sitk.TranslationTransform,
+    ]  # fmt: skip
+    number = rng.integers(len(linear) + 3)
+    domain = sitk.Image([11, 12, 9], sitk.sitkFloat32)
+    domain.SetSpacing([16.0, 15.0, 20.0])  # around all that may be mapped
+    domain.SetOrigin([-80.0] * 3)
+    if number == len(linear):
+        vectors = rng.normal(0, 2.0, (9, 12, 11, 3))
+        image = sitk.GetImageFromArray(vectors, isVector=True)
+        image.CopyInformation(domain)
+        # Rounded in float32: places of 160 mm, and what they are turned into.
+        return sitk.DisplacementFieldTransform(image), 1e-4
+    if number > len(linear):
+        order = int(rng.integers(1, 4))
+        theirs = sitk.BSplineTransformInitializer(domain, [4, 5, 3], order)
+        count = len(theirs.GetParameters())
+        theirs.SetParameters(rng.normal(0, 0.5, count).tolist())
+        return theirs, itk_fields.TOLERANCE_MM + 1e-4
+    kind = linear[number]
+    theirs = kind(3) if number in (0, 8, 9) else kind()
+    values = np.array(theirs.GetParameters())
+    values += rng.normal(0, 0.05, values.size)
+    theirs.SetParameters(values.tolist())
+    if number != 9:
+        theirs.SetCenter(rng.uniform(-10, 10, 3).tolist())
+    if kind is sitk.Euler3DTransform:
+        theirs.SetComputeZYX(bool(rng.integers(2)))
+    invertible = "ScaleVersor ScaleSkewVersor ComposeScale".split()
+    if not theirs.GetName().startswith(tuple(invertible)) and rng.integers(2):
+        theirs = theirs.GetInverse()
+    return theirs, 0.0
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_reads_whatever_simpleitk_writes(tmp_path, seed):
+    """Chains of any classes, composites within composites once they are flat."""
+    rng = np.random.default_rng(seed)
+    drawn = [random_itk(rng) for _ in range(rng.integers(1, 6))]
+    parts, errors = zip(*drawn, strict=True)
+    theirs = parts[0]
+    if len(parts) > 1:
+        half = len(parts) // 2
+        nested = [
+            sitk.CompositeTransform(list(p)) for p in (parts[:half], parts[half:])
+        ]
+        theirs = sitk.CompositeTransform(nested)
+        theirs.FlattenTransform()
+    suffixes = [".h5", ".tfm", ".mat"] if len(parts) == 1 else [".h5", ".tfm"]
+    points = rng.uniform(-15, 15, (50, 3))
+    expected = itk_map(theirs, points)
+    # What one part is off, those after it stretch by less than a half.
+    atol = 1e-9 + 1.5 ** (len(parts) - 1) * sum(errors)
+    for suffix in suffixes:
+        path = tmp_path / f"t{suffix}"
+        sitk.WriteTransform(theirs, str(path))
+        got = transforms.read_transform(path).map_points(points)
+        np.testing.assert_allclose(got, expected, atol=atol, rtol=0)
 
 
 def test_affines_are_of_the_kind_that_every_reader_knows(tmp_path):
@@ -926,9 +994,28 @@ BAD = {
         text("Transform: BSplineTransform_double_3_3", "Parameters: 1"),
         "BSplineTransform: needs 18 finite fixed parameters, has 0",
     ),
-    "quadratic.txt": (
-        text("Transform: BSplineTransform_double_3_3_2", "Parameters: 1"),
-        "expected a transform of 3D points",
+    "quartic.txt": (
+        text("Transform: BSplineTransform_double_3_3_4", "Parameters: 1"),
+        "expected a transform of 3D points .* B-spline of order 1 to 3",
+    ),
+    "nested.txt": (
+        text(
+            "Transform: CompositeTransform_double_3_3",
+            "Transform: CompositeTransform_double_3_3",
+            "Transform: IdentityTransform_double_3_3",
+        ),
+        "holds a composite within another; flatten it first",
+    ),
+    "empty.txt": (
+        text("Transform: CompositeTransform_double_3_3"),
+        "holds no transform",
+    ),
+    "composite.mat": (
+        lambda path: sitk.WriteTransform(
+            sitk.CompositeTransform([sitk.TranslationTransform(3, (1, 2, 3))] * 2),
+            str(path),
+        ),
+        "holds no transform",
     ),
     "versor.txt": (
         text(
