@@ -56,7 +56,8 @@ TABLE = {
     "nn": Room(("late",), ("flax",)),
     "io": Room(("space",), FILE_FORMATS),
     "data": Room(
-        ("space", "io.volumes", "io.files"), ("grain", "nibabel.orientations")
+        ("space", "io.volumes", "io.files", "io.tables"),
+        ("grain", "nibabel.orientations"),
     ),
     "models": Room(("nn", "space"), ("flax",)),
     "losses": Room(("space",)),

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import files, volumes
+from jaxreg.io import files, tables, volumes
 from jaxreg.space.grid import Grid
 
 Pairing = Literal["inter", "intra"]
@@ -43,7 +43,8 @@ class Record:
       region: part of the body; the images of a pair show the same.
       label: label map on the image's grid.
       mask: mask on the image's grid, above 0 inside.
-      landmarks: CSV of points in the image, columns x, y, z.
+      landmarks: points in the image, a CSV with columns x, y, z, or .fcsv or .mrk.json
+        of 3D Slicer.
       pairing: whether pairs are of two subjects or of one.
       split: what the image is used for.
       session: visit or breathing state. Images of one subject, region and session are
@@ -879,7 +880,8 @@ def _read(path: pathlib.Path, name: str, modality: str) -> _Reading:
         return _Reading((Problem(str(path), "missing", sentence),))
     if name == "landmarks":
         try:
-            return _Reading(values=_read_points(path))
+            files.check_readable(path, "landmarks", limit_bytes=_MANIFEST_LIMIT)
+            return _Reading(values=tables.read(path, "landmarks").places)
         except UserError as error:
             return _Reading((Problem(str(path), "landmarks", str(error)),))
     kind: Any = {"label": "labels"}.get(name, name)
@@ -982,31 +984,6 @@ def _label_problems(
 def _few(values: Sequence[Any] | np.ndarray, most: int = 5) -> str:
     shown = ", ".join(str(value) for value in values[:most])
     return f"{shown}, ... ({len(values)} in all)" if len(values) > most else shown
-
-
-def _read_points(path: pathlib.Path) -> np.ndarray:
-    """Reads columns x, y, z, by name in a header or the first three, shape (P, 3)."""
-    files.check_readable(path, "landmarks", limit_bytes=_MANIFEST_LIMIT)
-    wrong = UserError(
-        f"landmarks {path} is no table of finite numbers with columns x, y, z; "
-        "correct it"
-    )
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [r for r in csv.reader(text.splitlines()) if any(c.strip() for c in r)]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise wrong from error
-    columns = [0, 1, 2]
-    names = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if {"x", "y", "z"} <= set(names):
-        columns, rows = [names.index(name) for name in "xyz"], rows[1:]
-    try:
-        points = np.array([[float(row[c]) for c in columns] for row in rows])
-    except (ValueError, IndexError):
-        raise wrong from None
-    if not points.size or not np.isfinite(points).all():
-        raise wrong
-    return points
 
 
 def _point_problems(

@@ -17,7 +17,7 @@ from jaxreg.data import preprocess
 from jaxreg.data.manifest import Manifest, Record, check, read_manifest
 from jaxreg.data.pipeline import Loading
 from jaxreg.errors import UserError
-from jaxreg.io import volumes
+from jaxreg.io import tables, volumes
 
 
 def save(path, array, affine=None):
@@ -969,14 +969,26 @@ def test_landmarks_in_any_frame(tmp_path, table):
     assert check(with_points(tmp_path, [table, table])) == []
 
 
+def test_landmarks_of_slicer(tmp_path):
+    """As evaluate reads them: a check refused what it takes."""
+    manifest = with_points(tmp_path, ["100,200,300\n119,229,339\n"] * 2)
+    places = tables.read(manifest.records[0].landmarks, "landmarks")
+    for name in ("p.fcsv", "p.mrk.json"):
+        tables.write(tmp_path / name, places, places.places, frame="lps")
+        assert check(change(manifest, landmarks=tmp_path / name)) == []
+    (tmp_path / "bad.fcsv").write_text("# CoordinateSystem = 7\n1,2,3,4\n")
+    (problem,) = check(change(manifest, landmarks=tmp_path / "bad.fcsv"))
+    assert problem.level == "error" and "expected LPS or RAS" in problem.sentence
+
+
 @pytest.mark.parametrize(
     ("table", "level", "message"),
     [
         ("x,y,z\n100,200,300\n150,200,300\n", "warning", "1 of 2 points lie outside"),
-        ("x,y,z\n", "error", "no table of finite numbers"),
-        ("a,b,c\n1,2,3\n", "error", "no table of finite numbers"),
-        ("1,2\n", "error", "no table of finite numbers"),
-        ("1,2,nan\n", "error", "no table of finite numbers"),
+        ("x,y,z\n", "error", "holds no points"),
+        ("a,b,c\n1,2,3\n", "error", "has the columns a, b, c, expected x, y and z"),
+        ("1,2\n", "error", "row 1: 1, 2,  are not three finite numbers"),
+        ("1,2,nan\n", "error", "row 1: 1, 2, nan are not three finite numbers"),
         ("", "error", "empty"),
     ],
 )
