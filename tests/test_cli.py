@@ -72,6 +72,7 @@ def inputs(tmp_path_factory) -> dict[str, str]:
         "mask": save(folder / "mask.nii.gz", labels),
         "labels": save(folder / "labels.nii.gz", labels),
         "other_labels": save(folder / "other_labels.nii.gz", 7 * labels),
+        "minus": save(folder / "minus.nii.gz", labels.astype(np.int16) - 1),
         "elsewhere": save(folder / "elsewhere.nii.gz", labels, grid(offset=30.0)),
         "constant": save(folder / "constant.nii.gz", np.full(SHAPE, 4, np.int16)),
     }
@@ -229,6 +230,14 @@ BAD = {
             "dice_loss_weight": "1",
         },
         "other_labels.nii.gz",
+    ),
+    "negative labels": (
+        {
+            "fixed_segmentation": "@minus",
+            "moving_segmentation": "@labels",
+            "dice_loss_weight": "1",
+        },
+        "minus.nii.gz has negative labels (down to -1)",
     ),
     "scan as labels": (
         {
