@@ -20,6 +20,7 @@ from jaxreg.space.transform import (
     Affine,
     Displacement,
     Transform,
+    beyond_percent,
     displacement_mm,
     in_world,
     jacobian_map,
@@ -696,6 +697,9 @@ def test_a_field_smaller_than_the_scan_moves_nothing_beyond(tmp_path):
         read = transforms.read_transform(tmp_path / name)
         got = displacement_mm(read, FIXED) + points.reshape(*FIXED.shape, 3)
         np.testing.assert_allclose(got, expected, atol=1e-4)
+        assert beyond_percent(read, FIXED) == pytest.approx(100 * still.mean())
+    assert beyond_percent(example(), FIXED) == 0
+    assert beyond_percent(Transform((prealign(),)), FIXED) == 0
 
 
 def test_a_vector_nifti_without_intent_is_taken_with_a_warning(tmp_path):
