@@ -5,6 +5,7 @@ and results become text. Heavy imports live inside the verbs.
 """
 
 import contextlib
+import os
 import pathlib
 import warnings
 from collections.abc import Iterator
@@ -324,7 +325,7 @@ def tune_verb(  # noqa: PLR0913
         raise UserError("give either --pairs or --manifest, to say what to tune on")
     if steps is not None and smoothness is not None:
         raise UserError("--steps and --smoothness both say what to try; give one")
-    if write and not pathlib.Path(model).is_dir():
+    if write and not os.path.isdir(model):
         raise UserError(f"--write needs a checkpoint folder, --model is {model}")
     from jaxreg import register, results, tuning, zoo
 

@@ -328,8 +328,8 @@ def load_any(path: str | os.PathLike[str]) -> Any:
       UserError: there is no such file.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        near = sorted(path.parent.glob("*.py")) if path.parent.is_dir() else []
+    if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
+        near = sorted(path.parent.glob("*.py")) if os.path.isdir(path.parent) else []
         raise UserError(
             f"--config {path} does not exist{_near(path.name, [p.name for p in near])}"
         )

@@ -757,11 +757,11 @@ def _is_torch(path: pathlib.Path) -> bool:
     """Returns whether weights are a PyTorch file; anything else that exists must be
     a folder.
     """
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises on a name that is too long
         return False
     if path.suffix.lower() in TORCH_SUFFIXES:
         return True
-    what = "is a file of another kind" if path.exists() else "does not exist"
+    what = "is a file of another kind" if os.path.exists(path) else "does not exist"
     raise UserError(
         f"{path} {what}; give a checkpoint folder or a PyTorch file "
         f"({', '.join(TORCH_SUFFIXES)})"
@@ -772,7 +772,7 @@ def _from_path(name: str) -> Bundle:
     """Reads weights that are not in the zoo."""
     path = pathlib.Path(name).expanduser()
     looks_like_path = path.suffix.lower() in TORCH_SUFFIXES or len(path.parts) > 1
-    if not path.exists() and not looks_like_path:
+    if not os.path.exists(path) and not looks_like_path:
         raise UserError(
             f"there is no model {name!r}{_near(name, ZOO)}; expected one of "
             f"{', '.join(ZOO)}, a checkpoint folder or a PyTorch file"

@@ -588,6 +588,8 @@ def test_read_pairs_of_json(folder, wrap):
         ("p.csv", "fixed,moving\nfixed.nii.gz, \n", "row 2 names no moving scan"),
         ("p.csv", "fixed,moving\n\nfixed.nii.gz,gone.nii\n",
          "row 3: moving .*gone.nii does not exist"),
+        ("p.csv", f"fixed,moving\nfixed.nii.gz,{'a' * 300}.nii\n",
+         "row 2: moving .*a.nii does not exist"),
         ("p.csv", "fixed,moving,fixed_label\nfixed.nii.gz,moving.nii.gz,fixed.nii.gz\n",
          "row 2 has fixed_label alone"),
         ("p.csv", "fixed,moving,pairing\nfixed.nii.gz,moving.nii.gz,both\n",

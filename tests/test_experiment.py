@@ -289,6 +289,8 @@ def test_a_configuration_file_is_run(tmp_path):
     assert lib.load(path).name == "mine"
     with pytest.raises(UserError, match=r"min\.py does not exist; did you mean mine"):
         lib.load(tmp_path / "min.py")
+    with pytest.raises(UserError, match=r"aaa\.py does not exist"):
+        lib.load(tmp_path / ("a" * 300 + ".py"))
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(UserError, match="get_config"):
         lib.load(tmp_path / "empty.py")

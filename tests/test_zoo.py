@@ -377,6 +377,8 @@ def test_path_of_a_pytorch_file_and_of_a_checkpoint(tmp_path):
     [
         ("none.trch", "does not exist"),
         ("none/best", "does not exist"),
+        ("a" * 300, "does not exist"),
+        ("a" * 300 + ".trch", "does not exist"),
         ("text.txt", "file of another kind"),
         ("folder", "no jaxreg.json"),
     ],

@@ -168,7 +168,7 @@ def read_manifest(path: files.PathLike, *, holdout: int | None = None) -> Manife
         `check`.
     """
     path = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
-    manifest = _read_folder(path) if path.is_dir() else _read_file(path)
+    manifest = _read_folder(path) if os.path.isdir(path) else _read_file(path)
     if not manifest.records:
         raise UserError(
             f"manifest {path} lists no image, expected at least one; add rows"
@@ -848,7 +848,7 @@ def _belongings(record: Record) -> Iterator[tuple[str, pathlib.Path]]:
 
 def _missing(record: Record) -> Iterator[Problem]:
     for name, path in _belongings(record):
-        if not path.exists():
+        if not os.path.exists(path):
             yield Problem(
                 str(path), "missing", f"{name} {path} does not exist; check the path"
             )
@@ -875,7 +875,7 @@ def _record_problems(
 
 def _read(path: pathlib.Path, name: str, modality: str) -> _Reading:
     """Reads one file; `name` is its field in the record, `modality` an image's."""
-    if not path.exists():
+    if not os.path.exists(path):
         sentence = f"{name} {path} does not exist; check the path"
         return _Reading((Problem(str(path), "missing", sentence),))
     if name == "landmarks":

@@ -138,7 +138,7 @@ def check_checkpoint_path(path: str | os.PathLike[str]) -> None:
         checkpoint stands at `path`.
     """
     path = pathlib.Path(path).absolute()
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise UserError(
             f"the checkpoint {path} cannot be written: there is no folder "
             f"{path.parent}; create it or choose another place"
@@ -148,9 +148,9 @@ def check_checkpoint_path(path: str | os.PathLike[str]) -> None:
             f"the checkpoint {path} cannot be written: the folder {path.parent} is "
             "not writable; choose another place"
         )
-    ours = (path / DESCRIPTION).is_file()
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not (ours or empty):
+    ours = os.path.isfile(path / DESCRIPTION)
+    empty = os.path.isdir(path) and not any(path.iterdir())
+    if os.path.exists(path) and not (ours or empty):
         raise UserError(
             f"{path} exists and is no jaxreg checkpoint, so it is not replaced; "
             "choose another name or remove it"
@@ -191,8 +191,8 @@ def _read_description(path: pathlib.Path) -> dict[str, Any]:
     Returns:
       The fields of Bundle besides the variables, and their checksum.
     """
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
+    if not os.path.isdir(path):  # Path.is_dir raises on a name that is too long
+        what = "is a file" if os.path.exists(path) else "does not exist"
         raise UserError(f"{path} {what}, expected the folder of a jaxreg checkpoint")
     file = path / DESCRIPTION
     if not file.is_file():

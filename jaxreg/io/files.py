@@ -122,16 +122,16 @@ def check_writable(
             "possible; shorten it"
         )
     folder = path.parent
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise UserError(
             f"{option} {path} is in a folder that does not exist; "
             f"create {folder} or name another place"
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(
             f"{option} {path} lies below {folder}, which is a file; name another place"
         )
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{option} {path} is a folder, expected a file name")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(

@@ -12,6 +12,7 @@ References:
 
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import warnings
@@ -30,7 +31,8 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 DICOM = (".dcm", ".ima")
 
 _HEADER_BYTES = 2**20
-_NRRD_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "um": 1e-3, "µm": 1e-3, "nm": 1e-6}
+_MICRO = {"um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3}
+_NRRD_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "nm": 1e-6} | _MICRO
 _META_MM = {"cm": 10.0, "mm": 1.0, "um": 1e-3}
 _WORDS_MM = {
     **{"meter": 1e3, "metre": 1e3, "centimeter": 10.0, "centimetre": 10.0},
@@ -239,7 +241,7 @@ def text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
     while at < len(head):
         end = head.find(b"\n", at)
         end = len(head) if end < 0 else end
-        line = head[at:end].decode("latin-1").strip()
+        line = _decoded(head[at:end]).strip()
         at = end + 1
         if nrrd and not line:
             break
@@ -251,6 +253,14 @@ def text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
         if name == "ElementDataFile":
             break
     return fields, min(at, len(head))
+
+
+def _decoded(line: bytes) -> str:
+    """Returns a line's text: a micro sign is two bytes in UTF-8, one in Latin-1."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError:
+        return line.decode("latin-1")
 
 
 def unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:
@@ -305,7 +315,7 @@ def _compressed(
     if named is None:
         return path, image.header_bytes, wrapper, order
     source = path.parent / named
-    if not source.is_file():
+    if not os.path.isfile(source):  # Path.is_file raises on a name that is too long
         if wrapper == "gzip":  # a list of files or a pattern, whose checksums ITK sees
             return None
         raise UserError(
@@ -328,7 +338,7 @@ def _check_size(image: ItkImage) -> None:
     source = path
     if named and named.upper() != "LOCAL":
         source = path.parent / named
-        if not source.is_file():
+        if not os.path.isfile(source):
             return  # a list or a pattern
     voxels = math.prod(image.shape)
     encoding = fields.get("encoding", "raw").lower()

@@ -183,8 +183,8 @@ def opened(
     """
     path = pathlib.Path(path)
     source = source or str(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{source} {what}, expected a PyTorch file of weights (.trch)")
     try:
         with open(path, "rb") as file:

@@ -38,6 +38,15 @@ ITK_WRITE = (".nrrd", ".mha")
 MAX_VOXELS = 2**31
 """Refused before reading: a damaged header easily asks for more than any memory."""
 
+_SIDES_MM = (1e-7, 1e5)
+"""The sides of a voxel, from an atom's size to 100 m: others are a damaged header."""
+
+_FARTHEST = 1e9
+"""How many voxels away from the origin float64 still places to a millionth of one."""
+
+_no_overflow = np.errstate(over="ignore", invalid="ignore")
+"""For the numbers of damaged headers: what is not finite is refused in a sentence."""
+
 _VECTOR_INTENTS = range(1004, 1012)
 """NIfTI's codes for several numbers per voxel, from matrix to quaternion."""
 
@@ -90,7 +99,7 @@ def check_source(path: files.PathLike, what: str = "image") -> pathlib.Path:
       UserError: as `files.check_readable`, but for folders.
     """
     path = pathlib.Path(path)
-    if path.is_dir() and os.access(path, os.R_OK | os.X_OK):
+    if os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK):
         return path
     return files.check_readable(path, what)
 
@@ -204,6 +213,7 @@ def check_storable(value: float, volume: Volume) -> None:
             )
 
 
+@_no_overflow
 def read_nifti_vectors(path: files.PathLike) -> tuple[np.ndarray, Grid, str]:
     """Reads a NIfTI of three numbers per voxel, shape (X, Y, Z, 1, 3).
 
@@ -302,13 +312,28 @@ def _spatial_shape(shape: tuple[int, ...], path: pathlib.Path) -> Shape:
     return shape[2], shape[1], shape[0]
 
 
+@_no_overflow
 def _check_grid(grid: Grid, path: pathlib.Path) -> None:
     affine = grid.affine_mm
-    lengths = grid.spacing_mm
-    if not np.isfinite(affine).all() or (lengths <= 0).any():
+    if not np.isfinite(affine[:3, 3]).all():
         raise UserError(
-            f"{path} has voxel spacing {np.round(lengths[::-1], 6).tolist()} mm, "
-            "expected positive numbers; repair its header"
+            f"{path} has its first voxel at {affine[:3, 3].tolist()} mm, expected "
+            "finite numbers; repair its header"
+        )
+    lengths = grid.spacing_mm
+    shortest, longest = _SIDES_MM
+    # Written so that NaN is refused.
+    if not ((shortest <= lengths) & (lengths <= longest)).all():
+        sides = ", ".join(f"{length:.6g}" for length in lengths[::-1])
+        raise UserError(
+            f"{path} has voxel spacing [{sides}] mm, expected positive numbers from "
+            f"{shortest:g} to {longest:g}; repair its header"
+        )
+    away = np.abs(affine[:3, 3]).max()
+    if away > _FARTHEST * lengths.min():
+        raise UserError(
+            f"{path} has its first voxel {away:.6g} mm from the origin of space, where "
+            f"voxels of {lengths.min():.6g} mm cannot be told apart; repair its header"
         )
     if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
         raise UserError(
@@ -317,6 +342,7 @@ def _check_grid(grid: Grid, path: pathlib.Path) -> None:
         )
 
 
+@_no_overflow
 def _open(
     path: pathlib.Path,
 ) -> tuple[nifti.Nifti | itk_images.ItkImage, Grid]:
@@ -383,6 +409,7 @@ def _values(file: nifti.Nifti | itk_images.ItkImage, kind: Kind) -> np.ndarray:
     return _scaled(array, *file.scale, whole=kind != "image")
 
 
+@_no_overflow
 def _scaled(
     array: np.ndarray, slope: float, inter: float, *, whole: bool
 ) -> np.ndarray:
@@ -401,11 +428,11 @@ def _scaled(
     out = np.empty(array.shape, np.float64 if wide else np.float32)
     for stored, scaled in zip(array, out, strict=True):  # float64 of one slice at once
         values = stored.astype(np.float64) * slope + inter
-        with np.errstate(over="ignore"):  # reported later, as what it became
-            scaled[:] = np.rint(values) if whole else values
+        scaled[:] = np.rint(values) if whole else values
     return out
 
 
+@_no_overflow
 def _is_whole(array: np.ndarray, slope: float = 1.0, inter: float = 0.0) -> bool:
     """Whether ``slope * array + inter`` are whole numbers but for their storage.
 

@@ -160,8 +160,9 @@ def test_wrong_csv_is_explained(tmp_path, text, message):
 
 
 def test_missing_manifest(tmp_path):
-    with pytest.raises(UserError, match="manifest .*none.csv does not exist"):
-        read_manifest(tmp_path / "none.csv")
+    for name in ("none.csv", "a" * 300 + ".csv"):
+        with pytest.raises(UserError, match=f"manifest .*{name} does not exist"):
+            read_manifest(tmp_path / name)
 
 
 def test_an_image_is_no_manifest(tmp_path):
@@ -714,6 +715,7 @@ def text(path):
     ("make", "kind", "message"),
     [
         (lambda path: path, "missing", "does not exist"),
+        (lambda path: path.with_name("a" * 300), "missing", "does not exist"),
         (empty, "unreadable", "empty"),
         (damaged, "unreadable", "truncated"),
         (text, "unreadable", "cannot be read"),
@@ -722,7 +724,7 @@ def text(path):
         (nan, "values", "1 voxels that are NaN"),
         (lambda path: save(path, np.ones((5, 6, 7))), "values", "constant"),
     ],
-    ids=["missing", "empty", "truncated", "text", "4d", "2d", "nan", "constant"],
+    ids="missing long empty truncated text 4d 2d nan constant".split(),
 )
 def test_bad_images_are_found(tmp_path, make, kind, message):
     bad = make(tmp_path / "bad" / "x.nii.gz")

@@ -361,7 +361,7 @@ BAD = {
         "has 23 voxels that are NaN or infinite",
     ),
     "huge.nii": (_huge_header, "claims 30000 x 30000 x 30000 voxels"),
-    "singular.nii": (_singular, r"voxel spacing .2.0, 3.0, 0.0. mm"),
+    "singular.nii": (_singular, r"voxel spacing .2, 3, 0. mm"),
     "plane.nii": (_flat_axes, "singular affine"),
     "constant.nii": (
         lambda path: nifti(path, np.full((2, 3, 4), 7.0)),
@@ -464,6 +464,45 @@ def test_a_quaternion_a_rounding_too_long_is_a_rotation(tmp_path):
         volumes.read_volume(path)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"srow_x": (1e20, 0, 0, 0)}, r"voxel spacing \[1e\+20, 3, 4\] mm, expected"),
+        ({"srow_y": (0, 1e-12, 0, 0)}, r"voxel spacing \[2, 1e-12, 4\] mm, expected"),
+        (
+            {"srow_z": (0, 0, 4, 1e20)},
+            "first voxel 1e.20 mm from the origin of",
+        ),
+        ({"srow_z": (0, 0, 4, np.nan)}, "first voxel at .* nan. mm, expected finite"),
+    ],
+)
+def test_a_place_that_no_scan_has_is_refused(tmp_path, fields, expected):
+    path = _headed(tmp_path / "a.nii", qform_code=0, **fields)
+    for read in (volumes.read_grid, volumes.read_volume):
+        with pytest.raises(UserError, match=expected):
+            read(path)
+
+
+def test_numbers_beyond_any_are_refused_without_a_warning_of_numpy(tmp_path):
+    image = nib.Nifti2Image(np.arange(24.0).reshape(2, 3, 4), np.diag([2.0, 3, 4, 1]))
+    nib.save(image, tmp_path / "a.nii")
+    block = (tmp_path / "a.nii").read_bytes()
+    for fields in (
+        {"pixdim": (1, 1e308, 1e308, 1e308, 1, 1, 1, 1), "quatern_b": 0.5},
+        {"scl_slope": 1e308, "scl_inter": 1e308},
+    ):
+        header = nib.Nifti2Header(block[:540], check=False)
+        header["sform_code"], header["qform_code"] = 0, 1
+        for name, value in fields.items():
+            header[name] = value
+        (tmp_path / "a.nii").write_bytes(header.binaryblock + block[540:])
+        for kind in ("image", "labels", "mask", "stored"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                with pytest.raises(UserError, match="spacing|NaN or infinite"):
+                    volumes.read_volume(tmp_path / "a.nii", kind=kind)
+
+
 def test_an_sform_that_is_no_place_gives_way_to_the_qform(tmp_path):
     zeros = {f"srow_{axis}": 0.0 for axis in "xyz"}
     path = _headed(tmp_path / "a.nii", **zeros)
@@ -552,6 +591,23 @@ def test_a_name_of_249_bytes_is_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(UserError, match="name of 307 bytes, at most 255"):
         volumes.write_volume(tmp_path / ("a" * 300 + ".nii.gz"), volume())
+
+
+def test_names_and_paths_that_are_too_long_are_refused(tmp_path):
+    deep = tmp_path.joinpath(*["b" * 200] * 30, "a.nii")
+    for path in (tmp_path / ("a" * 300 + ".nii"), tmp_path / ("a" * 300), deep):
+        for read in (volumes.read_grid, volumes.read_volume):
+            with pytest.raises(UserError, match="image .* does not exist"):
+                read(path)
+    with pytest.raises(UserError, match="is in a folder that does not exist"):
+        volumes.write_volume(deep, volume())
+    for name in ("a.mha", "z.mha"):
+        head = _meta(b"").replace(b"LOCAL", b"v" * 300)
+        if name == "a.mha":
+            head = head.replace(b"CompressedData = True", b"CompressedData = False")
+        (tmp_path / name).write_bytes(head)
+        with pytest.raises(UserError, match=f"{name} (cannot be read|names the comp)"):
+            volumes.read_volume(tmp_path / name)
 
 
 def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path, dicom_series):
