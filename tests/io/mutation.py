@@ -1,10 +1,34 @@
-"""Damaged copies of a file, for tests that a reader refuses them in one sentence."""
+"""Damaged copies of files, and their reading: each is refused in one sentence, or read.
 
+A module of tests that has `MADE`, `outcomes_of(folder, name)` and `main` is run as a
+script, in a process of its own: a library of C that ends its process, or never comes
+back, fails one test and not the session, and peaks of memory are those of the files.
+"""
+
+import faulthandler
 import gzip
+import json
+import pathlib
 import random
 import re
 import struct
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from jaxreg.errors import UserError
+
+LIMIT_S = 5.0
+"""Of processor time, for one file."""
+_HANGS_S = 120.0
+LIMIT_BYTES = 2**30
+
+Edit = Callable[[bytearray, random.Random], None]
+"""A fault, made in place."""
 
 HEADER = 1024
 """Bytes at the start, where most formats say what follows."""
@@ -28,7 +52,9 @@ _FLOATS = (
 )
 
 
-def mutations(data: bytes, seed: int) -> Iterator[bytes]:
+def mutations(
+    data: bytes, seed: int, *, edits: Sequence[Edit] = (), others: Sequence[bytes] = ()
+) -> Iterator[bytes]:
     """Yields damaged copies of a file without end, the same ones for a seed.
 
     Each has one to four faults: flipped bits, a missing end, a missing, doubled or
@@ -39,8 +65,16 @@ def mutations(data: bytes, seed: int) -> Iterator[bytes]:
     Args:
       data: the whole file, not empty.
       seed: any integer.
+      edits: further faults, those of a format; every second fault is one of them.
+      others: whole files that the end of this one may be replaced from.
     """
     rng = random.Random(seed)
+
+    def splice(made: bytearray, rng: random.Random) -> None:
+        other = rng.choice(others)
+        made[_place(made, rng) :] = other[rng.randrange(len(other)) :]
+
+    general = [*_EDITS, splice] if others else _EDITS
     inside = None
     if data[:2] == _GZIP:
         inside = gzip.decompress(data)
@@ -49,7 +83,8 @@ def mutations(data: bytes, seed: int) -> Iterator[bytes]:
         made = bytearray(inside if whole and inside is not None else data)
         for _ in range(rng.choice((1, 1, 1, 2, 3, 4))):
             if made:
-                rng.choice(_EDITS)(made, rng)
+                own = edits and rng.random() < 0.5
+                rng.choice(edits if own else general)(made, rng)
         yield gzip.compress(bytes(made), 1, mtime=0) if whole else bytes(made)
 
 
@@ -135,7 +170,85 @@ def _line(data: bytearray, rng: random.Random) -> None:
     data[:] = b"\n".join(lines) + tail
 
 
-_EDITS: tuple[Callable[[bytearray, random.Random], None], ...] = (
+_EDITS: tuple[Edit, ...] = (
     *(_flip, _byte, _cut, _drop, _insert),
     *(_field, _field, _line, _line),
 )
+
+
+def outcomes(
+    read: Callable[[int], None], target: pathlib.Path, copies: Iterable[bytes]
+) -> dict[str, int]:
+    """Reads damaged copies of a file; returns how many were read and refused.
+
+    Args:
+      read: reads what lies at `target`; is told the copy's number.
+      target: where the copies are written, one after the other.
+      copies: the files.
+
+    Raises:
+      AssertionError: a refusal has several lines, or a reading took too long.
+    """
+    counted = {"read": 0, "refused": 0}
+    for number, damaged in enumerate(copies):
+        target.write_bytes(damaged)
+        faulthandler.dump_traceback_later(_HANGS_S, exit=True)
+        start = time.process_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # NumPy's of numbers, as tracebacks are
+                warnings.simplefilter("ignore", UserWarning)
+                read(number)
+            counted["read"] += 1
+        except UserError as error:
+            assert "\n" not in str(error), (number, str(error))
+            counted["refused"] += 1
+        except Exception as error:
+            error.add_note(f"copy {number} of {target.name}")
+            raise
+        # Of this process; others that it starts have limits of their own.
+        assert time.process_time() - start < LIMIT_S, number
+        faulthandler.cancel_dump_traceback_later()
+    return counted
+
+
+def peak_bytes() -> list[int]:
+    """Of this process, and of the largest that it started and that has ended."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return [
+        unit * resource.getrusage(whose).ru_maxrss
+        for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+
+
+def main(
+    outcomes_of: Callable[[pathlib.Path, str], dict[str, int]],
+    names: Iterable[str],
+    folder: pathlib.Path,
+) -> None:
+    """Writes the outcomes by name, or the traceback of what went wrong."""
+    found: dict[str, Any] = {}
+    before = peak_bytes()
+    (folder / "outcomes.json").write_text("{}", "utf-8")
+    for name in names:
+        start = time.monotonic()
+        try:
+            found[name] = outcomes_of(folder, name)
+        except Exception:  # noqa: BLE001 the test that waits for it fails
+            found[name] = {"trouble": traceback.format_exc()}
+        peaks = [now - was for was, now in zip(before, peak_bytes(), strict=True)]
+        found[name] |= {"bytes": max(peaks), "s": time.monotonic() - start}
+        (folder / "outcomes.json").write_text(json.dumps(found), "utf-8")
+
+
+def run(script: str, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Runs a module of tests as a script; returns its outcomes by name, and its end."""
+    command = [sys.executable, "-P", script, str(folder)]
+    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    found = json.loads((folder / "outcomes.json").read_text("utf-8"))
+    if ended.returncode:
+        end = f"ended with {ended.returncode} behind {list(found)}: {ended.stderr}"
+        found["process"] = {"trouble": end}
+    return found

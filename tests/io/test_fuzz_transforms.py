@@ -4,21 +4,17 @@ JAXREG_FUZZ_SEED and JAXREG_FUZZ_COUNT (files in all) give other and more ones.
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
-import subprocess
 import sys
-import time
-import traceback
-import warnings
 
 import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from jaxreg.errors import UserError
 from jaxreg.io import hdf5, tables, transforms
 
 # Tests are no package: a helper beside them is loaded by its file.
@@ -30,8 +26,6 @@ _spec.loader.exec_module(mutation)
 
 SEED = int(os.environ.get("JAXREG_FUZZ_SEED", "0"))
 COUNT = int(os.environ.get("JAXREG_FUZZ_COUNT", "800"))
-LIMIT_S = 5.0
-LIMIT_BYTES = 2**30
 
 FCSV = """# Markups fiducial file version = 4.11
 # CoordinateSystem = LPS
@@ -99,83 +93,46 @@ MADE = {
     "points.mrk.json": lambda path: path.write_text(json.dumps(MRK, indent=1)),
     "points.csv": lambda path: path.write_text("label,x,y,z\na,1,2,3\nb,4,5,6\n"),
 }
-
-
-def peak_bytes():
-    """Of this process, and of the largest that it started and that has ended."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    hdf5._close()
-    return [
-        unit * resource.getrusage(whose).ru_maxrss
-        for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    ]
+EACH = max(1, COUNT // len(MADE))
 
 
 def outcomes_of(folder, name):
     """Reads damaged copies of a file; returns how many were read and refused."""
     MADE[name](folder / name)
-    data = (folder / name).read_bytes()
     path = folder / f"damaged_{name}"
-    before = peak_bytes()
-    outcomes = {"read": 0, "refused": 0}
-    for number, damaged in enumerate(mutation.mutations(data, SEED)):
-        if number == max(1, COUNT // len(MADE)):
-            break
-        path.write_bytes(damaged)
-        start = time.process_time()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)
-                if name.startswith("points"):
-                    table = tables.read(path, "points")
-                    assert np.isfinite(tables.points_mm(table, "ras")).all()
-                else:
-                    transforms.read_transform(path)
-            outcomes["read"] += 1
-        except UserError as error:
-            assert "\n" not in str(error), (number, str(error))
-            outcomes["refused"] += 1
-        # Of this process; the time of HDF5's own one is limited by `hdf5`.
-        assert time.process_time() - start < LIMIT_S, number
-    for was, now in zip(before, peak_bytes(), strict=True):
-        assert now - was < LIMIT_BYTES, (was, now)
-    return outcomes
+    copies = mutation.mutations((folder / name).read_bytes(), SEED)
+
+    def read(_):
+        if name.startswith("points"):
+            table = tables.read(path, "points")
+            assert np.isfinite(tables.points_mm(table, "ras")).all()
+        else:
+            transforms.read_transform(path)
+
+    found = mutation.outcomes(read, path, itertools.islice(copies, EACH))
+    hdf5._close()  # the memory of a process is known when it has ended
+    return found
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """Outcomes by file, of a process of their own.
-
-    A process that another starts has the other's peak of memory for its own: measured
-    from a whole test session, the peaks would be those of its largest test.
-    """
+    """Outcomes by file, of a process of their own."""
     pytest.importorskip("resource")
-    folder = tmp_path_factory.mktemp("damaged")
-    command = [sys.executable, "-P", __file__, str(folder)]
-    subprocess.run(command, check=True)
-    return json.loads((folder / "outcomes.json").read_text("utf-8"))
+    return mutation.run(__file__, tmp_path_factory.mktemp("damaged"))
+
+
+def test_the_process_comes_to_its_end(found):
+    assert "process" not in found, found["process"]["trouble"]
 
 
 @pytest.mark.parametrize("name", MADE)
 def test_damaged_files_are_read_or_refused(found, name):
     assert "trouble" not in found[name], found[name]["trouble"]
+    assert found[name]["bytes"] < mutation.LIMIT_BYTES
     assert found[name]["refused"]
-    assert sum(found[name].values()) == max(1, COUNT // len(MADE))
+    assert found[name]["read"] + found[name]["refused"] == EACH
     print(name, found[name])
 
 
-def main(folder):
-    """Writes the outcomes of all files, or the traceback of what went wrong."""
-    outcomes = {}
-    for name in MADE:
-        try:
-            outcomes[name] = outcomes_of(folder, name)
-        except Exception:  # noqa: BLE001 the test that waits for it fails
-            outcomes[name] = {"trouble": traceback.format_exc()}
-    (folder / "outcomes.json").write_text(json.dumps(outcomes), "utf-8")
-
-
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    mutation.main(outcomes_of, MADE, pathlib.Path(sys.argv[1]))
