@@ -1,13 +1,11 @@
-"""NRRD, MetaImage and DICOM through SimpleITK: the place in space and the voxels.
+"""NRRD and MetaImage through SimpleITK: the place in space and the voxels.
 
 What ITK 5.4 passes over in silence is looked at here: units of length other than mm,
 the end and the checksum of compressed data (of a damaged MetaImage it returns whatever
-was in memory), sizes that the file cannot hold, and DICOM slices that are not evenly
-spaced.
+was in memory), and sizes that the file cannot hold.
 
 References:
-  http://teem.sourceforge.net/nrrd/format.html; MetaIO's documentation, "MetaImage";
-  DICOM PS3.3, C.7.6.2 (Image Plane Module).
+  http://teem.sourceforge.net/nrrd/format.html; MetaIO's documentation, "MetaImage".
 """
 
 import dataclasses
@@ -16,7 +14,6 @@ import os
 import pathlib
 import re
 import warnings
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -27,8 +24,6 @@ from jaxreg.io import files, nifti
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's frame to RAS+ mm, and back."""
-
-DICOM = (".dcm", ".ima")
 
 _HEADER_BYTES = 2**20
 _MICRO = {"um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3}
@@ -45,8 +40,6 @@ _DTYPES = {
     **{sitk.sitkUInt64: "u8", sitk.sitkInt64: "i8"},
     **{sitk.sitkFloat32: "f4", sitk.sitkFloat64: "f8"},
 }
-_UNEVEN = 0.05  # of the mean step between slices
-_MEND_DICOM = "convert it with dcm2niix and give the .nii.gz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +47,12 @@ class ItkImage:
     """One image's header, before its voxels are read.
 
     Attributes:
-      path: the file or, of a DICOM series, the folder.
+      path: the file.
       shape: as stored, (X, Y, Z, ...).
       affine_mm: 4x4, (i, j, k, 1) to RAS+ mm.
       reader: SimpleITK's, ready to execute.
       dtype: of the voxels.
-      fields: of a text header, by name; empty for DICOM.
+      fields: of the text header, by name.
       header_bytes: how long that header is.
     """
 
@@ -153,72 +146,6 @@ def read_itk(image: ItkImage) -> np.ndarray:
         raise files.too_large(path, size) from error
     except RuntimeError as error:
         raise files.damaged(path, error) from error
-
-
-def is_dicom(path: pathlib.Path) -> bool:
-    """Whether a path is a folder or a DICOM file, by its extension or content."""
-    if path.is_dir():
-        return True
-    if path.suffix.lower() in DICOM:
-        return True
-    if path.suffix and not path.suffix[1:].isdigit():  # "IM0001", "1.2.840.10008"
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def open_dicom(path: pathlib.Path) -> ItkImage:
-    """Reads the headers of a folder that holds one DICOM series of slices.
-
-    The affine's third axis is the step from slice to slice: that of a tilted gantry is
-    not at right angles to the others, and ITK takes it for one that is.
-
-    Raises:
-      UserError: there is no series or more than one, or its slices are not one evenly
-        spaced 3D scan of one number per voxel.
-    """
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is one DICOM file, expected a folder with one series of slices; "
-            f"give the folder {path.parent}, or {_MEND_DICOM}"
-        )
-    names = _series(path)
-    headers = [_slice_header(pathlib.Path(name)) for name in names]
-    first = headers[0]
-    for name, header in zip(names, headers, strict=True):
-        same = header.size == first.size and header.spacing == first.spacing
-        if not same or not np.allclose(header.axes, first.axes, atol=1e-4):
-            raise UserError(
-                f"{path} holds slices of different sizes or directions "
-                f"({pathlib.Path(names[0]).name} and {pathlib.Path(name).name}), "
-                f"expected one 3D series; {_MEND_DICOM}"
-            )
-        if header.rescale != first.rescale:
-            raise UserError(
-                f"{path} holds slices of different rescale slopes or intercepts, "
-                f"which one array of numbers cannot keep; {_MEND_DICOM}"
-            )
-    affine = np.eye(4)
-    affine[:3, :2] = first.axes.T * first.spacing
-    affine[:3, 2] = _step([header.position for header in headers], first.axes, path)
-    affine[:3, 3] = first.position
-    reader = sitk.ImageSeriesReader()
-    reader.SetFileNames(names)
-    shape = (*first.size, len(names))
-    return ItkImage(path, shape, LPS @ affine, reader, first.dtype, {}, 0)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slice:
-    size: tuple[int, int]
-    spacing: tuple[float, float]  # along a row, along a column
-    axes: np.ndarray  # 2 x 3, LPS: the directions of a row and of a column
-    position: np.ndarray  # LPS mm, of the first voxel
-    rescale: tuple[str, str]
-    dtype: np.dtype
 
 
 def _read_header(reader: sitk.ImageFileReader, path: pathlib.Path) -> None:
@@ -354,122 +281,3 @@ def _check_size(image: ItkImage) -> None:
     if size > there:
         short = f"its header claims {size} bytes of voxels, {source.name} has {there}"
         raise files.damaged(path, EOFError(short))
-
-
-def _series(path: pathlib.Path) -> list[str]:
-    """Returns the files of a folder's only series, in the order of their slices."""
-    find = sitk.ImageSeriesReader.GetGDCMSeriesFileNames
-    shown = sitk.ProcessObject.GetGlobalWarningDisplay()
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # "No Series were found"
-    try:
-        series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-        names = {one: list(find(str(path), one)) for one in series}
-    except RuntimeError as error:
-        raise files.damaged(path, error) from error
-    finally:
-        sitk.ProcessObject.SetGlobalWarningDisplay(shown)
-    if not names:
-        raise UserError(
-            f"{path} is a folder, expected a file or a folder with one DICOM series; "
-            "it holds no DICOM image, name another"
-        )
-    if len(names) > 1:
-        listed = [_described(files_of) for files_of in names.values()]
-        more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-        raise UserError(
-            f"{path} holds {len(names)} DICOM series ({', '.join(listed[:8])}{more}), "
-            f"expected one; put one into a folder of its own, or {_MEND_DICOM}"
-        )
-    return next(iter(names.values()))
-
-
-def _described(names: Sequence[str]) -> str:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(names[0])
-    what = ""
-    try:
-        reader.ReadImageInformation()
-        what = _tag(reader, "0008|103e") or _tag(reader, "0020|0011")
-    except RuntimeError:
-        pass
-    count = f"{len(names)} file{'s' if len(names) > 1 else ''}"
-    return f"{what or pathlib.Path(names[0]).name}: {count}"
-
-
-def _tag(reader: sitk.ImageFileReader, key: str) -> str:
-    if not reader.HasMetaDataKey(key):
-        return ""
-    # SimpleITK hands over bytes that are no UTF-8 as lone surrogates.
-    text = reader.GetMetaData(key).encode("utf-8", "replace").decode("utf-8")
-    return " ".join(text.split())
-
-
-def _numbers(reader: sitk.ImageFileReader, key: str, count: int) -> np.ndarray | None:
-    try:
-        values = [float(part) for part in _tag(reader, key).split("\\")]
-    except ValueError:
-        return None
-    whole = len(values) == count and np.isfinite(values).all()
-    return np.asarray(values) if whole else None
-
-
-def _slice_header(path: pathlib.Path) -> _Slice:
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(str(path))
-    _read_header(reader, path)
-    size = reader.GetSize()
-    pixel = reader.GetPixelID()
-    if reader.GetNumberOfComponents() != 1 or pixel not in _DTYPES:
-        raise UserError(
-            f"{path} is a colour image, expected one number per voxel; leave its "
-            "series out, or convert it to grey"
-        )
-    if math.prod(size[2:]) != 1:
-        raise UserError(
-            f"{path} is a DICOM file of {size[2]} frames, expected slices of one frame "
-            f"each; {_MEND_DICOM}"
-        )
-    position = _numbers(reader, "0020|0032", 3)
-    axes = _numbers(reader, "0020|0037", 6)
-    if position is None or axes is None:
-        raise UserError(
-            f"{path} does not say where its slice lies (ImagePositionPatient, "
-            f"ImageOrientationPatient); {_MEND_DICOM}"
-        )
-    spacing = reader.GetSpacing()
-    return _Slice(
-        size=(size[0], size[1]),
-        spacing=(spacing[0], spacing[1]),
-        axes=axes.reshape(2, 3),
-        position=position,
-        rescale=(_tag(reader, "0028|1053"), _tag(reader, "0028|1052")),
-        dtype=np.dtype(_DTYPES[pixel]),
-    )
-
-
-def _step(
-    positions: Sequence[np.ndarray], axes: np.ndarray, path: pathlib.Path
-) -> np.ndarray:
-    """Returns the vector from slice to slice, LPS mm, if all steps are that one."""
-    if len(positions) < 2:
-        raise UserError(
-            f"{path} holds one DICOM slice, expected a 3D series; give all its slices"
-        )
-    steps = np.diff(positions, axis=0)
-    mean = steps.mean(axis=0)
-    length = float(np.linalg.norm(mean))
-    along = steps @ np.cross(*axes)
-    if np.abs(along).min() < 1e-3 * np.abs(along).max():
-        raise UserError(
-            f"{path} holds several images of one place (a time series or several "
-            f"echoes), expected one 3D scan; {_MEND_DICOM}, one volume of it"
-        )
-    if np.linalg.norm(steps - mean, axis=1).max() > _UNEVEN * length:
-        apart = np.abs(along)
-        raise UserError(
-            f"{path} holds slices from {apart.min():.4g} to {apart.max():.4g} mm "
-            "apart, expected even steps (is one missing?); complete the series, or "
-            f"{_MEND_DICOM}, which interpolates"
-        )
-    return mean

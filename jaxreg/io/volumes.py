@@ -16,7 +16,7 @@ import SimpleITK as sitk
 from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, itk_images, nifti
+from jaxreg.io import dicom, files, itk_images, nifti
 from jaxreg.space.grid import Grid, Shape, Volume
 
 Kind = Literal["image", "labels", "mask", "stored"]
@@ -43,6 +43,8 @@ _SIDES_MM = (1e-7, 1e5)
 
 _FARTHEST = 1e9
 """How many voxels away from the origin float64 still places to a millionth of one."""
+
+_File = nifti.Nifti | itk_images.ItkImage | dicom.Series
 
 _no_overflow = np.errstate(over="ignore", invalid="ignore")
 """For the numbers of damaged headers: what is not finite is refused in a sentence."""
@@ -345,10 +347,10 @@ def _check_grid(grid: Grid, path: pathlib.Path) -> None:
 @_no_overflow
 def _open(
     path: pathlib.Path,
-) -> tuple[nifti.Nifti | itk_images.ItkImage, Grid]:
+) -> tuple[_File, Grid]:
     """Returns a file's header, checked for one real number per voxel, and the grid."""
-    if itk_images.is_dicom(path):
-        file = itk_images.open_dicom(path)
+    if dicom.is_dicom(path):
+        file = dicom.open_series(path)
     elif _known_suffix(path, (*NIFTI, *ITK_READ)) in NIFTI:
         file = nifti.open_nifti(path)
         _check_one_number(file)
@@ -395,8 +397,10 @@ def _intent(file: nifti.Nifti) -> str:
     return str(nifti1.intent_codes.label[code] if known else code)
 
 
-def _values(file: nifti.Nifti | itk_images.ItkImage, kind: Kind) -> np.ndarray:
+def _values(file: _File, kind: Kind) -> np.ndarray:
     """Returns a file's values, D H W: as stored, or scaled by slope and intercept."""
+    if isinstance(file, dicom.Series):
+        return dicom.read_voxels(file)
     if isinstance(file, itk_images.ItkImage):
         array = itk_images.read_itk(file)
         return array.reshape(array.shape[-3:])

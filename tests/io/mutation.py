@@ -196,8 +196,8 @@ def outcomes(
         start = time.process_time()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error")  # NumPy's of numbers, as tracebacks are
-                warnings.simplefilter("ignore", UserWarning)
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", RuntimeWarning)  # NumPy's, of numbers
                 read(number)
             counted["read"] += 1
         except UserError as error:

@@ -110,7 +110,7 @@ def outcomes_of(folder, name):
             transforms.read_transform(path)
 
     found = mutation.outcomes(read, path, itertools.islice(copies, EACH))
-    hdf5._close()  # the memory of a process is known when it has ended
+    hdf5._WORKER.close()  # the memory of a process is known when it has ended
     return found
 
 

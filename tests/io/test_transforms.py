@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from jaxreg.errors import UserError
-from jaxreg.io import itk_fields, itk_linear, transforms, volumes
+from jaxreg.io import itk_fields, itk_linear, transforms, volumes, workers
 from jaxreg.space import sampling
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import (
@@ -743,12 +743,11 @@ def test_a_file_that_makes_the_hdf5_library_loop_is_given_up(tmp_path, monkeypat
 
     path = tmp_path / "endless.h5"
     hdf5(_0=("TranslationTransform_double_3_3", [1, 2, 3], []))(path)
-    monkeypatch.setattr(reader, "_WORKER", tmp_path / "worker.py")
     (tmp_path / "worker.py").write_text(ENDLESS)
-    reader._close()
+    monkeypatch.setattr(reader, "_WORKER", workers.Worker(tmp_path / "worker.py"))
     with pytest.raises(UserError, match="does not come to an end"):
         transforms.read_transform(path)
-    monkeypatch.undo()  # the next file gets a worker of its own
+    monkeypatch.undo()
     assert transforms.read_transform(path).steps
 
 
