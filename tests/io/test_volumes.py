@@ -1,7 +1,6 @@
 """Scans on disk against nibabel, SimpleITK and ITK."""
 
 import gzip
-import locale
 import re
 import warnings
 import zlib
@@ -608,22 +607,3 @@ def test_names_and_paths_that_are_too_long_are_refused(tmp_path):
         (tmp_path / name).write_bytes(head)
         with pytest.raises(UserError, match=f"{name} (cannot be read|names the comp)"):
             volumes.read_volume(tmp_path / name)
-
-
-def test_a_folder_of_one_dicom_series_is_a_scan(tmp_path, dicom_series):
-    before = locale.setlocale(locale.LC_ALL)
-    # More voxels than a folder's entry has bytes.
-    dicom_series(tmp_path, np.arange(5 * 60 * 70, dtype=np.int16).reshape(5, 60, 70))
-    read = volumes.read_volume(tmp_path)
-    assert locale.setlocale(locale.LC_ALL) == before
-    names = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(tmp_path))
-    itk = sitk.ReadImage(names)
-    np.testing.assert_array_equal(read.array, sitk.GetArrayFromImage(itk))
-    np.testing.assert_allclose(read.grid.spacing_mm[::-1], itk.GetSpacing())
-    lps = np.array([-1, -1, 1]) * itk.GetOrigin()
-    np.testing.assert_allclose(read.grid.affine_mm[:3, 3], lps)
-    with pytest.raises(UserError, match="one DICOM file, expected a folder"):
-        volumes.read_volume(tmp_path / "1.dcm")
-    (tmp_path / "2.dcm").unlink()
-    with pytest.raises(UserError, match="from 3 to 6 mm apart"):
-        volumes.read_volume(tmp_path)
