@@ -128,6 +128,7 @@ def read_voxels(series: Series) -> np.ndarray:
     if claimed > _MOST_PACKED * stored:
         reason = f"its headers claim {claimed} bytes of voxels, its files have {stored}"
         raise files.damaged(path, EOFError(reason))
+    files.check_memory(path, 2 * claimed)  # there and here
     asked = {
         "voxels": [os.path.abspath(name) for name in series.names],
         "bytes": _COPIES * (claimed + stored) + _SPARE,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import pathlib
 import secrets
@@ -157,6 +158,27 @@ def too_large(path: PathLike, size: int) -> UserError:
     )
 
 
+def available_bytes() -> float:
+    """Returns how much memory a process may still take; infinite where unknown."""
+    found = math.inf
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        told = pathlib.Path("/proc/meminfo").read_text("ascii")
+        found = 1024.0 * int(told.split("MemAvailable:")[1].split()[0])
+    with contextlib.suppress(OSError, ValueError):  # a container's; "max" if none
+        found = min(found, float(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def check_memory(path: PathLike, size: int) -> None:
+    """Checks that memory holds so many bytes, which Linux promises and never gives.
+
+    Raises:
+      UserError: it does not.
+    """
+    if size > available_bytes():
+        raise too_large(path, size)
+
+
 def last_line(error: BaseException) -> str:
     """Returns the last line of an error's text, or its kind if it has none."""
     text = str(error).strip().splitlines()
@@ -242,6 +264,7 @@ def read_bytes(
                 raise EOFError(
                     f"its header claims {size} bytes of voxels, {there} bytes are left"
                 )
+            check_memory(path, size)
             flat = np.empty(size, np.uint8)
             if wrapper is not None:
                 more = _fill(flat, skip, inflated(file, path, wrapper=wrapper))

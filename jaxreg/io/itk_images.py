@@ -140,6 +140,7 @@ def read_itk(image: ItkImage) -> np.ndarray:
         return nifti.native(stored).reshape(image.shape[::-1])
     if not path.is_dir():  # a series, each file of which GDCM looks after
         _check_size(image)
+    files.check_memory(path, size)
     try:
         return sitk.GetArrayFromImage(image.reader.Execute())
     except MemoryError as error:

@@ -178,7 +178,7 @@ _EDITS: tuple[Edit, ...] = (
 
 def outcomes(
     read: Callable[[int], None], target: pathlib.Path, copies: Iterable[bytes]
-) -> dict[str, int]:
+) -> dict[str, float]:
     """Reads damaged copies of a file; returns how many were read and refused.
 
     Args:
@@ -187,9 +187,9 @@ def outcomes(
       copies: the files.
 
     Raises:
-      AssertionError: a refusal has several lines, or a reading took too long.
+      AssertionError: a refusal has several lines.
     """
-    counted = {"read": 0, "refused": 0}
+    counted = {"read": 0, "refused": 0, "slowest_s": 0.0}
     for number, damaged in enumerate(copies):
         target.write_bytes(damaged)
         faulthandler.dump_traceback_later(_HANGS_S, exit=True)
@@ -207,7 +207,7 @@ def outcomes(
             error.add_note(f"copy {number} of {target.name}")
             raise
         # Of this process; others that it starts have limits of their own.
-        assert time.process_time() - start < LIMIT_S, number
+        counted["slowest_s"] = max(counted["slowest_s"], time.process_time() - start)
         faulthandler.cancel_dump_traceback_later()
     return counted
 
@@ -224,7 +224,7 @@ def peak_bytes() -> list[int]:
 
 
 def main(
-    outcomes_of: Callable[[pathlib.Path, str], dict[str, int]],
+    outcomes_of: Callable[[pathlib.Path, str], dict[str, Any]],
     names: Iterable[str],
     folder: pathlib.Path,
 ) -> None:

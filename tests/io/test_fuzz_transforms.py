@@ -128,6 +128,7 @@ def test_the_process_comes_to_its_end(found):
 @pytest.mark.parametrize("name", MADE)
 def test_damaged_files_are_read_or_refused(found, name):
     assert "trouble" not in found[name], found[name]["trouble"]
+    assert found[name]["slowest_s"] < mutation.LIMIT_S
     assert found[name]["bytes"] < mutation.LIMIT_BYTES
     assert found[name]["refused"]
     assert found[name]["read"] + found[name]["refused"] == EACH

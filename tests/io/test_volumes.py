@@ -2,6 +2,8 @@
 
 import gzip
 import re
+import time
+import tracemalloc
 import warnings
 import zlib
 
@@ -13,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxreg.errors import UserError
-from jaxreg.io import volumes
+from jaxreg.io import files, volumes
 from jaxreg.space.grid import Grid, Volume
 
 FORMATS = [".nii", ".nii.gz", ".nrrd", ".mha"]
@@ -607,3 +609,53 @@ def test_names_and_paths_that_are_too_long_are_refused(tmp_path):
         (tmp_path / name).write_bytes(head)
         with pytest.raises(UserError, match=f"{name} (cannot be read|names the comp)"):
             volumes.read_volume(tmp_path / name)
+
+
+def _bombs():
+    """Files of 1 MB that say 2,500 bytes of voxels and unpack into 1 GiB of zeros."""
+    packer = zlib.compressobj(wbits=-15)
+    block = packer.compress(bytes(2**24)) + packer.flush(zlib.Z_FULL_FLUSH)
+    whole = _image_bytes(np.zeros((20, 10, 9), np.float32))
+    nrrd = (
+        b"NRRD0004\ntype: float\ndimension: 3\nsizes: 9 10 20\nencoding: gzip\n"
+        b"spacings: 1 1 1\n\n"
+    )
+    endless = gzip.compress(bytes(2**24)) * 64
+    return {
+        "members.nii.gz": gzip.compress(whole) + endless,
+        "blocks.nii.gz": gzip.compress(b"")[:10] + block * 64,
+        "a.nrrd": nrrd + endless,
+        "a.mha": _meta(zlib.compress(b"")[:2] + block * 64),
+    }
+
+
+def _image_bytes(array):
+    return nib.Nifti1Image(array.T, np.eye(4)).to_bytes()
+
+
+def test_a_small_file_that_unpacks_into_gigabytes_is_refused(tmp_path):
+    for name, content in _bombs().items():
+        (tmp_path / name).write_bytes(content)
+        start = time.process_time()
+        tracemalloc.start()
+        with pytest.raises(UserError, match=f"{name} cannot be read"):
+            volumes.read_volume(tmp_path / name)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 2**26
+        assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "raw.mha"])
+def test_what_memory_does_not_hold_is_refused(tmp_path, monkeypatch, name):
+    """Linux would promise the memory and end the process when it is used."""
+    assert files.available_bytes() > 2**20
+    path = tmp_path / name
+    if name == "raw.mha":
+        image = sitk.GetImageFromArray(volume((20, 30, 40)).array)
+        sitk.WriteImage(image, str(path))
+    else:
+        volumes.write_volume(path, volume((20, 30, 40)))
+    monkeypatch.setattr(files, "available_bytes", lambda: 80_000)
+    with pytest.raises(UserError, match=f"{name} needs 0.0 GiB of memory, more than"):
+        volumes.read_volume(path)
