@@ -28,6 +28,13 @@ LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _HEADER_BYTES = 2**20
 _MICRO = {"um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3}
 _NRRD_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "nm": 1e-6} | _MICRO
+_NRRD_SPACES = (
+    *("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"),
+    *("lps", "ras", "las", "lpst", "rast", "last"),
+)
+_META_SIZE = ("ElementSpacing", "ElementSize")
+_META_OFFSET = ("Offset", "Position", "Origin")
+_META_TURN = ("TransformMatrix", "Rotation", "Orientation")
 _META_MM = {"cm": 10.0, "mm": 1.0, "um": 1e-3}
 _WORDS_MM = {
     **{"meter": 1e3, "metre": 1e3, "centimeter": 10.0, "centimetre": 10.0},
@@ -39,6 +46,11 @@ _DTYPES = {
     **{sitk.sitkInt16: "i2", sitk.sitkUInt32: "u4", sitk.sitkInt32: "i4"},
     **{sitk.sitkUInt64: "u8", sitk.sitkInt64: "i8"},
     **{sitk.sitkFloat32: "f4", sitk.sitkFloat64: "f8"},
+    **{sitk.sitkVectorUInt8: "u1", sitk.sitkVectorInt8: "i1"},
+    **{sitk.sitkVectorUInt16: "u2", sitk.sitkVectorInt16: "i2"},
+    **{sitk.sitkVectorUInt32: "u4", sitk.sitkVectorInt32: "i4"},
+    **{sitk.sitkVectorUInt64: "u8", sitk.sitkVectorInt64: "i8"},
+    **{sitk.sitkVectorFloat32: "f4", sitk.sitkVectorFloat64: "f8"},
 }
 
 
@@ -71,7 +83,7 @@ def open_itk(path: pathlib.Path) -> ItkImage:
     Raises:
       UserError: it is damaged, or holds several numbers or complex ones per voxel.
     """
-    check_text_header(path)
+    fields, header_bytes = check_text_header(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     _read_header(reader, path)
@@ -83,12 +95,13 @@ def open_itk(path: pathlib.Path) -> ItkImage:
             f"{path} holds complex numbers, expected real ones; save the magnitude"
         )
     count = reader.GetNumberOfComponents()
-    if count != 1 or "vector" in name:
+    if count != 1:  # an axis of one component is none
         raise UserError(
             f"{path} is an RGB or vector image ({count} numbers per voxel), expected "
             "one number per voxel; extract one component or convert it to grey"
         )
-    fields, header_bytes = text_header(path)
+    if reader.GetDimension() >= 3:
+        _warn_of_guesses(fields, path)
     affine = affine_mm(reader, unit_mm(fields, path))
     dtype = np.dtype(_DTYPES.get(pixel, "V"))
     return ItkImage(path, shape, affine, reader, dtype, fields, header_bytes)
@@ -110,15 +123,68 @@ def affine_mm(reader: sitk.ImageFileReader, scale: float) -> np.ndarray:
     return LPS @ affine
 
 
-def check_text_header(path: pathlib.Path) -> None:
-    """Checks what would end the process in SimpleITK: MetaIO has 10 axes at most.
+def check_text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
+    """Checks what MetaIO, which SimpleITK reads with, does not look at.
+
+    More than 10 axes end the process. Of an offset or a matrix it takes the numbers up
+    to the first that is none, and zeros for the rest.
+
+    Returns:
+      As `text_header`.
 
     Raises:
-      UserError: a MetaImage claims another number of them.
+      UserError: a MetaImage has such a number of axes, or lacks numbers.
     """
-    claimed = text_header(path)[0].get("NDims")
-    if claimed is not None and not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
+    fields, header_bytes = text_header(path)
+    claimed = fields.get("NDims")
+    if claimed is None:
+        return fields, header_bytes
+    if not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
         raise files.damaged(path, ValueError(f"its header claims {claimed} axes"))
+    n = int(claimed)
+    wanted = {name: n for name in (*_META_SIZE, *_META_OFFSET)}
+    wanted |= {name: n * n for name in _META_TURN}
+    if "ElementSpacing" in fields:
+        del wanted["ElementSize"]  # of no consequence
+    for name in wanted.keys() & fields.keys():
+        numbers = [_number(part) for part in fields[name].split()[: wanted[name]]]
+        if len(numbers) < wanted[name] or not np.isfinite(numbers).all():
+            reason = f"its {name} is not of {wanted[name]} finite numbers"
+            raise files.damaged(path, ValueError(reason))
+    return fields, header_bytes
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _warn_of_guesses(fields: dict[str, str], path: pathlib.Path) -> None:
+    """Warns of what a header leaves open, for which ITK takes the simplest."""
+    size, offset, turn = (
+        (_META_SIZE, _META_OFFSET, _META_TURN)
+        if "NDims" in fields
+        else (("space directions", "spacings"), ("space origin", "axis mins"), ())
+    )
+    guessed = []
+    # In NRRD a number that is not known is written as NaN.
+    if not any("nan" not in fields.get(name, "nan").lower() for name in size):
+        guessed.append("the size of its voxels (taken as 1 mm)")
+    if not any(name in fields for name in offset):
+        guessed.append("where its first voxel is (taken as 0, 0, 0)")
+    space = fields.get("space", "").lower()
+    known = space.removesuffix("-time") in _NRRD_SPACES
+    if not (any(name in fields for name in turn) if turn else known):
+        named = f"; its space is {space}" if space else ""
+        guessed.append(f"which way its axes run (taken as LPS{named})")
+    if guessed:
+        warnings.warn(
+            f"{path}: its header does not say {' nor '.join(guessed)}; other programs "
+            "may guess otherwise",
+            stacklevel=2,
+        )
 
 
 def read_itk(image: ItkImage) -> np.ndarray:
@@ -142,11 +208,12 @@ def read_itk(image: ItkImage) -> np.ndarray:
         _check_size(image)
     files.check_memory(path, size)
     try:
-        return sitk.GetArrayFromImage(image.reader.Execute())
+        array = sitk.GetArrayFromImage(image.reader.Execute())
     except MemoryError as error:
         raise files.too_large(path, size) from error
     except RuntimeError as error:
         raise files.damaged(path, error) from error
+    return array.reshape(image.shape[::-1])
 
 
 def _read_header(reader: sitk.ImageFileReader, path: pathlib.Path) -> None:
@@ -193,24 +260,27 @@ def _decoded(line: bytes) -> str:
 
 def unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:
     """Returns how many mm the header's unit of length is; mm if it names none."""
-    if "space units" in fields:
-        named = re.findall(r'"([^"]*)"', fields["space units"])
+    units = fields.get("space units")
+    if units is None and "space" not in fields and "NDims" not in fields:
+        units = fields.get("units")  # of each axis
+    if units is not None:
+        named = re.findall(r'"([^"]*)"', units)
         known: dict[str, float] = _NRRD_MM | _WORDS_MM
     elif "DistanceUnits" in fields:
         named, known = [fields["DistanceUnits"]], _META_MM
     else:
         return 1.0
-    units = {name.strip() for name in named} - {"", "?", "???", "none"}
-    scales = {known.get(unit, known.get(unit.lower().rstrip("s"))) for unit in units}
+    found = {name.strip() for name in named} - {"", "?", "???", "none"}
+    scales = {known.get(unit, known.get(unit.lower().rstrip("s"))) for unit in found}
     if len(scales) > 1:
         raise UserError(
-            f"{path} has axes in different units ({', '.join(sorted(units))}), "
+            f"{path} has axes in different units ({', '.join(sorted(found))}), "
             "expected one for all; repair its header"
         )
     scale = scales.pop() if scales else 1.0
     if scale is None:
         warnings.warn(
-            f'{path}: its unit of length, "{units.pop()}", is unknown here and taken '
+            f'{path}: its unit of length, "{found.pop()}", is unknown here and taken '
             "as mm",
             stacklevel=2,
         )
