@@ -8,14 +8,21 @@ import dataclasses
 import os
 import pathlib
 import tempfile
+import warnings
 
 import nibabel as nib
+import numpy as np
 import SimpleITK as sitk
-from nibabel import spatialimages
+from nibabel import filebasedimages, spatialimages
 
 from jaxreg.errors import UserError
-from jaxreg.io import volumes
+from jaxreg.io import files, volumes
 from jaxreg.space.grid import Volume
+
+_IMAGE_ERRORS = (
+    *(RuntimeError, TypeError, filebasedimages.ImageFileError),
+    *(spatialimages.HeaderDataError, spatialimages.HeaderTypeError),
+)
 
 Scan = Volume | os.PathLike[str] | str | spatialimages.SpatialImage | sitk.Image
 
@@ -29,9 +36,10 @@ def volume(scan: Scan, name: str = "scan") -> Volume:
 
     Raises:
       UserError: it is something else, as an array, which does not say where its voxels
-        are; or see `volumes.read_volume`.
+        are; a volume's place or numbers are not finite; or see `volumes.read_volume`.
     """
     if isinstance(scan, Volume):
+        _check(scan)
         return scan
     if isinstance(scan, str | os.PathLike):
         return volumes.read_volume(scan)
@@ -42,12 +50,52 @@ def volume(scan: Scan, name: str = "scan") -> Volume:
             "give a path, an image of nibabel or SimpleITK, or a "
             "jaxreg.space.grid.Volume, which has an array and its grid"
         )
+    source = f"the {name} scan"
     with tempfile.TemporaryDirectory() as folder:
+        path = _written(scan, pathlib.Path(folder, name), source)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                found = volumes.read_volume(path)
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), source)) from error
+    for one in told:
+        sentence = str(one.message).replace(str(path), source)
+        warnings.warn(sentence, one.category, stacklevel=2)
+    return dataclasses.replace(found, source=source)
+
+
+def _written(
+    scan: spatialimages.SpatialImage | sitk.Image, path: pathlib.Path, source: str
+) -> pathlib.Path:
+    """Writes an image; its voxels may still be in a file, which may be damaged."""
+    try:
         if isinstance(scan, sitk.Image):
-            path = pathlib.Path(folder, f"{name}.nrrd")
+            path = path.with_suffix(".nrrd")
             sitk.WriteImage(scan, os.fspath(path))
         else:
-            path = pathlib.Path(folder, f"{name}.nii")
+            path = path.with_suffix(".nii")
             nib.save(scan, path)  # pyright: ignore[reportPrivateImportUsage]
-        found = volumes.read_volume(path)
-    return dataclasses.replace(found, source=f"the {name} scan")
+    except (*files.READ_ERRORS, *_IMAGE_ERRORS) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise UserError(
+            f"{source} is an image that cannot be read or written as a file "
+            f"({reason}); give its file's path, or another image"
+        ) from error
+    return path
+
+
+def _check(volume: Volume) -> None:
+    array = np.asarray(volume.array)
+    if array.ndim != 3 or array.dtype.kind not in "biuf":
+        raise UserError(
+            f"{volume.source} has {array.ndim} axes of {array.dtype} numbers, expected "
+            "real ones along the three axes D, H and W; give such an array"
+        )
+    volumes.check_grid(volume.grid, volume.source)
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise UserError(
+            f"{volume.source} has {bad} voxels that are NaN or infinite, expected "
+            "finite numbers; replace them first"
+        )

@@ -237,7 +237,7 @@ def read_nifti_vectors(path: files.PathLike) -> tuple[np.ndarray, Grid, str]:
         )
     space = _spatial_shape(shape[:3], path)
     grid = Grid(space, _reversed_columns(nifti.affine_mm(file)))
-    _check_grid(grid, path)
+    check_grid(grid, path)
     unit, scale = nifti.unit_mm(file)
     if scale != 1:
         warnings.warn(
@@ -263,6 +263,45 @@ def nifti_image(array: np.ndarray, grid: Grid) -> nifti1.Nifti1Image:
     # A qform is rotation and spacing: with shear it would be another place.
     image.set_qform(affine, code="unknown" if _is_sheared(affine) else "scanner")
     return image
+
+
+@_no_overflow
+def check_grid(grid: Grid, path: files.PathLike) -> None:
+    """Checks that a grid is a place that a scan may have.
+
+    Args:
+      grid: the grid.
+      path: whose it is, for the sentence.
+
+    Raises:
+      UserError: it is not finite, or flat, or of sizes that no voxel has.
+    """
+    affine = grid.affine_mm
+    if not np.isfinite(affine[:3, 3]).all():
+        raise UserError(
+            f"{path} has its first voxel at {affine[:3, 3].tolist()} mm, expected "
+            "finite numbers; repair its header"
+        )
+    lengths = grid.spacing_mm
+    shortest, longest = _SIDES_MM
+    # Written so that NaN is refused.
+    if not ((shortest <= lengths) & (lengths <= longest)).all():
+        sides = ", ".join(f"{length:.6g}" for length in lengths[::-1])
+        raise UserError(
+            f"{path} has voxel spacing [{sides}] mm, expected positive numbers from "
+            f"{shortest:g} to {longest:g}; repair its header"
+        )
+    away = np.abs(affine[:3, 3]).max()
+    if away > _FARTHEST * lengths.min():
+        raise UserError(
+            f"{path} has its first voxel {away:.6g} mm from the origin of space, where "
+            f"voxels of {lengths.min():.6g} mm cannot be told apart; repair its header"
+        )
+    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
+        raise UserError(
+            f"{path} has a singular affine (its axes lie in one plane), expected three "
+            "independent directions; repair its header"
+        )
 
 
 def _noun(kind: Kind) -> str:
@@ -315,36 +354,6 @@ def _spatial_shape(shape: tuple[int, ...], path: pathlib.Path) -> Shape:
 
 
 @_no_overflow
-def _check_grid(grid: Grid, path: pathlib.Path) -> None:
-    affine = grid.affine_mm
-    if not np.isfinite(affine[:3, 3]).all():
-        raise UserError(
-            f"{path} has its first voxel at {affine[:3, 3].tolist()} mm, expected "
-            "finite numbers; repair its header"
-        )
-    lengths = grid.spacing_mm
-    shortest, longest = _SIDES_MM
-    # Written so that NaN is refused.
-    if not ((shortest <= lengths) & (lengths <= longest)).all():
-        sides = ", ".join(f"{length:.6g}" for length in lengths[::-1])
-        raise UserError(
-            f"{path} has voxel spacing [{sides}] mm, expected positive numbers from "
-            f"{shortest:g} to {longest:g}; repair its header"
-        )
-    away = np.abs(affine[:3, 3]).max()
-    if away > _FARTHEST * lengths.min():
-        raise UserError(
-            f"{path} has its first voxel {away:.6g} mm from the origin of space, where "
-            f"voxels of {lengths.min():.6g} mm cannot be told apart; repair its header"
-        )
-    if abs(np.linalg.det(affine[:3, :3] / lengths)) < 1e-6:
-        raise UserError(
-            f"{path} has a singular affine (its axes lie in one plane), expected three "
-            "independent directions; repair its header"
-        )
-
-
-@_no_overflow
 def _open(
     path: pathlib.Path,
 ) -> tuple[_File, Grid]:
@@ -359,7 +368,7 @@ def _open(
     shape = _spatial_shape(file.shape, path)
     affine = nifti.affine_mm(file) if isinstance(file, nifti.Nifti) else file.affine_mm
     grid = Grid(shape, _reversed_columns(affine))
-    _check_grid(grid, path)
+    check_grid(grid, path)
     return file, grid
 
 
