@@ -133,12 +133,15 @@ def check_text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
       As `text_header`.
 
     Raises:
-      UserError: a MetaImage has such a number of axes, or lacks numbers.
+      UserError: a MetaImage has such a number of axes, or lacks fields or numbers.
     """
     fields, header_bytes = text_header(path)
-    claimed = fields.get("NDims")
-    if claimed is None:
+    if "dimension" in fields or path.suffix.lower() not in (".mha", ".mhd"):
         return fields, header_bytes
+    for name in ("NDims", "DimSize", "ElementType", "ElementDataFile"):
+        if name not in fields:  # of which MetaIO prints more than a sentence
+            raise files.damaged(path, ValueError(f"its header lacks {name}"))
+    claimed = fields["NDims"]
     if not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
         raise files.damaged(path, ValueError(f"its header claims {claimed} axes"))
     n = int(claimed)
@@ -333,9 +336,9 @@ def _check_size(image: ItkImage) -> None:
     fields, path = image.fields, image.path
     named = fields.get("data file", fields.get("datafile"))
     named = fields.get("ElementDataFile", named)
-    source = path
+    source, start = path, image.header_bytes
     if named and named.upper() != "LOCAL":
-        source = path.parent / named
+        source, start = path.parent / named, 0
         if not os.path.isfile(source):
             return  # a list or a pattern
     voxels = math.prod(image.shape)
@@ -348,7 +351,7 @@ def _check_size(image: ItkImage) -> None:
         size = voxels * image.dtype.itemsize * (2 if encoding == "hex" else 1)
     if encoding in ("gzip", "gz", "bzip2", "bz2"):
         return  # several files, or what this ITK does not read
-    there = source.stat().st_size
+    there = source.stat().st_size - start
     if size > there:
         short = f"its header claims {size} bytes of voxels, {source.name} has {there}"
         raise files.damaged(path, EOFError(short))

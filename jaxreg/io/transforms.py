@@ -103,6 +103,7 @@ def as_written(path: files.PathLike, transform: Transform) -> Transform:
     return _from_records(_to_records(transform), path)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # refused below, as what it became
 def read_transform(path: files.PathLike) -> Transform:
     """Reads a transform file of any format in `READ_EXTENSIONS`.
 
@@ -334,6 +335,11 @@ def _displacement(
         )
     # Plane by plane: a field of a whole scan in float64 would take gigabytes.
     unit = np.stack([(plane @ to_unit.T).astype(np.float32) for plane in field])
+    if not np.isfinite(unit).all():
+        raise UserError(
+            f"displacement field {path} has vectors of more than 1e38 times its grid, "
+            "expected shorter ones; write it again"
+        )
     return Displacement(unit[None], outside="half_voxel")
 
 
@@ -410,7 +416,10 @@ def _from_records(records: list[_Record], path: pathlib.Path) -> Transform:
         except ValueError as error:
             raise _damaged(path, f"{kind}: {error}") from error
         to_unit = np.linalg.inv(unit_to_file)
-        steps.append(Affine(to_unit @ pending))
+        matrix = to_unit @ pending
+        if not np.isfinite(matrix).all():
+            raise _damaged(path, "its matrices multiply to infinity")
+        steps.append(Affine(matrix))
         steps.append(_displacement(vectors, to_unit[:3, :3], path))
         pending = unit_to_file
     if not np.isfinite(pending).all():

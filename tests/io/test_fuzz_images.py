@@ -291,7 +291,7 @@ def nifti_field(data, rng):
         limits = np.iinfo(flat.dtype)
         value = int(np.nan_to_num(value, nan=-7.0, posinf=2.0**70, neginf=-(2.0**70)))
         value = min(max(value, limits.min), limits.max)
-    if flat.dtype.kind == "f" and abs(value) > np.finfo(flat.dtype).max:
+    if flat.dtype.kind == "f" and abs(value) > float(np.finfo(flat.dtype).max):
         value = float("inf")
     flat[rng.randrange(flat.size)] = value
 

@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -107,7 +108,9 @@ def outcomes_of(folder, name):
             table = tables.read(path, "points")
             assert np.isfinite(tables.points_mm(table, "ras")).all()
         else:
-            transforms.read_transform(path)
+            for step in transforms.read_transform(path).steps:
+                assert all(np.isfinite(array).all() for array in vars(step).values()
+                           if isinstance(array, np.ndarray | jax.Array))  # fmt: skip
 
     found = mutation.outcomes(read, path, itertools.islice(copies, EACH))
     hdf5._WORKER.close()  # the memory of a process is known when it has ended

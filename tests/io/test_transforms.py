@@ -1040,6 +1040,16 @@ BAD = {
         "fixed parameters, has 17",
     ),
     "size.h5": (hdf5(_0=(FIELD, np.zeros(21), BOX)), "21 parameters for 2 x 2 x 2"),
+    "long.h5": (hdf5(_0=(FIELD, np.full(24, 1e300), BOX)), "vectors of more than 1e38"),
+    "product.h5": (
+        hdf5(
+            _0=("CompositeTransform_double_3_3", [], []),
+            _1=(FIELD, np.zeros(24), BOX),
+            _2=("ScaleTransform_double_3_3", [1e300] * 3, []),
+            _3=("ScaleTransform_double_3_3", [1e300] * 3, []),
+        ),
+        "its matrices multiply to infinity",
+    ),
     "nan.h5": (hdf5(_0=(FIELD, np.full(24, np.nan), BOX)), "has 24 numbers that are"),
     "flat.h5": (
         hdf5(_0=(FIELD, np.zeros(24), [*BOX[:6], 0, *BOX[7:]])),
