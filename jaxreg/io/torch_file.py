@@ -284,7 +284,11 @@ class _Reader:
         elements = _elements(raw, tensor.dtype, swapped=self._swapped)
         if 0 in tensor.shape:
             return np.zeros(tensor.shape, tensor.dtype)
-        strides = [n * elements.itemsize for n in tensor.strides]
+        # Of one element nothing is next; the stride may be more than there are bytes.
+        strides = [
+            s * elements.itemsize if n > 1 else 0
+            for n, s in zip(tensor.shape, tensor.strides, strict=True)
+        ]
         view = np.lib.stride_tricks.as_strided(
             elements[tensor.offset :], tensor.shape, strides, writeable=False
         )
@@ -659,8 +663,11 @@ def _tensor(arguments: tuple[Any, ...], *, typed: bool) -> Tensor:
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if 0 not in shape and last >= count:
         raise _Refused("a tensor reaches beyond its storage")
+    # Of an empty one NumPy, too, wants the other axes to be countable.
+    if math.prod(filter(None, shape)) * dtype.itemsize >= 1 << 62:
+        raise _Refused("a tensor with a size beyond measure")
     told = rest[0] if rest and isinstance(rest[0], dict) else {}
-    if told.keys() - {"conj", "neg"}:
+    if told.keys() - {"conj", "neg"} or (told.get("neg") and dtype == np.bool_):
         raise _Refused("a tensor with attributes that are not known")
     return Tensor(
         storage, dtype, offset, shape, strides,

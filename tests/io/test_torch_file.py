@@ -219,11 +219,13 @@ def storage(key="0", count=10, kind="torch FloatStorage"):
     return Stored(("storage", Name(kind), key, "cpu", count))
 
 
-def tensor(key="0", *, shape=(10,), strides=(1,), offset=0, count=10, **kind):
+def tensor(
+    key="0", *, shape=(10,), strides=(1,), offset=0, count=10, told=None, **kind
+):
     return Call(
         Name("torch._utils _rebuild_tensor_v2"),
         storage(key, count, **kind), offset, shape, strides, False,
-        Call(Name("collections OrderedDict")),
+        Call(Name("collections OrderedDict")), told,
     )  # fmt: skip
 
 
@@ -244,6 +246,12 @@ def test_the_hand_made_archive_is_a_good_one(tmp_path):
     state = {"a": tensor(shape=(2, 3), strides=(1, 2), offset=3)}
     path = archive(tmp_path / "a.pth", state, {"0": raw})
     np.testing.assert_array_equal(read(path)["a"], [[3, 5, 7], [4, 6, 8]])
+
+
+def test_a_stride_along_one_element_is_of_no_account(tmp_path):
+    state = {"a": tensor(shape=(1, 10), strides=(1 << 61, 1))}
+    path = archive(tmp_path / "a.pth", state)
+    np.testing.assert_array_equal(read(path)["a"], np.zeros((1, 10)))
 
 
 TOUCHED = []
@@ -314,6 +322,10 @@ HOSTILE = {
         str(i): tensor(shape=(1 << 20,), strides=(0,)) for i in range(100)
     },
     "many axes": {"a": tensor(shape=(1,) * 1000, strides=(1,) * 1000)},
+    "huge and empty": {"a": tensor(shape=(0, 1 << 61), strides=(1, 1))},
+    "negative booleans": {
+        "a": tensor(shape=(40,), count=40, kind="torch BoolStorage", told={"neg": True})
+    },
     "outside": {"a": tensor(shape=(11,))},
     "outside by strides": {"a": tensor(shape=(4, 4), strides=(3, 1))},
     "outside by offset": {"a": tensor(shape=(1,), offset=10)},
