@@ -545,8 +545,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
     variables, beside = bundle.variables, dict(kind.beside or {})
     names = tuple(bundle.preprocessing.get(kind.names, ())) if kind.names else ()
     if kind.names and names:
-        if kind.in_order is not None:
-            variables, names = kind.in_order(variables, names, source=str(source))
+        variables, names = _in_order(kind, variables, names, str(source))
         beside[kind.names] = list(names)
     state = kind.from_variables(variables, bundle.config, source=str(source))
     released.write_state_dict(target, state, wrapper=kind.wrapper, beside=beside)
@@ -557,6 +556,25 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
             f"{'; '.join(lost)}; keep {source} for use in jaxreg",
             stacklevel=2,
         )
+
+
+def _in_order(
+    kind: Kind, variables: Variables, names: tuple[str, ...], source: str
+) -> tuple[Variables, tuple[str, ...]]:
+    """Returns weights and their prompts' or regions' names as the released code orders.
+
+    Raises:
+      UserError: there are other names than prompts, or see `Kind.in_order`.
+    """
+    if kind.in_order is not None:
+        return kind.in_order(variables, names, source=source)
+    count = kinds.prompts_in(variables)
+    if len(names) != count or len(set(names)) < count:
+        raise UserError(
+            f"{source} names the prompts {', '.join(names)}, but its weights hold "
+            f"{count}; give a name of its own to each"
+        )
+    return variables, names
 
 
 def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
@@ -802,6 +820,8 @@ def _from_torch(path: pathlib.Path, model: str | None) -> Bundle:
     variables = kind.to_variables(state, config, source=str(path))
     preprocessing = dict(kind.preprocessing(variables))
     if kind.names and (names := released.read_names(path, kind.names)):
+        # What else is said of the tasks goes by the released order.
+        variables, names = _in_order(kind, variables, names, str(path))
         preprocessing[kind.names] = list(names)
     return Bundle(
         variables=variables,

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxreg import zoo
+from jaxreg import tasks, zoo
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, files, released, released_sam, released_unireg
 from jaxreg.models import kinds, sam
@@ -635,6 +635,21 @@ def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
             kernel = model.variables["params"]["decoder_1"]["head"]["controller"]
             rows.append(kernel["kernel"][0, 0, 0, place - 6])
         np.testing.assert_array_equal(*rows, err_msg=name)
+    # A file whose columns are in an order of its own, by the names that it has.
+    columns = {
+        "model_state_dict": {k: torch.from_numpy(a) for k, a in moved.items()},
+        "regions": list(recipe),
+    }
+    torch.save(columns, tmp_path / "own.pth")
+    own = zoo.load(tmp_path / "own.pth")
+    kept = zoo.load(tmp_path / "back")
+    for name in recipe:
+        assert tasks.tell(own, name).text == tasks.tell(kept, name).text
+    jax.tree.map(np.testing.assert_array_equal, own.variables, kept.variables)
+    for wrong in (recipe[:3], (*recipe, "hip"), ("hip", *recipe[1:]), ("a",) * 6):
+        torch.save({**columns, "regions": list(wrong)}, tmp_path / "own.pth")
+        with pytest.raises(UserError, match=r"own\.pth makes its heads for the reg"):
+            zoo.load(tmp_path / "own.pth")
     other = {**bundle.preprocessing, "regions": ["hip", *recipe[1:]]}
     checkpoints.save_bundle(
         tmp_path / "other", dataclasses.replace(bundle, preprocessing=other)
@@ -646,7 +661,7 @@ def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
 
 @pytest.mark.torch
 def test_prompts_keep_their_names_through_pytorch(tmp_path):
-    pytest.importorskip("torch")
+    torch = pytest.importorskip("torch")
     config = PromptRegConfig(channels=2, tasks=3)
     bundle = checkpoints.Bundle(
         jax.tree.map(np.asarray, PromptReg(config).init(jax.random.key(0), (16,) * 3)),
@@ -659,6 +674,11 @@ def test_prompts_keep_their_names_through_pytorch(tmp_path):
     checkpoints.save_bundle(tmp_path / "trained", bundle)
     zoo.convert(tmp_path / "trained", tmp_path / "out.pth")
     assert zoo.load(tmp_path / "out.pth").tasks == ("hip", "brain", "heart")
+    content = torch.load(tmp_path / "out.pth", weights_only=True)
+    for wrong in (["hip"], ["hip", "brain", "heart", "knee"], ["hip", "hip", "heart"]):
+        torch.save({**content, "tasks": wrong}, tmp_path / "out.pth")
+        with pytest.raises(UserError, match=r"out\.pth names the prompts .* hold 3"):
+            zoo.load(tmp_path / "out.pth")
 
 
 @pytest.mark.torch

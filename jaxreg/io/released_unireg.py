@@ -264,18 +264,21 @@ def in_released_order(
     """Returns variables, and names, with the regions in the released code's order.
 
     Args:
-      variables: {"params": ...} of models.unireg_rpn, with dynamic heads.
+      variables: {"params": ...} of models.unireg_rpn; static heads know no regions.
       names: of the regions, in the order of the weights.
       source: what the variables came from, for the error.
 
     Raises:
       UserError: these are not the six regions that the released code knows.
     """
-    if sorted(names) != sorted(REGIONS):
+    sizes = variable_sizes(variables, source=source)
+    if sizes.head == "static":
+        return variables, ()
+    if sizes.regions != len(REGIONS) or sorted(names) != sorted(REGIONS):
         raise UserError(
             f"{source} makes its heads for the regions {', '.join(names)}, a file of "
-            f"the released code holds {', '.join(REGIONS)} and no others; keep it as a "
-            "checkpoint folder, or train with these regions to export"
+            f"the released code holds {', '.join(REGIONS)} and no others; keep other "
+            "regions in a checkpoint folder, or train with these to export"
         )
     order = np.array([list(names).index(region) for region in REGIONS])
     params = dict(variables["params"])
