@@ -23,7 +23,7 @@ _SCHEMA = (
     "https://raw.githubusercontent.com/slicer/slicer/master/Modules/Loadable/Markups/"
     "Resources/Schema/markups-schema-v1.0.3.json#"
 )
-_BROKEN = (TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+_BROKEN = (TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 
 
 def read_fcsv(text: str) -> tuple[list[str], list[list[str]], str, list[str]]:

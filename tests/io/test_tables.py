@@ -122,6 +122,7 @@ def test_slicer_reads_the_columns_in_any_order(tmp_path):
         ("p.fcsv", "# columns = a,b\n1,2\n", "has the columns a, b, expected x, y"),
         ("p.mrk.json", "[", "is no .mrk.json text"),
         ("p.mrk.json", "[1]", "no markups of 3D Slicer"),
+        ("p.mrk.json", mrk("LPS", PLACES, "mm").replace('"mm"', "[]"), "no markups"),
         ("p.mrk.json", '{"markups": []}', "holds no points"),
         ("p.mrk.json", mrk("IJK", PLACES), "coordinateSystem is ijk, expected"),
         ("p.mrk.json", mrk("LPS", PLACES, "inch"), "coordinateUnits are inch"),
