@@ -632,7 +632,8 @@ def jacobian_verb(
     The determinant is that of the map in mm: 1 keeps volume, 2 means that a voxel of
     the fixed scan covers twice its volume in the moving scan, below 0 is a fold. It is
     taken by central differences at the fixed scan's voxels; the share of folded voxels
-    is the one that register and evaluate print.
+    is the one that register and evaluate print. Where a scan is larger than the box
+    of a network with a fixed spacing (UniReg), those two count within the box alone.
     """
     outputs = {"--jacob": jacob, "--log-jacob": log_jacob}
     _check_outputs(outputs, [fixed, transform], needed=False)
