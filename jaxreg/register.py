@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import operator
 import os
 import time
@@ -38,6 +39,8 @@ from jaxreg.typing import Pair
 
 Target = Literal["network", "displacement", "features", "map"]
 _REFINING = ("features", "map")
+_WHOLE_NUMBERS = ("io_iterations", "level_iterations", "seed")
+_NUMBERS = ("io_lr", "dice_loss_weight", "smoothness")
 _MUCH_FOLDED = 1.0  # per cent of the voxels
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -140,12 +143,27 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Regions:
-    """Masks and label maps that belong to the scans, each on its scan's own grid."""
+    """Masks and label maps that belong to the scans, each on its scan's own grid.
+
+    They may be given as scans may, see `io.given`, and are volumes from then on.
+    """
 
     fixed_mask: Volume | None = None
     moving_mask: Volume | None = None
     fixed_segmentation: Volume | None = None
     moving_segmentation: Volume | None = None
+
+    def __post_init__(self):
+        """Reads what is no volume yet.
+
+        Raises:
+          UserError: see `given.volume`.
+        """
+        for name, region in vars(self).items():
+            if region is not None:
+                kind = "mask" if name.endswith("mask") else "labels"
+                read = given.volume(region, name.replace("_", " "), kind=kind)
+                object.__setattr__(self, name, read)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +224,8 @@ def check_options(options: Options) -> None:
     Raises:
       UserError: a value out of its range, or values that contradict each other.
     """
+    _check_kind(options, Options, "the options are", "jaxreg.register.Options(...)")
+    _check_numbers(options)
     for name, known in (("io_target", get_args(Target)), ("precision", tuple(_MATMUL))):
         if getattr(options, name) not in known:
             near = difflib.get_close_matches(str(getattr(options, name)), known, n=1)
@@ -235,6 +255,30 @@ def check_options(options: Options) -> None:
             "of at least 8; leave it out for the grid of the weights"
         )
     _check_target(options)
+
+
+def _check_kind(value: object, kind: Any, what: str, words: str) -> None:
+    if not isinstance(value, kind):
+        raise UserError(f"{what} a {type(value).__name__}, expected {words}")
+
+
+def _check_numbers(options: Options) -> None:
+    """Checks what the command line makes numbers of, for callers from Python."""
+    for name, kind, words in (
+        *((n, numbers.Integral, "a whole number") for n in _WHOLE_NUMBERS),
+        *((n, numbers.Real, "a number") for n in _NUMBERS),
+    ):
+        value = getattr(options, name)
+        optional = value is None and name not in ("seed", "dice_loss_weight")
+        if not optional and not isinstance(value, kind):
+            raise UserError(f"{_option(name)} is {value!r}, expected {words}")
+    for name in ("ct_window", "quantile_range"):
+        ends = getattr(options, name)
+        if ends is None:
+            continue
+        two = isinstance(ends, Sequence | np.ndarray) and len(ends) == 2
+        if not two or not all(isinstance(end, numbers.Real) for end in ends):
+            raise UserError(f"{_option(name)} is {ends!r}, expected two numbers")
 
 
 def _check_target(options: Options) -> None:
@@ -410,9 +454,8 @@ def register(
       UserError: options, scans, masks or label maps do not go together, or a scan is
         an array, whose place nobody knows.
     """
-    regions = regions or Regions()
     check_options(options)
-    moving, fixed = given.volume(moving, "moving"), given.volume(fixed, "fixed")
+    moving, fixed, regions = _given(moving, fixed, regions)
     check_regions(options, vars(regions))
     check_volumes(moving, fixed, regions)
     model, told = _told(model, options, sam)
@@ -498,6 +541,19 @@ def register(
     )
 
 
+def _given(
+    moving: given.Scan, fixed: given.Scan, regions: Regions | None
+) -> tuple[Volume, Volume, Regions]:
+    """Returns what a caller from Python gives, as volumes."""
+    regions = regions or Regions()
+    _check_kind(regions, Regions, "the regions are", "jaxreg.register.Regions(...)")
+    return (
+        given.volume(moving, "moving scan"),
+        given.volume(fixed, "fixed scan"),
+        regions,
+    )
+
+
 def _prealigns_alone(model: zoo.LoadedModel | None, options: Options) -> bool:
     """Whether nothing follows the pre-alignment.
 
@@ -523,6 +579,8 @@ def _told(
     words = (options.task, options.pairing, options.smoothness)
     if isinstance(model, str | os.PathLike):
         model = zoo.load(model)
+    loaded = zoo.LoadedModel | None
+    _check_kind(model, loaded, "the model is", "a name, a path or what zoo.load gives")
     if model is None:
         tasks.refuse(*words)
         if options.level_iterations is not None:

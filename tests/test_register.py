@@ -793,6 +793,12 @@ def test_a_sam_network_that_is_given_is_shown_the_units_that_it_knows():
         ({"prealign": "affin"}, "--prealign is affin"),
         ({"precision": "float16"}, "--precision is float16"),
         ({"fixed_modality": "t3"}, "--fixed-modality is t3, .* t1, "),
+        ({"io_iterations": "10"}, "--io-iterations is '10', expected a whole number"),
+        ({"io_iterations": 1.5}, "--io-iterations is 1.5, expected a whole number"),
+        ({"seed": None}, "--seed is None, expected a whole number"),
+        ({"io_lr": "fast"}, "--io-lr is 'fast', expected a number"),
+        ({"ct_window": (1,)}, r"--ct-window is \(1,\), expected two numbers"),
+        ({"quantile_range": ("a", "b")}, "--quantile-range is .* two numbers"),
     ],
 )
 def test_misspelt_values_of_options(change, words):
@@ -836,3 +842,46 @@ def test_paths_and_images_are_registered_as_volumes_are(tmp_path):
 def test_arrays_say_not_where_they_are(scan):
     with pytest.raises(UserError, match="moving scan is a .*does not say where"):
         register.register(scan, blobs(make_grid()), None, OPTIONS)
+
+
+def test_what_is_wrong_with_an_image_in_memory_is_said_of_the_scan():
+    """Not of the temporary file that it is read from, nor are its warnings."""
+    import nibabel as nib
+
+    scan = blobs(make_grid())
+    with pytest.raises(UserError, match=r"^the moving scan is a 4D image of"):
+        several = nib.Nifti1Image(np.zeros((9, 8, 7, 3), np.float32), np.eye(4))
+        register.register(several, scan, None, OPTIONS)
+    nowhere = nib.Nifti1Image(scan.array.T, None)
+    with pytest.warns(UserWarning, match="^the fixed scan: neither qform nor sform"):
+        register.register(scan, nowhere, loaded(Shifting()), OPTIONS)
+
+
+def test_regions_may_be_what_scans_may_be(tmp_path):
+    import nibabel as nib
+
+    from jaxreg.io import volumes
+
+    scan = blobs(make_grid())
+    mask = Volume((scan.array > 300).astype(np.uint8), scan.grid)
+    volumes.write_volume(tmp_path / "mask.nii.gz", mask)
+    image = nib.load(tmp_path / "mask.nii.gz")
+    found = register.Regions(tmp_path / "mask.nii.gz", image, image)
+    for region in vars(found).values():
+        if region is not None:
+            np.testing.assert_array_equal(region.array, mask.array)
+    assert found.moving_segmentation is None
+    with pytest.raises(UserError, match="the fixed mask is a numpy.ndarray"):
+        register.Regions(fixed_mask=mask.array)
+
+
+def test_arguments_of_other_kinds_get_a_sentence():
+    scan = blobs(make_grid())
+    for arguments, sentence in (
+        ((None, {"shape": 12}), r"the options are a dict, .*Options"),
+        ((OPTIONS,), "the model is a Options, expected a name"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            register.register(scan, scan, *arguments)
+    with pytest.raises(UserError, match="the regions are a dict"):
+        register.register(scan, scan, None, OPTIONS, regions={"fixed_mask": scan})

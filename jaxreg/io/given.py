@@ -27,12 +27,13 @@ _IMAGE_ERRORS = (
 Scan = Volume | os.PathLike[str] | str | spatialimages.SpatialImage | sitk.Image
 
 
-def volume(scan: Scan, name: str = "scan") -> Volume:
+def volume(scan: Scan, name: str = "scan", *, kind: volumes.Kind = "image") -> Volume:
     """Returns the volume that a scan is.
 
     Args:
       scan: a `Volume`; the path of a file; or an image of nibabel or SimpleITK.
-      name: which scan, for the sentence and as the volume's source.
+      name: what to call it in sentences, and as the volume's source.
+      kind: see `volumes.read_volume`.
 
     Raises:
       UserError: it is something else, as an array, which does not say where its voxels
@@ -42,21 +43,21 @@ def volume(scan: Scan, name: str = "scan") -> Volume:
         _check(scan)
         return scan
     if isinstance(scan, str | os.PathLike):
-        return volumes.read_volume(scan)
+        return volumes.read_volume(scan, kind=kind)
     if not isinstance(scan, spatialimages.SpatialImage | sitk.Image):
-        kind = f"{type(scan).__module__}.{type(scan).__qualname__}"
+        what = f"{type(scan).__module__}.{type(scan).__qualname__}"
         raise UserError(
-            f"the {name} scan is a {kind}, which does not say where its voxels are; "
+            f"the {name} is a {what}, which does not say where its voxels are; "
             "give a path, an image of nibabel or SimpleITK, or a "
             "jaxreg.space.grid.Volume, which has an array and its grid"
         )
-    source = f"the {name} scan"
+    source = f"the {name}"
     with tempfile.TemporaryDirectory() as folder:
         path = _written(scan, pathlib.Path(folder, name), source)
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             try:
-                found = volumes.read_volume(path)
+                found = volumes.read_volume(path, kind=kind)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), source)) from error
     for one in told:
