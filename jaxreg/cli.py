@@ -1017,6 +1017,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             status = typer.main.get_command(app).main(
                 args=_hyphens(argv), prog_name="jaxreg", standalone_mode=False, obj=argv
             )
+        if status == _INTERRUPTED:  # typer's, from 0.29 on; older ones abort
+            print("jaxreg: interrupted", file=sys.stderr)
         return status if isinstance(status, int) else 0
     except UserError as error:
         return _complain(str(error))
@@ -1024,7 +1026,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error.format_message().replace("Value error, ", ""))
     except (KeyboardInterrupt, typer.Abort):
         print("jaxreg: interrupted", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except MemoryError:
         return _complain(_OUT_OF_MEMORY)
     except RuntimeError as error:
@@ -1033,6 +1035,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
+_INTERRUPTED = 130  # 128 and the number of SIGINT
 _OUT_OF_MEMORY = (
     "there is not enough memory; pass a smaller --shape (its voxels decide), or use "
     "another machine"

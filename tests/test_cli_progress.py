@@ -75,3 +75,14 @@ def test_an_interrupt_says_what_is_kept(monkeypatch, tmp_path, capsys):
     assert cli.main(argv) == 130
     said = capsys.readouterr().err
     assert str(tmp_path / "run") in said and "--resume" in said
+
+
+def test_an_interrupt_is_never_silent(monkeypatch, capsys):
+    """Also where no verb says what is kept, as before it has begun."""
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxreg.zoo.describe", stop)
+    assert cli.main(["models"]) == 130
+    assert capsys.readouterr().err.strip() == "jaxreg: interrupted"
