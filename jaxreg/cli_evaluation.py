@@ -266,14 +266,26 @@ def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
 
 @contextlib.contextmanager
 def _shown(out: pathlib.Path) -> "Iterator[Progress]":
-    """Shows rows as they are done; after an interrupt, says where those are."""
+    """Shows rows as they are done; after an interrupt, says where those are.
+
+    The table has whole pairs, and is not there before the first one is done.
+    """
+    before = _written_at(out)
 
     def show(done: int, total: int, row: "Row") -> None:
         bar.show(done, total, f"{row.method}, Dice {row.mean_dice:.3f}")
 
-    kept = f"the rows that are done are in {out}; give --count for fewer pairs"
+    def kept() -> str:
+        done = _written_at(out) != before
+        found = f"the pairs that are done are in {out}" if done else "no pair is done"
+        return f"{found}; give --count for fewer pairs"
+
     with interrupted(kept), Bar("evaluate", waiting="compiling, the first pair") as bar:
         yield show
+
+
+def _written_at(path: pathlib.Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
 
 
 def tune_verb(  # noqa: PLR0913

@@ -8,7 +8,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -157,10 +157,15 @@ def shorter(*, network: bool) -> str:
 
 
 @contextlib.contextmanager
-def interrupted(kept: str) -> Iterator[None]:
-    """Says after an interrupt what is kept and how to go on; the interrupt goes on."""
+def interrupted(kept: str | Callable[[], str]) -> Iterator[None]:
+    """Says after an interrupt what is kept and how to go on; the interrupt goes on.
+
+    Args:
+      kept: what to say, or what finds it out then.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        print(f"jaxreg: {kept}", file=sys.stderr)
+        text = kept if isinstance(kept, str) else kept()
+        print(f"jaxreg: {text}", file=sys.stderr)
         raise

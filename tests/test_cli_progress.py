@@ -1,10 +1,11 @@
 """What long verbs say: lines at intervals, time left, a word in silence, after ^C."""
 
+import os
 import time
 
 import pytest
 
-from jaxreg import cli, cli_progress
+from jaxreg import cli, cli_evaluation, cli_progress
 from jaxreg.cli_progress import Bar
 
 
@@ -86,3 +87,16 @@ def test_an_interrupt_is_never_silent(monkeypatch, capsys):
     monkeypatch.setattr("jaxreg.zoo.describe", stop)
     assert cli.main(["models"]) == 130
     assert capsys.readouterr().err.strip() == "jaxreg: interrupted"
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_an_evaluation_says_what_is_written(tmp_path, capsys, done):
+    out = tmp_path / "scores.csv"
+    out.write_text("of an earlier run")
+    with pytest.raises(KeyboardInterrupt), cli_evaluation._shown(out):
+        if done:
+            os.utime(out, ns=(1, 1))
+        raise KeyboardInterrupt
+    said = capsys.readouterr().err
+    assert "--count" in said
+    assert (str(out) in said) == done
