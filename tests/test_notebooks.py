@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, at a small grid."""
 
+import importlib.machinery
 import importlib.util
 import json
 import pathlib
@@ -62,7 +63,9 @@ def test_set_up_on_colab_keeps_its_jax(name, way, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(subprocess, "run", called)
     monkeypatch.setattr(sys, "path", list(sys.path))
     exec(compile(source, stem, "exec"), {})
-    assert (tmp_path / "jaxreg").is_dir()
+    assert (tmp_path / "jaxreg-repository").is_dir()
+    # Where pip fails, running the cell again must not take the folder for the package.
+    assert importlib.machinery.PathFinder.find_spec("jaxreg", [str(tmp_path)]) is None
     assert [command[0] == "git" for command in asked].count(True) == (way == "address")
     assert asked[-1][asked[-1].index("-c") + 1] == str(tmp_path / "constraints.txt")
     assert (tmp_path / "constraints.txt").read_text() == (
