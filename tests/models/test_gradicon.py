@@ -6,7 +6,6 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from scipy import ndimage
 
@@ -464,47 +463,6 @@ def test_loss_and_gradients_match_the_original(unigradicon, monkeypatch, size):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("size", SIZES)
-def test_instance_optimisation_matches_the_original(unigradicon, monkeypatch, size):
-    from icon_registration import itk_wrapper
-
-    steps = 5
-    net = original_network(size)
-    model, variables = model_of(original_state(net))
-    images = smooth_pair(size.shape)
-    noise = np.random.default_rng(1).standard_normal((steps + 1, 1, *size.shape, 3))
-    noise = noise.astype(np.float32)
-
-    feed_noise(monkeypatch, noise)
-    rows = []
-    net.register_forward_hook(lambda *call: rows.append(original_parts(call[-1])))
-    itk_wrapper.finetune_execute(net, *map(to_torch, images), steps, 2e-5)
-
-    result = optimize.optimize_network(
-        model,
-        variables,
-        Pair(*images),
-        PLAIN,
-        steps=steps,
-        learning_rate=2e-5,
-        key=jax.random.key(0),
-        noise=jnp.asarray(noise),
-    )
-    assert len(rows) == steps + 1
-    assert rows[-1]["loss"] != rows[0]["loss"]
-    for index, row in enumerate(rows):
-        parts = {name: values[index] for name, values in result.history.items()}
-        check_live_parts(parts, row, 1e-3)
-    for transform, theirs in (
-        (result.forward, net.phi_AB_vectorfield),
-        (result.backward, net.phi_BA_vectorfield),
-    ):
-        points = jax.jit(lambda t: t.on_grid(size.shape))(transform)
-        wanted = channels_last(theirs.detach().cpu().numpy())
-        np.testing.assert_allclose(points, wanted, rtol=0, atol=1e-4)
-
-
-@pytest.mark.torch
-@pytest.mark.parametrize("size", SIZES)
 def test_our_checkpoint_runs_in_the_original(unigradicon, tmp_path, size):
     import icon_registration as icon
     import torch
@@ -552,30 +510,294 @@ def randomised(variables):
     return jax.tree_util.tree_map_with_path(leaf, variables)
 
 
-@pytest.mark.golden
-@pytest.mark.slow
-def test_parameters_after_instance_optimisation_match_reference(golden):
-    # Slow: it needs its own program, since `optimize_network` returns maps only.
+# --- instance optimisation -----------------------------------------------------------
+
+# Images scaled by a unit in the last place, either way, and by a few. LNCC does not
+# mind the scale, so what moves with it is rounding.
+SCALES = (1 + 2.0**-23, 1 - 2.0**-23, 1 + 3 * 2.0**-23)
+# The original adds in another order than jaxreg (direct sums where minimal filtering
+# is used here), which is a larger change than those: measured, up to 6 times.
+OTHER_ORDER = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimisation:
+    """An instance optimisation as either program tells of it.
+
+    Attributes:
+      history: parts of the objective, steps + 1 by name.
+      maps: forward and backward, N D H W 3, of the last weights.
+      weights: the last ones by PyTorch's names.
+    """
+
+    history: dict[str, np.ndarray]
+    maps: tuple[np.ndarray, ...]
+    weights: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is optimised: a network on two images, with the jitter of every step."""
+
+    model: GradIcon
+    variables: dict
+    images: tuple[np.ndarray, ...]
+    noise: np.ndarray
+
+    @property
+    def start(self):
+        return released.from_variables(self.variables, config_of(self.model))
+
+    @property
+    def steps(self):
+        return len(self.noise) - 1
+
+    def run(self, rate, scale=1.0):
+        """jaxreg's optimisation; one program serves all rates and scales."""
+        own, last = optimize._network_step, []
+
+        def step(state, *args, **options):
+            # The state is given away to the program.
+            last[:] = [jax.tree.map(lambda a: np.array(a, copy=True), state[0])]
+            return own(state, *args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(optimize, "_network_step", step)
+            result = optimize.optimize_network(
+                self.model,
+                self.variables,
+                Pair(*(np.float32(image * np.float32(scale)) for image in self.images)),
+                PLAIN,
+                steps=self.steps,
+                learning_rate=rate,
+                key=jax.random.key(0),
+                noise=jnp.asarray(self.noise),
+            )
+        shape = self.images[0].shape[1:4]
+        both = (result.forward, result.backward)
+        maps = jax.jit(lambda *given: tuple(t.on_grid(shape) for t in given))(*both)
+        weights = released.from_variables(last[0], config_of(self.model))
+        return Optimisation(result.history, maps, weights)
+
+    def runs(self, rate):
+        """The optimisation, and those of images that differ by a rounding."""
+        return [self.run(rate, scale) for scale in (1.0, *SCALES)]
+
+
+def longest_walk(steps, first=0.9, second=0.999):
+    """The most that Adam moves a parameter in these steps, in learning rates.
+
+    Update t is ``sum(a g) / sqrt(sum(c g^2))`` over the gradients so far, with weights
+    a and c of sum 1: by Cauchy and Schwarz at most ``sqrt(sum(a^2 / c))``.
+    """
+    walk = 0.0
+    for t in range(1, steps + 1):
+        age = np.arange(t)
+        a = (1 - first) * first**age / (1 - first**t)
+        c = (1 - second) * second**age / (1 - second**t)
+        walk += np.sqrt(np.sum(a**2 / c))
+    return walk
+
+
+def check_history(runs, wanted):
+    """Compares every part of every step with the original's.
+
+    Adam's first update is a sign and the next ones are nearly so: where a gradient is
+    its own rounding error, an update is plus or minus the rate by chance, and what
+    comes of it no fixed number bounds. The same program tells: with images that differ
+    by a rounding, its parts move by `spread`, and the original is one more rounding of
+    the same sums. To this comes the 1e-4 by which one evaluation in float32 differs
+    between programs.
+    """
+    (result, *others) = [run.history for run in runs]
+    for name, values in wanted.items():
+        assert result[name].shape == values.shape
+        spread = np.max([np.abs(o[name] - result[name]) for o in others], axis=0)
+        # Chaos grows from step to step: a later row is no steadier than those before.
+        spread = np.maximum.accumulate(spread)
+        limit = 1e-4 * np.abs(values) + OTHER_ORDER * spread
+        if name == "folds":  # a determinant next to zero may fall on either side
+            limit = limit + 2e-3 * values + 2
+        off = np.abs(result[name] - values)
+        assert np.all(off <= limit), (name, off, limit)
+
+
+def check_weights(runs, start, wanted, rate, steps):
+    """Compares where the weights went with the original's.
+
+    None goes farther than Adam can, whatever the gradients. Where a gradient is its own
+    rounding error that is all that can be said; most are not, and agree as closely as
+    the sums do: the 50, 75 and 90 % that agree best.
+    """
+    names = [n for n in wanted if not n.endswith(("running_mean", "running_var"))]
+    names = [n for n in names if not n.endswith("num_batches_tracked")]
+    assert names
+
+    def together(weights):
+        return np.concatenate([np.ravel(weights[n]) for n in names]).astype(np.float64)
+
+    begun, theirs = together(start), together(wanted)
+    ours, *others = [together(run.weights) for run in runs]
+    # Each update rounds the sum, in either program.
+    rounding = steps * np.spacing(np.float32(np.abs(begun) + steps * rate))
+    longest = rate * longest_walk(steps)
+    for weights in (ours, theirs):
+        assert np.all(np.abs(weights - begun) <= longest * 1.0001 + rounding)
+    off = np.maximum(np.abs(ours - theirs) - rounding, 0.0)
+    spread = np.max([np.abs(other - ours) for other in others], axis=0)
+    for share in (0.5, 0.75, 0.9):
+        limit = 1e-3 * longest + OTHER_ORDER * np.quantile(spread, share)
+        assert np.quantile(off, share) <= limit, (share, np.quantile(off, share), limit)
+    for name in set(wanted) - set(names):  # statistics are used and stay
+        np.testing.assert_array_equal(runs[0].weights[name], wanted[name])
+
+
+def check_optimisation(runs, wanted, start, rate):
+    steps = len(wanted.history["loss"]) - 1
+    check_history(runs, wanted.history)
+    check_weights(runs, start, wanted.weights, rate, steps)
+
+
+@pytest.fixture(scope="module")
+def stored_case(golden):
     g = golden("unigradicon_io")
-    rate = "lr2e-5"
-    model, before = model_of(state_of(g))
-    optimizer = optax.adam(float(rate.removeprefix("lr")))
-    step = jax.jit(step_lib.make_step(model, PLAIN, optimizer, train=False))
-    pair, noise = pair_of(g), channels_last_of_noise(g)
-    variables, state = before, optimizer.init(before["params"])
-    for draw in noise[:-1]:
-        variables, state, *_ = step(variables, state, pair, draw)
-    start = released.from_variables(before, config_of(model))
-    final = released.from_variables(variables, config_of(model))
-    for name, wanted in state_of(g, f"{rate}/final").items():
-        moved, wanted = final[name] - start[name], wanted - start[name]
-        if name.endswith(("running_mean", "running_var")):
-            assert not moved.any() and not wanted.any()
-        else:
-            # Adam's first update is a sign: gradients next to zero may differ.
-            assert relative_l2(moved, wanted) < 0.1, name
+    images = tuple(channels_last(g[name]) for name in "AB")
+    noise = np.moveaxis(g["noise"], 1, -1)[:, None]  # steps 1 D H W 3
+    return g, Case(*model_of(state_of(g)), images, noise)
 
 
-def channels_last_of_noise(g):
-    """Draws as stored, steps 3 D H W, as steps of 1 D H W 3."""
-    return np.moveaxis(g["noise"], 1, -1)[:, None]
+def stored_optimisation(g, rate):
+    columns = [str(name) for name in g["loss_columns"]]
+    rows = dict(zip(columns, g[f"{rate}/losses"].T, strict=True))
+    names = {**{v: k for k, v in PARTS.items()}, "flips": "folds"}
+    return Optimisation(
+        {names[column]: values for column, values in rows.items()},
+        tuple(channels_last(g[f"{rate}/phi_{way}"]) for way in ("AB", "BA")),
+        state_of(g, f"{rate}/final"),
+    )
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("rate", ["lr2e-5", "lr1e-3"])
+def test_instance_optimisation_matches_reference(stored_case, rate):
+    g, case = stored_case
+    wanted, number = stored_optimisation(g, rate), float(rate.removeprefix("lr"))
+    runs = case.runs(number)
+    check_optimisation(runs, wanted, case.start, number)
+    if rate == "lr2e-5":  # the usual one
+        for ours, theirs in zip(runs[0].maps, wanted.maps, strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+    # Whatever the spread, the loss is held to a tenth of what it started from.
+    off = np.abs(runs[0].history["loss"] - wanted.history["loss"])
+    assert np.all(off <= 0.1 * wanted.history["loss"][0]), off
+
+
+@pytest.mark.golden
+def test_another_rate_is_told_from_the_reference(stored_case):
+    g, case = stored_case
+    wanted, rate = stored_optimisation(g, "lr2e-5"), 2e-5
+    runs = case.runs(1.01 * rate)
+    with pytest.raises(AssertionError):
+        check_weights(runs, case.start, wanted.weights, rate, case.steps)
+    with pytest.raises(AssertionError):
+        check_history(runs, wanted.history)
+
+
+# The live original.
+
+RATE = 2e-5
+
+
+def original_optimisation(net, case, rate=RATE, **adam):
+    """The original's own loop from its present weights, which it restores."""
+    import torch
+    from icon_registration import itk_wrapper
+
+    rows, states = [], []
+
+    def seen(_, __, losses):
+        rows.append(original_parts(losses))
+        states.append(original_state(net))
+
+    hook = net.register_forward_hook(seen)
+    own = torch.optim.Adam
+    with pytest.MonkeyPatch.context() as patch:
+        feed_noise(patch, case.noise)
+        patch.setattr(torch.optim, "Adam", lambda p, lr: own(p, lr, **adam))
+        images = map(to_torch, case.images)
+        itk_wrapper.finetune_execute(net, *images, case.steps, rate)
+    hook.remove()
+    fields = (net.phi_AB_vectorfield, net.phi_BA_vectorfield)
+    return Optimisation(
+        {name: np.array([row[name] for row in rows]) for name in rows[0]},
+        tuple(channels_last(f.detach().cpu().numpy()) for f in fields),
+        states[-1],
+    )
+
+
+def live_case(size, steps=5):
+    net = original_network(size)
+    noise = np.random.default_rng(1).standard_normal((steps + 1, 1, *size.shape, 3))
+    case = Case(
+        *model_of(original_state(net)),
+        tuple(smooth_pair(size.shape)),
+        noise.astype(np.float32),
+    )
+    return net, case
+
+
+@pytest.fixture(scope="module")
+def live(unigradicon):
+    """The small network's original, and jaxreg's runs of its optimisation."""
+    net, case = live_case(SMALL)
+    return net, case, case.runs(RATE)
+
+
+def check_live(net, case, runs):
+    wanted = original_optimisation(net, case)
+    assert wanted.history["loss"][-1] != wanted.history["loss"][0]
+    check_optimisation(runs, wanted, case.start, RATE)
+    for ours, theirs in zip(runs[0].maps, wanted.maps, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.torch
+def test_instance_optimisation_matches_the_original(live):
+    check_live(*live)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_instance_optimisation_matches_the_released_original(unigradicon):
+    net, case = live_case(RELEASED)
+    check_live(net, case, case.runs(RATE))
+
+
+MUTATIONS = {
+    "lambda": {"lmbda": 1.6},
+    "sigma": {"sigma": 4},
+    "rate": {"rate": 1.01 * RATE},
+    "first_beta": {"betas": (0.8, 0.999)},
+    "second_beta": {"betas": (0.9, 0.99)},
+    "decay": {"weight_decay": 1e-3},
+    "jitter": {"noise": [0, 1, 2, 2, 4, 5]},
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_another_optimisation_is_told_from_the_original(live, name, monkeypatch):
+    import icon_registration as icon
+
+    net, case, runs = live
+    change = dict(MUTATIONS[name])
+    if "lmbda" in change:
+        monkeypatch.setattr(net, "lmbda", change.pop("lmbda"))
+    if "sigma" in change:
+        monkeypatch.setattr(net, "similarity", icon.LNCC(change.pop("sigma")))
+    if "noise" in change:
+        noise = case.noise[change.pop("noise")]
+        case = dataclasses.replace(case, noise=noise)
+    wanted = original_optimisation(net, case, **change)
+    with pytest.raises(AssertionError):
+        check_optimisation(runs, wanted, case.start, RATE)
