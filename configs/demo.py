@@ -3,8 +3,9 @@
 Four kinds of pair take turns: two subjects or one, in one contrast or in two, under
 deformations of up to a quarter of the image. The similarity is LNCC^2, which bears a
 change of contrast, and labels are compared besides, as SynthMorph does. The log shows
-Dice of pairs of other subjects, on which nothing was trained: 0.60 before training and
-0.70 after it, in about 3 minutes of one core. They choose the best weights too.
+Dice of 16 pairs of other subjects, on which nothing was trained and which choose
+nothing, since the last weights are kept: 0.604 before training and 0.705 after its 320
+steps, in one run of about 3 minutes of processor time.
 
     python train.py --config configs/demo.py --out runs/demo
 
@@ -30,7 +31,7 @@ def get_config() -> Experiment:
             synthetic=("inter_mono", "inter_multi", "intra_mono", "intra_multi"),
             synthetic_deformation=6.0,
             pairs_per_epoch=64,
-            validation_pairs=8,
+            validation_pairs=16,
         ),
         loading=Loading(shape=(24, 24, 24)),
         augment=Augmentation(noise=0.02),
@@ -39,6 +40,6 @@ def get_config() -> Experiment:
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, schedule="cosine"),
         train=TrainConfig(batch=2),
-        loop=LoopConfig(validate_every=2, image_every=2),
+        loop=LoopConfig(validate_every=2, image_every=2, metric="last"),
         stages=(Stage("stage_1", epochs=10),),
     )
