@@ -65,7 +65,7 @@ BAD = {
 def test_what_is_no_scan_is_refused_in_one_sentence(tmp_path, name):
     make, expected = BAD[name]
     with pytest.raises(UserError, match=expected) as caught:
-        given.volume(make(tmp_path), "fixed")
+        given.volume(make(tmp_path), "fixed scan")
     sentence = str(caught.value)
     assert sentence.startswith(("the fixed scan ", "volume "))
     assert "\n" not in sentence
@@ -81,6 +81,6 @@ def test_warnings_name_the_scan_and_not_a_temporary_file():
     image.set_sform(None, code=0)
     image.set_qform(None, code=0)
     with pytest.warns(UserWarning, match="^the fixed scan: neither qform nor sform"):
-        read = given.volume(image, "fixed")
+        read = given.volume(image, "fixed scan")
     np.testing.assert_array_equal(read.array, ARRAY)
     assert read.source == "the fixed scan"

@@ -702,23 +702,6 @@ def test_a_field_smaller_than_the_scan_moves_nothing_beyond(tmp_path):
     assert beyond_percent(Transform((prealign(),)), FIXED) == 0
 
 
-def test_vectors_of_a_nifti_in_micron_are_mm(tmp_path):
-    """As ITK reads them, which scales the grid alone; and not without a word."""
-    itk = pytest.importorskip("SimpleITK")
-    vectors = np.zeros((5, 4, 3, 1, 3), np.float32) + np.float32([1, 2, 3])
-    image = nib.Nifti1Image(vectors, np.diag([2e3, 2e3, 2e3, 1]))
-    image.header.set_intent("vector")
-    image.header.set_xyzt_units("micron")
-    nib.save(image, tmp_path / "a.nii.gz")
-    with pytest.warns(UserWarning, match="in micron by its header.* in mm"):
-        read = transforms.read_transform(tmp_path / "a.nii.gz")
-    got = read.map_points(np.array([[[4.0, 2.0, 2.0]]]))[0, 0]
-    field = itk.ReadImage(str(tmp_path / "a.nii.gz"), itk.sitkVectorFloat64)
-    lps = itk.DisplacementFieldTransform(field).TransformPoint((-4.0, -2.0, 2.0))
-    np.testing.assert_allclose(got, lps * np.array([-1, -1, 1]), atol=1e-5)
-    np.testing.assert_allclose(got, [3.0, 0.0, 5.0], atol=1e-5)
-
-
 def test_a_vector_nifti_without_intent_is_taken_with_a_warning(tmp_path):
     grid, image = small_field()
     vectors = sitk.GetArrayFromImage(image).transpose(2, 1, 0, 3)[:, :, :, None]
