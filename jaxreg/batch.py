@@ -26,6 +26,7 @@ from jaxreg.io import files, transforms, volumes
 from jaxreg.models.sam import TrainedSam
 from jaxreg.pair_list import PairSpec
 from jaxreg.space import transform as transform_lib
+from jaxreg.space.background import Background
 from jaxreg.space.grid import Grid, Volume
 
 Rows = Mapping[str, PairSpec]
@@ -80,14 +81,14 @@ class _Scans:
       moving: the scan to be warped.
       regions: masks and label maps that the options ask for.
       stored: the moving scan in its own type, if it is to be written warped.
-      fill: its value beyond the moving scan.
+      fill: what it shows beyond the moving scan.
     """
 
     fixed: Volume
     moving: Volume
     regions: register.Regions
     stored: Volume | None
-    fill: float
+    fill: Background | None
 
 
 def with_outputs(rows: Rows, folder: pathlib.Path) -> dict[str, PairSpec]:
@@ -232,7 +233,7 @@ def register_all(
       options: of all pairs; a row's own columns come before them, see
         `pair_list.options_of`.
       sam: see `register.register`.
-      fill: value beyond the moving scans; `preprocess.beyond` if None.
+      fill: value beyond the moving scans; that of `preprocess.beyond` if None.
 
     Yields:
       The outcome of each row, in their order.
@@ -300,27 +301,26 @@ def _read(pair: PairSpec, options: register.Options, fill: float | None) -> _Sca
         }
     )
     register.check_volumes(moving, fixed, regions)
-    value, stored = fill, None
-    if value is None:
-        value = preprocess.beyond(options.moving_modality, moving)
+    outside, stored = None, None
     if pair.warped_out is not None:
         stored = volumes.read_volume(pair.moving, kind="stored")
-        volumes.check_storable(value, stored)
-    return _Scans(fixed, moving, regions, stored, value)
+        outside = preprocess.beyond(options.moving_modality, stored, fill)
+        volumes.check_storable(outside.fill, stored)
+    return _Scans(fixed, moving, regions, stored, outside)
 
 
 def _write(
     row: str, pair: PairSpec, scans: _Scans, found: register.Registration
 ) -> Outcome:
+    mapping = found.transform
     if pair.transform_out is not None:
-        transforms.write_transform(
-            pair.transform_out, found.transform, scans.fixed.grid
-        )
+        transforms.write_transform(pair.transform_out, mapping, scans.fixed.grid)
+        mapping = transforms.as_written(pair.transform_out, mapping)
     if pair.inverse_out is not None and found.inverse is not None:
         transforms.write_transform(pair.inverse_out, found.inverse, scans.moving.grid)
-    if pair.warped_out is not None and scans.stored is not None:
+    if pair.warped_out is not None and scans.stored and scans.fill:
         warped = transform_lib.warp_volume(
-            scans.stored, found.transform, scans.fixed.grid, fill=scans.fill
+            scans.stored, mapping, scans.fixed.grid, fill=scans.fill
         )
         volumes.write_volume(pair.warped_out, warped)
     return Outcome(

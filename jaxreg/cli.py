@@ -28,6 +28,7 @@ from jaxreg.cli_options import (
     OPTIMISE,
     REGIONS,
     SCANS,
+    WARPED_MODALITY,
     CtWindow,
     InputMasking,
     IoLr,
@@ -49,6 +50,7 @@ from jaxreg.cli_options import (
     choice,
     load_sam,
     option,
+    parse_fill,
     parse_iterations,
     parse_shape,
     print_numbers,
@@ -130,15 +132,17 @@ Report = Annotated[
     option("--report", "Page with pictures and numbers, self-contained: .html.", _OUT),
 ]
 Fill = Annotated[
-    float | None,
+    str,
     option(
         "--fill",
-        "Value outside the moving scan. Default: 0; for CT -1000 HU (air), or the "
-        "scan's minimum if that is higher.",
+        "Value outside the moving scan and in a CT's padding, or auto: air for CT (the "
+        "border's commonest value, as -1024, else -1000); 0 for label maps and scans "
+        "without negative values; for others the border's commonest value or the "
+        "minimum.",
         _OUT,
+        metavar="NUMBER|auto",
     ),
 ]
-WarpFill = Annotated[float, option("--fill", "Value outside the moving scan.", _OUT)]
 Model = Annotated[
     str | None,
     option(
@@ -241,7 +245,7 @@ def register_verb(  # noqa: PLR0913
     warped_moving_out: WarpedOut = None,
     inverse_out: InverseOut = None,
     report: Report = None,
-    fill: Fill = None,
+    fill: Fill = "auto",
     model: Model = None,
     network_weights: NetworkWeights = None,
     shape: ShapeText = None,
@@ -304,6 +308,7 @@ def register_verb(  # noqa: PLR0913
     )
     from jaxreg import register as register_lib
 
+    value = parse_fill(fill)
     options = register_lib.Options(
         fixed_modality=(fixed_modality or Modality.MRI).value,
         moving_modality=(moving_modality or Modality.MRI).value,
@@ -339,7 +344,7 @@ def register_verb(  # noqa: PLR0913
             _Bar("register", waiting="compiling and the first pair") as bar,
         ):
             cli_batch.register_list(
-                asked, options, weights, modalities=modalities, fill=fill,
+                asked, options, weights, modalities=modalities, fill=value,
                 sam_weights=sam_weights, trained_shape=shape is None,
                 fetch=_fetch, show=bar.pairs,
             )  # fmt: skip
@@ -349,9 +354,9 @@ def register_verb(  # noqa: PLR0913
     register_lib.check_options(options)
     register_lib.check_regions(options, regions)
     weights = _choose_weights(model, network_weights, options)
-    _warn_about_idle_options(options, regions, fill, outputs)
+    _warn_about_idle_options(options, regions, value, outputs)
     _register(
-        {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, fill,
+        {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, value,
         shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
         sam_weights=sam_weights,
     )  # fmt: skip
@@ -370,6 +375,7 @@ def _register(
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg import register as register_lib
+    from jaxreg.data import preprocess
     from jaxreg.io import volumes
     from jaxreg.space import transform as transform_lib
 
@@ -389,11 +395,11 @@ def _register(
         }
     )
     register_lib.check_volumes(moving, fixed, regions)
-    value = _fill_value(fill, options.moving_modality, moving)
     stored = moving
     if outputs["--warped-moving-out"]:
         stored = volumes.read_volume(scans["moving"], kind="stored")
-        volumes.check_storable(value, stored)
+    outside = preprocess.beyond(options.moving_modality, stored, fill)
+    volumes.check_storable(outside.fill, stored)
     model = None if weights is None else _fetch(weights)
     if model is not None and trained_shape:
         options = dataclasses.replace(options, shape=model.shape)
@@ -415,26 +421,24 @@ def _register(
             moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
         )
 
-    result = _write_transforms(outputs, result, fixed.grid, moving.grid)
+    result, mapping = _write_transforms(outputs, result, fixed.grid, moving.grid)
     numbers = register_lib.summary(result)
     if outputs["--warped-moving-out"]:
-        warped = transform_lib.warp_volume(
-            stored, result.transform, fixed.grid, fill=value
-        )
+        warped = transform_lib.warp_volume(stored, mapping, fixed.grid, fill=outside)
         volumes.write_volume(outputs["--warped-moving-out"], warped)
     if outputs["--report"]:
         from jaxreg import report  # for drawing, which takes long to import
 
         report.write_report(
             outputs["--report"], moving, fixed, result,
-            numbers=numbers, fill=value, command=command,
+            numbers=numbers, fill=outside, command=command,
         )  # fmt: skip
     print_numbers(numbers)
     _print_written(outputs.values())
 
 
 def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
-    """Writes what was asked for; returns the result, measured by what is in the files.
+    """Writes what was asked for; the result, measured by the files, and their map.
 
     A displacement field on a scan's grid is read linearly between its voxels, which is
     another map than that in memory.
@@ -449,9 +453,9 @@ def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
             transforms.write_transform(path, mapping, grid)
             maps[name] = transforms.as_written(path, mapping)
     if result.inverse is None:
-        return result
+        return result, maps["transform"]
     residual = transform_lib.round_trip_mm(**maps, fixed=fixed, moving=moving)
-    return dataclasses.replace(result, inverse_residual_mm=residual)
+    return dataclasses.replace(result, inverse_residual_mm=residual), maps["transform"]
 
 
 def _fetch(weights: str | pathlib.Path) -> "LoadedModel":
@@ -476,11 +480,13 @@ def warp_verb(
             "--transform",
             "Transform, fixed to moving points: .h5 .hdf5 .tfm .txt .mat of ITK, ANTs "
             "or 3D Slicer, or a displacement field .nii.gz .nii .nrrd .nhdr .mha .mhd. "
-            "Default: the identity.",
+            "Default: none, the moving scan is resampled on the fixed grid where the "
+            "two headers place it.",
             SCANS,
         ),
     ] = None,
     warped_moving_out: WarpedOut = None,
+    moving_modality: Annotated[Modality | None, WARPED_MODALITY] = None,
     linear: Annotated[
         bool, option("--linear", "Interpolate linearly: for scans.", _OUT)
     ] = False,
@@ -488,7 +494,7 @@ def warp_verb(
         bool,
         option("--nearest-neighbor", "Take the nearest voxel: for label maps.", _OUT),
     ] = False,
-    fill: WarpFill = 0.0,
+    fill: Fill = "auto",
     points: Annotated[
         Path | None,
         option(
@@ -533,6 +539,7 @@ def warp_verb(
         _check_warp_options(fixed, moving, linear=linear, nearest=nearest_neighbor)
     elif moving is not None:
         raise UserError("--moving needs --warped-moving-out, where to write the result")
+    value = parse_fill(fill)
 
     from jaxreg.io import transforms, volumes
     from jaxreg.space import transform as transform_lib
@@ -549,21 +556,21 @@ def warp_verb(
         grid = volumes.read_grid(fixed)
         _warn_beyond(mapping, transform, grid, fixed)
         stored = volumes.read_volume(moving, kind="stored")
-        volumes.check_storable(fill, stored)
         _warn_about_warp(transform, moving, stored, linear=linear)
-        warped = transform_lib.warp_volume(
-            stored, mapping, grid, order=0 if nearest_neighbor else 1, fill=fill
-        )
+        warped = _warped(
+            stored, mapping, grid,
+            nearest=nearest_neighbor, modality=moving_modality, fill=value,
+        )  # fmt: skip
         volumes.write_volume(warped_moving_out, warped)
     _print_written(outputs.values())
 
 
 def _warn_about_warp(transform, moving, stored: "Volume", *, linear: bool) -> None:
-    from jaxreg.io import volumes
+    from jaxreg.space import background
 
     if transform is None:
         warn("without --transform the scan is brought onto the fixed grid, unmoved")
-    if linear and volumes.looks_like_labels(stored.array):
+    if linear and background.looks_like_labels(stored.array):
         warn(
             f"{moving} looks like a label map (patches of equal whole numbers), of "
             "which --linear makes other labels along every border; pass "
@@ -591,6 +598,34 @@ def _check_sources(scans: Mapping[str, pathlib.Path | None], points) -> None:
             volumes.check_source(path, name)
     if points is not None:
         files.check_readable(points, "--points")
+
+
+def _warped(
+    moving: "Volume",
+    mapping: "Transform",
+    fixed: "Grid",
+    *,
+    nearest: bool,
+    modality: str | None,
+    fill: float | None,
+) -> "Volume":
+    """Resamples a scan or label map as stored; what is doubtful is warned about."""
+    from jaxreg.data import preprocess
+    from jaxreg.io import volumes
+    from jaxreg.space import transform as transform_lib
+
+    outside = preprocess.beyond(modality, moving, fill, nearest=nearest)
+    volumes.check_storable(outside.fill, moving)
+    warped = transform_lib.warp_volume(
+        moving, mapping, fixed, order=0 if nearest else 1, fill=outside
+    )
+    empty, blank = ((v.array == outside.fill).all() for v in (warped, moving))
+    if empty and not blank:
+        warn(
+            f"all of the result is the fill, {outside.fill:g}: on the fixed grid there "
+            f"is nothing of {moving.source}; check that the files belong together"
+        )
+    return warped
 
 
 def _check_warp_options(fixed, moving, *, linear: bool, nearest: bool) -> None:
@@ -884,12 +919,6 @@ def _warn_about_idle_options(options, regions, fill, outputs) -> None:
         warn("the segmentations have no effect without --dice-loss-weight")
     if fill is not None and not (outputs["--warped-moving-out"] or outputs["--report"]):
         warn("--fill has no effect without --warped-moving-out or --report")
-
-
-def _fill_value(fill: float | None, modality: str, moving: "Volume") -> float:
-    from jaxreg.data import preprocess
-
-    return preprocess.beyond(modality, moving) if fill is None else fill
 
 
 def _hyphened(name: str) -> str:

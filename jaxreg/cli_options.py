@@ -76,6 +76,22 @@ class Similarity(enum.StrEnum):
     MSE = "mse"
 
 
+def parse_fill(text: str) -> float | None:
+    """Returns a number, or None for "auto".
+
+    Raises:
+      UserError: it is neither.
+    """
+    if text.strip().lower() == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(
+            f'--fill is "{text}", expected auto or a number, e.g. -1000'
+        ) from None
+
+
 class PairingChoice(enum.StrEnum):
     """Whose scans they are."""
 
@@ -105,6 +121,12 @@ FIXED_MODALITY = choice(
 )
 MOVING_MODALITY = choice(
     "--moving-modality", "Kind of the moving scan; of MR, also its contrast.", SCANS
+)
+WARPED_MODALITY = choice(
+    "--moving-modality",
+    "Kind of the moving scan, as given to register, for --fill auto. Default: CT if "
+    "its values go down to -500, by its values what else it is.",
+    SCANS,
 )
 PrealignWay = Annotated[
     Prealign,

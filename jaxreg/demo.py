@@ -219,8 +219,9 @@ def run(
     written = [folder / name for name in names]
     transforms.write_transform(written[0], result.transform, pair.fixed.grid)
     transforms.write_transform(written[1], result.transform, pair.fixed.grid)
+    mapping = transforms.as_written(written[0], result.transform)
     stored = Volume(_small(pair.moving.array), pair.moving.grid, pair.moving.source)
-    warped = transform_lib.warp_volume(stored, result.transform, pair.fixed.grid)
+    warped = transform_lib.warp_volume(stored, mapping, pair.fixed.grid)
     volumes.write_volume(written[2], warped)
     report.write_report(
         written[4], pair.moving, pair.fixed, result,

@@ -607,7 +607,7 @@ def _measure(
     if scans.labels is not None:
         fixed, moving = scans.labels
         grid = scans.fixed.grid
-        warped = transform_lib.warp_volume(moving, found, grid, order=0)
+        warped = transform_lib.warp_volume(moving, found, grid, order=0, fill=0.0)
         dice = metrics.dice(warped.array, fixed.array, labels=labels)
         hd95 = metrics.hd95_mm(
             warped.array, fixed.array, spacing_mm=grid.spacing_mm, labels=labels
@@ -642,6 +642,7 @@ def _write_outputs(scans: _Scans, found: Transform, options: register.Options) -
     pair = scans.spec
     if pair.transform_out is not None:
         transforms.write_transform(pair.transform_out, found, scans.fixed.grid)
+        found = transforms.as_written(pair.transform_out, found)
     if pair.warped_out is not None:
         stored = volumes.read_volume(pair.moving, kind="stored")
         modality = pair_list.options_of(pair, options).moving_modality

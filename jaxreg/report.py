@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from nibabel import orientations
 
 from jaxreg.io import files
+from jaxreg.space import background
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 
@@ -197,6 +198,8 @@ def before_after_figure(
     Raises:
       ValueError: a volume is not on the fixed grid.
     """
+    # Padding far below air would leave the eye a narrow part of the grey scale.
+    fixed, before, after = map(background.without_padding, (fixed, before, after))
     arrays, still = _shown(fixed, before, after)
     spacing = _upright_spacing_mm(fixed.grid)
     parts = [
@@ -367,7 +370,7 @@ def write_report(
     result: "Registration",
     *,
     numbers: Mapping[str, str],
-    fill: float = 0.0,
+    fill: background.Fill = "auto",
     command: str | None = None,
     picture: str | os.PathLike | None = None,
     notes: Sequence[str] = (),
@@ -380,7 +383,7 @@ def write_report(
       fixed: the fixed scan.
       result: what registering them gave.
       numbers: rows of the table, see `register.summary`.
-      fill: value outside the moving scan.
+      fill: outside the moving scan, see `transform.warp_volume`.
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
       notes: sentences below the table.

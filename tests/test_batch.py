@@ -108,7 +108,10 @@ def test_a_list_writes_what_single_calls_write(folder, capsys):
     )
     mask = Volume(np.ones(SIZES[2], np.uint8), place(SIZES[2]))
     volumes.write_volume(folder / "mask_c.nii.gz", mask)
-    how = ("--input-masking", "--ct-window", "0", "900")
+    ct = volumes.read_volume(folder / "b.nii.gz", kind="stored")
+    ct = dataclasses.replace(ct, array=ct.array - np.int16(1024))
+    volumes.write_volume(folder / "b.nii.gz", ct)
+    how = ("--input-masking", "--ct-window", "-1000", "900")
     assert cli.main(command(*MRI, *how, "--pairs", listed(folder, text))) == 0
     assert "registered 2 pairs" in capsys.readouterr().out
 
@@ -129,6 +132,20 @@ def test_a_list_writes_what_single_calls_write(folder, capsys):
     for name in ("1.h5", "1.nii.gz", "1i.h5", "2.tfm", "2.nii.gz"):
         here, there = folder / name, folder / f"alone_{name}"
         assert here.read_bytes() == there.read_bytes(), name
+    # And what warp makes of the written transforms, which knows no modality.
+    for fixed, moving, transform, number in (
+        ("a", "b", "1.h5", 1),
+        ("c", "d", "2.tfm", 2),
+    ):
+        line = f"""warp --fixed {folder}/{fixed}.nii.gz --linear --moving
+            {folder}/{moving}.nii.gz --transform {folder}/{transform}
+            --warped-moving-out {folder}/again.nii.gz"""
+        assert cli.main(line.split()) == 0
+        again, first = (
+            volumes.read_volume(folder / f"{name}.nii.gz", kind="stored").array
+            for name in ("again", number)
+        )
+        np.testing.assert_array_equal(again, first)
     # The network's answer is in the files: none of them is the identity.
     moved = transforms.read_transform(folder / "1.h5")
     points = place(SIZES[0]).affine_mm[:3, 3] + np.array([[[6.0, 6.6, 5.4]]])

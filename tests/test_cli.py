@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from jaxreg import cli, cli_options, zoo
+from jaxreg import cli, cli_options, report, zoo
 from jaxreg import register as register_lib
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms, volumes
 from jaxreg.models import sam
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.space import background
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 
@@ -489,7 +490,7 @@ def test_displacement_end_to_end(inputs, tmp_path, capsys):
     assert warped.grid.matches(grid())
     mapping = transforms.read_transform(tmp_path / "transform.h5")
     again = transform_lib.warp_volume(moving, mapping, grid())
-    np.testing.assert_allclose(again.array, warped.array, atol=1)
+    np.testing.assert_array_equal(again.array, warped.array)
     assert_residual_is_that_of_the_files(
         captured.out, tmp_path / "transform.h5", tmp_path / "inverse.nii.gz"
     )
@@ -684,12 +685,102 @@ def test_defaults(asked, inputs, weights, tmp_path, capsys, monkeypatch):
     )
 
 
-def test_fill_value():
-    scan = Volume(blob() - 1024, grid())
-    assert cli._fill_value(None, "mri", scan) == 0
-    assert cli._fill_value(None, "ct", scan) == -1000
-    assert cli._fill_value(None, "ct", Volume(blob(), grid())) == 0
-    assert cli._fill_value(-5.0, "ct", scan) == -5
+def test_fill_is_auto_or_a_number():
+    assert cli_options.parse_fill("auto") is None
+    assert cli_options.parse_fill("AUTO") is None
+    assert cli_options.parse_fill("-1e3") == -1000
+    with pytest.raises(UserError, match='--fill is "air", expected auto or a number'):
+        cli_options.parse_fill("air")
+
+
+def odd_circle(around: int, padding: int) -> np.ndarray:
+    """The blob in a CT's numbers, padded outside a circle of the slices."""
+    _, h, w = np.indices(SHAPE)
+    outside = (h - 11.5) ** 2 + (w - 10.5) ** 2 > 110
+    noise = np.random.default_rng(0).integers(0, 40, SHAPE)
+    return np.where(outside, padding, blob() + around + noise).astype(np.int16)
+
+
+SCANS = {
+    "ct of -1024": ("ct", (blob() - 1024).astype(np.int16), -1024),
+    "ct of -1000": ("ct", (blob() - 1000.0).astype(np.float32), -1000),
+    "ct with padding": ("ct", odd_circle(-1040, -3024), -1000),
+    "ct, windowed": ("ct", np.clip(blob() - 1000, -200, 300).astype(np.int16), -200),
+    "mr": ("mri", blob(), 0),
+    "mr, standardised": ("t1", blob().astype(np.float64) / 300 - 0.7, -0.7),
+    "labels": ("mri", ((blob() > 200) * 3).astype(np.uint8), 0),
+}
+
+
+@pytest.fixture
+def curved(monkeypatch):
+    """Registering answers with one curved map, over other fields of view."""
+
+    def answer(moving, fixed, model, options, **_):
+        shape = (6, 7, 5)
+        index = np.indices(shape).transpose(1, 2, 3, 0)
+        field = 0.03 * np.sin(1.0 + index[..., ::-1]).astype(np.float32)
+        grids = fixed.grid.resized(shape), moving.grid.resized((5, 5, 6))
+        placed = np.linalg.inv(grids[1].unit_to_mm) @ grids[0].unit_to_mm
+        steps = (transform_lib.Displacement(field[None]), transform_lib.Affine(placed))
+        world = transform_lib.in_world(transform_lib.Transform(steps), *grids)
+        return register_lib.Registration(
+            transform=world, inverse=None, inverse_residual_mm=None,
+            fixed_grid=grids[0], moving_grid=grids[1], history={}, similarity="mse",
+            similarity_before=0.0, similarity_after=0.0, similarity_prealigned=None,
+            folding_percent=0.0, sdlogj=0.0, domains={}, seconds={},
+            fixed_image=np.zeros(shape), warped_before=np.zeros(shape),
+            warped_after=np.zeros(shape), told="",
+        )  # fmt: skip
+
+    monkeypatch.setattr(register_lib, "register", answer)
+
+
+@pytest.mark.parametrize("name", SCANS)
+@pytest.mark.parametrize("suffix", [".h5", ".tfm", ".nii.gz"])
+def test_register_writes_the_scan_that_warp_gives(
+    name, suffix, curved, tmp_path, capsys
+):
+    """To the voxel, whatever the kind of scan, in other fields of view."""
+    modality, array, fill = SCANS[name]
+    place = grid(spacing=(0.9, 0.7, 0.8), offset=4.0)
+    moving = save(tmp_path / "moving.nii.gz", array, place)
+    fixed = save(tmp_path / "fixed.nii.gz", blob(), grid(spacing=(1.5, 1.3, 1.6)))
+    out = {n: str(tmp_path / f"{n}.nii.gz") for n in ("registered", "warped", "told")}
+    files = {"fixed": fixed, "moving": moving}
+    transform = str(tmp_path / f"transform{suffix}")
+    line = arguments(
+        files, tmp_path, moving_modality=modality, transform_out=transform,
+        warped_moving_out=out["registered"],
+    )  # fmt: skip
+    assert cli.main(line) == 0
+    again = {**files, "transform": transform, "linear": True}
+    for given, extra in (("warped", {}), ("told", {"moving_modality": modality})):
+        more = {**again, "warped_moving_out": out[given], **extra}
+        assert cli.main(["warp", *spelled(more)]) == 0
+    found = {n: volumes.read_volume(p, kind="stored").array for n, p in out.items()}
+    assert found["registered"].dtype == array.dtype
+    np.testing.assert_array_equal(found["warped"], found["registered"])
+    np.testing.assert_array_equal(found["told"], found["registered"])
+    assert 0.3 < np.isclose(found["registered"], fill).mean() < 0.999
+    assert found["registered"].min() >= fill - 40
+    assert ("looks like a label map" in capsys.readouterr().err) == (name == "labels")
+
+
+def test_a_report_without_a_warped_scan_is_filled_alike(
+    curved, inputs, tmp_path, capsys, monkeypatch
+):
+    seen = []
+    monkeypatch.setattr(
+        report, "write_report", lambda *_, fill, **__: seen.append(fill)
+    )
+    moving = save(tmp_path / "ct.nii.gz", odd_circle(-1040, -3024))
+    line = arguments(
+        {**inputs, "moving": moving}, tmp_path, moving_modality="ct",
+        report=str(tmp_path / "r.html"),
+    )  # fmt: skip
+    assert cli.main(line) == 0
+    assert seen == [background.Background(-1000, -3024)]
 
 
 def test_progress_lines_and_bar(capsys, monkeypatch):
@@ -778,6 +869,57 @@ def test_points_agree_with_simpleitk(shift, tmp_path, capsys):
     itk = sitk.ReadTransform(shift)
     expected = [itk.TransformPoint(place.tolist()) for place in places]
     np.testing.assert_allclose(np.loadtxt(target, delimiter=","), expected, atol=1e-5)
+
+
+def warped(tmp_path, capsys, array, *more, place=None):
+    """Warps an array by the command line: the result, and what is said."""
+    moving = save(tmp_path / "moving.nii.gz", array, place)
+    out = tmp_path / "w.nii.gz"
+    line = ["--fixed", save(tmp_path / "fixed.nii.gz", blob()), "--moving", moving,
+            "--warped-moving-out", str(out), *more]  # fmt: skip
+    assert cli.main(["warp", *line]) == 0
+    told = [t for t in capsys.readouterr().err.splitlines() if "without --tr" not in t]
+    return volumes.read_volume(out, kind="stored").array, told
+
+
+@pytest.mark.parametrize(
+    ("array", "more", "fill"),
+    [
+        (blob() - 1024, ["--linear"], -1024),
+        (blob() - 1024, ["--nearest-neighbor"], -1024),
+        (blob() - 1024, ["--linear", "--fill", "auto"], -1024),
+        (blob() - 1024, ["--linear", "--fill", "-5"], -5),
+        ((blob() > 200) * np.int64(-(2**60)), ["--nearest-neighbor"], 0),
+        ((blob() > 200) * (2.0**53 - 1), ["--nearest-neighbor"], 0),
+    ],
+)
+def test_warp_fills_by_what_the_scan_is(array, more, fill, tmp_path, capsys):
+    got, told = warped(tmp_path, capsys, array, *more, place=grid(offset=8.0))
+    assert told == []
+    assert got.dtype == array.dtype
+    assert set(np.unique(got)) <= {*np.unique(array), fill} or "--linear" in more
+    assert np.all(got[..., :6] == fill)
+    assert np.any(got[..., 8:] != fill)
+
+
+def test_a_scan_that_may_be_no_ct_is_asked_about(tmp_path, capsys):
+    array = blob()
+    array[10, 10, 10] = -800  # an edge that rings
+    got, told = warped(tmp_path, capsys, array, "--linear", place=grid(offset=8.0))
+    assert np.all(got[..., :6] == -800)
+    assert len(told) == 1
+    assert "--moving-modality mri" in told[0]
+    more = ("--linear", "--moving-modality", "mri")
+    got, told = warped(tmp_path, capsys, array, *more, place=grid(offset=8.0))
+    assert np.all(got[..., :6] == 0)
+    assert told == []
+
+
+def test_a_result_without_anything_of_the_scan_is_warned_about(tmp_path, capsys):
+    got, told = warped(tmp_path, capsys, blob(), "--linear", place=grid(offset=900.0))
+    assert not got.any()
+    assert len(told) == 1
+    assert "all of the result is the fill" in told[0]
 
 
 def test_warp_linear_is_the_identity_without_transform(inputs, tmp_path, capsys):
@@ -913,6 +1055,16 @@ WARP_BAD = {
         "--fixed {fixed} --moving {moving} --warped-moving-out {out}/w.nii.gz "
         "--linear --fill 1e9",
         "--fill",
+    ),
+    "fill is no number": (
+        "--fixed {fixed} --moving {moving} --warped-moving-out {out}/w.nii.gz "
+        "--linear --fill nan",
+        "--fill",
+    ),
+    "fill is a word": (
+        "--fixed {fixed} --moving {moving} --warped-moving-out {out}/w.nii.gz "
+        "--linear --fill air",
+        "auto or a number",
     ),
 }
 

@@ -9,6 +9,7 @@ from jaxreg import cli, demo
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
 from jaxreg.space.grid import Grid, Volume
+from jaxreg.space.transform import warp_volume
 
 SHAPE = (24, 28, 26)
 
@@ -121,6 +122,9 @@ def test_run_writes_everything_and_improves(tmp_path, capsys):
         flat.map_points(points), composite.map_points(points), atol=0.2
     )
     assert "jaxreg demo" in (out / "report.html").read_text()
+    again = warp_volume(small_pair().moving, composite, small_pair().fixed.grid)
+    warped = volumes.read_volume(out / "warped.nii.gz", kind="stored")
+    np.testing.assert_array_equal(warped.array, np.rint(again.array))
 
 
 @pytest.mark.slow

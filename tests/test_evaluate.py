@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
-from jaxreg import evaluate, register, results, zoo
+from jaxreg import cli, evaluate, register, results, zoo
 from jaxreg.data import manifest as manifest_lib
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
@@ -312,6 +312,32 @@ def test_transform_and_warped_scan_are_written(tmp_path, spec):
     warped = volumes.read_volume(tmp_path / "w.nii.gz").array
     moving = volumes.read_volume(spec.moving).array
     np.testing.assert_allclose(warped[..., :-SHIFT], moving[..., SHIFT:], atol=0.1)
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".nii.gz"])
+def test_the_warped_scan_is_the_one_that_warp_gives(tmp_path, spec, suffix):
+    """Of a CT that is stored from -1024 on, with waves in the map."""
+    stored = volumes.read_volume(spec.moving, kind="stored")
+    top = float(stored.array.max())
+    hounsfield = np.rint(stored.array / top * 1500 - 1024).astype(np.int16)
+    hounsfield[:2] = -1024
+    hounsfield[:, :2] = -1024
+    ct = Volume(hounsfield, stored.grid)
+    volumes.write_volume(tmp_path / "ct.nii.gz", ct)
+    pair = dataclasses.replace(
+        spec, moving=tmp_path / "ct.nii.gz", moving_modality="ct",
+        transform_out=tmp_path / f"t{suffix}", warped_out=tmp_path / "w.nii.gz",
+    )  # fmt: skip
+    evaluate.evaluate([pair], loaded(Shifting(wave=0.02)), OPTIONS)
+    line = f"""warp --fixed {spec.fixed} --moving {pair.moving} --linear
+        --transform {pair.transform_out} --warped-moving-out {tmp_path}/again.nii.gz"""
+    assert cli.main(line.split()) == 0
+    once, again = (
+        volumes.read_volume(tmp_path / name, kind="stored").array
+        for name in ("w.nii.gz", "again.nii.gz")
+    )
+    np.testing.assert_array_equal(again, once)
+    assert np.all(once[..., -1] == -1024)
 
 
 # --- what is passed on to the registration -------------------------------------------

@@ -122,6 +122,20 @@ def test_same_numbers_same_bytes():
     assert first == second
 
 
+def test_padding_of_a_ct_takes_no_part_of_the_grey_scale():
+    fixed, before, after = volumes()
+    padded, air = [], []
+    for volume in (fixed, before, after):
+        array = np.asarray(volume.array, np.float32) * 100 - 1000
+        array[:, :3] = -1000
+        air.append(Volume(array, volume.grid))
+        array = array.copy()
+        array[:, :2] = -3024
+        padded.append(Volume(array, volume.grid))
+    figures = [report.before_after_figure(*each) for each in (padded, air)]
+    assert figures[0] == figures[1]
+
+
 def test_flat_and_thin_volumes_do_not_fail():
     flat = Volume(np.zeros(SHAPE, np.int16), ras_grid())
     assert report.before_after_figure(flat, flat, flat).startswith(PNG)

@@ -20,6 +20,7 @@ from nibabel import orientations
 from jaxreg.data import resize
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
+from jaxreg.space import background
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import ROUNDING_VOXELS, Grid, Shape, Volume
 from jaxreg.space.transform import Transform
@@ -43,7 +44,6 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
     }
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
-_AIR = -1000.0  # HU
 SAME_GRID_VOXELS = 0.25
 """How far apart the grids of an image and its mask may lie, see `check_grids`."""
 CANONICAL = "RAS"
@@ -106,15 +106,23 @@ def same_contrast(first: str, second: str) -> bool:
     return "mri" in (one, other) and not {one, other} & {"us", "pet"}
 
 
-def beyond(modality: str, volume: Volume) -> float:
-    """Returns what a warped scan shows beyond the scan: air in CT, as far as it has it.
+def beyond(
+    modality: str | None,
+    volume: Volume,
+    fill: float | None = None,
+    *,
+    nearest: bool = False,
+) -> background.Background:
+    """Returns what a warped scan shows where there is nothing of it.
 
     Args:
-      modality: see `kind`.
+      modality: see `kind`; None goes by the values.
       volume: the scan, in its stored unit.
+      fill: see `background.find`.
+      nearest: see `background.find`.
     """
-    ct = kind(modality) == "ct"
-    return max(_AIR, float(volume.array.min())) if ct else 0.0
+    ct = None if modality is None else kind(modality) == "ct"
+    return background.find(volume, ct=ct, nearest=nearest, fill=fill)
 
 
 def _world_axes(orientation: str) -> np.ndarray:
@@ -370,7 +378,7 @@ class Preprocessing:
         if self.modality != "ct":
             return 0.0
         low, high = self.ct_window
-        return min(max((_AIR - low) / (high - low), 0.0), 1.0)
+        return min(max((background.AIR_HU - low) / (high - low), 0.0), 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields as JSON knows them."""

@@ -52,7 +52,6 @@ _no_overflow = np.errstate(over="ignore", invalid="ignore")
 _VECTOR_INTENTS = range(1004, 1012)
 """NIfTI's codes for several numbers per voxel, from matrix to quaternion."""
 
-_LOOKED_AT = 2**20  # voxels, to find the commonest
 
 _EXACT_FLOAT32 = 2**24
 """Whole numbers up to this one are all different in float32."""
@@ -175,44 +174,26 @@ def check_labels(array: np.ndarray, source: object) -> None:
         )
 
 
-def looks_like_labels(array: np.ndarray) -> bool:
-    """Whether a scan's numbers lie in patches of equal whole ones, as labels do.
-
-    Beside the commonest number, the background, most neighbours in a label map are
-    equal; in scans noise sees to it that few are.
-
-    Args:
-      array: D H W, as stored.
-    """
-    if np.issubdtype(array.dtype, np.floating) and not _is_whole(array):
-        return False
-    values, counts = np.unique(array.ravel()[:: max(1, array.size // _LOOKED_AT)],
-                               return_counts=True)  # fmt: skip
-    background = values[counts.argmax()]
-    equal, pairs = 0, 0
-    for axis in range(array.ndim):
-        before, after = (np.take(array, range(n, n + array.shape[axis] - 1), axis)
-                         for n in (0, 1))  # fmt: skip
-        counted = (before != background) | (after != background)
-        equal += int(((before == after) & counted).sum())
-        pairs += int(counted.sum())
-    return equal > pairs / 2
-
-
 def check_storable(value: float, volume: Volume) -> None:
     """Checks that a volume's pixel type can hold a fill value.
 
     Raises:
-      UserError: it is a type of integers that does not have it.
+      UserError: it does not have it.
     """
     dtype = volume.array.dtype
     if np.issubdtype(dtype, np.integer):
         limits = np.iinfo(dtype)
-        if value != round(value) or not limits.min <= value <= limits.max:
+        # What is not finite is not within the limits.
+        if not (limits.min <= value <= limits.max and value == round(value)):
             raise UserError(
                 f"--fill is {value:g}, but {volume.source} holds {dtype} numbers; pass "
                 f"a whole number from {limits.min} to {limits.max}"
             )
+    elif math.isfinite(value) and abs(value) > np.finfo(dtype).max:
+        raise UserError(
+            f"--fill is {value:g}, but {volume.source} holds {dtype} numbers; pass one "
+            f"of at most {np.finfo(dtype).max:g}"
+        )
 
 
 @_no_overflow

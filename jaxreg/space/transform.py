@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg.space import fields, sampling
+from jaxreg.space import background, fields, sampling
 from jaxreg.space import grid as grid_lib
 
 
@@ -292,15 +292,46 @@ def _voxels_of_slab(start, shape, count: int):
     return jnp.stack([*voxel, in_slice % shape[2]], -1).astype(jnp.float32)[None]
 
 
-@functools.partial(jax.jit, static_argnames="order")
-def _read_slab(values, points, shape, fill, *, order):
-    """Reads a scan of a shape, padded, at unit points 1 P 3, as "half_voxel": 1 P."""
+@jax.jit
+def _read_slab(values, points, shape, fill):
+    """Reads a scan of a shape, padded, at unit points 1 P 3, as "half_voxel": 1 P.
+
+    Of two channels see `_padded`: where less than half of what is read counts, it is as
+    outside.
+    """
     # The scan is an argument: closed over, it would be a constant of the program.
+    clipped, inside = _voxel_at(points, shape)
+    read = sampling.sample_voxels(values, clipped)
+    if read.shape[-1] == 1:
+        return jnp.where(inside, read, fill)[..., 0]
+    product, weight = read[..., 0], read[..., 1]
+    known = inside[..., 0] & (weight >= 0.5)
+    mean = background.AIR_HU + product / jnp.maximum(weight, 0.5)
+    return jnp.where(known, mean, fill)
+
+
+@jax.jit
+def _place_slab(points, shape):
+    """Unit points 1 P 3 in voxels of a shape, clipped to it; within half a voxel: P."""
+    clipped, inside = _voxel_at(points, shape)
+    # What is no number is outside, and an index all the same.
+    return jnp.where(inside, clipped, 0.0)[0], inside[0, :, 0]
+
+
+@jax.jit
+def _nearest_slab(points, shape):
+    """The voxels nearest to unit points, 1 P 3: three indices, P; see `_place_slab`."""
+    at, inside = _place_slab(points, shape)
+    low = jnp.floor(at)
+    nearest = (low + (at - low >= 0.5)).astype(jnp.int32)
+    return tuple(nearest.T), inside
+
+
+def _voxel_at(points, shape):
     last = (shape - 1).astype(points.dtype)
     index = points * jnp.maximum(last, 1.0)
-    read = sampling.sample_voxels(values, jnp.clip(index, 0.0, last), order=order)
     inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
-    return jnp.where(inside, read, fill)[..., 0]
+    return jnp.clip(index, 0.0, last), inside
 
 
 def _by_slabs(
@@ -335,13 +366,64 @@ def _by_slabs(
     return flat.reshape(*shape, *flat.shape[1:])
 
 
-def _padded(values: np.ndarray) -> np.ndarray:
-    """Returns a scan as float32, 1 D H W 1, a small one with zeros behind its ends."""
-    if values.size > _MANY:
+def _padded(values: np.ndarray, padding: float | None = None) -> np.ndarray:
+    """Returns a scan as float32, 1 D H W 1, a small one with zeros behind its ends.
+
+    With padding 1 D H W 2: how far each value is above air, and its weight; both are 0
+    where it is padding. So the mean of air by weights is air to the last digit.
+    """
+    shape = values.shape
+    if values.size <= _MANY:
+        shape = tuple(-(-n // _STEP) * _STEP for n in shape)
+    elif padding is None:
         return values.astype(np.float32, copy=False)[None, ..., None]
-    padded = np.zeros([-(-n // _STEP) * _STEP for n in values.shape], np.float32)
-    padded[tuple(slice(n) for n in values.shape)] = values
-    return padded[None, ..., None]
+    padded = np.zeros((1, *shape, 1 if padding is None else 2), np.float32)
+    within = padded[(0, *(slice(n) for n in values.shape))]
+    if padding is None:
+        within[..., 0] = values
+    else:
+        np.greater(values, padding, out=within[..., 1], casting="unsafe")
+        within[..., 0] = values
+        within[..., 0] -= background.AIR_HU
+        within[..., 0] *= within[..., 1]
+    return padded
+
+
+_EXACT = 2**24  # the whole numbers up to here are all different in float32
+
+
+def _read_float64(array: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Interpolates D H W linearly at voxel indices P 3 within it: P, float64."""
+    flat, strides = (
+        np.ravel(array),
+        (array.shape[1] * array.shape[2], array.shape[2], 1),
+    )
+    first, ways, steps = np.zeros(len(at), np.intp), [], []
+    for axis, (n, stride) in enumerate(zip(array.shape, strides, strict=True)):
+        low = np.minimum(at[:, axis].astype(np.intp), max(n - 2, 0))
+        first += low * stride
+        way = at[:, axis].astype(np.float64) - low
+        ways.append((1.0 - way, way))
+        steps.append((0, stride * (n > 1)))
+    total = np.zeros(len(at))
+    for corner in np.ndindex(2, 2, 2):
+        d, h, w = (way[end] for way, end in zip(ways, corner, strict=True))
+        place = first + sum(s[end] for s, end in zip(steps, corner, strict=True))
+        total += d * h * w * flat[place]
+    return total
+
+
+def _as_type(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns numbers in a type; integers are rounded, and clipped to its range."""
+    if np.issubdtype(dtype, np.floating) or values.dtype == dtype:
+        return values.astype(dtype, copy=False)
+    if dtype.kind == "b":
+        return values >= 0.5
+    limits = np.iinfo(dtype)
+    # float64 holds every 32-bit limit; a 64-bit one rounds up, out of the type.
+    top = float(limits.max)
+    top = top if int(top) <= limits.max else np.nextafter(top, 0.0)
+    return np.clip(np.rint(values).astype(np.float64), limits.min, top).astype(dtype)
 
 
 def warp_volume(
@@ -350,7 +432,7 @@ def warp_volume(
     fixed: grid_lib.Grid,
     *,
     order: Literal[0, 1] = 1,
-    fill: float = 0.0,
+    fill: background.Fill = "auto",
 ) -> grid_lib.Volume:
     """Resamples a volume on the fixed grid, as ITK's resampler does.
 
@@ -359,43 +441,67 @@ def warp_volume(
       transform: fixed mm to moving mm.
       fixed: the output grid.
       order: 1 linear, 0 nearest.
-      fill: the value outside the moving volume (more than half a voxel).
+      fill: the value outside the moving volume (more than half a voxel); "auto" and a
+        `Background` say which of its voxels are padding as well, see
+        `background.find`. Padding becomes the fill, and what is interpolated beside
+        it is the mean of the other voxels by their weights.
 
     Returns:
-      A volume of the fixed grid in the moving array's type; integers are rounded
-      (the original truncates).
+      A volume of the fixed grid in the moving array's type. Nearest values are exact in
+      any type; interpolated ones are rounded where the type is one of integers (the
+      original truncates), and float32 in between unless those are too large for it.
     """
+    if isinstance(fill, str):
+        fill = background.find(moving, nearest=order == 0)
+    elif not isinstance(fill, background.Background):
+        fill = background.Background(float(fill))
     # From voxel to voxel: small numbers, so that float32 keeps 1e-4 of a voxel.
     voxel_to_unit = np.linalg.inv(moving.grid.unit_to_mm)
     steps = _merge_affines(
         (Affine(fixed.voxel_to_mm), *transform.steps, Affine(voxel_to_unit))
     )
-    dtype = moving.array.dtype
-    labels = order == 0 and not np.issubdtype(dtype, np.floating)
-    # Label values beyond float32's integers (2^24) survive as indices of a table.
-    table, values = (
-        np.unique(moving.array, return_inverse=True) if labels else (None, moving.array)
-    )
-    shape = np.asarray(moving.array.shape, np.int32)
-    array = jnp.asarray(_padded(values.reshape(moving.array.shape)))
-    outside = np.float32(-1.0 if labels else fill)
+    stored = np.asarray(moving.array)
+    read = (_nearest if order == 0 else _linear)(stored, fill)
+    found = _as_type(_by_slabs(steps, fixed.shape, read), stored.dtype)
+    return grid_lib.Volume(found, fixed, moving.source)
+
+
+def _nearest(array: np.ndarray, beyond: background.Background):
+    """Returns what reads D H W of any type at unit points 1 P 3: 1 P, in its type."""
+    shape = np.asarray(array.shape, np.int32)
+    fill = _as_type(np.asarray(beyond.fill, np.float64), array.dtype)
 
     def read(points):
-        return _read_slab(array, points, shape, outside, order=order)
+        voxel, inside = jax.tree.map(np.asarray, _nearest_slab(points, shape))
+        found = array[voxel]
+        if beyond.padding is not None:
+            inside = inside & (found > beyond.padding)
+        return np.where(inside, found, fill)[None]
 
-    found = _by_slabs(steps, fixed.shape, read)
-    if table is not None:
-        index = np.rint(found).astype(np.int64)
-        found = np.where(
-            index < 0, np.asarray(fill, dtype), table[np.maximum(index, 0)]
-        )
-    elif not np.issubdtype(dtype, np.floating):
-        limits = np.iinfo(dtype)
-        # float64 holds every 32-bit limit; a 64-bit one rounds up, out of the type.
-        top = float(limits.max)
-        top = top if int(top) <= limits.max else np.nextafter(top, 0.0)
-        found = np.clip(np.rint(found).astype(np.float64), limits.min, top)
-    return grid_lib.Volume(found.astype(dtype), fixed, moving.source)
+    return read
+
+
+def _linear(array: np.ndarray, beyond: background.Background):
+    """Returns what interpolates D H W at unit points 1 P 3: 1 P, real."""
+    shape = np.asarray(array.shape, np.int32)
+    if _is_wide(array):
+
+        def exact(points):
+            at, inside = map(np.asarray, _place_slab(points, shape))
+            return np.where(inside, _read_float64(array, at), beyond.fill)[None]
+
+        return exact
+
+    on_device = jnp.asarray(_padded(array, beyond.padding))
+    fill = np.float32(beyond.fill)
+    return lambda points: _read_slab(on_device, points, shape, fill)
+
+
+def _is_wide(array: np.ndarray) -> bool:
+    """Whether integers are too large for float32."""
+    if not np.issubdtype(array.dtype, np.integer):
+        return False
+    return max(abs(int(array.min())), abs(int(array.max()))) > _EXACT
 
 
 def displacement_mm(transform: Transform, fixed: grid_lib.Grid) -> np.ndarray:

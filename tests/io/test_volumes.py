@@ -546,21 +546,6 @@ def _meta(payload):
     )
 
 
-def test_label_maps_are_told_from_scans():
-    rng = np.random.default_rng(0)
-    d, h, w = np.indices((16, 18, 20))
-    patches = 3 * (d // 4) + (h // 6) + 200 * ((w - 9) ** 2 + (h - 9) ** 2 < 40)
-    for dtype in (np.int16, np.float32):
-        assert volumes.looks_like_labels(patches.astype(dtype))
-        assert volumes.looks_like_labels((d > 5).astype(dtype))
-    scan = 100 * (d > 5) + rng.normal(0, 3, d.shape)
-    brain = np.where((h - 9) ** 2 + (w - 10) ** 2 + (d - 8) ** 2 < 49, scan, 0)
-    for array in (scan, brain, scan + 20 * np.sin(d)):
-        assert not volumes.looks_like_labels(np.rint(array).astype(np.uint8))
-        assert not volumes.looks_like_labels(array.astype(np.float32))
-    assert not volumes.looks_like_labels(np.zeros((4, 4, 4), np.uint8))
-
-
 def test_checksums_and_ends_of_compressed_data_count(tmp_path):
     array = np.random.default_rng(0).normal(size=(20, 10, 9)).astype(np.float32)
     raw = array.tobytes()

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
-from jaxreg.space import sampling, transform
+from jaxreg.space import background, sampling, transform
+from jaxreg.space.background import Background
 from jaxreg.space.grid import Grid, Volume, unit_scale
 from jaxreg.space.transform import Affine, Displacement, Transform
 
@@ -238,6 +240,94 @@ def test_integers_at_the_limit_of_their_type_do_not_wrap_around(dtype):
     # float32 in between: the top of the range, but for its last digits.
     assert warped.array.dtype == dtype
     assert np.all(warped.array >= np.iinfo(dtype).max * 0.999)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64, np.uint64, np.int32])
+def test_nearest_values_are_exact_in_any_type(dtype):
+    """More distinct ones than float32 has whole numbers, or larger than it tells apart.
+
+    Read at few points of a large label map.
+    """
+    shape = (257, 257, 257)
+    step = 2**29 + 1 if np.dtype(dtype).itemsize == 8 else 1
+    moving = Volume(np.arange(257**3, dtype=dtype).reshape(shape) * dtype(step), GRID_1)
+    corner = Transform((Affine(matrix(shift=(253, 252, 251))),))
+    got = transform.warp_volume(moving, corner, Grid((4, 4, 4), np.eye(4)), order=0)
+    assert got.array.dtype == dtype
+    np.testing.assert_array_equal(got.array, moving.array[253:, 252:256, 251:255])
+
+
+GRID_1 = Grid((257, 257, 257), np.eye(4))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.uint32, np.int64])
+def test_integers_too_large_for_float32_are_interpolated_in_float64(dtype):
+    generator = np.random.default_rng(0)
+    top = 2**50 if dtype == np.int64 else 2**30
+    moving = Volume(generator.integers(0, top, MOVING.shape).astype(dtype), MOVING)
+    still = transform.warp_volume(moving, Transform(()), MOVING)
+    # Float32 places are off by up to 1e-5 of a voxel.
+    np.testing.assert_allclose(still.array, moving.array, atol=1e-5 * top)
+    half = Transform((Affine(matrix(shift=(0, 0, 0.5))),))
+    where = Grid((4, 4, 4), np.eye(4))
+    moving = Volume(moving.array[:4, :4, :4], where)
+    got = transform.warp_volume(moving, half, where).array[..., :3]
+    real = moving.array.astype(np.float64)
+    expected = np.rint((real[..., :3] + real[..., 1:]) / 2).astype(dtype)
+    np.testing.assert_array_equal(got, expected)
+    if dtype == np.int32:  # what float32 in between would have made of it
+        small = real.astype(np.float32)
+        assert np.any(np.rint((small[..., :3] + small[..., 1:]) / 2) != expected)
+
+
+def circle(value, dtype=np.int16, where=MOVING):
+    """A noisy CT with padding of a value outside a circle of its slices."""
+    rest = np.stack(np.meshgrid(*map(np.arange, where.shape[1:]), indexing="ij"), -1)
+    away = (rest - (np.array(where.shape[1:]) - 1) / 2) / np.array(where.shape[1:])
+    array = smooth(where.shape, 1, 900, 3)[0, ..., 0].clip(-1000, 1000)
+    array[:, (away**2).sum(-1) > 0.2] = value
+    return Volume(array.astype(dtype), where, "ct.nii")
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+def test_padding_does_not_bleed_into_what_is_interpolated(dtype):
+    moving = circle(-3024, dtype)
+    turn = Affine(matrix(rotation(0.1, 0.05, -0.1), (0.5, 1, -0.5)))
+    got = transform.warp_volume(moving, Transform((turn,)), FIXED).array
+    assert background.find(moving) == Background(-1000, -3024)
+
+    index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
+    at = turn(index @ FIXED.voxel_to_mm[:3, :3].T + FIXED.voxel_to_mm[:3, 3])
+    back = np.linalg.inv(MOVING.voxel_to_mm)
+    voxel = np.moveaxis(at @ back[:3, :3].T + back[:3, 3], -1, 0)
+    weight = (moving.array > -3024).astype(np.float64)
+    last = np.array(MOVING.shape)[:, None, None, None] - 1
+    clipped = voxel.clip(0, last)
+    sums = [
+        ndimage.map_coordinates(a, clipped, order=1, mode="nearest")
+        for a in (moving.array * weight, weight)
+    ]
+    inside = ((voxel > -0.499) & (voxel < last + 0.499)).all(0) & (sums[1] > 0.501)
+    outside = ((voxel < -0.501) | (voxel > last + 0.501)).any(0) | (sums[1] < 0.499)
+    bled = ndimage.map_coordinates(moving.array.astype(float), clipped, order=1)
+    assert (inside & (bled < -1100)).sum() > 10  # what it would have been
+    rounding = 0.51 if dtype == np.int16 else 0.05
+    np.testing.assert_allclose(
+        got[inside], (sums[0][inside] / sums[1][inside]), atol=rounding
+    )
+    assert np.all(got[outside] == -1000)
+    assert got.min() >= -1000
+
+
+def test_a_scan_with_padding_stays_itself_but_for_the_padding():
+    moving = circle(-2048)
+    for order in (0, 1):
+        got = transform.warp_volume(moving, Transform(()), MOVING, order=order)
+        expected = np.where(moving.array == -2048, -1000, moving.array)
+        np.testing.assert_array_equal(got.array, expected)
+    # A plain number knows of no padding: ITK's resampling.
+    got = transform.warp_volume(moving, Transform(()), MOVING, fill=0.0)
+    np.testing.assert_array_equal(got.array, moving.array)
 
 
 def test_slabs_join_without_a_seam():
