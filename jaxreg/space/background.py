@@ -18,6 +18,7 @@ _CT_HU = -500.0  # a scan that goes down to here has air in it: a CT
 _USUAL_AIR_HU = (-1100.0, -900.0)  # -1024 where that is the least that is stored
 _COMMON = 0.1  # of the border's voxels, to be what lies around the scan
 _PADDED = 0.01  # of the border's voxels, to be padding and no outlier
+_LEAST = 8  # of them: in a scan of few voxels one is a hundredth
 _SLICES = 16  # that show whether regions are flat
 
 
@@ -165,7 +166,8 @@ def _around(array: np.ndarray, lowest: float) -> float:
 
 
 def _padding(values: np.ndarray, counts: np.ndarray) -> float | None:
-    padded = (values < _USUAL_AIR_HU[0]) & (counts >= _PADDED * counts.sum())
+    least = max(_PADDED * counts.sum(), _LEAST)
+    padded = (values < _USUAL_AIR_HU[0]) & (counts >= least)
     return float(values[padded].max()) if padded.any() else None
 
 
