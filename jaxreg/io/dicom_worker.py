@@ -79,6 +79,8 @@ def _voxels(names: list[str]) -> np.ndarray:
 def main() -> None:
     """Answers until stdin ends."""
     sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    # The stacks of threads count as memory, and a machine may have many cores.
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     limited = hasattr(signal, "setitimer")
     out = sys.stdout.buffer
     for line in sys.stdin.buffer:

@@ -84,6 +84,8 @@ def spline(
         else 0.0
         for axis in range(3)
     ]
+    if not np.isfinite(bends).all():
+        raise ValueError("its control points lie too far apart to sample between")
     intervals = [n - order for n in shape]
     steps_mm = np.linalg.norm(voxel_to_file[:3, :3], axis=0)
     parts = [

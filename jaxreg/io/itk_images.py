@@ -20,21 +20,17 @@ import numpy as np
 import SimpleITK as sitk
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, nifti
+from jaxreg.io import files, nifti, text_headers
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's frame to RAS+ mm, and back."""
 
-_HEADER_BYTES = 2**20
 _MICRO = {"um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3}
 _NRRD_MM = {"m": 1e3, "cm": 10.0, "mm": 1.0, "nm": 1e-6} | _MICRO
 _NRRD_SPACES = (
     *("left-posterior-superior", "right-anterior-superior", "left-anterior-superior"),
     *("lps", "ras", "las", "lpst", "rast", "last"),
 )
-_META_SIZE = ("ElementSpacing", "ElementSize")
-_META_OFFSET = ("Offset", "Position", "Origin")
-_META_TURN = ("TransformMatrix", "Rotation", "Orientation")
 _META_MM = {"cm": 10.0, "mm": 1.0, "um": 1e-3}
 _WORDS_MM = {
     **{"meter": 1e3, "metre": 1e3, "centimeter": 10.0, "centimetre": 10.0},
@@ -83,7 +79,7 @@ def open_itk(path: pathlib.Path) -> ItkImage:
     Raises:
       UserError: it is damaged, or holds several numbers or complex ones per voxel.
     """
-    fields, header_bytes = check_text_header(path)
+    fields, header_bytes = text_headers.check(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     _read_header(reader, path)
@@ -123,51 +119,10 @@ def affine_mm(reader: sitk.ImageFileReader, scale: float) -> np.ndarray:
     return LPS @ affine
 
 
-def check_text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
-    """Checks what MetaIO, which SimpleITK reads with, does not look at.
-
-    More than 10 axes end the process. Of an offset or a matrix it takes the numbers up
-    to the first that is none, and zeros for the rest.
-
-    Returns:
-      As `text_header`.
-
-    Raises:
-      UserError: a MetaImage has such a number of axes, or lacks fields or numbers.
-    """
-    fields, header_bytes = text_header(path)
-    if "dimension" in fields or path.suffix.lower() not in (".mha", ".mhd"):
-        return fields, header_bytes
-    for name in ("NDims", "DimSize", "ElementType", "ElementDataFile"):
-        if name not in fields:  # of which MetaIO prints more than a sentence
-            raise files.damaged(path, ValueError(f"its header lacks {name}"))
-    claimed = fields["NDims"]
-    if not (claimed.isdecimal() and 1 <= int(claimed) <= 10):
-        raise files.damaged(path, ValueError(f"its header claims {claimed} axes"))
-    n = int(claimed)
-    wanted = {name: n for name in (*_META_SIZE, *_META_OFFSET)}
-    wanted |= {name: n * n for name in _META_TURN}
-    if "ElementSpacing" in fields:
-        del wanted["ElementSize"]  # of no consequence
-    for name in wanted.keys() & fields.keys():
-        numbers = [_number(part) for part in fields[name].split()[: wanted[name]]]
-        if len(numbers) < wanted[name] or not np.isfinite(numbers).all():
-            reason = f"its {name} is not of {wanted[name]} finite numbers"
-            raise files.damaged(path, ValueError(reason))
-    return fields, header_bytes
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
 def _warn_of_guesses(fields: dict[str, str], path: pathlib.Path) -> None:
     """Warns of what a header leaves open, for which ITK takes the simplest."""
     size, offset, turn = (
-        (_META_SIZE, _META_OFFSET, _META_TURN)
+        (text_headers.META_SIZE, text_headers.META_OFFSET, text_headers.META_TURN)
         if "NDims" in fields
         else (("space directions", "spacings"), ("space origin", "axis mins"), ())
     )
@@ -224,41 +179,6 @@ def _read_header(reader: sitk.ImageFileReader, path: pathlib.Path) -> None:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise files.damaged(path, error) from error
-
-
-def text_header(path: pathlib.Path) -> tuple[dict[str, str], int]:
-    """Returns the fields of an NRRD or MetaImage header and its length in bytes.
-
-    NRRD's names are in small letters; its header ends at an empty line, MetaImage's
-    behind the line of ElementDataFile.
-    """
-    with path.open("rb") as file:
-        head = file.read(_HEADER_BYTES)
-    nrrd = head.startswith(b"NRRD")
-    fields, at = {}, 0
-    while at < len(head):
-        end = head.find(b"\n", at)
-        end = len(head) if end < 0 else end
-        line = _decoded(head[at:end]).strip()
-        at = end + 1
-        if nrrd and not line:
-            break
-        name, *value = re.split(":" if nrrd else "[=:]", line, maxsplit=1)
-        if not value or line.startswith("#") or value[0].startswith("="):
-            continue
-        name = name.strip().lower() if nrrd else name.strip()
-        fields[name] = value[0].strip()
-        if name == "ElementDataFile":
-            break
-    return fields, min(at, len(head))
-
-
-def _decoded(line: bytes) -> str:
-    """Returns a line's text: a micro sign is two bytes in UTF-8, one in Latin-1."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError:
-        return line.decode("latin-1")
 
 
 def unit_mm(fields: dict[str, str], path: pathlib.Path) -> float:

@@ -15,7 +15,16 @@ import SimpleITK as sitk
 from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, hdf5, itk_fields, itk_images, itk_linear, matlab, volumes
+from jaxreg.io import (
+    files,
+    hdf5,
+    itk_fields,
+    itk_images,
+    itk_linear,
+    matlab,
+    text_headers,
+    volumes,
+)
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, unit_to_voxel
 from jaxreg.space.transform import Affine, Displacement, Step, Transform
@@ -236,7 +245,7 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
       UserError: the file is missing, damaged or no such field.
     """
     path = files.check_readable(path, "transform")
-    itk_images.check_text_header(path)
+    fields, _ = text_headers.check(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -262,7 +271,7 @@ def read_displacement_itk(path: files.PathLike) -> Transform:
             "LPS mm all the same, as ITK and 3D Slicer do",
             stacklevel=2,
         )
-    scale = itk_images.unit_mm(itk_images.text_header(path)[0], path)
+    scale = itk_images.unit_mm(fields, path)
     grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ _REVERSE)
     _check_regular(grid, path)
     turn = _FLIP @ np.diag([scale, scale, scale, 1.0])
@@ -285,7 +294,7 @@ def _says_other_frame(path: pathlib.Path) -> bool:
     """Whether a NRRD header gives its axes in another space than ITK's."""
     if path.suffix.lower() not in (".nrrd", ".nhdr"):
         return False
-    space = itk_images.text_header(path)[0].get("space", "").lower()
+    space = text_headers.read(path)[0].get("space", "").lower()
     return space not in ("", "left-posterior-superior", "lps")
 
 

@@ -296,7 +296,8 @@ def nifti_field(data, rng):
     flat[rng.randrange(flat.size)] = value
 
 
-NRRD_LINES = rb"""
+NRRD_LINES = (
+    rb"""
 data file: LIST
 data file: .
 data file: x%d.raw 1 9 1
@@ -328,9 +329,14 @@ block size: -1
 axis mins: 0 nan 0
 centers: cell none ???
 endian: middle
+data file: x%s.raw 1 9 1
+data file: %9999d 1 9 1
 """.splitlines()[1:]
+    + [b"kinds: " + b"k" * 2000, b"k" * 3000 + b": 1"]
+)
 
-META_LINES = rb"""
+META_LINES = (
+    rb"""
 NDims = 0
 NDims = 10
 NDims = 4
@@ -366,7 +372,11 @@ ElementDataFile = x%d.raw 1 9 1
 ElementMin = nan
 Modality = MET_MOD_CT
 ObjectType = Tube
+ElementDataFile = x%s%n.raw 1 9 1
+ElementDataFile = x%d.raw 1 9 0
 """.splitlines()[1:]
+    + [b"Name = " + b"n" * 300, b"Comment = " + b"c" * 3000]
+)
 
 
 def line_of(fields):

@@ -13,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 
 from jaxreg.errors import UserError
-from jaxreg.io import volumes
+from jaxreg.io import transforms, volumes
 
 ARRAY = np.random.default_rng(0).integers(-900, 900, (5, 6, 7)).astype("<i2")
 RAS = np.diag([-1.0, -1.0, 1.0, 1.0])  # of LPS
@@ -306,6 +306,18 @@ def test_metaimage_voxels_beside_the_header(tmp_path):
     check(meta(tmp_path / "e.mhd", b"", ElementDataFile=pattern))
 
 
+@pytest.mark.parametrize("kind", ["MET_STRING", "MET_OTHER", "MET_NONE", "MET_X"])
+@pytest.mark.parametrize("binary", ["True", "False"])
+def test_metaimage_elements_that_are_no_numbers_are_refused(tmp_path, kind, binary):
+    """ITK has memory for a byte each, and MetaIO writes 512 of a MET_STRING there."""
+    path = meta(
+        tmp_path / "a.mha", ARRAY.tobytes(), ElementType=kind, BinaryData=binary
+    )
+    for read in (volumes.read_grid, volumes.read_volume):
+        with pytest.raises(UserError, match=f"its ElementType is {kind}"):
+            read(path)
+
+
 def test_metaimage_numbers_as_text(tmp_path):
     data = " ".join(map(str, ARRAY.ravel())).encode() + b"\n"
     check(meta(tmp_path / "a.mha", data, BinaryData="False"))
@@ -384,3 +396,47 @@ def test_voxels_that_end_early_are_refused(tmp_path, cut):
     for path in made:
         with pytest.raises(UserError):
             volumes.read_volume(path)
+
+
+HARMFUL = {
+    "%s.mhd": {"ElementDataFile": "%s%s%s 1 5 1"},
+    "%n.mhd": {"ElementDataFile": "%n%n%n 1 5 1"},
+    "percent.mhd": {"ElementDataFile": "50%.raw"},
+    "still.mhd": {"ElementDataFile": "slice%d.raw 1 5 0"},
+    "name.mhd": {"Name": "n" * 300},
+    "orientation.mhd": {"AnatomicalOrientation": "R" * 300},
+    "wide.nhdr": {"data_file": "%9999d 1 5 1"},
+    "four.nhdr": {"data_file": "x%d%d%d%d.raw 1 5 1"},
+    "long.nhdr": {"data_file": "a" * 5000},
+    "sizes.nrrd": {"sizes": "7 6 5 " + "1 " * 600},
+    "kinds.nrrd": {"kinds": "k" * 2000},
+    "unknown.nrrd": {"n" * 1100: "1"},
+}
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_headers_that_would_end_the_process_are_refused(tmp_path, name):
+    """A format of C with numbers that are not there; texts beyond their memory."""
+    write = meta if name.endswith(".mhd") else nrrd
+    path = write(tmp_path / name, ARRAY.tobytes(), **HARMFUL[name])
+    for read in (volumes.read_grid, volumes.read_volume, transforms.read_transform):
+        with pytest.raises(UserError, match="cannot be read.*(no pattern|characters)"):
+            read(path)
+
+
+def test_long_texts_that_do_no_harm_are_left(tmp_path):
+    words = {"content": "c" * 3000}
+    path = nrrd(tmp_path / "a.nrrd", ARRAY.tobytes(), **words)
+    pair = b"Segment0_Extent:=" + b"9" * 3000 + b"\n# " + b"c" * 3000 + b"\nkinds:"
+    path.write_bytes(path.read_bytes().replace(b"kinds:", pair))
+    check(path)
+    words = {"Comment": "c" * 3000, "0008|103e": "t" * 3000}
+    check(meta(tmp_path / "a.mha", ARRAY.tobytes(), **words))
+
+
+def test_a_metaimage_that_says_two_things_is_refused(tmp_path):
+    path = meta(tmp_path / "a.mha", ARRAY.tobytes())
+    double = b"Offset = 0 0 0\nElementSpacing"
+    path.write_bytes(path.read_bytes().replace(b"ElementSpacing", double))
+    with pytest.raises(UserError, match="its header gives Offset twice"):
+        volumes.read_volume(path)
