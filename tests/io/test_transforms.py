@@ -1041,6 +1041,16 @@ BAD = {
     ),
     "size.h5": (hdf5(_0=(FIELD, np.zeros(21), BOX)), "21 parameters for 2 x 2 x 2"),
     "long.h5": (hdf5(_0=(FIELD, np.full(24, 1e300), BOX)), "vectors of more than 1e38"),
+    "bent.h5": (
+        hdf5(
+            _0=(
+                "BSplineTransform_double_3_3",
+                1e200 * (np.arange(192) % 5),
+                [4, 4, 4, *BOX[3:]],
+            )
+        ),
+        "control points lie too far apart",
+    ),
     "product.h5": (
         hdf5(
             _0=("CompositeTransform_double_3_3", [], []),
