@@ -9,8 +9,8 @@ while writing them:
 
 Written are the files of uniGradICON (`unigradicon` and `icon_registration`, with ITK)
 and those of PromptReg and UniReg's pyramid, from the PyTorch networks of benchmarks/.
-Not written: SAM's and SAME's, whose programs are not among the packages; their tests
-are skipped.
+Not written: the ITK transform's, and SAM's and SAME's, whose programs are not among the
+packages; their tests are skipped.
 """
 
 import argparse

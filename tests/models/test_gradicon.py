@@ -516,7 +516,8 @@ def randomised(variables):
 # mind the scale, so what moves with it is rounding.
 SCALES = (1 + 2.0**-23, 1 - 2.0**-23, 1 + 3 * 2.0**-23)
 # The original adds in another order than jaxreg (direct sums where minimal filtering
-# is used here), which is a larger change than those: measured, up to 6 times.
+# is used here), which is a larger change than those: 6 times at most on the arrays of
+# other seeds that this was measured on.
 OTHER_ORDER = 10
 
 
@@ -627,7 +628,7 @@ def check_weights(runs, start, wanted, rate, steps):
 
     None goes farther than Adam can, whatever the gradients. Where a gradient is its own
     rounding error that is all that can be said; most are not, and agree as closely as
-    the sums do: the 50, 75 and 90 % that agree best.
+    in `check_history`: the 50, 75 and 90 % that agree best.
     """
     names = [n for n in wanted if not n.endswith(("running_mean", "running_var"))]
     names = [n for n in names if not n.endswith("num_batches_tracked")]
@@ -646,7 +647,7 @@ def check_weights(runs, start, wanted, rate, steps):
     off = np.maximum(np.abs(ours - theirs) - rounding, 0.0)
     spread = np.max([np.abs(other - ours) for other in others], axis=0)
     for share in (0.5, 0.75, 0.9):
-        limit = 1e-3 * longest + OTHER_ORDER * np.quantile(spread, share)
+        limit = 1e-4 * longest + OTHER_ORDER * np.quantile(spread, share)
         assert np.quantile(off, share) <= limit, (share, np.quantile(off, share), limit)
     for name in set(wanted) - set(names):  # statistics are used and stay
         np.testing.assert_array_equal(runs[0].weights[name], wanted[name])
