@@ -422,7 +422,30 @@ def load(
     kind = _kind(bundle.model, name)
     kind.check_variables(bundle.variables, bundle.config, source=name)
     model = kinds.build(kinds.config_of(bundle.model, bundle.config))
-    return LoadedModel(name, model, bundle.variables, bundle)
+    loaded = LoadedModel(name, model, bundle.variables, bundle)
+    _check_stated(loaded)
+    return loaded
+
+
+def _check_stated(model: LoadedModel) -> None:
+    """Checks what weights say of their scans, to which a user may add by hand.
+
+    Raises:
+      UserError: a value that cannot be; names the weights.
+    """
+    stated = model.bundle.preprocessing
+    try:
+        Placement.of_weights(stated)
+        for name in ("ct_window", "mri_quantiles", "similarity_window"):
+            if stated.get(name) is not None:
+                low, high = stated[name]
+                _ = float(low), float(high)
+        _ = model.shape, model.tasks, model.validation_scans
+    except (TypeError, ValueError, UserError) as error:
+        raise UserError(
+            f"{model.name} says of its preprocessing what cannot be ({error}); mend "
+            "it in the folder's jaxreg.json, or fetch the weights again"
+        ) from error
 
 
 def load_sam(path: PathLike) -> TrainedSam:

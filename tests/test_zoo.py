@@ -762,7 +762,28 @@ def test_a_pytorch_file_cannot_say_how_scans_lay(tmp_path):
     assert zoo.load(str(tmp_path / "turned")).orientation == "LPS"
     with pytest.warns(UserWarning, match='"orientation": "LPS"'):
         zoo.convert(tmp_path / "turned", tmp_path / "b.trch")
+    told = tmp_path / "turned" / "jaxreg.json"
+    told.write_text(told.read_text().replace('"LPS"', '"LPX"'))
+    with pytest.raises(UserError, match=r"turned says of .*orientation is .LPX"):
+        zoo.load(tmp_path / "turned")
 
 
 def test_published_gradicon_saw_every_orientation():
     assert {zoo.ZOO[n].preprocessing["orientation"] for n in zoo.ZOO} == {"any"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("orientation", "XYZ"), ("orientation", 5), ("ct_window", [1, 2, 3]),
+        ("similarity_window", "a"), ("mri_quantiles", ["a", "b"]), ("shape", "16"),
+        ("spacing_mm", "wide"), (zoo.VALIDATION_SCANS, 5),
+    ],
+)  # fmt: skip
+def test_what_weights_say_by_hand_is_checked(field, value):
+    """The command line asks users to add the orientation to the file."""
+    stated = {**zoo.PROMPTREG_PREPROCESSING, field: value}
+    bundle = checkpoints.Bundle({}, "rdp", {}, stated, "", "")
+    model = zoo.LoadedModel("mine", Rdp(RdpConfig()), {}, bundle)
+    with pytest.raises(UserError, match=r"mine says of its preprocessing .*json"):
+        zoo._check_stated(model)
