@@ -5,6 +5,7 @@ and results become text. Heavy imports live inside the verbs.
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import warnings
@@ -273,7 +274,8 @@ def _shown(out: pathlib.Path) -> "Iterator[Progress]":
     before = _written_at(out)
 
     def show(done: int, total: int, row: "Row") -> None:
-        bar.show(done, total, f"{row.method}, Dice {row.mean_dice:.3f}")
+        score = "" if math.isnan(row.mean_dice) else f", Dice {row.mean_dice:.3f}"
+        bar.show(done, total, f"{row.method}{score}")
 
     def kept() -> str:
         done = _written_at(out) != before

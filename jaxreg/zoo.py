@@ -606,7 +606,8 @@ def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
     Where it differs from theirs alone: the file holds tensors and names.
     """
     stated, found = bundle.preprocessing, []
-    for name, assumed in kind.preprocessing(bundle.variables).items():
+    assumed_by_reader = kind.preprocessing(bundle.variables)
+    for name, assumed in assumed_by_reader.items():
         own = stated.get(name, assumed)
         if name in ("tasks", "regions", "resize_labels", "orientation"):
             continue
@@ -614,6 +615,18 @@ def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
             own = list(own)
         if own != assumed:
             found.append(f"{name} {assumed} where it is {own}")
+    rules = zip(stated.get("tasks", ()), stated.get("task_rules", ()), strict=False)
+    ruled = [name for name, rule in rules if any(v is not None for v in rule.values())]
+    if ruled:
+        found.append(
+            "one window for all tasks and no smoothness of one's own, where the "
+            f"training has rules for {', '.join(ruled)}"
+        )
+    if kind.in_order and "regions" not in stated and "regions" in assumed_by_reader:
+        found.append(
+            f"the regions {', '.join(assumed_by_reader['regions'])} in this order, "
+            "where the checkpoint names none"
+        )
     orientation = stated.get("orientation", ANY_ORIENTATION)
     if orientation != ANY_ORIENTATION:
         found.append(

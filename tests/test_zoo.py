@@ -635,6 +635,15 @@ def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
             kernel = model.variables["params"]["decoder_1"]["head"]["controller"]
             rows.append(kernel["kernel"][0, 0, 0, place - 6])
         np.testing.assert_array_equal(*rows, err_msg=name)
+    # What the file cannot hold is told.
+    rules = [{"network_window": None}] * 5 + [{"network_window": [0.0, 80.0]}]
+    ruled = {**bundle.preprocessing, "task_rules": rules}
+    for told, sentence in ((ruled, "rules for brain;"), ({}, "chest, .*names none")):
+        checkpoints.save_bundle(
+            tmp_path / "told", dataclasses.replace(bundle, preprocessing=told)
+        )
+        with pytest.warns(UserWarning, match=sentence):
+            zoo.convert(tmp_path / "told", tmp_path / "told.pth")
     # A file whose columns are in an order of its own, by the names that it has.
     columns = {
         "model_state_dict": {k: torch.from_numpy(a) for k, a in moved.items()},
