@@ -9,6 +9,8 @@ References:
 """
 
 import math
+import mmap
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ _META_TEXTS = {  # of 255 bytes at most
 }
 _META_LONGEST = 200
 _NRRD_LONGEST = 500  # bytes of a line that NrrdIO repeats when it refuses it
+_LONG_WORD = re.compile(rb"[^\s,]{200}")
 _PATTERN = re.compile(r"[^%]*%0?\d{0,2}d[^%]*")
 
 
@@ -63,7 +66,7 @@ def check(path: pathlib.Path) -> tuple[dict[str, str], int]:
     """
     fields, end = read(path)
     if _is_nrrd(path):
-        _check_nrrd(path, fields)
+        _check_nrrd(path, fields, end)
     elif path.suffix.lower() in _META:
         _check_meta(path, fields)
     return fields, end
@@ -106,7 +109,7 @@ def _decoded(line: bytes) -> str:
         return line.decode("latin-1")
 
 
-def _check_nrrd(path: pathlib.Path, fields: dict[str, str]) -> None:
+def _check_nrrd(path: pathlib.Path, fields: dict[str, str], end: int) -> None:
     for number, (line, _) in enumerate(_lines(path), 1):
         free = re.match(r"#|content:|[^:]*:=", line, re.IGNORECASE)
         if not free and len(line.encode()) > _NRRD_LONGEST:
@@ -115,6 +118,22 @@ def _check_nrrd(path: pathlib.Path, fields: dict[str, str]) -> None:
     named = fields.get("data file", fields.get("datafile", ""))
     if re.search("%.*d", named):
         _check_pattern(path, named)
+    if fields.get("encoding", "").lower() in ("ascii", "text", "txt"):
+        beside = path.parent / named
+        source, start = (beside, 0) if named else (path, end)
+        if os.path.isfile(source) and _has_long_word(source, start):
+            raise files.damaged(path, ValueError("its text holds more than numbers"))
+
+
+def _has_long_word(path: pathlib.Path, start: int) -> bool:
+    """Whether a text has a word of no number's length, which NrrdIO would repeat."""
+    if path.stat().st_size <= start:
+        return False
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text,
+    ):
+        return _LONG_WORD.search(text, start) is not None
 
 
 def _check_meta(path: pathlib.Path, fields: dict[str, str]) -> None:

@@ -424,6 +424,20 @@ def test_headers_that_would_end_the_process_are_refused(tmp_path, name):
             read(path)
 
 
+@pytest.mark.parametrize("name", ["a.nrrd", "a.nhdr"])
+def test_text_that_is_no_numbers_is_refused(tmp_path, name):
+    """NrrdIO repeats the word that it refuses in memory of a fixed size."""
+    text = b"1 2 3 " + b"k" * 5000 + b" 4" * 300
+    words = {"encoding": "ascii"}
+    if name == "a.nhdr":
+        (tmp_path / "a.txt").write_bytes(text)
+        words["data_file"] = "a.txt"
+    path = nrrd(tmp_path / name, b"" if name == "a.nhdr" else text, **words)
+    for read in (volumes.read_volume, transforms.read_transform):
+        with pytest.raises(UserError, match="its text holds more than numbers"):
+            read(path)
+
+
 def test_long_texts_that_do_no_harm_are_left(tmp_path):
     words = {"content": "c" * 3000}
     path = nrrd(tmp_path / "a.nrrd", ARRAY.tobytes(), **words)
