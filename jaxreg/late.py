@@ -44,9 +44,9 @@ def tied(array: jax.Array, to: jax.Array) -> jax.Array:
     )
 
 
-def filled(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+def filled(shape: tuple[int, ...], like: jax.Array, dtype: Any = None) -> jax.Array:
     """Returns an array with anything in it, allocated once `like` is known."""
-    return jnp.broadcast_to(_one(like), shape)
+    return jnp.broadcast_to(_one(like).astype(dtype or like.dtype), shape)
 
 
 def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
@@ -64,17 +64,19 @@ def mapped(function: Callable[[Any], jax.Array], xs, *, like: jax.Array) -> jax.
     Args:
       function: of one entry of `xs`.
       xs: arrays with one first axis.
-      like: of the result's type.
+      like: what to wait for.
     """
     count = len(jax.tree.leaves(xs)[0])
     entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
-    shape = jax.eval_shape(function, entry).shape
+    found = jax.eval_shape(function, entry)
+    # Of the result's own type: labels that are read at places are whole numbers.
+    first = filled((count, *found.shape), like, found.dtype)
 
     def one(results, given):
         index, x = given
         return lax.dynamic_update_index_in_dim(results, function(x), index, 0), None
 
-    return lax.scan(one, filled((count, *shape), like), (jnp.arange(count), xs))[0]
+    return lax.scan(one, first, (jnp.arange(count), xs))[0]
 
 
 def recomputed(

@@ -46,6 +46,20 @@ def test_sampling_at_the_identity_returns_the_array(order, outside):
     np.testing.assert_allclose(got, values, atol=2e-6)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_whole_numbers_are_read_at_more_points_than_a_chunk_has(batch):
+    rng, shape = np.random.default_rng(0), (34, 33, 32)
+    assert np.prod(shape) > sampling._CHUNK
+    labels = rng.integers(0, 9, (batch, *shape, 1), np.int32)
+    at = np.stack([rng.integers(0, n, (batch, *shape)) for n in shape], -1)
+    got = sampling.sample_voxels(labels, jnp.asarray(at, jnp.float32), order=0)
+    assert got.dtype == np.int32
+    for n in range(batch):
+        np.testing.assert_array_equal(
+            got[n], labels[n][tuple(np.moveaxis(at[n], -1, 0))]
+        )
+
+
 @pytest.mark.parametrize("order", [0, 1])
 @pytest.mark.parametrize(
     ("outside", "mode"), [("edge", "nearest"), ("zeros", "constant")]
