@@ -73,7 +73,7 @@ class Bar:
         now = time.monotonic()
         left = self._left(now, done, total)
         if left is not None and left > _LONG_S and self._shorter:
-            self._say(f"{about(left)} left; {self._shorter}")
+            self.say(f"{about(left)} left; {self._shorter}")
             self._shorter = ""
         if not self._console.is_terminal:
             # A log wants to know that it lives, not every step.
@@ -81,7 +81,7 @@ class Bar:
             if late or done >= self._next * total:
                 self._next = done / total + 0.2
                 told = "" if left is None or done == total else f"{about(left)} left"
-                self._say(", ".join(filter(None, (f"{done} of {total}", text, told))))
+                self.say(", ".join(filter(None, (f"{done} of {total}", text, told))))
             return
         self._said = now
         if self._progress is None:
@@ -109,7 +109,8 @@ class Bar:
             return None
         return (now - since) / (done - first) * (total - done)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Shows a sentence at once."""
         self._said = time.monotonic()
         if self._progress is not None:
             self._progress.console.print(f"{self._title}: {text}", markup=False)
@@ -126,7 +127,7 @@ class Bar:
             patience = _WORD_S
             text = self._waiting if self._first is None else "still at work"
             passed = about(time.monotonic() - self._start).removeprefix("about ")
-            self._say(f"{text or 'still at work'} ({passed} so far)")
+            self.say(f"{text or 'still at work'} ({passed} so far)")
 
 
 def about(seconds: float) -> str:

@@ -6,7 +6,7 @@ become text. Heavy imports live inside the verbs.
 
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -44,8 +44,9 @@ def train_verb(
         bool,
         option(
             "--dry-run",
-            "Build everything, compile one step on a small grid, print parameters, "
-            "arithmetic and memory; trains nothing, needs no data.",
+            "Build everything, compile the training step, print parameters, "
+            "arithmetic, and memory per device and pair; trains nothing, allocates "
+            "nothing, needs no data.",
         ),
     ] = False,
     distributed: Annotated[
@@ -94,7 +95,9 @@ def train_verb(
         dry = functools.partial(_dry_rows, chosen)
         train = functools.partial(trainer.run, chosen)
     if dry_run:
-        print_numbers(dry())
+        with Bar("dry run") as bar:
+            rows = dry(say=bar.say)
+        print_numbers(rows)
         return
     assert out is not None
     with interrupted(
@@ -107,10 +110,10 @@ def train_verb(
     _say(f"wrote {outcome.weights}")
 
 
-def _dry_rows(chosen: "Experiment") -> dict[str, str]:
+def _dry_rows(chosen: "Experiment", *, say: Callable[[str], None]) -> dict[str, str]:
     from jaxreg import dryrun
 
-    return dryrun.dry_run(chosen).rows()
+    return dryrun.dry_run(chosen, say=say).rows()
 
 
 def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:

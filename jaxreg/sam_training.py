@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg import compiled, points, sam_experiment, zoo
+from jaxreg import compiled, dryrun, points, sam_experiment, zoo
 from jaxreg import experiment as experiment_lib
 from jaxreg.data import cache as cache_lib
 from jaxreg.data import pipeline, preprocess
@@ -40,7 +40,6 @@ from jaxreg.training.parallel import Layout
 from jaxreg.typing import Batching, Variables
 
 _VALIDATION_SEED = 0
-_SMALL = (8, 32, 32)  # views of a dry run
 
 
 @compiled.kept()
@@ -184,11 +183,15 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
     return step.guarded_step(parts_of, update, train.ema)
 
 
-def dry_run(experiment: SamExperiment) -> dict[str, str]:
-    """Checks settings, compiles one step of small views, and says what it will cost.
+@compiled.kept()
+def dry_run(experiment: SamExperiment, *, say: Say = lambda _: None) -> dict[str, str]:
+    """Checks settings, compiles the training step, and says what it will cost.
 
-    The data need not be there. The memory of a step is that of the small views times
-    their share of the voxels.
+    The data need not be there, and nothing is allocated.
+
+    Args:
+      experiment: what to try.
+      say: takes a sentence before the compilation.
 
     Returns:
       What to print, name to value.
@@ -200,32 +203,39 @@ def dry_run(experiment: SamExperiment) -> dict[str, str]:
     manifests = experiment.data.manifests
     if manifests and all(pathlib.Path(path).exists() for path in manifests):
         sam_experiment.records_of(experiment)
-    share = experiment.train.batch // layout_of(experiment).data
-    shapes = jax.eval_shape(lambda: _fresh(experiment, _abstract(experiment)))
-    size = experiment.views.shape
-    small = tuple(min(n, m) for n, m in zip(size, _SMALL, strict=True))
-    grid = (share, *small)
-    batch = {
-        f"{side}{suffix}": jax.ShapeDtypeStruct((*grid, channels), jnp.float32)
-        for side in ("moving", "fixed")
-        for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
-    }
-    began = time.perf_counter()
-    lowered = jax.jit(make_train_step(experiment), donate_argnums=0).lower(
-        shapes, batch
+    layout = layout_of(experiment)
+    share = experiment.train.batch // layout.data
+    start = jax.eval_shape(
+        lambda key: _fresh(experiment, sam.init(experiment.model, key)),
+        _key(experiment, 0),
     )
-    compiled = lowered.compile()
+    size = experiment.views.shape
+    step_of = parallel.compile_step(make_train_step(experiment, layout.axis), layout)
+
+    def lower(volumes):
+        batch = {
+            f"{side}{suffix}": jax.ShapeDtypeStruct(
+                (volumes * layout.data, *size, channels), jnp.float32
+            )
+            for side in ("moving", "fixed")
+            for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
+        }
+        return step_of.lower(*parallel.placed_shapes(start, batch, layout))
+
+    where = dryrun.grid_and_device(size)
+    volumes = dryrun.counted(share, "volume")
+    say(f"compiling the training step for {where}, 2 views of each of {volumes}")
+    began = time.perf_counter()
+    # Its negatives come from other volumes.
+    memory = dryrun.memory_of(lower, start, share, fewest=2)
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
-    temporary = 0 if memory is None else memory.temp_size_in_bytes
-    params = jax.tree.leaves(shapes.variables["params"])
+    params = jax.tree.leaves(start.variables["params"])
     d, h, w = size
-    scaled = temporary * np.prod(size) / np.prod(small)
     return {
         "parameters": f"{sum(leaf.size for leaf in params):,}",
         "views": f"2 of {d} x {h} x {w} of each of {share} volumes per device",
-        "memory of a step (estimate)": f"{scaled / 1e9:.2f} GB",
-        "compiled at": " x ".join(map(str, small)),
+        **memory.rows(what="volume"),
+        "compiled for": where,
         "seconds to compile": f"{seconds:.1f}",
         **data,
     }
@@ -240,13 +250,6 @@ def _interleaved(batch: Mapping[str, jax.Array], suffix: str) -> jax.Array:
 
 def _key(experiment: SamExperiment, purpose: int) -> jax.Array:
     return jax.random.split(jax.random.key(experiment.train.seed))[purpose]
-
-
-def _abstract(experiment: SamExperiment) -> Variables:
-    variables = jax.eval_shape(
-        lambda key: sam.init(experiment.model, key), _key(experiment, 0)
-    )
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), variables)
 
 
 def _fresh(experiment: SamExperiment, variables: Variables) -> state.TrainState:

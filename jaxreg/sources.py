@@ -195,11 +195,11 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         tasks=tuple(task.dataset for task in tasks),
         regions=tuple(_region(train, task) for task in tasks),
         pairings=tuple(pairs.pairing_of(train, task) for task in tasks),
-        rules=tuple(_rule_of(experiment, task) for task in tasks),
+        rules=tuple(rule_of(experiment, task) for task in tasks),
     )
 
 
-def _rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
+def rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
     """Returns what weights tell of a task; it is compared as the network sees it."""
     shown = task.network_window or kinds.network_window(experiment.model)
     return TaskRule(
@@ -277,9 +277,7 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
         tasks=tuple(config.name for config in configs),
         regions=tuple(config.name for config in configs),
         pairings=tuple(config.pairing for config in configs),
-        rules=tuple(
-            _rule_of(experiment, pairs.Task(config.name)) for config in configs
-        ),
+        rules=tuple(rule_of(experiment, pairs.Task(config.name)) for config in configs),
     )
 
 
@@ -345,7 +343,7 @@ def _warn_of_unpaired(
 def _check_modalities(
     experiment: Experiment, records: Sequence[Record], tasks: Sequence[pairs.Task]
 ) -> None:
-    windows = [_rule_of(experiment, task).similarity_window for task in tasks]
+    windows = [rule_of(experiment, task).similarity_window for task in tasks]
     cut = {task.dataset for task, own in zip(tasks, windows, strict=True) if own}
     for task in tasks:
         if task.dataset in cut and task.invert_ct:

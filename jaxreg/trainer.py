@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxreg import compiled, zoo
 from jaxreg import experiment as experiment_lib
@@ -623,6 +624,53 @@ def shared_out(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
     return pairs_per_epoch // train.batch, layout, shares
 
 
+def make_optimizer(
+    experiment: Experiment,
+    steps: int,
+    per_epoch: int,
+    rows: tuple[int, ...] | None = None,
+) -> optax.GradientTransformation:
+    """Returns the update rule of a stage.
+
+    Args:
+      experiment: as it is during the stage.
+      steps: of the stage.
+      per_epoch: of them.
+      rows: the prompts that alone change, see `trained_rows`; None for all parameters.
+    """
+    rule = optimizer.make_optimizer(experiment.optimizer, steps, per_epoch)
+    if rows is None:
+        return rule
+    return optimizer.only(rule, functools.partial(kinds.prompt_mask, rows=rows))
+
+
+def make_step(
+    experiment: Experiment,
+    sources: Sources,
+    rule: optax.GradientTransformation,
+    layout: Layout,
+    shares: tuple[int, int],
+) -> Callable:
+    """Returns ``step(state, batch) -> (state, parts)`` of a stage, for its devices.
+
+    Args:
+      experiment: as it is during the stage, with its network, see `with_tasks`.
+      sources: of its pairs.
+      rule: of `make_optimizer`.
+      layout: its devices.
+      shares: replicas, see `parallel.check_batch`.
+    """
+    train, (replicas, span) = experiment.train, shares
+    train_step = step.make_train_step(
+        kinds.build(experiment.model),
+        loss_of(experiment),
+        rule,
+        make_prepare(experiment, sources, layout),
+        step.StepConfig(train.accumulate, replicas, train.ema, layout.axis, span),
+    )
+    return parallel.compile_step(train_step, layout)
+
+
 def metric_of(experiment: Experiment, sources: Sources) -> str | None:
     """Returns the score by which a checkpoint is best; None if the last one is."""
     wanted, source = experiment.loop.metric, sources.validation
@@ -692,16 +740,15 @@ class _StageRun:
             experiment = dataclasses.replace(experiment, model=model)
         self.experiment, self.model = experiment, kinds.build(experiment.model)
         self.per_epoch, self.layout, shares = shared_out(experiment)
-        self.replicas, self.span = shares
+        self.shares = shares
         self.steps = self.per_epoch * stage.epochs
-        schedule = (experiment.optimizer, self.steps, self.per_epoch)
-        self.optimizer = optimizer.make_optimizer(*schedule)
-        self.learning_rate = optimizer.make_schedule(*schedule)
+        self.learning_rate = optimizer.make_schedule(
+            experiment.optimizer, self.steps, self.per_epoch
+        )
+        rows = None
         if experiment.train.only != "all":
             rows = trained_rows(experiment, self.sources, known, first=self.number == 0)
-            self.optimizer = optimizer.only(
-                self.optimizer, functools.partial(kinds.prompt_mask, rows=rows)
-            )
+        self.optimizer = make_optimizer(experiment, self.steps, self.per_epoch, rows)
         self.metric = metric_of(experiment, self.sources)
 
     def run(
@@ -783,15 +830,6 @@ class _StageRun:
         """Trains to the end of the stage; returns the last validation's scores."""
         experiment, layout = self.experiment, self.layout
         train, first = experiment.train, int(start.step)
-        train_step = step.make_train_step(
-            self.model,
-            loss_of(experiment),
-            self.optimizer,
-            make_prepare(experiment, self.sources, layout),
-            step.StepConfig(
-                train.accumulate, self.replicas, train.ema, layout.axis, self.span
-            ),
-        )
         last: dict[str, float] = {}
         validate = make_validation(experiment, self.sources, self.model, layout)
 
@@ -815,7 +853,9 @@ class _StageRun:
             RunLog(self.out, start_step=first, enabled=jax.process_index() == 0) as log,
         ):
             job = loop.Job(
-                step=parallel.compile_step(train_step, layout),
+                step=make_step(
+                    experiment, self.sources, self.optimizer, layout, self.shares
+                ),
                 layout=layout,
                 batches=batches,
                 batch_size=train.batch,

@@ -232,6 +232,37 @@ def _label_type(highest: int) -> np.dtype:
     return np.dtype(np.int32)
 
 
+def batch_kinds(
+    source: PairSource | ReadyPairs, loading: Loading
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Returns the arrays of a batch, see `Batches`: (shape without N, type) by name.
+
+    Scans are not read, and need not be there; of pairs made ready the first is made.
+    """
+    if isinstance(source, PairSource):
+        return _scan_kinds(source, loading)
+    first = _ReadyReader(source, loading).batch([0])
+    return {name: (array.shape[1:], array.dtype) for name, array in first.items()}
+
+
+def _scan_kinds(
+    source: PairSource, loading: Loading
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    grid = (*loading.shape, 1)
+    tasks = source.sampler.tasks
+    randomised = any(task.randomise != "B" for task in tasks)
+    images = _IMAGES if randomised else _SIDES
+    out = {key: (grid, np.dtype(loading.storage)) for key in images}
+    if any(task.invert_ct for task in tasks):
+        out |= {f"{key}_inverted": ((), np.dtype(bool)) for key in images}
+    if loading.use_labels:
+        out |= {f"{key}_labels": (grid, source.label_type) for key in _SIDES}
+    if loading.use_masks:
+        out |= {f"{key}_mask": (grid, np.dtype(np.uint8)) for key in _SIDES}
+    # Numbers of tasks, and of pairs.
+    return out | {"task": ((), np.dtype(np.int32)), "index": ((), np.dtype(np.int64))}
+
+
 # --- one pair -------------------------------------------------------------------------
 
 
@@ -241,7 +272,7 @@ class _ScanReader:
     def __init__(self, source: PairSource, loading: Loading):
         self.source = source
         self.loading = loading
-        self.label_type = source.label_type
+        self.kinds = _scan_kinds(source, loading)
         self.cache = None
         if loading.cache_dir is not None:
             limit = loading.cache_limit_gb
@@ -278,20 +309,8 @@ class _ScanReader:
             raise UserError(f"{error} [pair {index}: {named}]") from error
 
     def _empty(self, count: int) -> Batch:
-        grid = (count, *self.loading.shape, 1)
-        tasks = self.source.sampler.tasks
-        randomised = any(task.randomise != "B" for task in tasks)
-        images = _IMAGES if randomised else _SIDES
-        out = {key: np.empty(grid, self.loading.storage) for key in images}
-        if any(task.invert_ct for task in tasks):
-            out |= {f"{key}_inverted": np.zeros(count, bool) for key in images}
-        if self.loading.use_labels:
-            out |= {f"{key}_labels": np.empty(grid, self.label_type) for key in _SIDES}
-        if self.loading.use_masks:
-            out |= {f"{key}_mask": np.empty(grid, np.uint8) for key in _SIDES}
-        out["task"] = np.zeros(count, np.int32)
-        out["index"] = np.zeros(count, np.int64)
-        return out
+        several = self.kinds.items()
+        return {name: np.zeros((count, *n), kind) for name, (n, kind) in several}
 
     def _parts(self, plan: PairPlan) -> Iterator[tuple[str, Callable, Record]]:
         """Yields what is read for a pair: its key, how, and of which record."""

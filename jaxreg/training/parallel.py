@@ -229,6 +229,40 @@ def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, An
     }
 
 
+def placed_shapes(state: Any, batch: Any, layout: Layout) -> tuple[Any, Any]:
+    """Returns what a step is lowered for, where no state and no batch is there yet.
+
+    Args:
+      state: tree of `jax.ShapeDtypeStruct`, or of arrays.
+      batch: the same, of the global batch.
+      layout: for which `place_state` and `place_batch` would place them.
+    """
+    if layout.kind == "single":
+        return jax.tree.map(_shape, (state, batch))
+    if layout.kind == "pmap":
+        n = len(_mesh(layout).local_devices)
+        share = layout.data
+        return (
+            jax.tree.map(lambda a: _shape(a, (n, *a.shape)), state),
+            jax.tree.map(
+                lambda a: _shape(a, (n, a.shape[0] // share, *a.shape[1:])), batch
+            ),
+        )
+    replicated, split = (
+        NamedSharding(_mesh(layout), spec) for spec in (Spec(), Spec(DATA))
+    )
+    return (
+        jax.tree.map(lambda a: _shape(a, sharding=replicated), state),
+        jax.tree.map(lambda a: _shape(a, sharding=split), batch),
+    )
+
+
+def _shape(leaf: Any, shape: Any = None, sharding: Any = None) -> jax.ShapeDtypeStruct:
+    kind = jax.dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)
+    found = leaf.shape if shape is None else shape
+    return jax.ShapeDtypeStruct(found, kind, sharding=sharding)
+
+
 def fetch_parts(parts: Mapping[str, Any], layout: Layout) -> dict[str, float]:
     """Returns a step's numbers on the host; waits for the step."""
     one = fetch_state(dict(parts), layout)
