@@ -387,10 +387,10 @@ def check_full_size(rows, expected):
 @pytest.mark.parametrize(
     "name",
     [
-        # Other images for the similarity, and masks.
-        "multigradicon",
-        pytest.param("unigradicon", marks=pytest.mark.slow),  # as its first stages
-        pytest.param("finetune", marks=pytest.mark.slow),  # as its second stage
+        "finetune",
+        pytest.param("unigradicon", marks=pytest.mark.slow),  # of two stages
+        # Of three, with other images for the similarity.
+        pytest.param("multigradicon", marks=pytest.mark.slow),
     ],
 )
 def test_a_large_recipe_dry_runs(name, capsys, monkeypatch):
