@@ -12,21 +12,18 @@ References:
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Sequence
+import warnings
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from nibabel import orientations
 from scipy import ndimage
 
-from jaxreg import matching, points, prealign
-from jaxreg.data import preprocess, resize
+from jaxreg import affine_search, matching, points, prealign
+from jaxreg.data import preprocess
 from jaxreg.data.preprocess import Placement, Preprocessing
 from jaxreg.errors import UserError
-from jaxreg.losses import similarity
 from jaxreg.models import sam
 from jaxreg.space import affine, sampling
 from jaxreg.space import transform as transform_lib
@@ -40,10 +37,10 @@ Way = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
 SAM_WAYS = ("sam", "sam-affine", "sam-coarse")
 WAYS = ("none", "centre", "affine", *SAM_WAYS)
 
-_OVERVIEW = (64, 64, 64)
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
 _LARGEST_CHANGE = 8.0  # of volume
+_SMALL_PART = 0.125  # of the moving scan's volume
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +52,14 @@ class Prealignment:
       bend: what comes before it, 1 D H W 3 in unit coordinates of `grid`; None for
         nothing.
       grid: over the fixed scan, whose unit cube the bend lives in.
+      start: what it came from: "headers", "centres", "centres of mass", "stretched
+        extents" or "matches"; "" where nothing was looked for.
     """
 
     affine_mm: np.ndarray
     bend: Field | None = None
     grid: Grid | None = None
+    start: str = ""
 
     @property
     def transform(self) -> Transform:
@@ -121,6 +121,12 @@ def find(
       fixed: the scan that stays.
       network: for SAM's ways, which need scans of the kind that it knows.
 
+    Returns:
+      What fits at least as well as the scans where their headers place them, by the
+      measure of `affine_search.unlikeness`. It warns where that is the headers
+      themselves, where several places fit nearly alike, and where the mirrored scan
+      fits as well.
+
     Raises:
       UserError: SAM's weights are missing, or its matches are too few or contradict
         each other; or a scan has nothing to see.
@@ -129,34 +135,125 @@ def find(
         raise UserError(f"--prealign is {way}, expected one of {', '.join(WAYS)}")
     if way == "none":
         return Prealignment(np.eye(4))
-    if way in SAM_WAYS:
-        return _by_matches(way, moving, fixed, network)
-    here, there = (_scaled(scan) for scan in (fixed, moving))
-    grids = fixed.volume.grid, moving.volume.grid
-    if way == "centre":
-        found = affine.centres_of_mass(here, there, *grids)
-        return Prealignment(affine.to_mm(found, *grids))
-    here, there = _overview(here), _overview(there)
-    fixed_grid, moving_grid = (grid.resized(_OVERVIEW) for grid in grids)
-    alike = moving.rule.modality == fixed.rule.modality
-    config = prealign.IntensityConfig(loss="ncc" if alike else "mind")
-    starts = (
-        affine.from_mm(np.eye(4), fixed_grid, moving_grid),
-        affine.centres(fixed_grid, moving_grid),
-        affine.centres_of_mass(here, there, fixed_grid, moving_grid),
-    )
-    found = prealign.intensity_affine(
-        here,
-        there,
-        fixed_grid,
-        moving_grid,
-        start=_best(starts, here, there, config.loss),
-        config=config,
-    )
-    return Prealignment(affine.to_mm(found, fixed_grid, moving_grid))
+    shown = _shown(fixed), _shown(moving)
+    if way == "affine":
+        found = _by_intensities(moving, fixed, *shown)
+    else:
+        if way in SAM_WAYS:
+            given = _by_matches(way, moving, fixed, network)
+        else:
+            given = Prealignment(_between_centres(moving, fixed), start="centres")
+        found = _not_worse(way, given, *shown)
+    if affine_search.mirrored_fits(*shown, found.affine_mm):
+        warnings.warn(
+            f"{moving.volume.source} mirrored, left for right, fits "
+            f"{fixed.volume.source} as well: these images cannot tell the sides; check "
+            "that neither header flips left and right",
+            stacklevel=2,
+        )
+    return found
 
 
 # --- by intensities -------------------------------------------------------------------
+
+
+def _shown(scan: Scan) -> affine_search.Shown:
+    """A scan as its likeness is measured.
+
+    MR is not cut off at a quantile of all voxels: of a head in a large field of view
+    that would leave its outline.
+    """
+    volume = scan.volume
+    array = preprocess.normalise(volume.array, scan.rule, source=volume.source)
+    if scan.rule.modality != "ct":
+        array = volume.array
+    if scan.mask is not None:
+        preprocess.check_same_grid(scan.mask, volume)
+    return affine_search.Shown(
+        affine_search.equalised(array),
+        volume.grid,
+        None if scan.mask is None else scan.mask.array > 0,
+    )
+
+
+def _by_intensities(
+    moving: Scan, fixed: Scan, here: affine_search.Shown, there: affine_search.Shown
+) -> Prealignment:
+    turned = preprocess.oriented(
+        moving.volume, orientations.io_orientation(fixed.volume.grid.affine_mm)
+    )
+    grids = fixed.volume.grid, moving.volume.grid
+    starts = {
+        "headers": np.eye(4),
+        "centres": affine.to_mm(affine.centres(*grids), *grids),
+        "centres of mass": _between_centres(moving, fixed),
+        "stretched extents": affine_search.stretched(grids[0], turned.grid),
+    }
+    starts = {k: v for k, v in starts.items() if affine_search.plausible(v)}
+    found = affine_search.search(here, there, starts)
+    names = f"{moving.volume.source} and {fixed.volume.source}"
+    if np.array_equal(found.matrix, starts[found.start]):
+        warnings.warn(
+            f"--prealign affine: no map of {names} fits better than their "
+            f"{found.start}, which is kept as it is",
+            stacklevel=3,
+        )
+    if found.rivals:
+        part = affine_search.part_of(*grids)
+        small = f", which shows {100 * part:.2g} % of the moving scan's volume"
+        warnings.warn(
+            f"--prealign affine is not certain of {names}: from {found.start} and from "
+            f"{', '.join(found.rivals)} it ends in different places that fit nearly "
+            f"alike{small if part < _SMALL_PART else ''}; give masks with "
+            "--fixed-mask, --moving-mask and --loss-function-masking, crop the larger "
+            "scan, or align by matches (--prealign sam-affine)",
+            stacklevel=3,
+        )
+    return Prealignment(found.matrix, start=found.start)
+
+
+def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
+    """The shift in mm between the centres of mass, 4x4."""
+    grids = fixed.volume.grid, moving.volume.grid
+    here, there = (_scaled(scan) for scan in (fixed, moving))
+    return affine.to_mm(affine.centres_of_mass(here, there, *grids), *grids)
+
+
+def _not_worse(
+    way: Way,
+    given: Prealignment,
+    fixed: affine_search.Shown,
+    moving: affine_search.Shown,
+) -> Prealignment:
+    """Returns a pre-alignment, or the headers where they fit better; warns of that."""
+    maps = {"headers": np.eye(4), way: given.affine_mm}
+    fits = affine_search.unlikeness(fixed, moving, maps)
+    if fits["headers"] < fits[way]:
+        warnings.warn(
+            f"--prealign {way} fits worse than the scans' headers (unlikeness "
+            f"{fits[way]:.4f}, by the headers {fits['headers']:.4f}); the headers are "
+            "kept",
+            stacklevel=3,
+        )
+        return Prealignment(np.eye(4), start="headers")
+    if given.bend is None:
+        return given
+    functions = {
+        "headers": lambda places: places,
+        way: lambda places: np.asarray(
+            given.transform.map_points(jnp.asarray(places[None], jnp.float32))
+        )[0],
+    }
+    fits = affine_search.unlikeness_of_points(fixed, moving, functions)
+    if fits["headers"] < fits[way]:
+        warnings.warn(
+            f"--prealign {way}: the coarse field fits worse than the scans' headers "
+            f"(unlikeness {fits[way]:.4f}, by the headers {fits['headers']:.4f}); its "
+            "affine part alone is kept",
+            stacklevel=3,
+        )
+        return Prealignment(given.affine_mm, start=given.start)
+    return given
 
 
 def _scaled(scan: Scan) -> np.ndarray:
@@ -164,50 +261,8 @@ def _scaled(scan: Scan) -> np.ndarray:
     volume = scan.volume
     array = preprocess.normalise(volume.array, scan.rule, source=volume.source)
     if scan.mask is not None:
-        preprocess.check_same_grid(scan.mask, volume)
         array = np.where(scan.mask.array > 0, array, np.float32(0))
     return array
-
-
-def _overview(array: np.ndarray) -> Image:
-    """A whole scan D H W on few voxels, 1 D H W 1.
-
-    Of one size, so that one program serves all scans.
-    """
-    while any(n >= 2 * m for n, m in zip(array.shape, _OVERVIEW, strict=True)):
-        # Step by step: one long step would skip voxels.
-        sizes = zip(array.shape, _OVERVIEW, strict=True)
-        array = resize.half_pixel(
-            array, tuple(-(-n // 2) if n >= 2 * m else n for n, m in sizes)
-        )
-    return jnp.asarray(resize.half_pixel(array, _OVERVIEW))[None, ..., None]
-
-
-@functools.partial(jax.jit, static_argnames="loss")
-def _unlikeness(matrix, fixed: Image, moving: Image, *, loss: str):
-    """The loss where both images overlap, and the share of the fixed one there."""
-    points = jnp.asarray(Affine(matrix)(sampling.identity(fixed.shape[1:4])))
-    inside = jnp.all((points >= 0) & (points <= 1), -1, keepdims=True)
-    warped = sampling.sample(moving, points)
-    measure = {"ncc": similarity.ncc, "mind": similarity.mind_ssc}[loss]
-    share = jnp.mean(inside)
-    return prealign.unlikeness(measure(warped, fixed, mask=inside), share), share
-
-
-def _best(
-    starts: Sequence[Transform], fixed: Image, moving: Image, loss: str
-) -> Transform:
-    """Returns the start with the least loss of those with enough in common."""
-
-    def rank(start: Transform) -> tuple[bool, float]:
-        (step,) = start.steps
-        assert isinstance(step, Affine)
-        matrix = jnp.asarray(step.matrix, jnp.float32)
-        value, share = _unlikeness(matrix, fixed, moving, loss=loss)
-        value = float(value)
-        return float(share) < prealign.OVERLAP, math.inf if math.isnan(value) else value
-
-    return min(starts, key=rank)
 
 
 def without_sam(way: str) -> UserError:
@@ -262,8 +317,8 @@ def _by_matches(
             "--prealign affine"
         )
     if field is None:
-        return Prealignment(affine_mm)
-    return Prealignment(affine_mm, _bend(field, linear), fixed_grid)
+        return Prealignment(affine_mm, start="matches")
+    return Prealignment(affine_mm, _bend(field, linear), fixed_grid, "matches")
 
 
 def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarray]:

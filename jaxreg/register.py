@@ -196,6 +196,8 @@ class Registration:
       sdlogj: standard deviation of the determinant's logarithm at the same voxels.
       told: what the network was told of the pair: region, pairing and, where it can be
         asked for one, the smoothness; empty for other networks.
+      prealigned_from: what the pre-alignment came from, `Prealignment.start`; empty
+        without one.
     """
 
     transform: transform_lib.Transform
@@ -216,6 +218,7 @@ class Registration:
     warped_after: np.ndarray
     sdlogj: float
     told: str = ""
+    prealigned_from: str = ""
 
 
 def check_options(options: Options) -> None:
@@ -538,6 +541,7 @@ def register(
         warped_before=warped_before,
         warped_after=warped_after,
         told=told.text,
+        prealigned_from=start.start if start else "",
     )
 
 
@@ -903,6 +907,7 @@ def summary(result: Registration) -> dict[str, str]:
         f"{name} loss pre-aligned": f"{result.similarity_prealigned:.4f}"
         if result.similarity_prealigned is not None
         else "",
+        "pre-aligned from": result.prealigned_from,
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
         "SDlogJ": f"{result.sdlogj:.4f}",

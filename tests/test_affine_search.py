@@ -1,0 +1,214 @@
+"""The affine search: known maps of a phantom, and SimpleITK on the same pair."""
+
+import numpy as np
+import pytest
+
+from jaxreg import affine_search
+from jaxreg.affine_search import Shown
+from jaxreg.space.grid import Grid
+
+_RNG = np.random.default_rng(1)
+BLOBS_MM = _RNG.uniform(-15, 15, (60, 3))
+SIZES_MM = _RNG.uniform(2.5, 6, 60)
+HEIGHTS = _RNG.uniform(30, 120, 60) * _RNG.choice([1, 1, -0.6], 60)
+
+
+def head(places_mm):
+    """A ball of 48 mm full of blobs, in air; no symmetry."""
+    value = 200.0
+    for middle, size, height in zip(BLOBS_MM, SIZES_MM, HEIGHTS, strict=True):
+        squares = ((places_mm - middle) ** 2).sum(-1)
+        value = value + height * np.exp(-squares / (2 * size**2))
+    edge = np.linalg.norm(places_mm, axis=-1) - 24
+    return value / (1 + np.exp(edge.clip(-50, 50)))
+
+
+def apply(matrix, places):
+    return places @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def grid(shape, spacing_mm, middle_mm=(0.0, 0.0, 0.0), turn=None):
+    matrix = np.eye(4)
+    directions = np.eye(3)[:, ::-1] if turn is None else turn
+    matrix[:3, :3] = directions * np.asarray(spacing_mm)
+    matrix[:3, 3] = middle_mm - matrix[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Grid(shape, matrix)
+
+
+def scan(over, function=head, mask=None):
+    voxels = np.stack(np.meshgrid(*map(np.arange, over.shape), indexing="ij"), -1)
+    array = function(apply(over.affine_mm, voxels)).astype(np.float32)
+    return Shown(affine_search.equalised(array), over, mask)
+
+
+def turned(degrees, axis, shift_mm=(0.0, 0.0, 0.0)):
+    i, j = [a for a in range(3) if a != axis]
+    c, s = np.cos(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    matrix = np.eye(4)
+    matrix[[i, i, j, j], [i, j, i, j]] = c, -s, s, c
+    matrix[:3, 3] = shift_mm
+    return matrix
+
+
+PLACES = _RNG.uniform(-13, 13, (50, 3))
+
+
+def error_mm(found, truth):
+    wrong = apply(found, PLACES) - apply(truth, PLACES)
+    return np.linalg.norm(wrong, axis=-1).mean()
+
+
+def pair(fixed, moving, truth, contrast=lambda values: values):
+    """Scans, so that moving[truth(x)] is fixed[x]."""
+    back = np.linalg.inv(truth)
+    return (
+        scan(fixed),
+        scan(moving, lambda places: contrast(head(apply(back, places)))),
+    )
+
+
+def starts(truth_mm=(0.0, 0.0, 0.0)):
+    shifted = np.eye(4)
+    shifted[:3, 3] = truth_mm
+    return {"headers": np.eye(4), "shifted": shifted}
+
+
+THICK = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0]
+SMALL, WIDE = grid((40,) * 3, (1.5,) * 3), grid((60,) * 3, (4.0,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "moving", "truth", "within"),
+    [
+        # A quarter of a voxel of the coarser scan, or less.
+        (SMALL, WIDE, np.eye(4), 1.0),
+        (WIDE, SMALL, np.eye(4), 1.0),
+        (grid((36,) * 3, (1.0,) * 3, (6, 6, 6)), grid((90,) * 3, (3.0,) * 3),
+         turned(6, 2, (3, -2, 2)), 0.75),
+        (grid((12, 80, 80), (5.0, 0.75, 0.75), turn=THICK), grid((44,) * 3, (1.4,) * 3),
+         turned(8, 0, (4, -3, 2)), 1.25),
+        (SMALL, grid((44, 40, 42), (1.4, 1.5, 1.6)), turned(10, 1, (5, 4, -6))
+         @ np.diag([1.1, 0.92, 1.05, 1.0]), 0.5),
+    ],
+    ids=["small in wide", "wide onto small", "crop", "thick slices", "strained"],
+)  # fmt: skip
+def test_known_maps_are_found(fixed, moving, truth, within):
+    found = affine_search.search(*pair(fixed, moving, truth), starts())
+    assert error_mm(found.matrix, truth) < within
+    assert affine_search.plausible(found.matrix)
+
+
+def test_another_contrast_and_a_start_out_of_reach():
+    """No function of one sign leads from one contrast to the other."""
+    truth = turned(5, 2, (61, -40, 7))
+    scans = pair(SMALL, grid((40,) * 3, (1.6,) * 3, (60, -40, 6)), truth,
+                 lambda v: np.abs(v - 210) + 20 * (v > 20))  # fmt: skip
+    found = affine_search.search(*scans, starts((60, -40, 6)))
+    assert found.start == "shifted"
+    assert error_mm(found.matrix, truth) < 0.75
+
+
+def test_no_worse_than_simpleitk():
+    """Both within the reach of the grid; SimpleITK's Mattes affine is the reference."""
+    sitk = pytest.importorskip("SimpleITK")
+    truth = turned(7, 2, (3, -2, 4))
+    fixed, moving = pair(SMALL, grid((40,) * 3, (1.6,) * 3), truth)
+
+    def image(shown):
+        result = sitk.GetImageFromArray(shown.array)
+        matrix = shown.grid.affine_mm[:, [2, 1, 0, 3]]
+        result.SetOrigin(matrix[:3, 3])
+        result.SetSpacing(np.diag(matrix)[:3])
+        return result
+
+    method = sitk.ImageRegistrationMethod()
+    method.SetMetricAsMattesMutualInformation(32)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-4, 200)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel([2, 1])
+    method.SetSmoothingSigmasPerLevel([1, 0])
+    method.SetInterpolator(sitk.sitkLinear)
+    method.SetInitialTransform(sitk.AffineTransform(3))
+    transform = method.Execute(image(fixed), image(moving))
+    theirs = np.array([transform.TransformPoint(p) for p in PLACES])
+    wrong = np.linalg.norm(theirs - apply(truth, PLACES), axis=-1).mean()
+    found = affine_search.search(fixed, moving, starts())
+    assert wrong < 0.5
+    assert error_mm(found.matrix, truth) < wrong + 0.2
+
+
+def test_a_mask_says_where_to_look():
+    """Something else moves beside what the mask holds."""
+    truth = turned(0, 2, (0, 0, 4))
+    fixed = scan(SMALL)
+    still = np.array([0.0, 0.0, 0.0])
+
+    def spoilt(places):
+        upper = places[..., 2:] > 2
+        return np.where(upper[..., 0], head(places + still), head(places - (0, 0, 4)))
+
+    moving = scan(SMALL, spoilt)
+    mask = np.zeros(SMALL.shape, bool)
+    mask[:17] = True  # D is z: the lower half
+    shown = Shown(fixed.array, SMALL, mask)
+    found = affine_search.search(shown, moving, starts())
+    places = PLACES[PLACES[:, 2] < -5]
+    wrong = np.linalg.norm(apply(found.matrix, places) - apply(truth, places), axis=-1)
+    assert wrong.mean() < 0.75
+
+
+def test_losing_the_overlap_is_no_way_to_fit():
+    rng = np.random.default_rng(4)
+    over = grid((24,) * 3, (2.0,) * 3)
+    fixed, moving = (
+        Shown(rng.uniform(size=over.shape).astype(np.float32), over) for _ in "ab"
+    )
+    found = affine_search.search(fixed, moving, starts((20, 20, 20)))
+    shift = np.abs(found.matrix[:3, 3])
+    assert np.prod(1 - shift.clip(0, 48) / 48) > 0.4
+    assert affine_search.plausible(found.matrix)
+    far = turned(0, 0, (500, 0, 0))
+    fits = affine_search.unlikeness(fixed, moving, {"far": far, "here": np.eye(4)})
+    assert fits["far"] > 1 >= fits["here"]
+
+
+def test_a_perfect_start_stays_one():
+    found = affine_search.search(scan(SMALL), scan(SMALL), starts((15, 0, 0)))
+    assert found.start == "headers"
+    assert error_mm(found.matrix, np.eye(4)) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("matrix", "expected"),
+    [
+        (turned(40, 1, (9, 9, 9)), True),
+        (np.diag([1.9, 0.6, 1.0, 1.0]), True),
+        (np.diag([-1.0, 1.0, 1.0, 1.0]), False),
+        (np.diag([2.1, 1.0, 1.0, 1.0]), False),
+        (np.diag([0.4, 1.0, 1.0, 1.0]), False),
+        (np.diag([0.0, 1.0, 1.0, 1.0]), False),
+        (np.full((4, 4), np.nan), False),
+    ],
+)
+def test_maps_that_are_plausible(matrix, expected):
+    assert affine_search.plausible(matrix) == expected
+
+
+def test_a_mirror_image_is_seen_where_it_fits_as_well():
+    """The phantom is asymmetric; folded about its middle it is symmetric."""
+    flip = np.array([-1.0, 1.0, 1.0])
+    fixed = scan(SMALL)
+    assert not affine_search.mirrored_fits(fixed, fixed, np.eye(4))
+    swapped = scan(SMALL, lambda places: head(places * flip))
+    assert affine_search.mirrored_fits(fixed, swapped, np.eye(4))
+    same = scan(SMALL, lambda places: head(places) + head(places * flip))
+    assert affine_search.mirrored_fits(same, same, np.eye(4))
+
+
+def test_equal_grey_levels_remain_of_a_small_head():
+    """0.4 % of the voxels, in an otherwise empty scan."""
+    array = np.zeros((50, 50, 50))
+    array[20:28, 20:28, 20:28] = np.linspace(100, 1000, 512).reshape(8, 8, 8)
+    shown = affine_search.equalised(array)[20:28, 20:28, 20:28]
+    assert shown.max() - shown.min() > 0.4
+    assert np.all(np.diff(shown.ravel()) >= 0)
