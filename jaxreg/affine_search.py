@@ -32,13 +32,11 @@ _BUFFER = 96**3  # voxels
 _POINTS = (8, 32, 32)
 _COUNT = 8 * 32 * 32
 _BINS = 24
-_EQUALISED_TO = 512  # levels of intensity
 _LEVELS = (16, 32, 48)  # voxels per axis of the smaller scan, were it a cube
 _ITERATIONS = 60  # per level
-_AROUND = 1.3  # of the smaller scan's extent: where points of the larger one lie
-_LEAST_OVERLAP = 0.5
-"""Share of the smaller scan below which an overlap is penalised."""
-_OVERLAP_WEIGHT = 2.0
+_AROUND = 0.9
+"""Where points of the larger scan lie, as a share of the smaller one's extent: so that
+no map fits better for pushing points with air out of the overlap."""
 _FREE_STRAIN = 0.37  # norm of the logarithmic strain; about 24 % in each direction
 MOST_STRETCH = 2.0
 """Largest factor by which a map may stretch or shrink any direction. Organs of adults
@@ -79,21 +77,24 @@ class Found:
     rivals: tuple[str, ...] = ()
 
 
-def equalised(array: np.ndarray) -> np.ndarray:
-    """Returns intensities whose histogram is flatter, D H W in [0, 1].
+def scaled(array: np.ndarray) -> np.ndarray:
+    """Returns intensities from the least to the 0.99 quantile of the foreground.
 
-    By the cumulated roots of a histogram's counts: a head in a large field of view
-    keeps its grey levels, where quantiles of all voxels would leave one.
+    The foreground is what exceeds the mean. So a head in a large field of view keeps
+    its grey levels, of which the quantiles of all voxels would leave one.
 
     Args:
       array: D H W, any scale.
+
+    Returns:
+      D H W, float32, clipped to [0, 1].
     """
     array = array.astype(np.float32)
-    low, high = array.min(), np.quantile(array, 0.9999)
-    high = high if high > low else array.max()
-    counts, edges = np.histogram(array, _EQUALISED_TO, (low, high))
-    share = np.concatenate([[0.0], np.cumsum(np.sqrt(counts))])
-    return np.interp(array, edges, share / share[-1]).astype(np.float32)
+    low, above = array.min(), array[array > array.mean(dtype=np.float64)]
+    high = np.quantile(above, 0.99) if above.size else low
+    if not high > low:
+        return np.zeros_like(array)
+    return ((array - low) / (high - low)).clip(0, 1)
 
 
 def plausible(matrix: np.ndarray) -> bool:
@@ -108,10 +109,11 @@ def plausible(matrix: np.ndarray) -> bool:
 def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Found:
     """Returns the map under which two scans are most alike, or the best of the starts.
 
-    Every start is moved rigidly at the coarsest level; from the best one all twelve
-    numbers are searched, coarse to fine. A rotation, the logarithm of the strain and a
-    shift describe the map, which therefore never mirrors. What is not plausible or fits
-    no better than a start gives way to that.
+    Every start is moved rigidly at the coarsest level; from the best one (the first of
+    those that fit nearly as well as it) all twelve numbers are searched, coarse to
+    fine. A rotation, the logarithm of the strain and a shift describe the map, which
+    therefore never mirrors. What is not plausible or fits no better than a start gives
+    way to that.
 
     Args:
       fixed: the scan that stays.
@@ -125,15 +127,15 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     }
     # In one measure: the loss at the end of a descent has points of its start.
     scores = {name: levels[0].unlikeness(matrix) for name, matrix in moved.items()}
-    best = min(scores, key=scores.__getitem__)
+    tells = 1 - min(scores.values())
+    best = next(k for k, score in scores.items() if 1 - score >= _AS_GOOD * tells)
     matrix = moved[best]
-    for level in (levels[0], *levels):
+    for level in levels:
         matrix = _descended(level, matrix, _AFFINE, base=starts[best])
     last = levels[-1]
     candidates = {**starts, "found": matrix, "rigid": moved[best]}
     fits = {k: last.unlikeness(m) for k, m in candidates.items() if plausible(m)}
     chosen = min(fits, key=fits.__getitem__)
-    tells = 1 - scores[best]
     rivals = tuple(
         name
         for name, score in scores.items()
@@ -153,9 +155,10 @@ def unlikeness(
 ) -> dict[str, float]:
     """Returns how unlike two scans are under maps, by one measure; smaller is better.
 
-    2 minus the ratio of entropies, from 0 to 1, of both directions, plus a penalty
-    where less than half of the smaller scan lies in the larger one. Scans apart get
-    more than 1.
+    1 - o I, from 0 to 1: I is by how much the ratio of entropies exceeds 1, the mean of
+    both directions, and o the share of the smaller scan that lies in the larger one. So
+    nothing is won by losing overlap, however little images tell of each other. Scans
+    apart get 1.
 
     Args:
       fixed: the scan that stays.
@@ -253,7 +256,7 @@ class _Level:
     def of(cls, fixed: Shown, moving: Shown, voxels: int) -> "_Level":
         regions = _region(fixed), _region(moving)
         volumes = [_volume(region) for region in regions]
-        own = min(np.prod(s.grid.spacing_mm) ** (1 / 3) for s in (fixed, moving))
+        own = max(np.prod(s.grid.spacing_mm) ** (1 / 3) for s in (fixed, moving))
         whole = max(_volume(s.grid) for s in (fixed, moving))
         spacing = max(
             (min(volumes) / voxels**3) ** (1 / 3),
@@ -451,8 +454,7 @@ def _loss(matrix, fixed, moving, fixed_points, moving_points, fixed_is_smaller):
         mask = (inside > 0.5).reshape(1, *_POINTS, 1)
         likenesses.append(similarity.nmi(*images, mask=mask, bins=_BINS))
     overlap = jnp.where(fixed_is_smaller, shares[0], shares[1])
-    lost = jax.nn.relu(_LEAST_OVERLAP - overlap)
-    return (likenesses[0] + likenesses[1]) / 2 + _OVERLAP_WEIGHT * lost**2
+    return 1.0 - overlap * (1.0 - (likenesses[0] + likenesses[1]) / 2)
 
 
 _unlikeness = jax.jit(_loss)
@@ -465,8 +467,7 @@ def _one_way(fixed, moving, here, there):
     images = (x.reshape(1, *_POINTS, 1) for x in (found, own))
     mask = (inside * here.counts > 0.5).reshape(1, *_POINTS, 1)
     share = jnp.sum(mask) / jnp.maximum(jnp.sum(here.counts), 1.0)
-    lost = jax.nn.relu(_LEAST_OVERLAP - share)
-    return similarity.nmi(*images, mask=mask, bins=_BINS) + _OVERLAP_WEIGHT * lost**2
+    return 1.0 - share * (1.0 - similarity.nmi(*images, mask=mask, bins=_BINS))
 
 
 _RIGID = np.array([1.0] * 6 + [0.0] * 6, np.float32)

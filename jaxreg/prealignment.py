@@ -170,7 +170,7 @@ def _shown(scan: Scan) -> affine_search.Shown:
     if scan.mask is not None:
         preprocess.check_same_grid(scan.mask, volume)
     return affine_search.Shown(
-        affine_search.equalised(array),
+        affine_search.scaled(array),
         volume.grid,
         None if scan.mask is None else scan.mask.array > 0,
     )

@@ -38,7 +38,7 @@ def grid(shape, spacing_mm, middle_mm=(0.0, 0.0, 0.0), turn=None):
 def scan(over, function=head, mask=None):
     voxels = np.stack(np.meshgrid(*map(np.arange, over.shape), indexing="ij"), -1)
     array = function(apply(over.affine_mm, voxels)).astype(np.float32)
-    return Shown(affine_search.equalised(array), over, mask)
+    return Shown(affine_search.scaled(array), over, mask)
 
 
 def turned(degrees, axis, shift_mm=(0.0, 0.0, 0.0)):
@@ -81,8 +81,8 @@ SMALL, WIDE = grid((40,) * 3, (1.5,) * 3), grid((60,) * 3, (4.0,) * 3)
     ("fixed", "moving", "truth", "within"),
     [
         # A quarter of a voxel of the coarser scan, or less.
-        (SMALL, WIDE, np.eye(4), 1.0),
-        (WIDE, SMALL, np.eye(4), 1.0),
+        (SMALL, WIDE, np.eye(4), 0.75),
+        (WIDE, SMALL, np.eye(4), 0.75),
         (grid((36,) * 3, (1.0,) * 3, (6, 6, 6)), grid((90,) * 3, (3.0,) * 3),
          turned(6, 2, (3, -2, 2)), 0.75),
         (grid((12, 80, 80), (5.0, 0.75, 0.75), turn=THICK), grid((44,) * 3, (1.4,) * 3),
@@ -169,7 +169,7 @@ def test_losing_the_overlap_is_no_way_to_fit():
     assert affine_search.plausible(found.matrix)
     far = turned(0, 0, (500, 0, 0))
     fits = affine_search.unlikeness(fixed, moving, {"far": far, "here": np.eye(4)})
-    assert fits["far"] > 1 >= fits["here"]
+    assert fits["far"] == 1 > fits["here"]
 
 
 def test_a_perfect_start_stays_one():
@@ -205,10 +205,9 @@ def test_a_mirror_image_is_seen_where_it_fits_as_well():
     assert affine_search.mirrored_fits(same, same, np.eye(4))
 
 
-def test_equal_grey_levels_remain_of_a_small_head():
+def test_grey_levels_remain_of_a_small_head():
     """0.4 % of the voxels, in an otherwise empty scan."""
     array = np.zeros((50, 50, 50))
     array[20:28, 20:28, 20:28] = np.linspace(100, 1000, 512).reshape(8, 8, 8)
-    shown = affine_search.equalised(array)[20:28, 20:28, 20:28]
-    assert shown.max() - shown.min() > 0.4
-    assert np.all(np.diff(shown.ravel()) >= 0)
+    shown = affine_search.scaled(array)[20:28, 20:28, 20:28]
+    assert len(np.unique(shown)) > 500

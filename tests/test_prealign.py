@@ -1,6 +1,5 @@
 """Pre-alignment from matched points: against arrays of the released code."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
