@@ -26,12 +26,15 @@ import optax
 
 from jaxreg.data import resize
 from jaxreg.losses import similarity
+from jaxreg.space import sampling
 from jaxreg.space.grid import Grid
 
 _BUFFER = 96**3  # voxels
 _POINTS = (8, 32, 32)
 _COUNT = 8 * 32 * 32
 _BINS = 24
+_LOCAL = (48, 48, 48)  # voxels of the grid on which a map is judged
+_LOCAL_SIGMA = 2  # of its voxels
 _LEVELS = (16, 32, 48)  # voxels per axis of the smaller scan, were it a cube
 _ITERATIONS = 60  # per level
 _AROUND = 0.9
@@ -60,6 +63,21 @@ class Shown:
     mask: np.ndarray | None = None
 
 
+class Fit(NamedTuple):
+    """How unlike two scans are under a map, by two measures from 0 to 1; 1 if apart.
+
+    Each is 1 - o S, where o is the share of the smaller scan that lies in the larger
+    one: nothing is won by losing overlap, however little images tell of each other.
+
+    Attributes:
+      globally: S is by how much the ratio of entropies exceeds 1, in both directions.
+      locally: S is the mean squared local correlation, on a grid over the smaller scan.
+    """
+
+    globally: float
+    locally: float
+
+
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What a search gives.
@@ -67,13 +85,13 @@ class Found:
     Attributes:
       matrix: 4x4, fixed to moving mm; of positive determinant, see `plausible`.
       start: the name of the start that led to it.
-      unlikeness: of the map; see `unlikeness`.
+      fit: of the map.
       rivals: names of starts that ended elsewhere and fit nearly as well.
     """
 
     matrix: np.ndarray
     start: str
-    unlikeness: float
+    fit: Fit
     rivals: tuple[str, ...] = ()
 
 
@@ -112,14 +130,14 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     Every start is moved rigidly at the coarsest level; from the best one (the first of
     those that fit nearly as well as it) all twelve numbers are searched, coarse to
     fine. A rotation, the logarithm of the strain and a shift describe the map, which
-    therefore never mirrors. What is not plausible or fits no better than a start gives
-    way to that.
+    therefore never mirrors. The result is the best of the starts, the rigid map and the
+    affine one by `best_of`; what is not plausible is out of it.
 
     Args:
       fixed: the scan that stays.
       moving: the scan that is warped.
-      starts: names to plausible 4x4 maps from fixed to moving mm; the first one wins
-        where several fit alike.
+      starts: names to plausible 4x4 maps from fixed to moving mm; the first one is
+        kept where none is better by both measures.
     """
     levels = [_Level.of(fixed, moving, n) for n in _LEVELS]
     moved = {
@@ -132,10 +150,9 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     matrix = moved[best]
     for level in levels:
         matrix = _descended(level, matrix, _AFFINE, base=starts[best])
-    last = levels[-1]
-    candidates = {**starts, "found": matrix, "rigid": moved[best]}
-    fits = {k: last.unlikeness(m) for k, m in candidates.items() if plausible(m)}
-    chosen = min(fits, key=fits.__getitem__)
+    candidates = {**starts, "rigid": moved[best], "affine": matrix}
+    fits = {k: levels[-1].fit(m) for k, m in candidates.items() if plausible(m)}
+    chosen = best_of(fits)
     rivals = tuple(
         name
         for name, score in scores.items()
@@ -150,15 +167,27 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     )
 
 
-def unlikeness(
-    fixed: Shown, moving: Shown, maps: Mapping[str, np.ndarray]
-) -> dict[str, float]:
-    """Returns how unlike two scans are under maps, by one measure; smaller is better.
+def best_of(fits: Mapping[str, Fit]) -> str:
+    """Returns the name of the map to trust, the first one's if none is better.
 
-    1 - o I, from 0 to 1: I is by how much the ratio of entropies exceeds 1, the mean of
-    both directions, and o the share of the smaller scan that lies in the larger one. So
-    nothing is won by losing overlap, however little images tell of each other. Scans
-    apart get 1.
+    Of those at least as good as the first by both measures, the best locally. The
+    search goes by the global measure, so the other one is a judge of its own: across
+    modalities, images that tell little of each other can be made to share more grey
+    levels by a map that agrees with no structure.
+    """
+    first = next(iter(fits.values()))
+    able = {
+        name: fit.locally
+        for name, fit in fits.items()
+        if fit.globally <= first.globally and fit.locally <= first.locally
+    }
+    return min(able, key=able.__getitem__)
+
+
+def compare(
+    fixed: Shown, moving: Shown, maps: Mapping[str, np.ndarray]
+) -> dict[str, Fit]:
+    """Returns how well maps fit, by the measures by which a search is judged.
 
     Args:
       fixed: the scan that stays.
@@ -166,13 +195,13 @@ def unlikeness(
       maps: names to 4x4 maps from fixed to moving mm, of any determinant but 0.
     """
     level = _Level.of(fixed, moving, _LEVELS[-1])
-    return {name: level.unlikeness(matrix) for name, matrix in maps.items()}
+    return {name: level.fit(matrix) for name, matrix in maps.items()}
 
 
 def unlikeness_of_points(
     fixed: Shown, moving: Shown, maps: Mapping[str, Callable[[np.ndarray], np.ndarray]]
 ) -> dict[str, float]:
-    """Returns `unlikeness` of one direction, for maps that are not affine.
+    """Returns `Fit.globally` of one direction, for maps that are not affine.
 
     Args:
       fixed: the scan that stays.
@@ -331,7 +360,26 @@ class _Level:
             jnp.asarray(np.pad(counts, rest[0]), jnp.float32),
         )
 
+    def fit(self, matrix: np.ndarray) -> Fit:
+        """How well a map in mm fits."""
+        region, centred = self.regions[0], self.centred(matrix)
+        sides = self.fixed, self.moving
+        if not self.fixed_is_smaller:
+            region, centred = self.regions[1], self.centred_inverse(matrix)
+            sides = self.moving, self.fixed
+        grid = region.resized(_LOCAL)
+        enter = np.linalg.inv(_middle(region)) @ grid.unit_to_mm
+        locally = float(_local(*sides, jnp.asarray(enter, jnp.float32), centred))
+        return Fit(self.unlikeness(matrix), locally if np.isfinite(locally) else 1.0)
+
+    def centred_inverse(self, matrix: np.ndarray) -> jax.Array:
+        """The inverse of a map in mm, about both middles."""
+        enter, leave = (_middle(region) for region in self.regions)
+        inverse = np.linalg.inv(enter) @ np.linalg.inv(matrix) @ leave
+        return jnp.asarray(inverse, jnp.float32)
+
     def unlikeness(self, matrix: np.ndarray) -> float:
+        """`Fit.globally` of a map in mm."""
         value = _unlikeness(
             self.centred(matrix),
             self.fixed,
@@ -339,7 +387,7 @@ class _Level:
             *self.points(matrix),
             self.fixed_is_smaller,
         )
-        return float(value) if np.isfinite(value) else np.inf
+        return float(value) if np.isfinite(value) else 1.0
 
 
 def _region(shown: Shown) -> Grid:
@@ -468,6 +516,19 @@ def _one_way(fixed, moving, here, there):
     mask = (inside * here.counts > 0.5).reshape(1, *_POINTS, 1)
     share = jnp.sum(mask) / jnp.maximum(jnp.sum(here.counts), 1.0)
     return 1.0 - share * (1.0 - similarity.nmi(*images, mask=mask, bins=_BINS))
+
+
+@jax.jit
+def _local(here, there, enter, matrix):
+    """`Fit.locally` on a grid over one scan, whose mm lead to the other's."""
+    places = _moved(enter, sampling.identity(_LOCAL).reshape(-1, 3))
+    own, counts = _read(here, places)
+    found, inside = _read(there, _moved(matrix, places))
+    mask = ((counts > 0.5) & (inside > 0.5)).reshape(1, *_LOCAL, 1)
+    images = (jnp.where(mask, x.reshape(mask.shape), 0.0) for x in (found, own))
+    share = jnp.sum(mask) / jnp.maximum(jnp.sum(counts > 0.5), 1)
+    unlike = similarity.squared_lncc(*images, mask=mask, sigma=_LOCAL_SIGMA)
+    return 1.0 - share * (1.0 - unlike)
 
 
 _RIGID = np.array([1.0] * 6 + [0.0] * 6, np.float32)

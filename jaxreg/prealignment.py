@@ -123,7 +123,7 @@ def find(
 
     Returns:
       What fits at least as well as the scans where their headers place them, by the
-      measure of `affine_search.unlikeness`. It warns where that is the headers
+      measures of `affine_search.Fit`. It warns where that is the headers
       themselves, where several places fit nearly alike, and where the mirrored scan
       fits as well.
 
@@ -184,7 +184,7 @@ def _by_intensities(
     )
     grids = fixed.volume.grid, moving.volume.grid
     starts = {
-        "headers": np.eye(4),
+        "headers": np.eye(4),  # first: what the others have to beat
         "centres": affine.to_mm(affine.centres(*grids), *grids),
         "centres of mass": _between_centres(moving, fixed),
         "stretched extents": affine_search.stretched(grids[0], turned.grid),
@@ -227,12 +227,13 @@ def _not_worse(
 ) -> Prealignment:
     """Returns a pre-alignment, or the headers where they fit better; warns of that."""
     maps = {"headers": np.eye(4), way: given.affine_mm}
-    fits = affine_search.unlikeness(fixed, moving, maps)
-    if fits["headers"] < fits[way]:
+    fits = affine_search.compare(fixed, moving, maps)
+    if affine_search.best_of(fits) == "headers":
+        numbers = [f"{fit.globally:.4f} and {fit.locally:.4f}" for fit in fits.values()]
         warnings.warn(
-            f"--prealign {way} fits worse than the scans' headers (unlikeness "
-            f"{fits[way]:.4f}, by the headers {fits['headers']:.4f}); the headers are "
-            "kept",
+            f"--prealign {way} fits no better than the scans' headers (unlikeness "
+            f"globally and locally {numbers[1]}, by the headers {numbers[0]}); the "
+            "headers are kept",
             stacklevel=3,
         )
         return Prealignment(np.eye(4), start="headers")

@@ -168,8 +168,10 @@ def test_losing_the_overlap_is_no_way_to_fit():
     assert np.prod(1 - shift.clip(0, 48) / 48) > 0.4
     assert affine_search.plausible(found.matrix)
     far = turned(0, 0, (500, 0, 0))
-    fits = affine_search.unlikeness(fixed, moving, {"far": far, "here": np.eye(4)})
-    assert fits["far"] == 1 > fits["here"]
+    fits = affine_search.compare(fixed, moving, {"far": far, "here": np.eye(4)})
+    assert fits["far"] == (1, 1)
+    assert max(fits["here"]) < 1
+    assert affine_search.best_of(fits) == "here"
 
 
 def test_a_perfect_start_stays_one():
@@ -211,3 +213,15 @@ def test_grey_levels_remain_of_a_small_head():
     array[20:28, 20:28, 20:28] = np.linspace(100, 1000, 512).reshape(8, 8, 8)
     shown = affine_search.scaled(array)[20:28, 20:28, 20:28]
     assert len(np.unique(shown)) > 500
+
+
+def test_both_measures_have_to_agree():
+    fits = {
+        "headers": affine_search.Fit(0.9, 0.8),
+        "grey levels alone": affine_search.Fit(0.5, 0.85),
+        "both": affine_search.Fit(0.85, 0.7),
+        "structure alone": affine_search.Fit(0.95, 0.6),
+    }
+    assert affine_search.best_of(fits) == "both"
+    del fits["both"]
+    assert affine_search.best_of(fits) == "headers"
