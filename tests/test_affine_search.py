@@ -77,21 +77,41 @@ THICK = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0]
 SMALL, WIDE = grid((40,) * 3, (1.5,) * 3), grid((60,) * 3, (4.0,) * 3)
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
     ("fixed", "moving", "truth", "within"),
     [
-        # A quarter of a voxel of the coarser scan, or less.
-        (SMALL, WIDE, np.eye(4), 0.75),
-        (WIDE, SMALL, np.eye(4), 0.75),
-        (grid((36,) * 3, (1.0,) * 3, (6, 6, 6)), grid((90,) * 3, (3.0,) * 3),
-         turned(6, 2, (3, -2, 2)), 0.75),
-        (grid((12, 80, 80), (5.0, 0.75, 0.75), turn=THICK), grid((44,) * 3, (1.4,) * 3),
-         turned(8, 0, (4, -3, 2)), 1.25),
-        (SMALL, grid((44, 40, 42), (1.4, 1.5, 1.6)), turned(10, 1, (5, 4, -6))
-         @ np.diag([1.1, 0.92, 1.05, 1.0]), 0.5),
+        # A quarter of a voxel of the coarser scan along its coarsest axis, or less.
+        pytest.param(SMALL, WIDE, np.eye(4), 0.75, id="small in wide"),
+        pytest.param(WIDE, SMALL, np.eye(4), 0.75, id="wide onto small", marks=SLOW),
+        pytest.param(
+            grid((36,) * 3, (1.0,) * 3, (6, 6, 6)),
+            grid((90,) * 3, (3.0,) * 3),
+            turned(6, 2, (3, -2, 2)),
+            0.75,
+            id="crop",
+            marks=SLOW,
+        ),
+        pytest.param(
+            grid((12, 80, 80), (5.0, 0.75, 0.75), turn=THICK),
+            grid((44,) * 3, (1.4,) * 3),
+            turned(8, 0, (4, -3, 2)),
+            1.25,
+            id="thick slices",
+            marks=SLOW,
+        ),
+        pytest.param(
+            SMALL,
+            grid((44, 40, 42), (1.4, 1.5, 1.6)),
+            turned(10, 1, (5, 4, -6)) @ np.diag([1.1, 0.92, 1.05, 1.0]),
+            0.5,
+            id="strained",
+            marks=SLOW,
+        ),
     ],
-    ids=["small in wide", "wide onto small", "crop", "thick slices", "strained"],
-)  # fmt: skip
+)
 def test_known_maps_are_found(fixed, moving, truth, within):
     found = affine_search.search(*pair(fixed, moving, truth), starts())
     assert error_mm(found.matrix, truth) < within
@@ -108,8 +128,8 @@ def test_another_contrast_and_a_start_out_of_reach():
     assert error_mm(found.matrix, truth) < 0.75
 
 
-def test_no_worse_than_simpleitk():
-    """Both within the reach of the grid; SimpleITK's Mattes affine is the reference."""
+def test_where_simpleitk_ends():
+    """Both within a quarter of a voxel of 1.6 mm of the truth, by Mattes' measure too."""
     sitk = pytest.importorskip("SimpleITK")
     truth = turned(7, 2, (3, -2, 4))
     fixed, moving = pair(SMALL, grid((40,) * 3, (1.6,) * 3), truth)
@@ -133,8 +153,8 @@ def test_no_worse_than_simpleitk():
     theirs = np.array([transform.TransformPoint(p) for p in PLACES])
     wrong = np.linalg.norm(theirs - apply(truth, PLACES), axis=-1).mean()
     found = affine_search.search(fixed, moving, starts())
-    assert wrong < 0.5
-    assert error_mm(found.matrix, truth) < wrong + 0.2
+    assert wrong < 0.4
+    assert error_mm(found.matrix, truth) < 0.4
 
 
 def test_a_mask_says_where_to_look():
@@ -174,6 +194,7 @@ def test_losing_the_overlap_is_no_way_to_fit():
     assert affine_search.best_of(fits) == "here"
 
 
+@SLOW
 def test_a_perfect_start_stays_one():
     found = affine_search.search(scan(SMALL), scan(SMALL), starts((15, 0, 0)))
     assert found.start == "headers"

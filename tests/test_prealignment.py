@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxreg import matching, points, prealign, prealignment, refine, register, zoo
+from jaxreg import (
+    affine_search,
+    matching,
+    points,
+    prealign,
+    prealignment,
+    refine,
+    register,
+    zoo,
+)
 from jaxreg.data import preprocess
 from jaxreg.data.preprocess import Placement, Preprocessing
 from jaxreg.errors import UserError
@@ -291,6 +300,38 @@ def test_masks_are_what_counts(scans):
         "centre", dataclasses.replace(spoilt, mask=mask), Scan(fixed, MRI)
     )
     assert error_mm(near) < 8 < error_mm(far)
+
+
+@pytest.mark.parametrize("bent", [False, True], ids=["affine", "coarse"])
+def test_headers_that_fit_better_are_kept(scans, monkeypatch, bent):
+    """Matches 9 mm off, or a field that tears, for scans that lie on each other."""
+    fixed = Scan(scans[1], MRI)
+    found = Prealignment(turned(0, (9, 0, 0)), start="matches")
+    if bent:
+        found = Prealignment(np.eye(4), *bend_of(0.4), start="matches")
+    monkeypatch.setattr(prealignment, "_by_matches", lambda *a: found)
+    said = "coarse field fits worse" if bent else "headers are kept"
+    with pytest.warns(UserWarning, match=said):
+        kept = prealignment.find("sam", fixed, fixed)
+    np.testing.assert_array_equal(kept.affine_mm, np.eye(4))
+    assert kept.bend is None
+    assert kept.start == ("matches" if bent else "headers")
+
+
+def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
+    moving, fixed = scans
+    found = affine_search.Found(
+        TRUTH, "centres", affine_search.Fit(0.5, 0.5), ("headers",)
+    )
+    monkeypatch.setattr(affine_search, "search", lambda *a: found)
+    monkeypatch.setattr(affine_search, "mirrored_fits", lambda *a: True)
+    with pytest.warns(UserWarning) as caught:
+        result = register.register(moving, fixed, None, OPTIONS)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert "from centres and from headers it ends in different places" in said
+    assert "--fixed-mask" in said and "mirrored, left for right" in said
+    assert result.prealigned_from == "centres"
+    assert register.summary(result)["pre-aligned from"] == "centres"
 
 
 # --- by matches that are made up ------------------------------------------------------
