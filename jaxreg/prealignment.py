@@ -226,35 +226,46 @@ def _not_worse(
     moving: affine_search.Shown,
 ) -> Prealignment:
     """Returns a pre-alignment, or the headers where they fit better; warns of that."""
+    if given.bend is not None:
+        if _bend_fits(way, given, fixed, moving):
+            return given
+        given = Prealignment(given.affine_mm, start=given.start)
     maps = {"headers": np.eye(4), way: given.affine_mm}
     fits = affine_search.compare(fixed, moving, maps)
-    if affine_search.best_of(fits) == "headers":
-        numbers = [f"{fit.globally:.4f} and {fit.locally:.4f}" for fit in fits.values()]
-        warnings.warn(
-            f"--prealign {way} fits no better than the scans' headers (unlikeness "
-            f"globally and locally {numbers[1]}, by the headers {numbers[0]}); the "
-            "headers are kept",
-            stacklevel=3,
-        )
-        return Prealignment(np.eye(4), start="headers")
-    if given.bend is None:
+    if affine_search.best_of(fits) == way:
         return given
-    functions = {
-        "headers": lambda places: places,
-        way: lambda places: np.asarray(
-            given.transform.map_points(jnp.asarray(places[None], jnp.float32))
-        )[0],
-    }
+    numbers = [f"{fit.globally:.4f} and {fit.locally:.4f}" for fit in fits.values()]
+    warnings.warn(
+        f"--prealign {way} fits no better than the scans' headers (unlikeness globally "
+        f"and locally {numbers[1]}, by the headers {numbers[0]}); the headers are kept",
+        stacklevel=3,
+    )
+    return Prealignment(np.eye(4), start="headers")
+
+
+def _bend_fits(
+    way: Way,
+    given: Prealignment,
+    fixed: affine_search.Shown,
+    moving: affine_search.Shown,
+) -> bool:
+    """Whether a coarse field fits better than the headers; warns if not."""
+
+    def mapped(places: np.ndarray) -> np.ndarray:
+        points = jnp.asarray(places[None], jnp.float32)
+        return np.asarray(given.transform.map_points(points))[0]
+
+    functions = {"headers": lambda places: places, way: mapped}
     fits = affine_search.unlikeness_of_points(fixed, moving, functions)
-    if fits["headers"] < fits[way]:
-        warnings.warn(
-            f"--prealign {way}: the coarse field fits worse than the scans' headers "
-            f"(unlikeness {fits[way]:.4f}, by the headers {fits['headers']:.4f}); its "
-            "affine part alone is kept",
-            stacklevel=3,
-        )
-        return Prealignment(given.affine_mm, start=given.start)
-    return given
+    if fits[way] < fits["headers"]:
+        return True
+    warnings.warn(
+        f"--prealign {way}: the coarse field fits no better than the scans' headers "
+        f"(unlikeness {fits[way]:.4f}, by the headers {fits['headers']:.4f}); it is "
+        "left out",
+        stacklevel=4,
+    )
+    return False
 
 
 def _scaled(scan: Scan) -> np.ndarray:

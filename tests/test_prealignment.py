@@ -310,12 +310,26 @@ def test_headers_that_fit_better_are_kept(scans, monkeypatch, bent):
     if bent:
         found = Prealignment(np.eye(4), *bend_of(0.4), start="matches")
     monkeypatch.setattr(prealignment, "_by_matches", lambda *a: found)
-    said = "coarse field fits worse" if bent else "headers are kept"
+    said = "coarse field fits no better" if bent else "headers are kept"
     with pytest.warns(UserWarning, match=said):
         kept = prealignment.find("sam", fixed, fixed)
     np.testing.assert_array_equal(kept.affine_mm, np.eye(4))
     assert kept.bend is None
-    assert kept.start == ("matches" if bent else "headers")
+    assert kept.start == "headers"
+
+
+def test_a_bend_of_headers_that_fits_better_is_kept(scans, monkeypatch):
+    """Its affine part is that of the headers."""
+    fixed = Scan(scans[1], MRI)
+    found = Prealignment(np.eye(4), *bend_of(0.05), start="matches")
+    there = found.transform.map_points
+    warped = volume(
+        FIXED,
+        lambda p: brightness(2 * p - np.asarray(there(p.reshape(1, -1, 3).astype("f4")))
+                             .reshape(p.shape)),
+    )  # fmt: skip
+    monkeypatch.setattr(prealignment, "_by_matches", lambda *a: found)
+    assert prealignment.find("sam", Scan(warped, MRI), fixed) is found
 
 
 def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
