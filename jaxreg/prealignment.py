@@ -231,13 +231,14 @@ def _not_worse(
             return given
         given = Prealignment(given.affine_mm, start=given.start)
     maps = {"headers": np.eye(4), way: given.affine_mm}
+    # By one measure, which none of these ways has made small itself.
     fits = affine_search.compare(fixed, moving, maps)
-    if affine_search.best_of(fits) == way:
+    if fits[way].globally <= fits["headers"].globally:
         return given
-    numbers = [f"{fit.globally:.4f} and {fit.locally:.4f}" for fit in fits.values()]
     warnings.warn(
-        f"--prealign {way} fits no better than the scans' headers (unlikeness globally "
-        f"and locally {numbers[1]}, by the headers {numbers[0]}); the headers are kept",
+        f"--prealign {way} fits worse than the scans' headers (unlikeness "
+        f"{fits[way].globally:.4f}, by the headers {fits['headers'].globally:.4f}); "
+        "the headers are kept",
         stacklevel=3,
     )
     return Prealignment(np.eye(4), start="headers")

@@ -75,12 +75,22 @@ TABLE = {
         ("flax", "optax", "rich"),
     ),
     "matching": Room(("models.sam", "space")),
-    "prealign": Room(("matching", "losses", "space"), ("optax",)),
+    "prealign": Room(("matching", "space"), ("optax",)),
+    "affine_search": Room(("data.resize", "losses.similarity", "space"), ("optax",)),
     "points": Room(("matching", "models.sam", "data.preprocess", "space")),
     "optimize": Room(_TOP, ("optax",)),
     "tasks": Room((*_TOP, "nn.dynamic")),
     "prealignment": Room(
-        ("points", "prealign", "matching", "models.sam", "data", "losses", "space")
+        (
+            "affine_search",
+            "points",
+            "prealign",
+            "matching",
+            "models.sam",
+            "data",
+            "space",
+        ),
+        ("nibabel.orientations",),
     ),
     "refine": Room((*_TOP, "nn", "points"), ("optax",)),
     "register": Room(
@@ -186,6 +196,7 @@ def test_no_module_needs_torch_to_be_imported(path):
         "matching",
         "points",
         "prealign",
+        "affine_search",
         "optimize",
         "register",
     ],  # fmt: skip
