@@ -1,17 +1,23 @@
 """The affine map under which two scans are most alike, by their intensities alone.
 
-Maps are 4x4, from fixed to moving mm. Likeness is normalised mutual information, which
-asks for no relation between the intensities of two scanners or modalities. It is the
-mean of both directions: of points of the fixed scan read in the moving one, and of
-points of the moving scan read in the fixed one by the inverse map. Only points count
-that lie in both scans, and in their masks.
+Maps are 4x4, from fixed to moving mm. The search begins by grey levels: normalised
+mutual information, which asks for no relation between the intensities of two scanners
+or modalities. It is the mean of both directions: of points of the fixed scan read in
+the moving one, and of points of the moving scan read in the fixed one by the inverse
+map. It ends by structure: squared local correlation, which is the more precise one.
+Only points count that lie in both scans, and in their masks.
+
+A place is believed if several starts lead to it; what a search finds is judged by both
+measures beside the headers.
 
 Every program is compiled once: scans of any size lie in one buffer.
 
 References:
   Studholme et al., An overlap invariant entropy measure of 3D medical image alignment,
   Pattern Recognition 32, 1999; Modat et al., Global image registration using a
-  symmetric block-matching approach, J. Med. Imaging 2014 (both directions).
+  symmetric block-matching approach, J. Med. Imaging 2014 (both directions); Jenkinson
+  and Smith, A global optimisation method for robust affine registration of brain
+  images, Medical Image Analysis 5, 2001 (many starts at a coarse level).
 """
 
 import dataclasses
@@ -30,8 +36,14 @@ from jaxreg.space import sampling
 from jaxreg.space.grid import Grid
 
 _BUFFER = 96**3  # voxels
-_POINTS = (8, 32, 32)
-_COUNT = 8 * 32 * 32
+_MOST_OF = 0.7  # of an axis's voxels: it keeps them all rather than so many
+_SAME, _ELSEWHERE = 0.08, 0.25
+"""How far apart two maps are, see `_apart`, that are one place, or two."""
+_STEP_ASIDE = 0.2  # of the smaller scan's extents
+_OVERLAP = 0.3  # of the smaller scan: with less, headers are no place to keep
+_FEW, _MANY = 2**12, 2**15
+"""Points of a descent by grey levels, and of a judgement: what points that were drawn
+say is sure to one over the root of their number."""
 _BINS = 24
 _LOCAL = (48, 48, 48)  # voxels of the grid on which a map is judged
 _LOCAL_SIGMA = 2  # of its voxels
@@ -40,6 +52,10 @@ _ITERATIONS = 60  # per level
 _AROUND = 0.9
 """Where points of the larger scan lie, as a share of the smaller one's extent: so that
 no map fits better for pushing points with air out of the overlap."""
+_STIFFNESS, _LOCAL_STIFFNESS = 0.1, 0.5
+"""What the square of a logarithmic strain costs, by grey levels and by structure: a
+strain of 0.1, as of bodies of different people, asks for a gain of 0.001 and 0.005.
+Structure tells about five times as much as grey levels do when scans come to fit."""
 _FREE_STRAIN = 0.37  # norm of the logarithmic strain; about 24 % in each direction
 MOST_STRETCH = 2.0
 """Largest factor by which a map may stretch or shrink any direction. Organs of adults
@@ -61,6 +77,10 @@ class Shown:
     array: np.ndarray
     grid: Grid
     mask: np.ndarray | None = None
+
+
+Map = np.ndarray | Callable[[np.ndarray], np.ndarray]
+"""Fixed to moving mm: 4x4, or a function of P 3."""
 
 
 class Fit(NamedTuple):
@@ -85,14 +105,17 @@ class Found:
     Attributes:
       matrix: 4x4, fixed to moving mm; of positive determinant, see `plausible`.
       start: the name of the start that led to it.
-      fit: of the map.
+      fits: of the map and of what it was chosen from, by name; of the first start
+        alone where that is kept without a search.
       rivals: names of starts that ended elsewhere and fit nearly as well.
+      certain: whether several starts led to the map, and none elsewhere.
     """
 
     matrix: np.ndarray
     start: str
-    fit: Fit
+    fits: Mapping[str, Fit]
     rivals: tuple[str, ...] = ()
+    certain: bool = True
 
 
 def scaled(array: np.ndarray) -> np.ndarray:
@@ -125,13 +148,19 @@ def plausible(matrix: np.ndarray) -> bool:
 
 
 def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Found:
-    """Returns the map under which two scans are most alike, or the best of the starts.
+    """Returns the map under which two scans are most alike, or one of the starts.
 
-    Every start is moved rigidly at the coarsest level; from the best one (the first of
-    those that fit nearly as well as it) all twelve numbers are searched, coarse to
-    fine. A rotation, the logarithm of the strain and a shift describe the map, which
-    therefore never mirrors. The result is the best of the starts, the rigid map and the
-    affine one by `best_of`; what is not plausible is out of it.
+    Every start, and four places around the first one that overlaps, is moved rigidly
+    at the coarsest level, by grey levels. From the best one (the first of those that
+    fit nearly as well as it) all twelve numbers are searched: at two levels by grey
+    levels, at the last by structure. A rotation, the logarithm of the strain and a
+    shift describe the map, which therefore never mirrors. The result is the best of
+    the starts, the rigid map and the affine ones by `best_of`; what is not plausible
+    is out of it.
+
+    A place to which one start alone leads, or that is one of several which fit nearly
+    alike, is an accident of two images that tell little of each other. Then the first
+    start is kept, if it overlaps.
 
     Args:
       fixed: the scan that stays.
@@ -140,30 +169,44 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
         kept where none is better by both measures.
     """
     levels = [_Level.of(fixed, moving, n) for n in _LEVELS]
-    moved = {
-        name: _descended(levels[0], start, _RIGID) for name, start in starts.items()
-    }
+    first = next(iter(starts))
+    overlapping = [
+        k for k, start in starts.items() if _overlap(fixed, moving, start) > _OVERLAP
+    ]
+    around = _aside(levels[0], starts[overlapping[0] if overlapping else first])
+    begun = _distinct({**starts, **around}, levels[0])
+    moved = {k: _descended(levels[0], matrix, _RIGID) for k, matrix in begun.items()}
     # In one measure: the loss at the end of a descent has points of its start.
     scores = {name: levels[0].unlikeness(matrix) for name, matrix in moved.items()}
     tells = 1 - min(scores.values())
     best = next(k for k, score in scores.items() if 1 - score >= _AS_GOOD * tells)
-    matrix = moved[best]
-    for level in levels:
-        matrix = _descended(level, matrix, _AFFINE, base=starts[best])
-    candidates = {**starts, "rigid": moved[best], "affine": matrix}
-    fits = {k: levels[-1].fit(m) for k, m in candidates.items() if plausible(m)}
-    chosen = best_of(fits)
-    rivals = tuple(
+    ends, begins = (
+        {name: _apart(maps[name], maps[best], levels[0]) for name in begun}
+        for maps in (moved, begun)
+    )
+    rivals = [
         name
         for name, score in scores.items()
-        if 1 - score > _RIVAL * tells
-        and _apart(fixed.grid, moved[name], moved[best]) > 0.25
-    )
+        if 1 - score >= _RIVAL * tells and ends[name] > _ELSEWHERE
+    ]
+    agreeing = [k for k in begun if ends[k] < _SAME and begins[k] > 2 * _SAME]
+    certain = bool(agreeing) and not rivals
+    if not certain and first in overlapping:
+        fits = {first: levels[-1].fit(starts[first])}
+        return Found(starts[first], first, fits, tuple(rivals), certain)
+    rough = moved[best]
+    for level in levels[:-1]:
+        rough = _descended(level, rough, _AFFINE, base=begun[best])
+    fine = _descended_locally(levels[-1], rough, begun[best])
+    candidates = {**starts, "rigid": moved[best], "rough": rough, "fine": fine}
+    fits = {k: levels[-1].fit(m) for k, m in candidates.items() if plausible(m)}
+    chosen = best_of(fits)
     return Found(
         candidates[chosen],
         chosen if chosen in starts else best,
-        fits[chosen],
-        rivals,
+        fits,
+        tuple(rivals),
+        certain,
     )
 
 
@@ -184,39 +227,22 @@ def best_of(fits: Mapping[str, Fit]) -> str:
     return min(able, key=able.__getitem__)
 
 
-def compare(
-    fixed: Shown, moving: Shown, maps: Mapping[str, np.ndarray]
-) -> dict[str, Fit]:
+def compare(fixed: Shown, moving: Shown, maps: Mapping[str, Map]) -> dict[str, Fit]:
     """Returns how well maps fit, by the measures by which a search is judged.
 
-    Args:
-      fixed: the scan that stays.
-      moving: the scan that is warped.
-      maps: names to 4x4 maps from fixed to moving mm, of any determinant but 0.
-    """
-    level = _Level.of(fixed, moving, _LEVELS[-1])
-    return {name: level.fit(matrix) for name, matrix in maps.items()}
-
-
-def unlikeness_of_points(
-    fixed: Shown, moving: Shown, maps: Mapping[str, Callable[[np.ndarray], np.ndarray]]
-) -> dict[str, float]:
-    """Returns `Fit.globally` of one direction, for maps that are not affine.
+    All of them are measured alike: in both directions if all are matrices, and
+    otherwise, as functions have no inverse here, from the fixed scan's points alone.
 
     Args:
       fixed: the scan that stays.
       moving: the scan that is warped.
-      maps: names to functions from fixed mm P 3 to moving mm P 3.
+      maps: names to maps from fixed to moving mm: 4x4 of any determinant but 0, or
+        functions of P 3.
     """
     level = _Level.of(fixed, moving, _LEVELS[-1])
-    places = _lattice(level.regions[0], 1.0)
-    here = level.counted(0, places)
-    return {
-        name: float(
-            _one_way(level.fixed, level.moving, here, level.counted(1, found(places)))
-        )
-        for name, found in maps.items()
-    }
+    if all(isinstance(found, np.ndarray) for found in maps.values()):
+        return {name: level.fit(np.asarray(found)) for name, found in maps.items()}
+    return {name: level.fit_of_places(found) for name, found in maps.items()}
 
 
 def mirrored_fits(fixed: Shown, moving: Shown, matrix: np.ndarray) -> bool:
@@ -251,11 +277,50 @@ def part_of(fixed: Grid, moving: Grid) -> float:
     return _volume(fixed) / _volume(moving)
 
 
-def _apart(grid: Grid, one: np.ndarray, other: np.ndarray) -> float:
-    """How far apart two maps take the fixed scan's middle, in its half diagonals."""
-    middle = _middle(grid)[:, 3]
-    radius = np.linalg.norm(grid.unit_to_mm[:3, :3] @ [0.5, 0.5, 0.5])
-    return float(np.linalg.norm((one - other) @ middle) / radius)
+def _apart(one: np.ndarray, other: np.ndarray, level: "_Level") -> float:
+    """Root mean square distance of two maps at the smaller scan's corners.
+
+    In half diagonals of that scan.
+    """
+    region = level.regions[0 if level.fixed_is_smaller else 1]
+    if not level.fixed_is_smaller:
+        one, other = np.linalg.inv(one), np.linalg.inv(other)
+    places = _apply(region.unit_to_mm, np.array(list(np.ndindex(2, 2, 2))))
+    radius = np.linalg.norm(region.unit_to_mm[:3, :3] @ [0.5, 0.5, 0.5])
+    wrong = _apply(one, places) - _apply(other, places)
+    return float(np.sqrt(np.mean(np.sum(wrong**2, -1))) / radius)
+
+
+def _aside(level: "_Level", matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """Four maps at the corners of a tetrahedron around one."""
+    region = level.regions[0 if level.fixed_is_smaller else 1]
+    maps = {}
+    for signs in ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)):
+        shift = np.eye(4)
+        shift[:3, 3] = region.unit_to_mm[:3, :3] @ (_STEP_ASIDE * np.array(signs))
+        name = "a place beside " + "".join("-+"[sign > 0] for sign in signs)
+        maps[name] = shift @ matrix if level.fixed_is_smaller else matrix @ shift
+    return maps
+
+
+def _distinct(maps: Mapping[str, np.ndarray], level: "_Level") -> dict[str, np.ndarray]:
+    """Maps without those that are nearly an earlier one."""
+    kept: dict[str, np.ndarray] = {}
+    for name, matrix in maps.items():
+        if all(_apart(matrix, other, level) > _SAME / 4 for other in kept.values()):
+            kept[name] = matrix
+    return kept
+
+
+def _overlap(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
+    """The share of the smaller scan that lies in the larger one."""
+    sides = [(_region(fixed), _region(moving), matrix)]
+    sides.append((sides[0][1], sides[0][0], np.linalg.inv(matrix)))
+    here, there, step = sides[0 if _volume(sides[0][0]) <= _volume(sides[0][1]) else 1]
+    places = _apply(step, _lattice(here, 1.0, _FEW))
+    index = _apply(np.linalg.inv(there.affine_mm), places)
+    last = np.asarray(there.shape) - 0.5
+    return float(np.mean(np.all((index >= -0.5) & (index <= last), -1)))
 
 
 # --- a pair at one resolution ---------------------------------------------------------
@@ -326,26 +391,55 @@ class _Level:
     def fixed_is_smaller(self) -> bool:
         return _volume(self.regions[0]) <= _volume(self.regions[1])
 
-    def centred(self, matrix: np.ndarray) -> jax.Array:
-        """A map in mm about both middles: small numbers for float32."""
-        enter, leave = (_middle(region) for region in self.regions)
+    def centred(self, matrix: np.ndarray, side: int = 0) -> jax.Array:
+        """A map from a side's mm in mm about both middles: small for float32."""
+        enter, leave = _middle(self.regions[side]), _middle(self.regions[1 - side])
         return jnp.asarray(np.linalg.inv(leave) @ matrix @ enter, jnp.float32)
 
-    def points(self, matrix: np.ndarray) -> tuple[_Points, _Points]:
+    def in_mm(self, centred: jax.Array, side: int = 0) -> np.ndarray:
+        """The opposite of `centred`, float64."""
+        enter, leave = _middle(self.regions[side]), _middle(self.regions[1 - side])
+        found = leave @ np.asarray(centred, np.float64) @ np.linalg.inv(enter)
+        found[3] = [0, 0, 0, 1]
+        return found
+
+    def descent(
+        self,
+        side: int,
+        start: np.ndarray,
+        base: np.ndarray | None,
+        free: np.ndarray,
+        stiffness: float,
+    ) -> "_Descent":
+        extent = self.regions[side].spacing_mm * self.regions[side].shape
+        radius = float(np.linalg.norm(extent) / 2 / np.sqrt(3))
+        before = np.zeros((3, 3)) if base is None else _log_strain(start, base)
+        return _Descent(
+            jnp.asarray(before, jnp.float32),
+            free,
+            radius,
+            0.5 * self.spacing_mm,
+            stiffness,
+        )
+
+    @property
+    def sides(self) -> tuple[_Side, _Side]:
+        return self.fixed, self.moving
+
+    def points(self, matrix: np.ndarray, count: int) -> tuple[_Points, _Points]:
         """Points through the smaller scan, and around it through the larger one."""
-        if self.fixed_is_smaller:
-            inner = _lattice(self.regions[0], 1.0)
-            around = _apply(matrix, _lattice(self.regions[0], _AROUND))
-            places = inner, around
-        else:
-            inner = _lattice(self.regions[1], 1.0)
-            back = np.linalg.inv(matrix)
-            places = _apply(back, _lattice(self.regions[1], _AROUND)), inner
-        fixed, moving = (self.counted(side, mm) for side, mm in enumerate(places))
+        region = self.regions[0 if self.fixed_is_smaller else 1]
+        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        inner = _lattice(region, 1.0, count)
+        around = _apply(step, _lattice(region, _AROUND, count))
+        places = (inner, around) if self.fixed_is_smaller else (around, inner)
+        fixed, moving = (
+            self.counted(side, mm, count) for side, mm in enumerate(places)
+        )
         return fixed, moving
 
-    def counted(self, side: int, places: np.ndarray) -> _Points:
-        """Points of the fixed (0) or moving (1) scan at mm P 3."""
+    def counted(self, side: int, places: np.ndarray, count: int) -> _Points:
+        """Points of the fixed (0) or moving (1) scan at mm P 3, up to a count."""
         grid, mask = self.grids[side], self.masks[side]
         index = _apply(np.linalg.inv(grid.affine_mm), places)
         last = np.asarray(grid.shape) - 1
@@ -354,7 +448,7 @@ class _Level:
             nearest = np.rint(index).clip(0, last).astype(int)
             counts &= mask[tuple(nearest.T)] > 0.5
         middle = _middle(self.regions[side])[:3, 3]
-        rest = ((0, _COUNT - len(places)), (0, 0))
+        rest = ((0, count - len(places)), (0, 0))
         return _Points(
             jnp.asarray(np.pad(places - middle, rest), jnp.float32),
             jnp.asarray(np.pad(counts, rest[0]), jnp.float32),
@@ -362,32 +456,67 @@ class _Level:
 
     def fit(self, matrix: np.ndarray) -> Fit:
         """How well a map in mm fits."""
-        region, centred = self.regions[0], self.centred(matrix)
-        sides = self.fixed, self.moving
-        if not self.fixed_is_smaller:
-            region, centred = self.regions[1], self.centred_inverse(matrix)
-            sides = self.moving, self.fixed
-        grid = region.resized(_LOCAL)
-        enter = np.linalg.inv(_middle(region)) @ grid.unit_to_mm
-        locally = float(_local(*sides, jnp.asarray(enter, jnp.float32), centred))
-        return Fit(self.unlikeness(matrix), locally if np.isfinite(locally) else 1.0)
+        side = 0 if self.fixed_is_smaller else 1
+        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        locally = self.locally(side, functools.partial(_apply, step), 1.0)
+        return Fit(self.unlikeness(matrix, _MANY), locally)
 
-    def centred_inverse(self, matrix: np.ndarray) -> jax.Array:
-        """The inverse of a map in mm, about both middles."""
-        enter, leave = (_middle(region) for region in self.regions)
-        inverse = np.linalg.inv(enter) @ np.linalg.inv(matrix) @ leave
-        return jnp.asarray(inverse, jnp.float32)
-
-    def unlikeness(self, matrix: np.ndarray) -> float:
-        """`Fit.globally` of a map in mm."""
-        value = _unlikeness(
-            self.centred(matrix),
-            self.fixed,
-            self.moving,
-            *self.points(matrix),
-            self.fixed_is_smaller,
+    def fit_of_places(self, found: Map) -> Fit:
+        """How well a map in mm fits, by the fixed scan's points alone."""
+        step = functools.partial(_apply, found) if isinstance(
+            found, np.ndarray) else found  # fmt: skip
+        mine, other = (_volume(region) for region in self.regions)
+        least = min(1.0, other / mine)
+        places = _lattice(self.regions[0], 1.0, _MANY)
+        value = _unlikeness_of_places(
+            self.sides,
+            self.counted(0, places, _MANY),
+            self.counted(1, step(places), _MANY).places,
+            least,
         )
-        return float(value) if np.isfinite(value) else 1.0
+        return Fit(_number(value), self.locally(0, step, least))
+
+    def locally(
+        self, side: int, step: Callable[[np.ndarray], np.ndarray], least: float
+    ) -> float:
+        """`Fit.locally` over the fixed (0) or moving (1) scan, by a step to the other.
+
+        Args:
+          side: whose grid.
+          step: from its mm to those of the other scan, P 3.
+          least: share of it that the other scan can hold.
+        """
+        places = self.local_places(side)
+        value = _local(
+            self.sides[side],
+            self.sides[1 - side],
+            self.about_middle(side, places),
+            self.about_middle(1 - side, step(places)),
+            least,
+        )
+        return _number(value)
+
+    def local_places(self, side: int) -> np.ndarray:
+        """The grid of `Fit.locally` over fixed (0) or moving (1) scan, P 3 in mm."""
+        grid = self.regions[side].resized(_LOCAL)
+        unit = np.asarray(sampling.identity(_LOCAL), np.float64).reshape(-1, 3)
+        return _apply(grid.unit_to_mm, unit)
+
+    def about_middle(self, side: int, places: np.ndarray) -> jax.Array:
+        middle = _middle(self.regions[side])[:3, 3]
+        return jnp.asarray(places - middle, jnp.float32)
+
+    def unlikeness(self, matrix: np.ndarray, count: int = _FEW) -> float:
+        """`Fit.globally` of a map in mm."""
+        points = self.points(matrix, count)
+        value = _unlikeness(
+            self.centred(matrix), self.sides, points, self.fixed_is_smaller
+        )
+        return _number(value)
+
+
+def _number(unlike: jax.Array) -> float:
+    return float(unlike) if np.isfinite(unlike) else 1.0
 
 
 def _region(shown: Shown) -> Grid:
@@ -420,11 +549,19 @@ def _apply(matrix: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def _reduced(array: np.ndarray, grid: Grid, spacing_mm: float):
-    """Voxels no finer than a spacing: pairs are averaged first, none is lost."""
+    """Voxels no finer than a spacing, or nearly: pairs are averaged, none is lost.
+
+    An axis that would keep most of its voxels keeps all of them if there is room: on a
+    slightly coarser grid linear interpolation blurs here more and there less.
+    """
     sizes = zip(grid.shape, grid.spacing_mm, strict=True)
     shape = tuple(
         max(1, min(n, int(np.ceil(n * own / spacing_mm - 1e-6)))) for n, own in sizes
     )
+    sizes = zip(grid.shape, shape, strict=True)
+    fuller = tuple(n if m > _MOST_OF * n else m for n, m in sizes)
+    if np.prod(fuller) <= _BUFFER:
+        shape = fuller
     while any(n >= 2 * m for n, m in zip(array.shape, shape, strict=True)):
         sizes = zip(array.shape, shape, strict=True)
         array = resize.half_pixel(
@@ -433,16 +570,16 @@ def _reduced(array: np.ndarray, grid: Grid, spacing_mm: float):
     return resize.half_pixel(array, shape), grid.resized(shape)
 
 
-def _lattice(grid: Grid, scale: float) -> np.ndarray:
-    """At most `_COUNT` points through a grid's extent, P 3 in mm, the same each time.
+def _lattice(grid: Grid, scale: float, count: int) -> np.ndarray:
+    """At most so many points through a grid's extent, P 3 in mm, the same each time.
 
     Jittered within their cells: on a lattice the likeness would have artefacts where
     it falls onto voxels.
     """
     extent = grid.spacing_mm * grid.shape
-    apart = (np.prod(extent) / _COUNT) ** (1 / 3)
+    apart = (np.prod(extent) / count) ** (1 / 3)
     counts = np.maximum(1, np.floor(extent / apart)).astype(int)
-    while np.prod(counts) > _COUNT:
+    while np.prod(counts) > count:
         counts[np.argmax(counts)] -= 1
     cells = np.stack(np.meshgrid(*map(np.arange, counts), indexing="ij"), -1)
     jitter = np.random.default_rng(0).uniform(size=cells.shape)
@@ -488,47 +625,63 @@ def _inverse(matrix: jax.Array) -> jax.Array:
     return jnp.eye(4).at[:3, :3].set(linear).at[:3, 3].set(shift)
 
 
-def _loss(matrix, fixed, moving, fixed_points, moving_points, fixed_is_smaller):
-    likenesses, shares = [], []
-    for here, there, points, step in (
-        (fixed, moving, fixed_points, matrix),
-        (moving, fixed, moving_points, _inverse(matrix)),
-    ):
-        own, _ = _read(here, points.places)
-        found, inside = _read(there, _moved(step, points.places))
-        inside = inside * points.counts
-        shares.append(jnp.sum(inside) / jnp.maximum(jnp.sum(points.counts), 1.0))
-        images = (x.reshape(1, *_POINTS, 1) for x in (found, own))
-        mask = (inside > 0.5).reshape(1, *_POINTS, 1)
-        likenesses.append(similarity.nmi(*images, mask=mask, bins=_BINS))
+def _windows(side: _Side, points: _Points) -> jax.Array:
+    """What points of a scan add to a histogram, P bins: the same under every map."""
+    return similarity.parzen_weights(_read(side, points.places)[0], _BINS)
+
+
+def _one_way(windows, there: _Side, places, counts) -> tuple[jax.Array, jax.Array]:
+    """NMI of points with what the other scan has at their places; and their share."""
+    found, inside = _read(there, places)
+    inside = inside * counts
+    mask = jnp.where(inside > 0.5, 1.0, 0.0)
+    rows = similarity.parzen_weights(found, _BINS) * mask[:, None]
+    joint = _product(rows.T, windows) / jnp.maximum(jnp.sum(mask), 1.0)
+    share = jnp.sum(inside) / jnp.maximum(jnp.sum(counts), 1.0)
+    return similarity.nmi_of_histogram(joint), share
+
+
+def _loss(matrix, sides, points, windows, fixed_is_smaller):
+    """`Fit.globally`, of the points of fixed and moving scan."""
+    losses, shares = [], []
+    for here, step in enumerate((matrix, _inverse(matrix))):
+        places = _moved(step, points[here].places)
+        loss, share = _one_way(
+            windows[here], sides[1 - here], places, points[here].counts
+        )
+        losses.append(loss)
+        shares.append(share)
     overlap = jnp.where(fixed_is_smaller, shares[0], shares[1])
-    return 1.0 - overlap * (1.0 - (likenesses[0] + likenesses[1]) / 2)
-
-
-_unlikeness = jax.jit(_loss)
+    return 1.0 - overlap * (1.0 - (losses[0] + losses[1]) / 2)
 
 
 @jax.jit
-def _one_way(fixed, moving, here, there):
-    own, _ = _read(fixed, here.places)
-    found, inside = _read(moving, there.places)
-    images = (x.reshape(1, *_POINTS, 1) for x in (found, own))
-    mask = (inside * here.counts > 0.5).reshape(1, *_POINTS, 1)
-    share = jnp.sum(mask) / jnp.maximum(jnp.sum(here.counts), 1.0)
-    return 1.0 - share * (1.0 - similarity.nmi(*images, mask=mask, bins=_BINS))
+def _unlikeness(matrix, sides, points, fixed_is_smaller):
+    windows = [_windows(*own) for own in zip(sides, points, strict=True)]
+    return _loss(matrix, sides, points, windows, fixed_is_smaller)
 
 
 @jax.jit
-def _local(here, there, enter, matrix):
-    """`Fit.locally` on a grid over one scan, whose mm lead to the other's."""
-    places = _moved(enter, sampling.identity(_LOCAL).reshape(-1, 3))
-    own, counts = _read(here, places)
-    found, inside = _read(there, _moved(matrix, places))
+def _unlikeness_of_places(sides, points, places, least):
+    """`Fit.globally` in one direction; `least` is the share that can be had."""
+    windows = _windows(sides[0], points)
+    loss, share = _one_way(windows, sides[1], places, points.counts)
+    return 1.0 - jnp.minimum(share / least, 1.0) * (1.0 - loss)
+
+
+def _unlike_locally(own, counts, there: _Side, places, least):
+    """`Fit.locally` of a grid's intensities with the other scan's at some places."""
+    found, inside = _read(there, places)
     mask = ((counts > 0.5) & (inside > 0.5)).reshape(1, *_LOCAL, 1)
     images = (jnp.where(mask, x.reshape(mask.shape), 0.0) for x in (found, own))
     share = jnp.sum(mask) / jnp.maximum(jnp.sum(counts > 0.5), 1)
     unlike = similarity.squared_lncc(*images, mask=mask, sigma=_LOCAL_SIGMA)
-    return 1.0 - share * (1.0 - unlike)
+    return 1.0 - jnp.minimum(share / least, 1.0) * (1.0 - unlike)
+
+
+@jax.jit
+def _local(here, there, own_places, places, least):
+    return _unlike_locally(*_read(here, own_places), there, places, least)
 
 
 _RIGID = np.array([1.0] * 6 + [0.0] * 6, np.float32)
@@ -568,6 +721,14 @@ def _rotation(turn: jax.Array) -> jax.Array:
     return jnp.stack([jnp.stack(row) for row in rows])
 
 
+class _Descent(NamedTuple):
+    strained: jax.Array  # 3x3, logarithm of the strain that the start has already
+    free: np.ndarray  # 12, which numbers change: 1 or 0
+    radius: float  # mm
+    rate: float  # mm, of the first step
+    stiffness: float
+
+
 def _descended(
     level: _Level,
     start: np.ndarray,
@@ -575,7 +736,7 @@ def _descended(
     *,
     base: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns a map after a descent at one level.
+    """Returns a map after a descent by grey levels at one level.
 
     Args:
       level: the pair.
@@ -583,25 +744,38 @@ def _descended(
       free: 12, which numbers change: 1 or 0.
       base: the map whose strain is none; the start if None.
     """
-    extent = level.regions[0].spacing_mm * level.regions[0].shape
-    radius = float(np.linalg.norm(extent) / 2 / np.sqrt(3))
-    before = np.zeros((3, 3)) if base is None else _log_strain(start, base)
-    centred = level.centred(start)
     matrix = _descend(
-        centred,
-        jnp.asarray(before, jnp.float32),
-        level.fixed,
-        level.moving,
-        *level.points(start),
+        level.centred(start),
+        level.sides,
+        level.points(start, _FEW),
         level.fixed_is_smaller,
-        radius,
-        free,
-        0.5 * level.spacing_mm,
+        level.descent(0, start, base, free, _STIFFNESS),
     )
-    enter, leave = (_middle(region) for region in level.regions)
-    found = leave @ np.asarray(matrix, np.float64) @ np.linalg.inv(enter)
-    found[3] = [0, 0, 0, 1]
-    return found
+    return level.in_mm(matrix)
+
+
+def _descended_locally(
+    level: _Level, start: np.ndarray, base: np.ndarray
+) -> np.ndarray:
+    """Returns an affine map after a descent by structure, on the smaller scan's grid.
+
+    Args:
+      level: the pair.
+      start: 4x4, fixed to moving mm.
+      base: the map whose strain is none.
+    """
+    side = 0 if level.fixed_is_smaller else 1
+    if side == 1:
+        start, base = np.linalg.inv(start), np.linalg.inv(base)
+    matrix = _descend_locally(
+        level.centred(start, side),
+        level.sides[side],
+        level.sides[1 - side],
+        level.about_middle(side, level.local_places(side)),
+        level.descent(side, start, base, _AFFINE, _LOCAL_STIFFNESS),
+    )
+    found = level.in_mm(matrix, side)
+    return found if side == 0 else np.linalg.inv(found)
 
 
 def _log_strain(matrix: np.ndarray, base: np.ndarray) -> np.ndarray:
@@ -612,25 +786,43 @@ def _log_strain(matrix: np.ndarray, base: np.ndarray) -> np.ndarray:
 
 
 @jax.jit
-def _descend(
-    base, strained, fixed, moving, points, more, fixed_is_smaller, radius, free, rate
-):
-    """Adam with a rate that falls along a cosine; returns the map."""
+def _descend(base, sides, points, fixed_is_smaller, descent):
+    windows = [_windows(*own) for own in zip(sides, points, strict=True)]
+    return _adam(
+        lambda matrix: _loss(matrix, sides, points, windows, fixed_is_smaller),
+        base,
+        descent,
+    )
+
+
+@jax.jit
+def _descend_locally(base, here, there, places, descent):
+    own, counts = _read(here, places)
+    return _adam(
+        lambda matrix: _unlike_locally(own, counts, there, _moved(matrix, places), 1.0),
+        base,
+        descent,
+    )
+
+
+def _adam(unlike: Callable[[jax.Array], jax.Array], base, descent: _Descent):
+    """Returns the map of least unlikeness and strain; the rate falls along a cosine."""
+    strained, free, radius, rate, stiffness = descent
 
     def objective(numbers):
-        matrix = _map(numbers, radius, base)
-        fit = _loss(matrix, fixed, moving, points, more, fixed_is_smaller)
         a, b, c, d, e, f = numbers[6:] / radius
         rows = ([a, d, e], [d, b, f], [e, f, c])
         strain = strained + jnp.stack([jnp.stack(row) for row in rows])
-        size = jnp.sqrt(jnp.sum(strain**2) + 1e-12)
-        return fit + jax.nn.relu(size - _FREE_STRAIN) ** 2
+        square = jnp.sum(strain**2)
+        beyond = jax.nn.relu(jnp.sqrt(square + 1e-12) - _FREE_STRAIN)
+        return unlike(_map(numbers, radius, base)) + stiffness * square + beyond**2
 
     optimizer = optax.scale_by_adam(b2=0.99)
 
     def iterate(carry, index):
         numbers, state = carry
         gradient = jax.grad(objective)(numbers) * free
+        update: Any
         update, state = optimizer.update(gradient, state)
         left = (1 + jnp.cos(jnp.pi * index / _ITERATIONS)) / 2
         return (numbers - rate * left * update, state), None

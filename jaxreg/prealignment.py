@@ -13,6 +13,7 @@ References:
 
 import dataclasses
 import warnings
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ WAYS = ("none", "centre", "affine", *SAM_WAYS)
 
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
+_EXTENTS = "stretched extents"
 _LARGEST_CHANGE = 8.0  # of volume
 _SMALL_PART = 0.125  # of the moving scan's volume
 
@@ -53,13 +55,17 @@ class Prealignment:
         nothing.
       grid: over the fixed scan, whose unit cube the bend lives in.
       start: what it came from: "headers", "centres", "centres of mass", "stretched
-        extents" or "matches"; "" where nothing was looked for.
+        extents", "a place beside" the first of these or "matches"; "" where nothing
+        was looked for.
+      extents_fit: whether the scans fit better with their extents over each other than
+        by their headers.
     """
 
     affine_mm: np.ndarray
     bend: Field | None = None
     grid: Grid | None = None
     start: str = ""
+    extents_fit: bool = False
 
     @property
     def transform(self) -> Transform:
@@ -123,9 +129,9 @@ def find(
 
     Returns:
       What fits at least as well as the scans where their headers place them, by the
-      measures of `affine_search.Fit`. It warns where that is the headers
-      themselves, where several places fit nearly alike, and where the mirrored scan
-      fits as well.
+      measures of `affine_search.Fit`. It warns where that is the headers themselves,
+      where the images do not say how they lie to each other, and where the mirrored
+      scan fits as well.
 
     Raises:
       UserError: SAM's weights are missing, or its matches are too few or contradict
@@ -187,29 +193,51 @@ def _by_intensities(
         "headers": np.eye(4),  # first: what the others have to beat
         "centres": affine.to_mm(affine.centres(*grids), *grids),
         "centres of mass": _between_centres(moving, fixed),
-        "stretched extents": affine_search.stretched(grids[0], turned.grid),
+        _EXTENTS: affine_search.stretched(grids[0], turned.grid),
     }
     starts = {k: v for k, v in starts.items() if affine_search.plausible(v)}
     found = affine_search.search(here, there, starts)
+    doubt = _doubt_of(found, starts, moving, fixed)
+    if doubt:
+        warnings.warn(f"--prealign affine: {doubt}", stacklevel=3)
+    names = ("headers", _EXTENTS)
+    fits = {name: found.fits[name] for name in names if name in found.fits}
+    extents_fit = affine_search.best_of(fits) == _EXTENTS
+    return Prealignment(found.matrix, start=found.start, extents_fit=extents_fit)
+
+
+def _doubt_of(
+    found: affine_search.Found,
+    starts: Mapping[str, np.ndarray],
+    moving: Scan,
+    fixed: Scan,
+) -> str:
+    """What to say of a search's result, or nothing."""
     names = f"{moving.volume.source} and {fixed.volume.source}"
-    if np.array_equal(found.matrix, starts[found.start]):
-        warnings.warn(
-            f"--prealign affine: no map of {names} fits better than their "
-            f"{found.start}, which is kept as it is",
-            stacklevel=3,
-        )
+    begun = starts.get(found.start)
+    kept = begun is not None and np.array_equal(found.matrix, begun)
+    if found.certain:
+        better = f"no map of {names} fits better than their {found.start}"
+        return f"{better}, which is kept as it is" if kept else ""
+    part = affine_search.part_of(fixed.volume.grid, moving.volume.grid)
     if found.rivals:
-        part = affine_search.part_of(*grids)
-        small = f", which shows {100 * part:.2g} % of the moving scan's volume"
-        warnings.warn(
-            f"--prealign affine is not certain of {names}: from {found.start} and from "
-            f"{', '.join(found.rivals)} it ends in different places that fit nearly "
-            f"alike{small if part < _SMALL_PART else ''}; give masks with "
-            "--fixed-mask, --moving-mask and --loss-function-masking, crop the larger "
-            "scan, or align by matches (--prealign sam-affine)",
-            stacklevel=3,
+        why = "places far apart fit nearly alike"
+    else:
+        why = "a search from other starts does not lead to the same place"
+    if part < _SMALL_PART:
+        why += (
+            f", and the fixed scan shows {100 * part:.2g} % of the moving one's volume"
         )
-    return Prealignment(found.matrix, start=found.start)
+    end = (
+        f"their {found.start} are kept as they are"
+        if kept
+        else f"the best place, found from {found.start}, may be wrong"
+    )
+    return (
+        f"these images do not say how {names} lie to each other: {why}; {end}. Give "
+        "masks with --fixed-mask, --moving-mask and --loss-function-masking, crop the "
+        "larger scan, or align by matches (--prealign sam-affine)"
+    )
 
 
 def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
@@ -225,48 +253,53 @@ def _not_worse(
     fixed: affine_search.Shown,
     moving: affine_search.Shown,
 ) -> Prealignment:
-    """Returns a pre-alignment, or the headers where they fit better; warns of that."""
+    """Returns a pre-alignment, or the headers where they fit better; warns of that.
+
+    A coarse field that fits no better than the headers is left out first.
+    """
     if given.bend is not None:
-        if _bend_fits(way, given, fixed, moving):
+        if _unlikeness_beyond_headers(_as_function(given), fixed, moving, way) < 0:
             return given
+        warnings.warn(
+            f"--prealign {way}: the coarse field fits no better than the scans' "
+            "headers; it is left out",
+            stacklevel=3,
+        )
         given = Prealignment(given.affine_mm, start=given.start)
-    maps = {"headers": np.eye(4), way: given.affine_mm}
-    # By one measure, which none of these ways has made small itself.
-    fits = affine_search.compare(fixed, moving, maps)
-    if fits[way].globally <= fits["headers"].globally:
+    worse = _unlikeness_beyond_headers(given.affine_mm, fixed, moving, way)
+    if worse <= 0:
         return given
     warnings.warn(
-        f"--prealign {way} fits worse than the scans' headers (unlikeness "
-        f"{fits[way].globally:.4f}, by the headers {fits['headers'].globally:.4f}); "
-        "the headers are kept",
+        f"--prealign {way} fits worse than the scans' headers (NMI loss more by "
+        f"{worse:.4f}); the headers are kept",
         stacklevel=3,
     )
     return Prealignment(np.eye(4), start="headers")
 
 
-def _bend_fits(
-    way: Way,
-    given: Prealignment,
-    fixed: affine_search.Shown,
-    moving: affine_search.Shown,
-) -> bool:
-    """Whether a coarse field fits better than the headers; warns if not."""
+def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:
+    """A pre-alignment as a function of P 3 in mm."""
 
     def mapped(places: np.ndarray) -> np.ndarray:
         points = jnp.asarray(places[None], jnp.float32)
         return np.asarray(given.transform.map_points(points))[0]
 
-    functions = {"headers": lambda places: places, way: mapped}
-    fits = affine_search.unlikeness_of_points(fixed, moving, functions)
-    if fits[way] < fits["headers"]:
-        return True
-    warnings.warn(
-        f"--prealign {way}: the coarse field fits no better than the scans' headers "
-        f"(unlikeness {fits[way]:.4f}, by the headers {fits['headers']:.4f}); it is "
-        "left out",
-        stacklevel=4,
-    )
-    return False
+    return mapped
+
+
+def _unlikeness_beyond_headers(
+    found: affine_search.Map,
+    fixed: affine_search.Shown,
+    moving: affine_search.Shown,
+    way: Way,
+) -> float:
+    """By how much a map fits worse than the headers.
+
+    By one measure, which no way that is asked here has made small itself.
+    """
+    maps = {"headers": np.eye(4), way: found}
+    fits = affine_search.compare(fixed, moving, maps)
+    return fits[way].globally - fits["headers"].globally
 
 
 def _scaled(scan: Scan) -> np.ndarray:

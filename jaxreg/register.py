@@ -855,7 +855,17 @@ def _prealigned(
             (fixed, fixed_rule, regions.fixed_mask),
         )
     ]
-    return prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
+    found = prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
+    stretches = placement_of(model, options).resize != "pad_crop"
+    if model is not None and found.extents_fit and stretches:
+        warnings.warn(
+            f"without --prealign {model.name} sees the extents of "
+            f"{moving.source} and {fixed.source} laid over each other, which fits "
+            "better than their headers: scans cropped around one organ may do better "
+            "with --prealign none",
+            stacklevel=2,
+        )
+    return found
 
 
 def _bent(

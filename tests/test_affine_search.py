@@ -124,12 +124,16 @@ def test_another_contrast_and_a_start_out_of_reach():
     scans = pair(SMALL, grid((40,) * 3, (1.6,) * 3, (60, -40, 6)), truth,
                  lambda v: np.abs(v - 210) + 20 * (v > 20))  # fmt: skip
     found = affine_search.search(*scans, starts((60, -40, 6)))
-    assert found.start == "shifted"
-    assert error_mm(found.matrix, truth) < 0.75
+    assert found.start != "headers" and found.certain
+    assert error_mm(found.matrix, truth) < 0.4
 
 
 def test_where_simpleitk_ends():
-    """Mattes' measure too ends within a quarter of a voxel of 1.6 mm of the truth."""
+    """Mattes' measure too ends within a fifth of a voxel of 1.6 mm of the truth.
+
+    Both read between voxels by lines, which blurs more in the middle of a voxel than
+    at its ends: the likeness itself is best a fraction of a voxel beside the truth.
+    """
     sitk = pytest.importorskip("SimpleITK")
     truth = turned(7, 2, (3, -2, 4))
     fixed, moving = pair(SMALL, grid((40,) * 3, (1.6,) * 3), truth)
@@ -153,8 +157,8 @@ def test_where_simpleitk_ends():
     theirs = np.array([transform.TransformPoint(p) for p in PLACES])
     wrong = np.linalg.norm(theirs - apply(truth, PLACES), axis=-1).mean()
     found = affine_search.search(fixed, moving, starts())
-    assert wrong < 0.4
-    assert error_mm(found.matrix, truth) < 0.4
+    assert wrong < 0.3
+    assert error_mm(found.matrix, truth) < 0.3
 
 
 def test_a_mask_says_where_to_look():
@@ -177,21 +181,38 @@ def test_a_mask_says_where_to_look():
     assert wrong.mean() < 0.75
 
 
-def test_losing_the_overlap_is_no_way_to_fit():
+def test_images_that_tell_nothing_leave_the_headers():
+    """Noise: a search ends anywhere, and from every start elsewhere."""
     rng = np.random.default_rng(4)
     over = grid((24,) * 3, (2.0,) * 3)
     fixed, moving = (
         Shown(rng.uniform(size=over.shape).astype(np.float32), over) for _ in "ab"
     )
     found = affine_search.search(fixed, moving, starts((20, 20, 20)))
-    shift = np.abs(found.matrix[:3, 3])
-    assert np.prod(1 - shift.clip(0, 48) / 48) > 0.4
-    assert affine_search.plausible(found.matrix)
+    assert not found.certain
+    np.testing.assert_array_equal(found.matrix, np.eye(4))
+    assert found.start == "headers"
+
+
+def test_apart_is_as_unlike_as_can_be():
+    fixed = scan(SMALL)
     far = turned(0, 0, (500, 0, 0))
-    fits = affine_search.compare(fixed, moving, {"far": far, "here": np.eye(4)})
+    fits = affine_search.compare(fixed, fixed, {"far": far, "here": np.eye(4)})
     assert fits["far"] == (1, 1)
-    assert max(fits["here"]) < 1
+    assert max(fits["here"]) < 0.7
     assert affine_search.best_of(fits) == "here"
+
+
+def test_functions_are_compared_as_matrices_are():
+    """Beside a function, both measures come from the fixed scan's points alone."""
+    fixed, truth = scan(SMALL), turned(4, 1, (2, 1, 0))
+    maps = {"matrix": truth, "function": lambda places: apply(truth, places)}
+    fits = affine_search.compare(fixed, fixed, maps)
+    np.testing.assert_allclose(fits["matrix"], fits["function"], atol=1e-5)
+    both = affine_search.compare(fixed, fixed, {"matrix": truth})
+    # As large a scan, so the local measure is the same one.
+    assert fits["matrix"].locally == pytest.approx(both["matrix"].locally, abs=1e-5)
+    assert fits["matrix"].globally == pytest.approx(both["matrix"].globally, abs=0.02)
 
 
 @SLOW

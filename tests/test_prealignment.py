@@ -332,20 +332,60 @@ def test_a_bend_of_headers_that_fits_better_is_kept(scans, monkeypatch):
     assert prealignment.find("sam", Scan(warped, MRI), fixed) is found
 
 
+FIT = affine_search.Fit(0.9, 0.9)
+
+
 def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
     moving, fixed = scans
     found = affine_search.Found(
-        TRUTH, "centres", affine_search.Fit(0.5, 0.5), ("headers",)
+        TRUTH, "centres", {"headers": FIT}, ("headers",), certain=False
     )
     monkeypatch.setattr(affine_search, "search", lambda *a: found)
     monkeypatch.setattr(affine_search, "mirrored_fits", lambda *a: True)
     with pytest.warns(UserWarning) as caught:
         result = register.register(moving, fixed, None, OPTIONS)
     said = " ".join(str(warning.message) for warning in caught)
-    assert "from centres and from headers it ends in different places" in said
+    assert (
+        "places far apart fit nearly alike; the best place, found from centres" in said
+    )
     assert "--fixed-mask" in said and "mirrored, left for right" in said
     assert result.prealigned_from == "centres"
     assert register.summary(result)["pre-aligned from"] == "centres"
+
+
+@pytest.mark.parametrize(
+    ("certain", "said"),
+    [
+        (True, "no map of moving.nii.gz and fixed.nii.gz fits better than their"),
+        (False, "does not lead to the same place; their headers are kept as they are"),
+    ],
+)
+def test_headers_that_stay_are_said(scans, monkeypatch, certain, said):
+    found = affine_search.Found(np.eye(4), "headers", {"headers": FIT}, certain=certain)
+    monkeypatch.setattr(affine_search, "search", lambda *a: found)
+    monkeypatch.setattr(affine_search, "mirrored_fits", lambda *a: False)
+    with pytest.warns(UserWarning, match=said):
+        prealignment.find("affine", *(Scan(scan, MRI) for scan in scans))
+
+
+@pytest.mark.parametrize("better", [False, True], ids=["headers", "extents"])
+def test_a_network_that_lays_extents_over_each_other_is_spoken_of(
+    scans, monkeypatch, recwarn, better
+):
+    """Crops around an organ say where it is, which a map in mm gives up."""
+    fits = {
+        "headers": FIT,
+        "stretched extents": affine_search.Fit(0.95 - better / 5, 0.8),
+    }
+    found = affine_search.Found(TRUTH, "centres", fits)
+    monkeypatch.setattr(affine_search, "search", lambda *a: found)
+    monkeypatch.setattr(affine_search, "mirrored_fits", lambda *a: False)
+    register.prealigned(*scans, loaded(Known()), OPTIONS)
+    assert any("with --prealign none" in str(w.message) for w in recwarn) == better
+    recwarn.clear()
+    boxed = loaded(Known(), **Placement("pad_crop", "spl", 3.0).to_dict())
+    register.prealigned(*scans, boxed, OPTIONS)
+    assert not recwarn
 
 
 # --- by matches that are made up ------------------------------------------------------

@@ -283,8 +283,17 @@ def mind_ssc(
     return _mean(squares, mask)
 
 
-def _parzen_weights(values: jax.Array, bins: int, low: float, high: float) -> jax.Array:
-    """Returns cubic B-spline weights on the bins, values.shape + (bins,), sum 1."""
+def parzen_weights(
+    values: jax.Array, bins: int, low: float = 0.0, high: float = 1.0
+) -> jax.Array:
+    """Returns cubic B-spline weights on the bins, values.shape + (bins,), sum 1.
+
+    Args:
+      values: of any shape; beyond the range they count as its nearer end.
+      bins: at least 4.
+      low: centre of the first window.
+      high: centre of the last window.
+    """
     # One bin is kept free on either side, so that no window is cut off.
     unit = jnp.clip((values - low) / (high - low), 0.0, 1.0)
     position = 1.0 + unit * (bins - 3)
@@ -302,8 +311,8 @@ def _joint_histogram(
     @jax.checkpoint  # the weights of a slab are cheaper to compute again than to keep
     def add_slab(total, slab):
         w, t, m = (a.reshape(-1) for a in slab)
-        rows = _parzen_weights(w, bins, low, high) * m[:, None]
-        columns = _parzen_weights(t, bins, low, high)
+        rows = parzen_weights(w, bins, low, high) * m[:, None]
+        columns = parzen_weights(t, bins, low, high)
         product = jnp.einsum(
             "va,vb->ab", rows, columns, precision=jax.lax.Precision.HIGHEST
         )
@@ -318,6 +327,13 @@ def _entropy(probability: jax.Array) -> jax.Array:
     positive = probability > 0
     safe = jnp.where(positive, probability, 1.0)
     return -jnp.sum(jnp.where(positive, probability * jnp.log(safe), 0.0))
+
+
+def nmi_of_histogram(joint: jax.Array) -> jax.Array:
+    """Returns what `nmi` does, of a joint histogram, bins x bins of sum 1 or 0."""
+    both = _entropy(joint)
+    single = _entropy(jnp.sum(joint, 0)) + _entropy(jnp.sum(joint, 1))
+    return jnp.where(both > 0, 2.0 - single / jnp.where(both > 0, both, 1.0), 1.0)
 
 
 def nmi(
@@ -359,10 +375,7 @@ def nmi(
     weight = jnp.broadcast_to(weight, target.shape).astype(target.dtype)
 
     def one_volume(w, t, m):
-        joint = _joint_histogram(w, t, m, bins, low, high)
-        both = _entropy(joint)
-        single = _entropy(jnp.sum(joint, 0)) + _entropy(jnp.sum(joint, 1))
-        return jnp.where(both > 0, 2.0 - single / jnp.where(both > 0, both, 1.0), 1.0)
+        return nmi_of_histogram(_joint_histogram(w, t, m, bins, low, high))
 
     volumes = [
         jnp.moveaxis(a, -1, 1).reshape(-1, *target.shape[1:4])
