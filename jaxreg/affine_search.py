@@ -177,7 +177,9 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     begun = _distinct({**starts, **around}, levels[0])
     moved = {k: _descended(levels[0], matrix, _RIGID) for k, matrix in begun.items()}
     # In one measure: the loss at the end of a descent has points of its start.
-    scores = {name: levels[0].unlikeness(matrix) for name, matrix in moved.items()}
+    scores = {
+        name: levels[0].unlikeness(matrix, _FEW) for name, matrix in moved.items()
+    }
     tells = 1 - min(scores.values())
     best = next(k for k, score in scores.items() if 1 - score >= _AS_GOOD * tells)
     ends, begins = (
@@ -260,7 +262,9 @@ def mirrored_fits(fixed: Shown, moving: Shown, matrix: np.ndarray) -> bool:
     mirror = np.diag([-1.0, 1.0, 1.0, 1.0])
     mirror[0, 3] = 2 * _middle(_region(fixed))[0, 3]
     plain, other = (
-        min(level.unlikeness(_descended(level, m, _RIGID)), level.unlikeness(m))
+        min(
+            level.unlikeness(found, _FEW) for found in (m, _descended(level, m, _RIGID))
+        )
         for m in (matrix, matrix @ mirror)
     )
     return 1 - other >= _AS_GOOD * (1 - plain)
@@ -506,7 +510,7 @@ class _Level:
         middle = _middle(self.regions[side])[:3, 3]
         return jnp.asarray(places - middle, jnp.float32)
 
-    def unlikeness(self, matrix: np.ndarray, count: int = _FEW) -> float:
+    def unlikeness(self, matrix: np.ndarray, count: int) -> float:
         """`Fit.globally` of a map in mm."""
         points = self.points(matrix, count)
         value = _unlikeness(

@@ -856,8 +856,11 @@ def _prealigned(
         )
     ]
     found = prealignment.find(options.prealign, *scans, network=_sam_for(model, sam))
-    stretches = placement_of(model, options).resize != "pad_crop"
-    if model is not None and found.extents_fit and stretches:
+    if (
+        model is not None
+        and found.extents_fit
+        and placement_of(model, options).resize != "pad_crop"
+    ):
         warnings.warn(
             f"without --prealign {model.name} sees the extents of "
             f"{moving.source} and {fixed.source} laid over each other, which fits "

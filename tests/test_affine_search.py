@@ -7,6 +7,18 @@ from jaxreg import affine_search
 from jaxreg.affine_search import Shown
 from jaxreg.space.grid import Grid
 
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def few_points(request, monkeypatch):
+    """Programs of tests are not optimised: slow tests alone have as many points."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(affine_search, "_FEW", 2**10)
+        monkeypatch.setattr(affine_search, "_MANY", 2**12)
+        monkeypatch.setattr(affine_search, "_LOCAL", (24, 24, 24))
+
+
 _RNG = np.random.default_rng(1)
 BLOBS_MM = _RNG.uniform(-15, 15, (60, 3))
 SIZES_MM = _RNG.uniform(2.5, 6, 60)
@@ -77,9 +89,6 @@ THICK = np.linalg.qr(np.random.default_rng(3).normal(size=(3, 3)))[0]
 SMALL, WIDE = grid((40,) * 3, (1.5,) * 3), grid((60,) * 3, (4.0,) * 3)
 
 
-SLOW = pytest.mark.slow
-
-
 @pytest.mark.parametrize(
     ("fixed", "moving", "truth", "within"),
     [
@@ -118,6 +127,7 @@ def test_known_maps_are_found(fixed, moving, truth, within):
     assert affine_search.plausible(found.matrix)
 
 
+@SLOW
 def test_another_contrast_and_a_start_out_of_reach():
     """No function of one sign leads from one contrast to the other."""
     truth = turned(5, 2, (61, -40, 7))
@@ -128,6 +138,7 @@ def test_another_contrast_and_a_start_out_of_reach():
     assert error_mm(found.matrix, truth) < 0.4
 
 
+@SLOW
 def test_where_simpleitk_ends():
     """Mattes' measure too ends within a fifth of a voxel of 1.6 mm of the truth.
 
@@ -161,6 +172,7 @@ def test_where_simpleitk_ends():
     assert error_mm(found.matrix, truth) < 0.3
 
 
+@SLOW
 def test_a_mask_says_where_to_look():
     """Something else moves beside what the mask holds."""
     truth = turned(0, 2, (0, 0, 4))

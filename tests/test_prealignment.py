@@ -30,6 +30,16 @@ from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Displacement, Transform
 
+
+@pytest.fixture(autouse=True)
+def few_points(request, monkeypatch):
+    """Programs of tests are not optimised: slow tests alone have as many points."""
+    if "slow" not in request.keywords:
+        monkeypatch.setattr(affine_search, "_FEW", 2**10)
+        monkeypatch.setattr(affine_search, "_MANY", 2**12)
+        monkeypatch.setattr(affine_search, "_LOCAL", (24, 24, 24))
+
+
 NETWORK_GRID = (18, 20, 16)
 _RNG = np.random.default_rng(0)
 BLOBS_MM = _RNG.uniform(-18, 18, (9, 3))
@@ -280,6 +290,7 @@ def error_mm(found, truth=TRUTH):
     return np.linalg.norm(mapped - apply(truth, POINTS), axis=-1).max()
 
 
+@pytest.mark.slow
 def test_searches_by_intensity(scans):
     moving, fixed = (Scan(scan, MRI) for scan in scans)
     assert error_mm(prealignment.find("none", moving, fixed)) > 60
