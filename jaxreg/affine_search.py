@@ -247,6 +247,75 @@ def compare(fixed: Shown, moving: Shown, maps: Mapping[str, Map]) -> dict[str, F
     return {name: level.fit_of_places(found) for name, found in maps.items()}
 
 
+def rivals(
+    fixed: Grid, maps: Mapping[str, np.ndarray], fits: Mapping[str, Fit], best: str
+) -> tuple[str, ...]:
+    """Returns names of maps that fit nearly as well as the best but lead elsewhere.
+
+    Args:
+      fixed: the grid of the scan that stays, whose middle they lead elsewhere.
+      maps: names to 4x4 maps from fixed to moving mm.
+      fits: of the maps, see `compare`.
+      best: name of the one to trust.
+    """
+    tells = 1 - fits[best].globally
+    middle = _middle(fixed)[:, 3]
+
+    def away(name: str) -> float:
+        apart_mm = np.linalg.norm((maps[name] - maps[best]) @ middle)
+        return float(apart_mm / _half_diagonal(fixed))
+
+    return tuple(
+        name
+        for name, fit in fits.items()
+        if 1 - fit.globally > _RIVAL * tells and away(name) > _ELSEWHERE
+    )
+
+
+def agreement(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
+    """Returns in how far what is bright in one scan is bright in the other, -1 to 1.
+
+    The mean of local correlation times its size, as a share of the mean square, on the
+    grid of `Fit.locally`: 1 where all structures correlate positively, -1 where all do
+    negatively; 0 where nothing is there to compare.
+
+    Args:
+      fixed: the scan that stays.
+      moving: the scan that is warped.
+      matrix: 4x4, fixed to moving mm.
+    """
+    return _Level.of(fixed, moving, _LEVELS[-1]).agreement(matrix)
+
+
+def no_worse_in_common(
+    fixed: Shown,
+    moving: Shown,
+    one: Callable[[np.ndarray], np.ndarray],
+    other: Callable[[np.ndarray], np.ndarray],
+) -> bool:
+    """Whether a map fits as well as another one on points that both find partners for.
+
+    Overlap that a map gains or loses says nothing here: scans of neighbouring regions
+    are not pulled over each other by it.
+
+    Args:
+      fixed: the scan that stays.
+      moving: the scan that is warped.
+      one: from fixed mm P 3 to moving mm P 3.
+      other: the same, such as where a search began.
+    """
+    level = _Level.of(fixed, moving, _LEVELS[-1])
+    places = _lattice(level.regions[0], 1.0, _MANY)
+    here = level.counted(0, places, _MANY)
+    ends = [level.counted(1, np.asarray(found(places)), _MANY) for found in (one, other)]
+    common = here._replace(counts=here.counts * ends[0].counts * ends[1].counts)
+    mine, others = (
+        _number(_unlikeness_of_places(level.sides, common, end.places, 1.0))
+        for end in ends
+    )
+    return as_good(mine, others)
+
+
 def mirrored_fits(fixed: Shown, moving: Shown, matrix: np.ndarray) -> bool:
     """Whether the mirror image of the fixed scan fits as well under a map.
 
@@ -281,6 +350,18 @@ def part_of(fixed: Grid, moving: Grid) -> float:
     return _volume(fixed) / _volume(moving)
 
 
+def apart(grid: Grid, one: np.ndarray, other: np.ndarray) -> float:
+    """Returns how far apart two maps take the corners of a scan, in half diagonals."""
+    corners = _apply(grid.unit_to_mm, np.array(list(np.ndindex(2, 2, 2)), float))
+    ways = np.linalg.norm(_apply(one, corners) - _apply(other, corners), axis=1)
+    return float(ways.max() / _half_diagonal(grid))
+
+
+def as_good(one: float, other: float) -> bool:
+    """Whether `Fit.globally` is as good as another, but for what sampling adds."""
+    return 1 - one >= _AS_GOOD * (1 - other)
+
+
 def _apart(one: np.ndarray, other: np.ndarray, level: "_Level") -> float:
     """Root mean square distance of two maps at the smaller scan's corners.
 
@@ -290,9 +371,12 @@ def _apart(one: np.ndarray, other: np.ndarray, level: "_Level") -> float:
     if not level.fixed_is_smaller:
         one, other = np.linalg.inv(one), np.linalg.inv(other)
     places = _apply(region.unit_to_mm, np.array(list(np.ndindex(2, 2, 2))))
-    radius = np.linalg.norm(region.unit_to_mm[:3, :3] @ [0.5, 0.5, 0.5])
     wrong = _apply(one, places) - _apply(other, places)
-    return float(np.sqrt(np.mean(np.sum(wrong**2, -1))) / radius)
+    return float(np.sqrt(np.mean(np.sum(wrong**2, -1))) / _half_diagonal(region))
+
+
+def _half_diagonal(grid: Grid) -> float:
+    return float(np.linalg.norm(grid.unit_to_mm[:3, :3] @ [0.5, 0.5, 0.5]))
 
 
 def _aside(level: "_Level", matrix: np.ndarray) -> dict[str, np.ndarray]:
@@ -500,6 +584,19 @@ class _Level:
         )
         return _number(value)
 
+    def agreement(self, matrix: np.ndarray) -> float:
+        """See `agreement`, of a map in mm."""
+        side = 0 if self.fixed_is_smaller else 1
+        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        places = self.local_places(side)
+        value = _agreement(
+            self.sides[side],
+            self.sides[1 - side],
+            self.about_middle(side, places),
+            self.about_middle(1 - side, _apply(step, places)),
+        )
+        return float(value)
+
     def local_places(self, side: int) -> np.ndarray:
         """The grid of `Fit.locally` over fixed (0) or moving (1) scan, P 3 in mm."""
         grid = self.regions[side].resized(_LOCAL)
@@ -686,6 +783,20 @@ def _unlike_locally(own, counts, there: _Side, places, least):
 @jax.jit
 def _local(here, there, own_places, places, least):
     return _unlike_locally(*_read(here, own_places), there, places, least)
+
+
+@jax.jit
+def _agreement(here, there, own_places, places):
+    own, counts = _read(here, own_places)
+    found, inside = _read(there, places)
+    mask = ((counts > 0.5) & (inside > 0.5)).reshape(1, *_LOCAL, 1)
+    # Means beyond the overlap: zeros would make an edge there that both images have.
+    count = jnp.maximum(jnp.sum(mask), 1)
+    images = (image.reshape(mask.shape) for image in (found, own))
+    images = (jnp.where(mask, x, jnp.sum(x * mask) / count) for x in images)
+    correlation = similarity.lncc_map(*images, sigma=_LOCAL_SIGMA) * mask
+    square = jnp.sum(correlation**2)
+    return jnp.sum(correlation * jnp.abs(correlation)) / jnp.maximum(square, 1e-6)
 
 
 _RIGID = np.array([1.0] * 6 + [0.0] * 6, np.float32)

@@ -259,7 +259,7 @@ def register_verb(  # noqa: PLR0913
     sam_weights: SamWeights = None,
     io_iterations: Iterations = "50",
     io_target: IoTarget = Target.NETWORK,
-    io_sim: IoSim = Similarity.LNCC,
+    io_sim: IoSim = Similarity.AUTO,
     io_lr: IoLr = None,
     seed: Seed = 0,
     fixed_mask: FixedMask = None,

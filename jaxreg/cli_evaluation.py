@@ -134,7 +134,7 @@ def evaluate_verb(  # noqa: PLR0913
         ),
     ] = "None",
     io_target: IoTarget = Target.NETWORK,
-    io_sim: IoSim = Similarity.LNCC,
+    io_sim: IoSim = Similarity.AUTO,
     io_lr: IoLr = None,
     seed: Seed = 0,
     task: TaskName = "auto",

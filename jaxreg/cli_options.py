@@ -65,8 +65,9 @@ class Prealign(enum.StrEnum):
 
 
 class Similarity(enum.StrEnum):
-    """Names of losses.similarity.SIMILARITIES."""
+    """Names of losses.similarity.SIMILARITIES, and a choice by the modalities."""
 
+    AUTO = "auto"
     LNCC = "lncc"
     LNCC2 = "lncc2"
     MIND = "mind"
@@ -157,7 +158,14 @@ IoTarget = Annotated[
         OPTIMISE,
     ),
 ]
-IoSim = Annotated[Similarity, choice("--io-sim", "Similarity.", OPTIMISE)]
+IoSim = Annotated[
+    Similarity,
+    choice(
+        "--io-sim",
+        "Similarity. auto: lncc; without a network nmi where contrasts differ.",
+        OPTIMISE,
+    ),
+]
 IoLr = Annotated[
     float | None,
     option(

@@ -141,16 +141,16 @@ def find(
         raise UserError(f"--prealign is {way}, expected one of {', '.join(WAYS)}")
     if way == "none":
         return Prealignment(np.eye(4))
-    shown = _shown(fixed), _shown(moving)
+    both = shown(fixed), shown(moving)
     if way == "affine":
-        found = _by_intensities(moving, fixed, *shown)
+        found = _by_intensities(moving, fixed, *both)
     else:
         if way in SAM_WAYS:
             given = _by_matches(way, moving, fixed, network)
         else:
             given = Prealignment(_between_centres(moving, fixed), start="centres")
-        found = _not_worse(way, given, *shown)
-    if affine_search.mirrored_fits(*shown, found.affine_mm):
+        found = _not_worse(way, given, *both)
+    if affine_search.mirrored_fits(*both, found.affine_mm):
         warnings.warn(
             f"{moving.volume.source} mirrored, left for right, fits "
             f"{fixed.volume.source} as well: these images cannot tell the sides; check "
@@ -163,7 +163,7 @@ def find(
 # --- by intensities -------------------------------------------------------------------
 
 
-def _shown(scan: Scan) -> affine_search.Shown:
+def shown(scan: Scan) -> affine_search.Shown:
     """A scan as its likeness is measured.
 
     MR is not cut off at a quantile of all voxels: of a head in a large field of view

@@ -134,6 +134,8 @@ def optimize_features(
         Transform((Displacement(found), *start.forward.steps)),
         Transform((*start.backward.steps, Displacement(-found))),
         history,
+        start.start,
+        start.similarity,
     )
 
 
@@ -272,7 +274,9 @@ def optimize_map(
     found, history = _descend(step, 2.0 * begin, steps, progress)
     # Once more, between the voxels: too costly for every step.
     field = unfolded(0.5 * found, between=True)
-    return Optimized(Transform((Displacement(field),)), start.backward, history)
+    return dataclasses.replace(
+        start, forward=Transform((Displacement(field),)), history=history
+    )
 
 
 @functools.partial(jax.jit, static_argnames="loss")

@@ -8,6 +8,7 @@ call `register`; nothing here opens a file.
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import numbers
 import operator
@@ -22,7 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from nibabel import orientations
 
-from jaxreg import compiled, metrics, optimize, prealignment, refine, tasks, zoo
+from jaxreg import (
+    affine_search,
+    compiled,
+    metrics,
+    optimize,
+    prealignment,
+    refine,
+    tasks,
+    zoo,
+)
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import given
@@ -32,7 +42,7 @@ from jaxreg.models import kinds, unireg
 from jaxreg.models.sam import TrainedSam
 from jaxreg.models.unireg_rpn import UniRegRpnConfig
 from jaxreg.nn.dynamic import Pairing
-from jaxreg.space import fields, sampling
+from jaxreg.space import affine, fields, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume, unit_scale
 from jaxreg.typing import Pair
@@ -41,6 +51,9 @@ Target = Literal["network", "displacement", "features", "map"]
 _REFINING = ("features", "map")
 _WHOLE_NUMBERS = ("io_iterations", "level_iterations", "seed")
 _NUMBERS = ("io_lr", "dice_loss_weight", "smoothness")
+_LARGEST_STRETCH = 1.5  # of lengths, by which extents may still be those of one thing
+_SAME_PLACE = 0.01  # half diagonals of the fixed scan
+_ALIKE = 0.95  # share of local structure: bright in one scan, bright in the other
 _MUCH_FOLDED = 1.0  # per cent of the voxels
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -70,7 +83,9 @@ class Options:
         and a displacement ("displacement"); or after it, by the images' features, a
         displacement ("features") or, by intensities, the map itself ("map"), see
         `refine`.
-      io_sim: similarity, a key of `losses.similarity.SIMILARITIES`.
+      io_sim: similarity, a key of `losses.similarity.SIMILARITIES`; or "auto": "lncc",
+        but without a network "nmi" where the modalities differ or, where they do not
+        say it, what is bright in one scan is not bright in the other.
       io_lr: learning rate of Adam; the target's own default if None.
       dice_loss_weight: weight of the Dice term; needs both segmentations.
       intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
@@ -107,7 +122,7 @@ class Options:
     loss_function_masking: bool = False
     io_iterations: int | None = 50
     io_target: Target = "network"
-    io_sim: str = "lncc"
+    io_sim: str = "auto"
     io_lr: float | None = None
     dice_loss_weight: float = 0.0
     intensity_conservation_loss: bool = False
@@ -198,6 +213,8 @@ class Registration:
         asked for one, the smoothness; empty for other networks.
       prealigned_from: what the pre-alignment came from, `Prealignment.start`; empty
         without one.
+      started_from: what fitted best before a registration without a network:
+        "headers", "centres of mass" or "stretched extents"; else empty.
     """
 
     transform: transform_lib.Transform
@@ -219,6 +236,23 @@ class Registration:
     sdlogj: float
     told: str = ""
     prealigned_from: str = ""
+    started_from: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scans:
+    """What is registered: turned scans, what belongs to them, their network grids."""
+
+    moving: Volume
+    fixed: Volume
+    regions: Regions
+    grids: tuple[Grid, Grid]
+    start: prealignment.Prealignment | None
+
+    @property
+    def placed(self) -> np.ndarray:
+        """Where pre-alignment or headers place them, 4x4, fixed to moving mm."""
+        return np.eye(4) if self.start is None else self.start.affine_mm
 
 
 def check_options(options: Options) -> None:
@@ -238,8 +272,8 @@ def check_options(options: Options) -> None:
             )
     _check_modality_options(options)
     _check_prealign(options)
-    if options.io_sim not in similarity.SIMILARITIES:
-        known = ", ".join(sorted(similarity.SIMILARITIES))
+    if options.io_sim not in ("auto", *similarity.SIMILARITIES):
+        known = ", ".join(["auto", *sorted(similarity.SIMILARITIES)])
         raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")
     if options.io_iterations is not None and options.io_iterations < 1:
         raise UserError(
@@ -473,7 +507,10 @@ def register(
         return _with_range(told.of(pair), model, options)
 
     with _Clock(seconds, "preprocess"):
-        grids = tuple(placement.grid(v.grid, options.shape) for v in (fixed, moving))
+        grids = (
+            placement.grid(fixed.grid, options.shape),
+            placement.grid(moving.grid, options.shape),
+        )
         pair = shown(make_pair(moving, fixed, options, regions))
     apart, bend = (pair, grids), None
     if options.prealign != "none":
@@ -486,7 +523,8 @@ def register(
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(_MATMUL[options.precision]):
-            found = _optimise(pair, model, options, grids, progress, sam)
+            scans = _Scans(moving, fixed, regions, grids, start)
+            found, options = _optimised(pair, model, options, scans, progress, sam)
             domains = {} if model is None else tasks.domains(model, pair)
         there, back = _bent(found, bend, options.shape)
         forward = transform_lib.flatten(there, options.shape)
@@ -542,6 +580,7 @@ def register(
         warped_after=warped_after,
         told=told.text,
         prealigned_from=start.start if start else "",
+        started_from="" if start else found.start,
     )
 
 
@@ -705,6 +744,7 @@ def _with_rule_of(model: zoo.LoadedModel | None, options: Options) -> Options:
         or model.ct_window
         or kinds.hounsfield_window(config),
         placement=placement_of(model, options),
+        io_sim="lncc" if options.io_sim == "auto" else options.io_sim,
         quantile_range=options.quantile_range or model.quantile_range,
         foreground=model.foreground
         if options.foreground is None
@@ -926,6 +966,8 @@ def summary(result: Registration) -> dict[str, str]:
         "SDlogJ": f"{result.sdlogj:.4f}",
     }
     rows = {name: text for name, text in rows.items() if text}
+    if result.started_from:
+        rows = {"started from": result.started_from, **rows}
     if result.told:
         rows = {"told": result.told, **rows}
     if result.domains:
@@ -1063,16 +1105,27 @@ def _objective(options: Options) -> Objective:
     )
 
 
+def _optimised(
+    pair: Pair, model: zoo.LoadedModel | None, options: Options, *given: Any
+) -> tuple[optimize.Optimized, Options]:
+    """Returns `_optimise`'s result, and the options with the similarity in use."""
+    found = _optimise(pair, model, options, *given)
+    similar = found.similarity or options.io_sim
+    return found, dataclasses.replace(options, io_sim=similar)
+
+
 def _optimise(
     pair: Pair,
     model: zoo.LoadedModel | None,
     options: Options,
-    grids,
+    scans: _Scans,
     progress: Progress | None,
     sam: TrainedSam | None,
 ) -> optimize.Optimized:
     """Returns the unit transforms of the chosen way to find them."""
     predicted = refine.UNTOUCHED
+    if model is None and options.io_target != "displacement":
+        options, predicted = _placed(options, scans)
     if model is not None and (
         options.io_iterations is None or options.io_target in _REFINING
     ):
@@ -1096,17 +1149,303 @@ def _optimise(
         return refine.optimize_features(pair, predicted, extract, **common)
     common["key"] = jax.random.key(options.seed)
     if options.io_target == "displacement":
-        return optimize.optimize_displacement(
-            pair,
-            _objective(options),
-            # A pre-alignment is the start: the identity between these grids.
-            starts=_starts(pair, *grids) if options.prealign == "none" else (),
-            **common,
-        )
+        return _find_displacement(pair, options, scans, common)
     assert model is not None
     return optimize.optimize_network(
         model.model, model.variables, pair, _objective(options), **common
     )
+
+
+def _placed(options: Options, scans: _Scans) -> tuple[Options, optimize.Optimized]:
+    """Returns the options with a similarity, and where the scans are without a network.
+
+    That is where a pre-alignment has placed them, else the start that fits best.
+    """
+    shown = _as_shown(scans, options)
+    found, matrix = refine.UNTOUCHED, scans.placed
+    if options.prealign == "none":
+        starts = _starts(scans, *shown)
+        name = affine_search.best_of(affine_search.compare(*shown, starts))
+        matrix = starts[name]
+        found = dataclasses.replace(
+            optimize.by_affine(_unit_matrix(matrix, *scans.grids)), start=name
+        )
+    similar = _by_images(options, shown, matrix)
+    found = dataclasses.replace(found, similarity=similar)
+    return dataclasses.replace(options, io_sim=similar), found
+
+
+def _find_displacement(
+    pair: Pair, options: Options, scans: _Scans, common: dict[str, Any]
+) -> optimize.Optimized:
+    """Returns an affine map and a displacement between the scans' network grids.
+
+    Affine maps are found from several starts, by each similarity that may suit the
+    pair; the displacement follows from the map that fits best. All are found on the
+    parts of the scans that can meet: where one shows much more than the other, its
+    whole extent on the network grid would leave few voxels to what both show.
+    """
+    steps, progress = common["steps"], common.pop("progress")
+    shown = _as_shown(scans, options)
+    if scans.start is None:
+        starts = _starts(scans, *shown)
+    else:
+        starts = {"pre-alignment": scans.placed}
+    maps, came = dict(starts), {name: name for name in starts}
+    fits = affine_search.compare(*shown, starts)
+    tried = _possible(options)
+    first = starts[affine_search.best_of(fits)]
+    if len(tried) > 1 and _by_images(options, shown, first) == tried[0]:
+        tried = tried[:1]
+    levels = len(optimize.DisplacementConfig().factors)
+    total = steps * (2 * len(starts) * len(tried) + levels)
+    report = progress and optimize.Report(progress, total)
+    histories = []
+    for name, similar in itertools.product(starts, tried):
+        by = dataclasses.replace(options, io_sim=similar)
+        part, objective, grids = _parts_that_meet(pair, by, scans, starts[name])
+        matrix, history = optimize.find_affine(
+            part,
+            objective,
+            _unit_matrix(starts[name], *grids),
+            steps=2 * steps,
+            key=common["key"],
+            extent_mm=_extent_mm(grids[0]),
+            report=report,
+        )
+        report = report and report.after(2 * steps)
+        histories.append(history)
+        world = grids[1].unit_to_mm @ matrix @ np.linalg.inv(grids[0].unit_to_mm)
+        if affine_search.plausible(world):
+            maps[f"{name} by {similar}"] = world
+            came[f"{name} by {similar}"] = name
+    found = {name: maps[name] for name in maps if name not in starts}
+    fits = {**fits, **affine_search.compare(*shown, found)}
+    best = affine_search.best_of(fits)
+    _warn_of_rivals(scans, maps, fits, best)
+    similar = _by_images(options, shown, maps[best])
+    by = dataclasses.replace(options, io_sim=similar)
+    part, objective, (here, there) = _parts_that_meet(pair, by, scans, maps[best])
+    fixed, moving = scans.grids
+    result = optimize.optimize_displacement(
+        part,
+        objective,
+        start=_unit_matrix(maps[best], here, there),
+        found_affine=True,
+        extent_mm=_extent_mm(here),
+        report=report,
+        **common,
+    )
+    result = dataclasses.replace(
+        result,
+        forward=_between(result.forward, (fixed, moving), (here, there)),
+        backward=_between(result.backward, (moving, fixed), (there, here)),
+        history=optimize.chained([*histories, result.history]),
+        start=came[best],
+        similarity=similar,
+    )
+    return _not_worse(result, starts[came[best]], scans, shown, options)
+
+
+def _possible(options: Options) -> tuple[str, ...]:
+    """Returns the similarities that may suit a pair without a network."""
+    if options.io_sim != "auto":
+        return (options.io_sim,)
+    modalities = options.fixed_modality, options.moving_modality
+    if not preprocess.same_contrast(*modalities):
+        return ("nmi",)
+    named = "mri" not in map(preprocess.known, modalities)
+    return ("lncc",) if named else ("lncc", "nmi")
+
+
+def _by_images(
+    options: Options,
+    shown: tuple[affine_search.Shown, affine_search.Shown],
+    matrix: np.ndarray,
+) -> str:
+    """Returns the similarity for two scans that are roughly aligned by a 4x4 in mm.
+
+    Where the modalities do not say it: correlation's, if what is bright in one scan is
+    bright in the other.
+    """
+    possible = _possible(options)
+    if len(possible) == 1:
+        return possible[0]
+    alike = affine_search.agreement(*shown, matrix) > _ALIKE
+    return "lncc" if alike else "nmi"
+
+
+def _extent_mm(grid: Grid) -> list[float]:
+    return (unit_scale(grid.shape) * grid.spacing_mm).tolist()
+
+
+def _starts(
+    scans: _Scans, here: affine_search.Shown, there: affine_search.Shown
+) -> dict[str, np.ndarray]:
+    """Returns first guesses of the affine map, 4x4 from fixed to moving mm, by name.
+
+    The headers come first. The extents are stretched onto each other where both scans
+    may show the same thing in them.
+    """
+    grids = scans.fixed.grid, scans.moving.grid
+    masses = [s.array if s.mask is None else s.array * s.mask for s in (here, there)]
+    starts = {
+        "headers": np.eye(4),
+        "centres of mass": affine.to_mm(
+            affine.centres_of_mass(masses[0], masses[1], *grids), *grids
+        ),
+        "stretched extents": affine_search.stretched(*grids),
+    }
+    stretch = np.linalg.svd(starts["stretched extents"][:3, :3], compute_uv=False)
+    if max(stretch.max(), 1 / stretch.min()) > _LARGEST_STRETCH:
+        del starts["stretched extents"]
+    found: dict[str, np.ndarray] = {}
+    for name, start in starts.items():
+        apart = [
+            affine_search.apart(grids[0], start, other) for other in found.values()
+        ]
+        if affine_search.plausible(start) and min(apart, default=1.0) > _SAME_PLACE:
+            found[name] = start
+    return found
+
+
+def _as_shown(
+    scans: _Scans, options: Options
+) -> tuple[affine_search.Shown, affine_search.Shown]:
+    """Returns fixed and moving as their likeness is measured."""
+    rules = _rules(options)
+    masked = options.input_masking or options.loss_function_masking
+    masks = scans.regions.moving_mask, scans.regions.fixed_mask
+    moving, fixed = (
+        prealignment.shown(prealignment.Scan(volume, rule, mask if masked else None))
+        for volume, rule, mask in zip(
+            (scans.moving, scans.fixed), rules, masks, strict=True
+        )
+    )
+    return fixed, moving
+
+
+def _parts_that_meet(
+    pair: Pair, options: Options, scans: _Scans, start: np.ndarray
+) -> tuple[Pair, Objective, tuple[Grid, Grid]]:
+    """Returns the pair of the parts of both scans that can meet, and their grids.
+
+    Between them the objective, in which a part's edge voxels go on beyond it: the scan
+    does not end there. Beyond whole scans lie zeros, so that two scans cut to the same
+    organ hold on to each other's edges.
+
+    Args:
+      pair: of the whole scans, which are taken as they are where both meet all over.
+      options: how to register.
+      scans: both, on their whole grids.
+      start: 4x4, fixed to moving mm.
+    """
+    objective = _objective(options)
+    whole = pair, objective, scans.grids
+    placement = options.placement or preprocess.AS_GRADICON
+    volumes = {"fixed": scans.fixed, "moving": scans.moving}
+    fixed, moving = scans.fixed.grid, scans.moving.grid
+    parts = {
+        "fixed": preprocess.part_near(fixed, moving, np.linalg.inv(start)),
+        "moving": preprocess.part_near(moving, fixed, start),
+    }
+    cut = {name: preprocess.cut(volumes[name], part) for name, part in parts.items()}
+    same = all(cut[name].grid.shape == volumes[name].grid.shape for name in cut)
+    bent = scans.start is not None and scans.start.bend is not None
+    if same or bent or placement.resize == "pad_crop":
+        return whole
+    regions = scans.regions
+    for name, part in parts.items():
+        names = (f"{name}_mask", f"{name}_segmentation")
+        regions = _each(regions, functools.partial(preprocess.cut, part=part), names)
+    try:
+        found = make_pair(cut["moving"], cut["fixed"], options, regions)
+    except UserError:  # nothing to see there, or no label
+        return whole
+    here, there = (placement.grid(cut[name].grid, options.shape) for name in cut)
+    objective = dataclasses.replace(objective, outside="edge")
+    return _as_compared(found), objective, (here, there)
+
+
+def _warn_of_rivals(
+    scans: _Scans,
+    maps: Mapping[str, np.ndarray],
+    fits: Mapping[str, affine_search.Fit],
+    best: str,
+) -> None:
+    """Warns where the scans fit nearly as well elsewhere."""
+    rivals = affine_search.rivals(scans.fixed.grid, maps, fits, best)
+    if not rivals:
+        return
+    warnings.warn(
+        f"the place of {scans.fixed.source} in {scans.moving.source} is not certain: "
+        f"affine maps from {best} and from {', '.join(rivals)} differ and fit nearly "
+        "alike; look at the result, give masks with --fixed-mask, --moving-mask and "
+        "--loss-function-masking, or crop the larger scan",
+        stacklevel=3,
+    )
+
+
+@jax.jit
+def _led(transform: transform_lib.Transform, places: jax.Array) -> jax.Array:
+    return jnp.asarray(transform.map_points(places))
+
+
+def _not_worse(
+    found: optimize.Optimized,
+    start: np.ndarray,
+    scans: _Scans,
+    shown: tuple[affine_search.Shown, affine_search.Shown],
+    options: Options,
+) -> optimize.Optimized:
+    """Returns what was found, or the start where that fits better; warns of it.
+
+    Args:
+      found: between the scans' network grids.
+      start: 4x4, fixed to moving mm.
+      scans: both.
+      shown: both as they are compared.
+      options: how to register.
+    """
+    if options.dice_loss_weight > 0 or options.intensity_conservation_loss:
+        return found  # which intensities as they are do not judge
+    if scans.start is not None and scans.start.bend is not None:
+        return found  # between scans that are bent already
+    fixed, moving = scans.grids
+
+    def led(places: np.ndarray) -> np.ndarray:
+        enter = transform_lib.Affine(np.linalg.inv(fixed.unit_to_mm))
+        unit = jnp.asarray(enter(places), jnp.float32)
+        ends = np.asarray(_led(found.forward, unit[None])[0], np.float64)
+        return np.asarray(transform_lib.Affine(moving.unit_to_mm)(ends))
+
+    ways = {"start": transform_lib.Affine(start), "found": led}
+    fits = affine_search.unlikeness_of_points(*shown, ways)
+    if affine_search.as_good(fits["found"], fits["start"]):
+        return found
+    warnings.warn(
+        f"the optimisation made the scans less alike (unlikeness {fits['found']:.4f}, "
+        f"by the {found.start} {fits['start']:.4f}), so the {found.start} "
+        f"{'stay' if found.start.endswith('s') else 'stays'}; try another similarity "
+        "(--io-sim), more steps or a finer grid",
+        stacklevel=3,
+    )
+    kept = optimize.by_affine(_unit_matrix(start, fixed, moving))
+    return dataclasses.replace(found, forward=kept.forward, backward=kept.backward)
+
+
+def _between(
+    unit: transform_lib.Transform,
+    whole: tuple[Grid, Grid],
+    parts: tuple[Grid, Grid],
+) -> transform_lib.Transform:
+    """Returns a map between the unit cubes of two parts as one of the wholes."""
+    if all(a is b for a, b in zip(whole, parts, strict=True)):
+        return unit
+    enter = np.linalg.inv(parts[0].unit_to_mm) @ whole[0].unit_to_mm
+    leave = np.linalg.inv(whole[1].unit_to_mm) @ parts[1].unit_to_mm
+    first, last = (transform_lib.Affine(jnp.asarray(m, "f4")) for m in (enter, leave))
+    return transform_lib.Transform((first, *unit.steps, last))
 
 
 def _extractor(network: TrainedSam | None, options: Options) -> refine.Extract:
@@ -1133,29 +1472,6 @@ def _extractor(network: TrainedSam | None, options: Options) -> refine.Extract:
 def _unit_matrix(world: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
     """Returns a 4x4 world map (RAS+ mm) between the unit cubes of two grids."""
     return np.linalg.inv(moving.unit_to_mm) @ world @ fixed.unit_to_mm
-
-
-def _centre_mm(image: np.ndarray, grid: Grid) -> np.ndarray:
-    """Returns the centre of an image's brightness, (3,) RAS+ mm."""
-    total = max(float(image.sum(dtype=np.float64)), 1e-12)
-    index = [
-        float(image.sum(axis=tuple(a for a in range(3) if a != axis)) @ np.arange(n))
-        for axis, n in enumerate(image.shape)
-    ]
-    return grid.affine_mm[:3, :3] @ (np.array(index) / total) + grid.affine_mm[:3, 3]
-
-
-def _starts(pair: Pair, fixed: Grid, moving: Grid) -> list[np.ndarray]:
-    """Returns first guesses of the affine map: as the headers say, and by brightness.
-
-    Both keep lengths and angles in mm, which the identity of the unit cubes does not:
-    that one stretches one scan's extent to the other's.
-    """
-    shift = np.eye(4)
-    shift[:3, 3] = _centre_mm(np.asarray(pair.moving[0, ..., 0]), moving) - _centre_mm(
-        np.asarray(pair.fixed[0, ..., 0]), fixed
-    )
-    return [_unit_matrix(world, fixed, moving) for world in (np.eye(4), shift)]
 
 
 def _score(

@@ -279,3 +279,34 @@ def test_both_measures_have_to_agree():
     assert affine_search.best_of(fits) == "both"
     del fits["both"]
     assert affine_search.best_of(fits) == "headers"
+
+
+def test_agreement_tells_one_contrast_from_another():
+    fixed, moving = pair(SMALL, WIDE, np.eye(4))
+    assert affine_search.agreement(fixed, moving, np.eye(4)) > 0.98
+    assert affine_search.agreement(moving, fixed, np.eye(4)) > 0.98
+
+    def opposed(values):
+        return np.where(values > 100, 700 - values, values)
+
+    fixed, moving = pair(SMALL, WIDE, np.eye(4), opposed)
+    assert affine_search.agreement(fixed, moving, np.eye(4)) < 0.8
+    against = Shown(1 - fixed.array, fixed.grid)
+    assert affine_search.agreement(fixed, against, np.eye(4)) == pytest.approx(-1)
+
+
+def test_rivals_fit_nearly_as_well_elsewhere():
+    far, near = np.eye(4), np.eye(4)
+    far[0, 3], near[0, 3] = 20.0, 1.0  # of a half diagonal of about 52 mm
+    maps = {"best": np.eye(4), "far": far, "near": near, "worse": far}
+    good, bad = affine_search.Fit(0.9, 0.5), affine_search.Fit(0.92, 0.5)
+    fits = {"best": good, "far": good, "near": good, "worse": bad}
+    assert affine_search.rivals(SMALL, maps, fits, "best") == ("far",)
+
+
+def test_two_maps_are_as_far_apart_as_their_farthest_corner():
+    shifted, larger = np.eye(4), np.diag([1.1, 1.1, 1.1, 1.0])
+    half = 19.5 * 1.5 * np.sqrt(3)
+    shifted[1, 3] = 3.0
+    assert affine_search.apart(SMALL, np.eye(4), shifted) == pytest.approx(3 / half)
+    assert affine_search.apart(SMALL, np.eye(4), larger) == pytest.approx(0.1)

@@ -3,6 +3,8 @@
 Against the original: tests/models/test_gradicon.py.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -247,16 +249,13 @@ def test_progress_counts_the_steps_of_all_levels(recovered):
     assert {given for _, given, _ in calls} == {total}
 
 
-def test_the_best_start_is_taken():
+def test_it_begins_at_the_start():
     grid = sampling.identity(CUBE)
     start = np.eye(4)
     start[:3, 3] = [0.25, 0.0, -0.2]  # further than the descent finds by itself
-    wrong = np.eye(4)
-    wrong[:3, 3] = [-0.25, 0.1, 0.2]
     pair = Pair(blobs(grid), blobs(Affine(start)(np.asarray(grid))))
-    result = found(pair, affine=False, starts=(wrong, start))
-    matrix = result.forward.steps[-1].matrix  # refined with the fields
-    np.testing.assert_allclose(matrix, start, atol=0.1)
+    result = found(pair, affine=False, start=start)
+    np.testing.assert_allclose(result.forward.steps[-1].matrix, start, atol=1e-6)
     # Started in the right place, there is little left to do.
     points = result.forward.on_grid(CUBE)
     inside = np.asarray(pair.fixed)[..., 0] > 0.2
@@ -281,3 +280,50 @@ def test_a_coarser_pair_knows_the_same():
     assert coarse.fixed.shape == coarse.fixed_mask.shape == (1, 8, 8, 8, 1)
     for name, value in known.items():
         assert getattr(coarse, name) is value
+
+
+def test_what_has_no_partner_does_not_count():
+    """Half a cube away only half of each image meets the other, within its mask."""
+    mask = np.ones((1, 9, 9, 9, 1))
+    mask[:, :, :3] = 0
+    image = jnp.ones((1, 9, 9, 9, 1))
+    pair = Pair(image, image, fixed_mask=jnp.asarray(mask), moving_mask=image)
+    start = np.eye(4)
+    start[0, 3] = 0.5  # by 4 voxels
+    nothing = {"affine": jnp.zeros((3, 4)), "control": None}
+    for masked, rows in ((False, 0), (True, 3)):
+        meets = optimize._meeting(
+            pair, nothing, jnp.asarray(start), jnp.ones(3), masked=masked
+        )
+        fixed, moving = np.zeros((2, 9, 9, 9))
+        fixed[:5, rows:] = moving[4:] = 1
+        np.testing.assert_array_equal(meets.fixed_mask[0, ..., 0], fixed)
+        np.testing.assert_array_equal(meets.moving_mask[0, ..., 0], moving)
+
+
+def test_an_affine_map_that_changes_volume_too_much_is_not_believed():
+    grid = sampling.identity(CUBE)
+    pair = Pair(blobs(grid), blobs(truth(grid)))
+    start = np.eye(4)
+    start[:3, 3] = [0.02, 0.0, -0.01]
+    for rate, believed in ((0.01, True), (4.0, False)):
+        matrix, history = optimize.find_affine(
+            pair, CHEAP, start, steps=1, key=jax.random.key(0),
+            config=dataclasses.replace(CONFIG, affine_learning_rate=rate),
+        )  # fmt: skip
+        assert np.array_equal(matrix, start) != believed
+        assert len(history["loss"]) == 2
+
+
+def test_an_affine_change_is_one_of_space():
+    """A turn stays a turn where the cube's edges differ, against float64."""
+    edges, c, s = np.array([0.5, 1.0, 1.5]), np.cos(0.3), np.sin(0.3)
+    turn = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+    shift = np.array([0.1, 0.0, -0.2])
+    change = np.concatenate([turn - np.eye(3), shift[:, None]], 1)
+    start = np.eye(4)
+    start[:3] += np.random.default_rng(0).normal(size=(3, 4)) * 0.1
+    found = optimize._affine(jnp.asarray(change, jnp.float32), start, tuple(edges))
+    points = np.random.default_rng(1).random((5, 3))
+    moved = ((points - 0.5) * edges @ turn.T + shift) / edges + 0.5
+    np.testing.assert_allclose(found(points), Affine(start)(moved), atol=1e-5)

@@ -269,6 +269,22 @@ def test_without_a_network_it_starts_where_the_scans_are(target, left):
     assert len(result.history["loss"]) == 21
 
 
+def test_without_a_network_extents_are_not_stretched():
+    """One thing in two fields of view, and headers that agree."""
+    fixed = scan(0.0, "fixed")
+    wide = Grid((40, 42, 38), fixed.grid.affine_mm.copy())
+    wide.affine_mm[:3, 3] = -16.0
+    array = np.zeros(wide.shape, np.float32)
+    array[8:32, 8:34, 8:30] = fixed.array
+    options = register.Options(
+        shape=(16, 16, 16), io_target="map", io_iterations=1, io_lr=1e-6, io_sim="ncc"
+    )
+    result = register.register(Volume(array, wide, "wide"), fixed, None, options)
+    points = np.random.default_rng(0).uniform(10, 30, (1, 5, 3))
+    np.testing.assert_allclose(result.transform.map_points(points), points, atol=0.1)
+    assert result.started_from == "headers"
+
+
 def test_what_it_does_not_know_is_refused():
     options = register.Options(io_target="features", dice_loss_weight=1.0)
     with pytest.raises(UserError, match="knows neither --dice-loss-weight"):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg import prealignment, register, zoo
+from jaxreg import optimize, prealignment, register, zoo
 from jaxreg.data import preprocess
 from jaxreg.errors import UserError
 from jaxreg.io import checkpoints, transforms
@@ -488,16 +488,32 @@ def test_order_of_storage_does_not_change_the_result(axes, flips):
     assert first.similarity_after == pytest.approx(second.similarity_after)
 
 
+def scans_of(fixed, moving):
+    grids = fixed.grid.resized(NETWORK_GRID), moving.grid.resized(NETWORK_GRID)
+    return register._Scans(moving, fixed, register.Regions(), grids, None)
+
+
 def test_starts_keep_lengths_and_meet_the_centres():
     fixed, moving = blobs(make_grid()), blobs(make_grid(turn=0.2), (4.0, 0.0, -3.0))
-    pair = register.make_pair(moving, fixed, OPTIONS, register.Regions())
-    grids = fixed.grid.resized(NETWORK_GRID), moving.grid.resized(NETWORK_GRID)
-    headers, centred = register._starts(pair, *grids)
-    world = grids[1].unit_to_mm @ headers @ np.linalg.inv(grids[0].unit_to_mm)
-    np.testing.assert_allclose(world, np.eye(4), atol=1e-9)
-    world = grids[1].unit_to_mm @ centred @ np.linalg.inv(grids[0].unit_to_mm)
+    scans = scans_of(fixed, moving)
+    starts = register._starts(scans, *register._as_shown(scans, OPTIONS))
+    assert list(starts) == ["headers", "centres of mass", "stretched extents"]
+    np.testing.assert_array_equal(starts["headers"], np.eye(4))
+    world = starts["centres of mass"]
     np.testing.assert_allclose(world[:3, :3], np.eye(3), atol=1e-9)
     np.testing.assert_allclose(world[:3, 3], [4.0, 0.0, -3.0], atol=1.5)
+    corners = np.array([[0.0, 0, 0, 1], [1, 1, 1, 1]]).T
+    np.testing.assert_allclose(
+        starts["stretched extents"] @ fixed.grid.unit_to_mm @ corners,
+        moving.grid.unit_to_mm @ corners,
+        atol=1e-6,
+    )
+    wide = moving.grid.resized(tuple(2 * n for n in moving.grid.shape))
+    wide = Grid(wide.shape, moving.grid.affine_mm)  # shows twice as much
+    noise = np.random.default_rng(0).random(wide.shape, np.float32)
+    scans = scans_of(fixed, Volume(noise, wide))
+    starts = register._starts(scans, *register._as_shown(scans, OPTIONS))
+    assert "stretched extents" not in starts
 
 
 def test_dice_classes_are_those_of_both():
@@ -597,6 +613,88 @@ def test_displacement_finds_a_shift():
     assert result.similarity_after < 0.5 * result.similarity_before
     assert seen
     assert seen[-1][0] == seen[-1][1]
+
+
+def ball(grid, seed=0):
+    """A textured ball about the origin, 25 mm in radius."""
+    rng = np.random.default_rng(seed)
+    centres, sizes = rng.uniform(-14, 14, (40, 3)), rng.uniform(2.5, 6, 40)
+    heights = rng.uniform(30, 120, 40) * rng.choice([1, 1, -0.6], 40)
+    index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
+    place = index @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
+    value = np.full(grid.shape, 200.0)
+    for centre, size, height in zip(centres, sizes, heights, strict=True):
+        distance = np.sum((place - centre) ** 2, axis=-1)
+        value += height * np.exp(-distance / (2 * size**2))
+    value /= 1 + np.exp(np.linalg.norm(place, axis=-1) - 24)
+    return Volume(value.astype(np.float32), grid, "ball.nii.gz")
+
+
+def cube_grid(n, spacing):
+    affine = np.diag([spacing, spacing, spacing, 1.0])[:, [2, 1, 0, 3]]
+    affine[:3, 3] = -spacing * (n - 1) / 2
+    return Grid((n, n, n), affine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("turned", [False, True], ids=["moving", "fixed"])
+def test_displacement_of_one_thing_in_two_fields_of_view(turned):
+    """Headers that agree are not left, whichever scan shows four times as much."""
+    scans = ball(cube_grid(30, 2.0)), ball(cube_grid(48, 5.0))
+    fixed, moving = scans[::-1] if turned else scans
+    options = register.Options(
+        io_target="displacement", io_iterations=20, shape=(16, 16, 16), io_sim="ncc"
+    )
+    result = register.register(moving, fixed, None, options)
+    assert result.started_from == "headers"
+    points = np.concatenate([np.zeros((1, 3)), 8 * np.eye(3), -8 * np.eye(3)])[None]
+    off = np.linalg.norm(result.transform.map_points(points) - points, axis=-1)
+    assert off.mean() < 1.2  # 2.9 and 3.8 mm when extents were stretched
+    assert "started from" in register.summary(result)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "moving", "possible"),
+    [
+        ("mri", "mri", ("lncc", "nmi")),
+        ("mr", "t2", ("lncc", "nmi")),
+        ("t1", "t1w", ("lncc",)),
+        ("ct", "ct", ("lncc",)),
+        ("ct", "mri", ("nmi",)),
+        ("t1", "t2", ("nmi",)),
+    ],
+)
+def test_similarity_follows_the_modalities(fixed, moving, possible):
+    options = register.Options(fixed_modality=fixed, moving_modality=moving)
+    assert register._possible(options) == possible
+    for chosen in ("lncc", "mind"):
+        given = dataclasses.replace(options, io_sim=chosen)
+        assert register._possible(given) == (chosen,)
+
+
+def test_similarity_follows_the_images_where_modalities_do_not_say_it():
+    options = register.Options(fixed_modality="mri", moving_modality="mri")
+    scan = ball(cube_grid(30, 2.0))
+    tissue = scan.array > 100
+    opposed = np.where(tissue, scan.array.max() + 100 - scan.array, scan.array)
+    for moving, name in ((scan, "lncc"), (Volume(opposed, scan.grid), "nmi")):
+        shown = register._as_shown(scans_of(scan, moving), options)
+        assert register._by_images(options, shown, np.eye(4)) == name
+
+
+def test_a_worse_result_gives_way_to_its_start():
+    scan = ball(cube_grid(30, 2.0))
+    scans = scans_of(scan, scan)
+    shown = register._as_shown(scans, OPTIONS)
+    away = np.eye(4)
+    away[:3, 3] = 0.2
+    found = dataclasses.replace(optimize.by_affine(away), start="headers")
+    with pytest.warns(UserWarning, match="less alike .*so the headers stay"):
+        kept = register._not_worse(found, np.eye(4), scans, shown, OPTIONS)
+    np.testing.assert_allclose(kept.forward.steps[0].matrix, np.eye(4), atol=1e-6)
+    start = scans.grids[1].unit_to_mm @ away @ np.linalg.inv(scans.grids[0].unit_to_mm)
+    home = optimize.by_affine(np.eye(4))
+    assert register._not_worse(home, start, scans, shown, OPTIONS) is home
 
 
 # --- other networks' views ------------------------------------------------------------

@@ -44,6 +44,8 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
     }
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
+_FEWEST_KEPT = 4  # voxels along each axis of a part
+_WHOLE = 0.8  # share of an axis from which all of it is kept
 SAME_GRID_VOXELS = 0.25
 """How far apart the grids of an image and its mask may lie, see `check_grids`."""
 CANONICAL = "RAS"
@@ -427,6 +429,47 @@ def oriented(volume: Volume, axes: Any) -> Volume:
 def orientation_of(grid: Grid) -> str:
     """Returns the directions in which NIfTI's i, j and k grow, e.g. "RAS"."""
     return "".join(orientations.aff2axcodes(grid.transposed().affine_mm))
+
+
+def part_near(
+    grid: Grid, other: Grid, other_to_mm: np.ndarray, margin: float = 0.25
+) -> tuple[slice, ...]:
+    """Returns the part of a scan's grid that another scan can meet.
+
+    That is the box around the other one's corners, with a margin. An axis of which it
+    would leave out less than a fifth stays whole, and so do all where it is empty.
+
+    Args:
+      grid: the scan's.
+      other: the other scan's.
+      other_to_mm: 4x4, where the other one's points lie in this one's space, mm.
+      margin: on each side, relative to the box's own edge or this scan's, the shorter.
+    """
+    size = np.asarray(grid.shape)
+    ends = np.stack([np.full(3, -0.5), np.asarray(other.shape) - 0.5])
+    corners = ends[np.array(list(np.ndindex(2, 2, 2))), np.arange(3)]
+    to_index = np.linalg.inv(grid.affine_mm) @ other_to_mm @ other.affine_mm
+    places = corners @ to_index[:3, :3].T + to_index[:3, 3]
+    low, high = places.min(0) + 0.5, places.max(0) + 0.5  # 0 and n are the faces
+    reach = margin * np.minimum(high - low, size)
+    first = np.clip(np.floor(low - reach), 0, size).astype(int)
+    last = np.clip(np.ceil(high + reach), 0, size).astype(int)
+    if np.any(last - first < _FEWEST_KEPT):
+        return tuple(slice(0, int(n)) for n in size)
+    whole = last - first > _WHOLE * size
+    return tuple(
+        slice(0, int(n)) if all_of_it else slice(int(a), int(b))
+        for n, a, b, all_of_it in zip(size, first, last, whole, strict=True)
+    )
+
+
+def cut(volume: Volume, part: tuple[slice, ...]) -> Volume:
+    """Returns a part of a scan where it is; a view."""
+    matrix = np.eye(4)
+    matrix[:3, 3] = [s.start for s in part]
+    array = volume.array[part]
+    grid = Grid(array.shape, volume.grid.affine_mm @ matrix)
+    return Volume(array, grid, volume.source)
 
 
 def _two_numbers(name: str, values: Any) -> tuple[float, float]:

@@ -5,7 +5,7 @@ both run over [0, 1], so the numbers do not depend on the resolution.
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,9 @@ def gradicon(
     )
 
 
-def diffusion(field: Field) -> jax.Array:
+def diffusion(
+    field: Field, extent: Sequence[float] | jax.Array = (1.0, 1.0, 1.0)
+) -> jax.Array:
     """Returns the mean squared first derivative of a displacement field.
 
     The sum over the three axes of the mean over batch, voxels and components of the
@@ -87,10 +89,12 @@ def diffusion(field: Field) -> jax.Array:
 
     Args:
       field: N D H W 3, unit.
+      extent: lengths of the axes D, H and W in the unit of the field, where this is a
+        length in space and the grid no cube.
     """
     total = jnp.zeros((), field.dtype)
-    for axis in (1, 2, 3):
-        per_unit = jnp.diff(field, axis=axis) * max(field.shape[axis] - 1, 1)
+    for axis, length in zip((1, 2, 3), extent, strict=True):
+        per_unit = jnp.diff(field, axis=axis) * (max(field.shape[axis] - 1, 1) / length)
         if per_unit.size:
             total += jnp.mean(per_unit**2)
     return total

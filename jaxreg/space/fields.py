@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxreg.space import sampling
+from jaxreg.space.grid import Shape
 from jaxreg.typing import Field, Image, Points
 
 Differences = Literal["backward", "forward", "central"]
@@ -21,6 +22,7 @@ _CELLS = {
     "central": (slice(1, -1), slice(None, -2), slice(2, None)),
 }
 """Where the determinant is taken, and the ends of a difference, along an axis."""
+_ROUNDING = 1e-3  # of a voxel
 
 
 def evaluate(field: Field, points: Points, *, outside: sampling.Outside = "edge"):
@@ -46,6 +48,14 @@ def warp(
       fill: the value beyond half a voxel, for "half_voxel" only.
     """
     return sampling.sample(image, points, order=order, outside=outside, fill=fill)
+
+
+def inside(points: Points, shape: Shape) -> jax.Array:
+    """Returns whether unit points lie within the voxels of an image, N ... 1."""
+    last = jnp.asarray(shape) - 1.0
+    half = 0.5 + _ROUNDING
+    index = points * last
+    return jnp.all((index >= -half) & (index <= last + half), axis=-1, keepdims=True)
 
 
 def compose(outer: Field, inner: Field) -> Field:

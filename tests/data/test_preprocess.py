@@ -558,3 +558,24 @@ def test_orientation_travels_with_the_placement():
     assert preprocess.Placement.of_weights(said).orientation is None
     with pytest.raises(UserError, match='orientation is "up", expected a letter'):
         preprocess.Placement(orientation="up")
+
+
+def test_the_part_that_another_scan_can_meet_is_cut_out():
+    large = Grid((60, 50, 40), np.diag([2.0, 2, 2, 1])[:, [2, 1, 0, 3]])
+    affine = np.diag([1.0, 1, 1, 1])[:, [2, 1, 0, 3]]
+    affine[:3, 3] = [30.0, 40.0, 50.0]
+    small = Grid((20, 20, 20), affine)  # 10 voxels of the large one each way
+    part = preprocess.part_near(large, small, np.eye(4))
+    assert [(s.start, s.stop) for s in part] == [(22, 38), (17, 33), (12, 28)]
+    rng = np.random.default_rng(0)
+    volume = Volume(rng.random(large.shape), large)
+    found = preprocess.cut(volume, part)
+    np.testing.assert_array_equal(found.array, volume.array[part])
+    first = large.affine_mm @ [22, 17, 12, 1]
+    np.testing.assert_allclose(found.grid.affine_mm[:, 3], first)
+    whole = tuple(slice(0, n) for n in small.shape)
+    assert preprocess.part_near(small, large, np.eye(4)) == whole
+    away = np.eye(4)
+    away[:3, 3] = 1000.0
+    nothing = preprocess.part_near(large, small, away)
+    assert nothing == tuple(slice(0, n) for n in large.shape)

@@ -57,6 +57,12 @@ def test_warp_reads_the_moving_image_at_the_points():
     np.testing.assert_allclose(warped[:, -1], image[:, -1], atol=1e-5)
 
 
+def test_inside_reaches_to_the_faces_of_the_outer_voxels():
+    index = np.array([[-0.5, 0, 0], [-0.6, 0, 0], [4.4, 3.5, 0], [4.4, 3.6, 0]])
+    found = fields.inside(jnp.asarray(index / [4, 3, 1]), (5, 4, 2))
+    assert found[..., 0].tolist() == [True, False, True, False]
+
+
 def test_compose_with_identity_returns_the_other():
     field, zero = smooth(), jnp.zeros((1, *SHAPE, 3))
     np.testing.assert_allclose(fields.compose(zero, field), field, atol=1e-7)
