@@ -1216,7 +1216,10 @@ def _find_displacement(
         report = report and report.after(2 * steps)
         histories.append(history)
         world = grids[1].unit_to_mm @ matrix @ np.linalg.inv(grids[0].unit_to_mm)
-        if affine_search.plausible(world):
+        ways = transform_lib.Affine(world), transform_lib.Affine(first)
+        if affine_search.plausible(world) and affine_search.no_worse_in_common(
+            *shown, *ways
+        ):
             maps[f"{name} by {similar}"] = world
             came[f"{name} by {similar}"] = name
     found = {name: maps[name] for name in maps if name not in starts}
@@ -1421,13 +1424,16 @@ def _not_worse(
 
     ways = {"start": transform_lib.Affine(start), "found": led}
     fits = affine_search.unlikeness_of_points(*shown, ways)
-    if affine_search.as_good(fits["found"], fits["start"]):
+    common = affine_search.no_worse_in_common(*shown, led, ways["start"])
+    if common and affine_search.as_good(fits["found"], fits["start"]):
         return found
+    where = "" if common else " where both results place them on each other"
+    stay = "stay" if found.start.endswith("s") else "stays"
     warnings.warn(
-        f"the optimisation made the scans less alike (unlikeness {fits['found']:.4f}, "
-        f"by the {found.start} {fits['start']:.4f}), so the {found.start} "
-        f"{'stay' if found.start.endswith('s') else 'stays'}; try another similarity "
-        "(--io-sim), more steps or a finer grid",
+        f"the optimisation made the scans less alike{where} (unlikeness "
+        f"{fits['found']:.4f}, by the {found.start} {fits['start']:.4f}), so the "
+        f"{found.start} {stay}; try another similarity (--io-sim), more steps or a "
+        "finer grid",
         stacklevel=3,
     )
     kept = optimize.by_affine(_unit_matrix(start, fixed, moving))
