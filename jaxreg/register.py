@@ -1333,9 +1333,9 @@ def _parts_that_meet(
 ) -> tuple[Pair, Objective, tuple[Grid, Grid]]:
     """Returns the pair of the parts of both scans that can meet, and their grids.
 
-    Between them the objective, in which a part's edge voxels go on beyond it: the scan
-    does not end there. Beyond whole scans lie zeros, so that two scans cut to the same
-    organ hold on to each other's edges.
+    Between them the objective. Beyond scans that show the same part of the body lie
+    zeros, so that their edges hold on to each other; where either shows more, what it
+    shows goes on beyond the other, and so do the outer voxels.
 
     Args:
       pair: of the whole scans, which are taken as they are where both meet all over.
@@ -1344,7 +1344,6 @@ def _parts_that_meet(
       start: 4x4, fixed to moving mm.
     """
     objective = _objective(options)
-    whole = pair, objective, scans.grids
     placement = options.placement or preprocess.AS_GRADICON
     volumes = {"fixed": scans.fixed, "moving": scans.moving}
     fixed, moving = scans.fixed.grid, scans.moving.grid
@@ -1355,7 +1354,17 @@ def _parts_that_meet(
     cut = {name: preprocess.cut(volumes[name], part) for name, part in parts.items()}
     same = all(cut[name].grid.shape == volumes[name].grid.shape for name in cut)
     bent = scans.start is not None and scans.start.bend is not None
-    if same or bent or placement.resize == "pad_crop":
+    if bent or placement.resize == "pad_crop":
+        return pair, objective, scans.grids
+    met = (
+        preprocess.part_near(fixed, moving, np.linalg.inv(start), margin=0.0),
+        preprocess.part_near(moving, fixed, start, margin=0.0),
+    )
+    sizes = [tuple(s.stop - s.start for s in part) for part in met]
+    if sizes != [fixed.shape, moving.shape]:
+        objective = dataclasses.replace(objective, outside="edge")
+    whole = pair, objective, scans.grids
+    if same:
         return whole
     regions = scans.regions
     for name, part in parts.items():
@@ -1366,7 +1375,6 @@ def _parts_that_meet(
     except UserError:  # nothing to see there, or no label
         return whole
     here, there = (placement.grid(cut[name].grid, options.shape) for name in cut)
-    objective = dataclasses.replace(objective, outside="edge")
     return _as_compared(found), objective, (here, there)
 
 

@@ -682,6 +682,19 @@ def test_similarity_follows_the_images_where_modalities_do_not_say_it():
         assert register._by_images(options, shown, np.eye(4)) == name
 
 
+def test_beyond_scans_that_end_apart_their_edges_go_on():
+    scan = ball(cube_grid(30, 2.0))
+    options = dataclasses.replace(OPTIONS, placement=preprocess.WITHOUT_WEIGHTS)
+    pair = register.make_pair(scan, scan, options, register.Regions())
+    away = np.eye(4)
+    for shift_mm, outside in ((6.0, "zeros"), (24.0, "edge")):
+        away[0, 3] = shift_mm
+        _, objective, _ = register._parts_that_meet(
+            pair, options, scans_of(scan, scan), away
+        )
+        assert objective.outside == outside
+
+
 def test_a_worse_result_gives_way_to_its_start():
     scan = ball(cube_grid(30, 2.0))
     scans = scans_of(scan, scan)
