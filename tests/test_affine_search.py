@@ -292,7 +292,7 @@ def test_agreement_tells_one_contrast_from_another():
     fixed, moving = pair(SMALL, WIDE, np.eye(4), opposed)
     assert affine_search.agreement(fixed, moving, np.eye(4)) < 0.8
     against = Shown(1 - fixed.array, fixed.grid)
-    assert affine_search.agreement(fixed, against, np.eye(4)) == pytest.approx(-1)
+    assert affine_search.agreement(fixed, against, np.eye(4)) < -0.98
 
 
 def test_rivals_fit_nearly_as_well_elsewhere():
