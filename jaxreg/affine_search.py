@@ -307,39 +307,13 @@ def no_worse_in_common(
     level = _Level.of(fixed, moving, _LEVELS[-1])
     places = _lattice(level.regions[0], 1.0, _MANY)
     here = level.counted(0, places, _MANY)
-    ends = [level.counted(1, np.asarray(found(places)), _MANY) for found in (one, other)]
+    ends = [
+        level.counted(1, np.asarray(found(places)), _MANY) for found in (one, other)
+    ]
     common = here._replace(counts=here.counts * ends[0].counts * ends[1].counts)
     mine, others = (
         _number(_unlikeness_of_places(level.sides, common, end.places, 1.0))
         for end in ends
-    )
-    return as_good(mine, others)
-
-
-def no_worse_in_common(
-    fixed: Shown,
-    moving: Shown,
-    one: Callable[[np.ndarray], Any],
-    other: Callable[[np.ndarray], Any],
-) -> bool:
-    """Whether a map fits as well as another one on points that both find partners for.
-
-    Overlap that a map gains or loses says nothing here: scans of neighbouring regions
-    are not pulled over each other by it.
-
-    Args:
-      fixed: the scan that stays.
-      moving: the scan that is warped.
-      one: from fixed mm P 3 to moving mm P 3.
-      other: the same, such as where a search began.
-    """
-    level = _Level.of(fixed, moving, _LEVELS[-1])
-    places = _lattice(level.regions[0], 1.0)
-    here = level.counted(0, places)
-    ends = [level.counted(1, np.asarray(found(places))) for found in (one, other)]
-    common = here._replace(counts=here.counts * ends[0].counts * ends[1].counts)
-    mine, others = (
-        float(_one_way(level.fixed, level.moving, common, end)) for end in ends
     )
     return as_good(mine, others)
 

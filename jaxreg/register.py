@@ -1431,7 +1431,8 @@ def _not_worse(
         return np.asarray(transform_lib.Affine(moving.unit_to_mm)(ends))
 
     ways = {"start": transform_lib.Affine(start), "found": led}
-    fits = affine_search.unlikeness_of_points(*shown, ways)
+    compared = affine_search.compare(*shown, ways)
+    fits = {name: fit.globally for name, fit in compared.items()}
     common = affine_search.no_worse_in_common(*shown, led, ways["start"])
     if common and affine_search.as_good(fits["found"], fits["start"]):
         return found
