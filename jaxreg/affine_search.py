@@ -290,8 +290,8 @@ def agreement(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
 def no_worse_in_common(
     fixed: Shown,
     moving: Shown,
-    one: Callable[[np.ndarray], np.ndarray],
-    other: Callable[[np.ndarray], np.ndarray],
+    one: Callable[[np.ndarray], Any],
+    other: Callable[[np.ndarray], Any],
 ) -> bool:
     """Whether a map fits as well as another one on points that both find partners for.
 

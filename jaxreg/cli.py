@@ -322,7 +322,7 @@ def register_verb(  # noqa: PLR0913
         io_lr=io_lr,
         dice_loss_weight=dice_loss_weight,
         intensity_conservation_loss=intensity_conservation_loss,
-        shape=parse_shape(shape or "175,175,175"),
+        shape=None if shape is None else parse_shape(shape),
         precision=precision.value,
         stored_orientation=stored_orientation,
         task=task,
@@ -345,8 +345,7 @@ def register_verb(  # noqa: PLR0913
         ):
             cli_batch.register_list(
                 asked, options, weights, modalities=modalities, fill=value,
-                sam_weights=sam_weights, trained_shape=shape is None,
-                fetch=_fetch, show=bar.pairs,
+                sam_weights=sam_weights, fetch=_fetch, show=bar.pairs,
             )  # fmt: skip
         return
     _check_outputs(outputs, [fixed, moving, network_weights, *regions.values()])
@@ -357,8 +356,7 @@ def register_verb(  # noqa: PLR0913
     _warn_about_idle_options(options, regions, value, outputs)
     _register(
         {"fixed": fixed, "moving": moving, **regions}, outputs, options, weights, value,
-        shlex.join(["jaxreg", *context.obj]), trained_shape=shape is None,
-        sam_weights=sam_weights,
+        shlex.join(["jaxreg", *context.obj]), sam_weights=sam_weights,
     )  # fmt: skip
 
 
@@ -370,7 +368,6 @@ def _register(
     fill,
     command: str,
     *,
-    trained_shape: bool,
     sam_weights: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
@@ -401,15 +398,14 @@ def _register(
     outside = preprocess.beyond(options.moving_modality, stored, fill)
     volumes.check_storable(outside.fill, stored)
     model = None if weights is None else _fetch(weights)
-    if model is not None and trained_shape:
-        options = dataclasses.replace(options, shape=model.shape)
+    options = register_lib.with_grid(options, model)
     if sam is not None and not register_lib.uses_sam(model, options):
         warn(
             "--sam-weights has no effect without --prealign sam, --io-target features "
             "of two CT scans, or a UniReg that lacks its SAM network"
         )
     network = model is not None
-    waiting = compiling(options.shape, network=network)
+    waiting = compiling(options.grid_shape, network=network)
     with (
         interrupted(
             "nothing was written; give the same command again, what was compiled and "

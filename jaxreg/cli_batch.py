@@ -104,7 +104,6 @@ def register_list(
     modalities: Mapping[str, Any],
     fill: float | None,
     sam_weights: pathlib.Path | None,
-    trained_shape: bool,
     fetch: Callable[[Any], "LoadedModel"],
     show: Callable[[int, int, int], None],
 ) -> None:
@@ -117,7 +116,6 @@ def register_list(
       modalities: fixed_modality and moving_modality, None where they were not given.
       fill: value beyond the moving scans.
       sam_weights: of --sam-weights.
-      trained_shape: whether the network grid is that of the weights.
       fetch: loads weights.
       show: told after each pair (pairs done, pairs in all, pairs that failed).
 
@@ -144,8 +142,6 @@ def register_list(
     if waiting:
         sam = load_sam(options.prealign, sam_weights, weights)
         model = None if weights is None else fetch(weights)
-        if model is not None and trained_shape:
-            options = dataclasses.replace(options, shape=model.shape)
         pair_list.check_told(list(waiting.values()), list(waiting), model, options)
         if asked.out_dir is not None:
             files.make_folder(asked.out_dir, "--out-dir")

@@ -174,7 +174,6 @@ def evaluate_verb(  # noqa: PLR0913
     named = None if model == "none" else model
     sam = load_sam(prealign.value, sam_weights, named)
     loaded = None if named is None else zoo.load(named)
-    grid = (175, 175, 175) if loaded is None else loaded.shape
     options = register.Options(
         fixed_modality=(fixed_modality or Modality.MRI).value,
         moving_modality=(moving_modality or Modality.MRI).value,
@@ -192,7 +191,7 @@ def evaluate_verb(  # noqa: PLR0913
         seed=seed,
         ct_window=ct_window,
         quantile_range=quantile_range,
-        shape=grid if shape is None else parse_shape(shape),
+        shape=None if shape is None else parse_shape(shape),
         inverse=False,
     )
     chosen, names = _paired(
@@ -361,7 +360,7 @@ def tune_verb(  # noqa: PLR0913
         prealign=prealign.value,
         ct_window=ct_window,
         quantile_range=quantile_range,
-        shape=loaded.shape if shape is None else parse_shape(shape),
+        shape=None if shape is None else parse_shape(shape),
         inverse=False,
     )
     chosen, names = _paired(

@@ -139,7 +139,7 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
-def compiling(shape: tuple[int, int, int], *, network: bool) -> str:
+def compiling(shape: tuple[int, ...], *, network: bool) -> str:
     """Returns what takes long before the first step, and for how long usually."""
     import jax
 

@@ -241,7 +241,7 @@ def evaluate(
             f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    options = dataclasses.replace(options, inverse=False)
+    options = register.with_grid(dataclasses.replace(options, inverse=False), model)
     ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
@@ -280,7 +280,9 @@ def _rows_of(
         yield from (results.Row(way.name, pair.table, name) for way in ways)
         return
     present = _labels_of(scans, labels)
-    measured = placement.measured(placement.turned(scans.fixed).grid, options.shape)
+    measured = placement.measured(
+        placement.turned(scans.fixed).grid, options.grid_shape
+    )
     for way in ways:
         try:
             found, seconds = way.find(scans)
@@ -452,7 +454,7 @@ def _resized(
     moving, fixed, _ = register.turned(
         scans.moving, scans.fixed, register.Regions(), placement, options
     )
-    grids = (placement.grid(v.grid, options.shape) for v in (fixed, moving))
+    grids = (placement.grid(v.grid, options.grid_shape) for v in (fixed, moving))
     return transform_lib.in_world(Transform(()), *grids)
 
 

@@ -54,6 +54,7 @@ _NUMBERS = ("io_lr", "dice_loss_weight", "smoothness")
 _LARGEST_STRETCH = 1.5  # of lengths, by which extents may still be those of one thing
 _SAME_PLACE = 0.01  # half diagonals of the fixed scan
 _ALIKE = 0.95  # share of local structure: bright in one scan, bright in the other
+_WITHOUT_WEIGHTS = (175, 175, 175)  # the network grid
 _MUCH_FOLDED = 1.0  # per cent of the voxels
 _MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -90,7 +91,8 @@ class Options:
       dice_loss_weight: weight of the Dice term; needs both segmentations.
       intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
       shape: the network grid, voxels along the network's array axes: (D, H, W), or
-        the reverse where its placement has NIfTI's order.
+        the reverse where its placement has NIfTI's order; if None that of the weights,
+        or 175 x 175 x 175 where there are none.
       precision: of the network's products, where the device has a choice; all else is
         float32, coordinates and losses included.
       stored_orientation: feed both scans as they are stored, as the original does,
@@ -126,7 +128,7 @@ class Options:
     io_lr: float | None = None
     dice_loss_weight: float = 0.0
     intensity_conservation_loss: bool = False
-    shape: Shape = (175, 175, 175)
+    shape: Shape | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
     stored_orientation: bool = False
     seed: int = 0
@@ -144,6 +146,8 @@ class Options:
         Raises:
           UserError: the shape is no three whole numbers, nor one.
         """
+        if self.shape is None:
+            return
         one = isinstance(self.shape, int | np.integer)
         shape = (self.shape,) * 3 if one else self.shape
         try:
@@ -154,6 +158,12 @@ class Options:
                 "(175, 175, 175), or one for a cube"
             ) from None
         object.__setattr__(self, "shape", (d, h, w))
+
+    @property
+    def grid_shape(self) -> Shape:
+        """The network grid of options that say one; see `with_grid`."""
+        assert self.shape is not None, "the caller has called with_grid"
+        return self.shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,12 +296,20 @@ def check_options(options: Options) -> None:
         raise UserError(
             f"--dice-loss-weight is {options.dice_loss_weight:g}, expected 0 or more"
         )
-    if min(options.shape) < 8:
+    if options.shape is not None and min(options.shape) < 8:
         raise UserError(
             f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
             "of at least 8; leave it out for the grid of the weights"
         )
     _check_target(options)
+
+
+def with_grid(options: Options, model: zoo.LoadedModel | None) -> Options:
+    """Returns options on the grid of the weights, where they name none themselves."""
+    if options.shape is not None:
+        return options
+    shape = _WITHOUT_WEIGHTS if model is None else model.shape
+    return dataclasses.replace(options, shape=shape)
 
 
 def _check_kind(value: object, kind: Any, what: str, words: str) -> None:
@@ -497,7 +515,7 @@ def register(
     check_volumes(moving, fixed, regions)
     model, told = _told(model, options, sam)
     _warn_of_orientation(fixed, model, options)
-    options = _with_rule_of(model, options)
+    options = _with_rule_of(model, with_grid(options, model))
     placement = placement_of(model, options)
     moving, fixed, regions = turned(moving, fixed, regions, placement, options)
     alone = _prealigns_alone(model, options)
@@ -508,8 +526,8 @@ def register(
 
     with _Clock(seconds, "preprocess"):
         grids = (
-            placement.grid(fixed.grid, options.shape),
-            placement.grid(moving.grid, options.shape),
+            placement.grid(fixed.grid, options.grid_shape),
+            placement.grid(moving.grid, options.grid_shape),
         )
         pair = shown(make_pair(moving, fixed, options, regions))
     apart, bend = (pair, grids), None
@@ -526,8 +544,8 @@ def register(
             scans = _Scans(moving, fixed, regions, grids, start)
             found, options = _optimised(pair, model, options, scans, progress, sam)
             domains = {} if model is None else tasks.domains(model, pair)
-        there, back = _bent(found, bend, options.shape)
-        forward = transform_lib.flatten(there, options.shape)
+        there, back = _bent(found, bend, options.grid_shape)
+        forward = transform_lib.flatten(there, options.grid_shape)
         # What the pair's moving image, which is bent already, lacks.
         rest = forward if bend is None else found.forward
         _check_finite(forward, options)
@@ -543,7 +561,7 @@ def register(
         if alone and start:  # a pre-alignment alone is exact as it is
             transform = start.in_world
         folding_percent, sdlogj = metrics.regularity(
-            transform, placement.measured(fixed.grid, options.shape)
+            transform, placement.measured(fixed.grid, options.grid_shape)
         )
         _warn_of_folds(folding_percent)
     inverse, residual = None, None
@@ -1064,7 +1082,7 @@ def make_pair(
     pair = preprocess.network_pair(
         moving,
         fixed,
-        options.shape,
+        options.grid_shape,
         moving_rule=rules[0],
         fixed_rule=rules[1],
         moving_mask=regions.moving_mask,
@@ -1078,7 +1096,7 @@ def make_pair(
     if options.dice_loss_weight == 0 or None in segmentations:
         return pair
     labels = [
-        preprocess.network_labels(volume, options.shape, placement=where)
+        preprocess.network_labels(volume, options.grid_shape, placement=where)
         for volume, where in zip(
             segmentations, (carried or placement, placement), strict=True
         )
@@ -1374,7 +1392,7 @@ def _parts_that_meet(
         found = make_pair(cut["moving"], cut["fixed"], options, regions)
     except UserError:  # nothing to see there, or no label
         return whole
-    here, there = (placement.grid(cut[name].grid, options.shape) for name in cut)
+    here, there = (placement.grid(cut[name].grid, options.grid_shape) for name in cut)
     return _as_compared(found), objective, (here, there)
 
 
@@ -1495,7 +1513,7 @@ def _score(
     """Returns the similarity loss and the warped image, D H W."""
     pair = _as_compared(pair)
     mask = pair.fixed_mask if options.loss_function_masking else None
-    points = _mapped(unit, options.shape)
+    points = _mapped(unit, options.grid_shape)
     # Compiled in one: operations on their own would be compiled anew for each pair.
     loss, warped = _compared(pair.moving, pair.fixed, mask, points, name=options.io_sim)
     return float(loss), np.asarray(warped[0, ..., 0])

@@ -281,7 +281,8 @@ def test_both_measures_have_to_agree():
     assert affine_search.best_of(fits) == "headers"
 
 
-def test_agreement_tells_one_contrast_from_another():
+def test_agreement_tells_one_contrast_from_another(monkeypatch):
+    monkeypatch.setattr(affine_search, "_LOCAL", (48, 48, 48))  # blobs are small
     fixed, moving = pair(SMALL, WIDE, np.eye(4))
     assert affine_search.agreement(fixed, moving, np.eye(4)) > 0.98
     assert affine_search.agreement(moving, fixed, np.eye(4)) > 0.98
@@ -290,7 +291,7 @@ def test_agreement_tells_one_contrast_from_another():
         return np.where(values > 100, 700 - values, values)
 
     fixed, moving = pair(SMALL, WIDE, np.eye(4), opposed)
-    assert affine_search.agreement(fixed, moving, np.eye(4)) < 0.8
+    assert affine_search.agreement(fixed, moving, np.eye(4)) < 0.75
     against = Shown(1 - fixed.array, fixed.grid)
     assert affine_search.agreement(fixed, against, np.eye(4)) < -0.98
 

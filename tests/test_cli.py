@@ -635,7 +635,7 @@ def test_command_line_of_the_pytorch_tool(asked, inputs, weights, tmp_path, caps
         fixed_modality="ct", moving_modality="mri", ct_window=(-900.0, 1100.0),
         quantile_range=(0.01, 0.98), input_masking=True, loss_function_masking=True,
         io_iterations=20, io_lr=1e-4, io_sim="lncc2", dice_loss_weight=0.5,
-        shape=(175, 175, 175), inverse=False,
+        inverse=False,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ TABLE = {
     ),
     "refine": Room((*_TOP, "nn", "points"), ("optax",)),
     "register": Room(
-        (*_TOP, "nn.dynamic", "prealignment", "refine", "compiled"),
+        (*_TOP, "nn.dynamic", "affine_search", "prealignment", "refine", "compiled"),
         ("nibabel.orientations",),
     ),
     "pair_list": Room((*_TOP, "data.manifest", "results")),

@@ -922,9 +922,20 @@ def test_misspelt_values_of_options(change, words):
 def test_shape_of_one_number_is_a_cube():
     assert register.Options(shape=64).shape == (64, 64, 64)
     assert register.Options(shape=[64, np.int64(32), 16]).shape == (64, 32, 16)
-    for shape in (64.5, (64, 64), "64", None, (1.5, 2, 3)):
+    for shape in (64.5, (64, 64), "64", (1.5, 2, 3)):
         with pytest.raises(UserError, match="one for a cube"):
             register.Options(shape=shape)
+
+
+def test_the_grid_is_that_of_the_weights_unless_another_is_given():
+    fixed = blobs(make_grid())
+    model = loaded(Shifting((0.1, 0.0, 0.0)), shape=[9, 10, 11])
+    options = register.Options(io_iterations=None)
+    result = register.register(fixed, fixed, model, options)
+    assert result.fixed_grid.shape == (9, 10, 11)
+    result = register.register(fixed, fixed, model, OPTIONS)
+    assert result.fixed_grid.shape == NETWORK_GRID
+    assert register.with_grid(options, None).shape == (175, 175, 175)
 
 
 def test_paths_and_images_are_registered_as_volumes_are(tmp_path):
