@@ -1275,8 +1275,8 @@ def _possible(options: Options) -> tuple[str, ...]:
     modalities = options.fixed_modality, options.moving_modality
     if not preprocess.same_contrast(*modalities):
         return ("nmi",)
-    named = "mri" not in map(preprocess.known, modalities)
-    return ("lncc",) if named else ("lncc", "nmi")
+    contrasts = {preprocess.CONTRASTS[preprocess.known(name)] for name in modalities}
+    return ("lncc", "nmi") if "mri" in contrasts else ("lncc",)
 
 
 def _by_images(
