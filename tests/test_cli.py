@@ -489,7 +489,8 @@ def test_displacement_end_to_end(inputs, tmp_path, capsys):
     assert warped.array.dtype == moving.array.dtype
     assert warped.grid.matches(grid())
     mapping = transforms.read_transform(tmp_path / "transform.h5")
-    again = transform_lib.warp_volume(moving, mapping, grid())
+    fixed = volumes.read_grid(inputs["fixed"])  # as rounded by its header
+    again = transform_lib.warp_volume(moving, mapping, fixed)
     np.testing.assert_array_equal(again.array, warped.array)
     assert_residual_is_that_of_the_files(
         captured.out, tmp_path / "transform.h5", tmp_path / "inverse.nii.gz"
@@ -635,7 +636,7 @@ def test_command_line_of_the_pytorch_tool(asked, inputs, weights, tmp_path, caps
         fixed_modality="ct", moving_modality="mri", ct_window=(-900.0, 1100.0),
         quantile_range=(0.01, 0.98), input_masking=True, loss_function_masking=True,
         io_iterations=20, io_lr=1e-4, io_sim="lncc2", dice_loss_weight=0.5,
-        inverse=False,
+        shape=(175, 175, 175), inverse=False,
     )  # fmt: skip
 
 
@@ -681,8 +682,9 @@ def test_defaults(asked, inputs, weights, tmp_path, capsys, monkeypatch):
     assert model.name == weights
     assert regions == register_lib.Regions()
     assert options == register_lib.Options(
-        fixed_modality="mri", moving_modality="ct", inverse=False
+        fixed_modality="mri", moving_modality="ct", shape=model.shape, inverse=False
     )
+    assert model.shape == (175, 175, 175)
 
 
 def test_fill_is_auto_or_a_number():

@@ -320,8 +320,9 @@ def number(text):
 @pytest.mark.parametrize(
     "name",
     [
-        "demo",
-        pytest.param("hippocampus_gradicon", marks=pytest.mark.slow),  # the same kind
+        # tests/test_dryrun.py compiles a small step each time.
+        pytest.param("demo", marks=pytest.mark.slow),
+        pytest.param("hippocampus_gradicon", marks=pytest.mark.slow),
     ],
 )
 def test_a_small_recipe_dry_runs(name, capsys):

@@ -423,7 +423,7 @@ def test_windows_belong_to_tasks(tmp_path):
         Task("c", region="head", pairing="intra", similarity_window=(-100.0, 300.0)),
     )
     experiment_ = told(config, data=experiment.DataConfig(tasks=given))
-    rules = tuple(sources_lib._rule_of(experiment_, task) for task in given)
+    rules = tuple(sources_lib.rule_of(experiment_, task) for task in given)
     named = dataclasses.replace(sources_of(), rules=rules)
     pair = Pair(*images(), task=jnp.array([2, 1, 0]))
     found = sources_lib.addressed(pair, experiment_, named).similarity_range

@@ -852,7 +852,7 @@ def test_a_shared_file_is_read_once_and_reported_once(tmp_path, monkeypatch):
         "read_volume",
         lambda path, **options: read.append(path) or original(path, **options),
     )
-    assert kinds(check(Manifest(records, "m"))) == [("labels", "error")]
+    assert kinds(check(Manifest(records, "m"))) == [("values", "error")]
     assert read.count(shared) == 1
 
 

@@ -693,6 +693,7 @@ def test_instance_optimisation_matches_reference(stored_case, rate):
     assert np.all(off <= 0.1 * wanted.history["loss"][0]), off
 
 
+@pytest.mark.slow  # the live comparison tells rates apart each time
 @pytest.mark.golden
 def test_another_rate_is_told_from_the_reference(stored_case):
     g, case = stored_case
