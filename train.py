@@ -5,7 +5,7 @@ The same as ``jaxreg train``; see there for the options.
 
 import sys
 
-from jaxreg import cli
+from jaxreg.cli import main
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["train", *sys.argv[1:]]))
+    sys.exit(main.main(["train", *sys.argv[1:]]))

@@ -37,11 +37,11 @@ def report(arguments: Any, folder: pathlib.Path) -> None:
     """
     import jax
 
-    from jaxreg import zoo
-    from jaxreg.models import kinds
+    from jaxreg.models import registry
+    from jaxreg.weights import load
 
-    loaded = zoo.load(arguments.weights or str(folder / "weights"))
-    config: Any = kinds.config_of(loaded.bundle.model, loaded.bundle.config)
+    loaded = load.load(arguments.weights or str(folder / "weights"))
+    config: Any = registry.config_of(loaded.bundle.model, loaded.bundle.config)
     pair, unit_to_mm = _pair(arguments, loaded)
     full = _map_of(loaded, pair, _FULL)
     moved = np.linalg.norm((full - _identity(full)) @ unit_to_mm.T, axis=-1)
@@ -91,9 +91,10 @@ def _pair(arguments: Any, loaded: Any):
     """Returns the images on the network grid, and unit coordinates to mm, 3 x 3."""
     import jax.numpy as jnp
 
-    from jaxreg import register
-    from jaxreg.data import preprocess
+    from jaxreg.data import network_grid
     from jaxreg.io import volumes
+    from jaxreg.registration import options as options_lib
+    from jaxreg.registration import preparation
     from jaxreg.space.grid import unit_scale
     from jaxreg.typing import Pair
 
@@ -104,9 +105,9 @@ def _pair(arguments: Any, loaded: Any):
         task = jnp.zeros(1, jnp.int32)
         return Pair(jnp.asarray(moving), jnp.asarray(fixed), task=task), scale
     scans = [volumes.read_volume(path) for path in arguments.images]
-    moving = register.oriented_like(scans[0], scans[1].grid)
-    placement = preprocess.Placement.of_weights(loaded.bundle.preprocessing)
-    options = register.Options(
+    moving = preparation.oriented_like(scans[0], scans[1].grid)
+    placement = network_grid.Placement.of_weights(loaded.bundle.preprocessing)
+    options = options_lib.Options(
         fixed_modality=arguments.modality,
         moving_modality=arguments.modality,
         ct_window=loaded.ct_window if arguments.modality == "ct" else None,
@@ -116,6 +117,6 @@ def _pair(arguments: Any, loaded: Any):
         placement=placement,
     )
     moving, fixed = placement.turned(moving), placement.turned(scans[1])
-    pair = register.make_pair(moving, fixed, options, register.Regions())
+    pair = preparation.make_pair(moving, fixed, options, options_lib.Regions())
     pair = dataclasses.replace(pair, task=jnp.zeros(1, jnp.int32))
     return pair, placement.grid(moving.grid, options.shape).unit_to_mm[:3, :3]

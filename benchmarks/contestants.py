@@ -78,7 +78,7 @@ class Network:
     """A network that both libraries have.
 
     Attributes:
-      kind: a key of `jaxreg.models.kinds`.
+      kind: a key of `jaxreg.models.registry`.
       fields: of its configuration, where they are not the default ones.
       tasks: that it has.
       recipe: the file of configs/ whose objective it trains by; "" for uniGradICON's.
@@ -137,20 +137,21 @@ def _write(
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    from jaxreg import zoo
-    from jaxreg.io import checkpoints, released
-    from jaxreg.models import kinds
+    from jaxreg.models import registry
+    from jaxreg.weights import bundle as bundle_lib
+    from jaxreg.weights import zoo
+    from jaxreg.weights.pytorch import state as state_lib
 
     network, generator = NETWORKS[name], np.random.default_rng(0)
     width = {"channels": channels} if network.has_width else {}
-    config = kinds.config_of(network.kind, {**network.fields, **width})
-    variables = kinds.build(config).init(jax.random.key(0), shape)
+    config = registry.config_of(network.kind, {**network.fields, **width})
+    variables = registry.build(config).init(jax.random.key(0), shape)
     variables = stirred(jax.tree.map(np.array, variables), generator)
     fields = dataclasses.asdict(config)
-    bundle = checkpoints.Bundle(
+    bundle = bundle_lib.Bundle(
         variables, network.kind, fields, {"shape": list(shape)}, "random", "none"
     )
-    checkpoints.save_bundle(folder / "weights", bundle)
+    bundle_lib.save_bundle(folder / "weights", bundle)
     if importlib.util.find_spec("torch"):
         if network.kind == "unireg":  # whose weights have no PyTorch file
             import pytorch_unireg
@@ -158,7 +159,7 @@ def _write(
             state = pytorch_unireg.state_of(variables)
         else:
             state = zoo.KINDS[network.kind].from_variables(variables, fields)
-        released.write_state_dict(folder / "weights.pth", state)
+        state_lib.write_state_dict(folder / "weights.pth", state)
     moving, fixed = smooth_pair(shape)
     np.savez(folder / "images.npz", moving=moving, fixed=fixed)
 

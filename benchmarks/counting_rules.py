@@ -13,9 +13,11 @@ from counting import Array, Layer, Product, Rules, arrays_of
 
 from jaxreg.losses import contrastive, regularity, similarity
 from jaxreg.losses.objective import Objective
-from jaxreg.models import sam, unireg_features
-from jaxreg.models.unireg import UniReg
-from jaxreg.nn import conv, correlation, dynamic, layers, prompts, unet
+from jaxreg.models import sam
+from jaxreg.models.unireg import features as features_lib
+from jaxreg.models.unireg.paper import UniReg
+from jaxreg.nn import correlation, heads, layers, prompts, unet
+from jaxreg.nn.conv import api
 from jaxreg.space import fields, filters, sampling
 
 _CORNERS = 8
@@ -53,7 +55,7 @@ def _size(tree: Any) -> int:
 
 
 def convolution(function: Callable, x: Any, shape: Sequence[int]) -> dict[str, Any]:
-    """Returns flops, built and product of a layer of `jaxreg.nn.conv`.
+    """Returns flops, built and product of a layer of `jaxreg.nn.conv.api`.
 
     Args:
       function: the layer.
@@ -63,10 +65,10 @@ def convolution(function: Callable, x: Any, shape: Sequence[int]) -> dict[str, A
     *size, i, o = shape
     n, *spatial, _ = jax.tree.leaves(x)[0].shape
     taps = math.prod(size)
-    if function is conv.conv3_stride2:  # four taps of an axis for three
+    if function is api.conv3_stride2:  # four taps of an axis for three
         voxels = n * math.prod(-(-m // 2) for m in spatial)
         product = Product(8 * i, 8, o)
-    elif function is conv.conv4_transpose2:  # one voxel more than is kept
+    elif function is api.conv4_transpose2:  # one voxel more than is kept
         voxels = n * math.prod(spatial)
         built = n * math.prod(m + 1 for m in spatial)
         flops = 2.0 * voxels * taps * i * o
@@ -175,8 +177,8 @@ _MODULES = {
     layers.Convolution: _convolution,
     layers.StridedConvolution: _strided,
     unet.BatchNorm: _batch_norm,
-    dynamic.GroupNorm: _group_norm,
-    dynamic.Controller: _linear_layer,
+    heads.GroupNorm: _group_norm,
+    heads.Controller: _linear_layer,
     prompts.Linear: _linear_layer,
     prompts.PromptGenerator: _bank,
 }
@@ -308,13 +310,13 @@ def _distances(recorder, args, kwargs, found):
 
 
 _FUNCTIONS = {
-    conv.average_pool: _per_number("pool", 1, of="inputs"),
-    conv.average_pool2: _per_number("pool", 1, of="inputs"),
-    conv.max_pool2: _per_number("pool", 1, of="inputs", linear=False),
+    api.average_pool: _per_number("pool", 1, of="inputs"),
+    api.average_pool2: _per_number("pool", 1, of="inputs"),
+    api.max_pool2: _per_number("pool", 1, of="inputs", linear=False),
     sam._max_pool_depth: _per_number("pool", 0.5, of="inputs", linear=False),
-    conv.repeat2: _per_number("upsample", 0),
+    api.repeat2: _per_number("upsample", 0),
     # Per axis a multiplication and a multiply-add; the first two have fewer outputs.
-    conv.upsample2: _per_number("upsample", 3 * (1 + 1 / 2 + 1 / 4)),
+    api.upsample2: _per_number("upsample", 3 * (1 + 1 / 2 + 1 / 4)),
     sampling.resize_nearest_floor: _per_number("resize", 0),
     layers.instance_norm_leaky: _per_number("normalise", _NORM, linear=False),
     correlation.normalised: _per_number("normalise", 3, linear=False),
@@ -327,7 +329,7 @@ _FUNCTIONS = {
     sampling._apply_matrices: _matrices("resize", -1),
     filters.along_axes: _matrices("filters", None),
     correlation.correlation: _correlation,
-    dynamic.apply_head: _head,
+    heads.apply_head: _head,
     contrastive._products: _products,
     contrastive._nearest: _distances,
     contrastive._near: _distances,
@@ -382,7 +384,7 @@ _SCOPES = {
     fields.integrate: lambda a, k: {"times": a[1] if len(a) > 1 else 7},
     # An image, whose own gradient is not asked for.
     fields.warp: lambda a, k: {"constant": True},
-    unireg_features.one_by_one: lambda a, k: {"times": len(a[1])},
+    features_lib.one_by_one: lambda a, k: {"times": len(a[1])},
     filters.mind_channels: lambda a, k: {"note": _mind},
     regularity.gradicon: lambda a, k: {"note": _gradicon},
     contrastive.fine_loss: _pairs,

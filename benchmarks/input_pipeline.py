@@ -26,8 +26,10 @@ import time
 import nibabel as nib
 import numpy as np
 
-from jaxreg.data import pipeline
-from jaxreg.data.manifest import Record
+from jaxreg.data import batches as batches_lib
+from jaxreg.data import loading as loading_lib
+from jaxreg.data import pair_source
+from jaxreg.data.manifest.records import Record
 from jaxreg.data.pairs import PairPlan, Task, View
 
 
@@ -68,12 +70,17 @@ def write_scans(folder: pathlib.Path, count: int, size: int) -> tuple[Record, ..
 
 
 def measure(
-    source: pipeline.PairSource, loading: pipeline.Loading, batch_size: int, pairs: int
+    source: pair_source.PairSource,
+    loading: loading_lib.Loading,
+    batch_size: int,
+    pairs: int,
 ) -> tuple[float, float]:
     """Returns pairs per second and this process's CPU seconds per pair."""
     early = 2 + 4 * max(1, loading.workers)  # what may lie ready is not counted
     stop = early + -(-pairs // batch_size)
-    with pipeline.Batches(source, loading, batch_size=batch_size, stop=stop) as batches:
+    with batches_lib.Batches(
+        source, loading, batch_size=batch_size, stop=stop
+    ) as batches:
         for _ in range(early):
             next(batches)
         began, cpu = time.perf_counter(), time.process_time()
@@ -107,21 +114,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         records = write_scans(pathlib.Path(folder), args.volumes, args.size)
         for storage in args.storage:
-            loading = pipeline.Loading(
+            loading = loading_lib.Loading(
                 shape=(args.size,) * 3,
                 cache_dir=pathlib.Path(folder) / "cache",
                 storage=storage,
                 read_threads=args.threads,
             )
-            source = pipeline.PairSource(records, InTurn())
+            source = pair_source.PairSource(records, InTurn())
             began = time.perf_counter()
-            with pipeline.Batches(
+            with batches_lib.Batches(
                 source, loading, batch_size=1, stop=args.volumes
             ) as each:
                 for _ in each:
                     pass
             filled = args.volumes / (time.perf_counter() - began)
-            source = pipeline.PairSource(records, AtRandom(args.volumes))
+            source = pair_source.PairSource(records, AtRandom(args.volumes))
             megabytes = 2 * args.size**3 * np.dtype(storage).itemsize / 1e6
             for workers in args.workers:
                 chosen = dataclasses.replace(loading, workers=workers)

@@ -31,11 +31,11 @@ def at_precision(model: Any, precision: Precision) -> Any:
 
     Others have their products alone in that precision, by JAX's default (`MATMUL`).
     """
-    from jaxreg.models import kinds
+    from jaxreg.models import registry
 
     if precision != "bfloat16" or not has_bfloat16(model.config):
         return model
-    return kinds.build(dataclasses.replace(model.config, precision="bfloat16"))
+    return registry.build(dataclasses.replace(model.config, precision="bfloat16"))
 
 
 def has_bfloat16(config: Any) -> bool:
@@ -45,12 +45,12 @@ def has_bfloat16(config: Any) -> bool:
 
 def objective_of(network: Network) -> Any:
     """Returns what its training minimises, without labels."""
-    from jaxreg import experiment
+    from jaxreg.experiments import files
     from jaxreg.losses.objective import Objective
 
     if not network.recipe:
         return Objective()
-    found = experiment.load(CONFIGS / f"{network.recipe}.py").objective
+    found = files.load(CONFIGS / f"{network.recipe}.py").objective
     return dataclasses.replace(found, dice_weight=0.0)
 
 
@@ -82,10 +82,10 @@ def build(job: Job, objective: Any = None) -> Built:
     import jax
     import jax.numpy as jnp
 
-    from jaxreg import zoo
     from jaxreg.typing import Pair
+    from jaxreg.weights import load
 
-    loaded = zoo.load(str(pathlib.Path(job.folder) / "weights"))
+    loaded = load.load(str(pathlib.Path(job.folder) / "weights"))
     model = at_precision(loaded.model, job.precision)
     variables = jax.tree.map(jnp.array, dict(loaded.variables))
     del loaded  # a second copy of the weights
@@ -155,14 +155,14 @@ def _jaxreg_step(job: Job, model, variables, pair, *, objective):
 def _jaxreg_optimisation(job: Job, model, variables, pair):
     import jax
 
-    from jaxreg import optimize
     from jaxreg.losses.objective import Objective
+    from jaxreg.registration.optimization import network as network_lib
 
     precision = MATMUL[job.precision]
 
     def once():
         with jax.default_matmul_precision(precision):
-            found = optimize.optimize_network(
+            found = network_lib.optimize_network(
                 model,
                 variables,
                 pair,

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from counting import Layer
 
-from jaxreg import experiment, sam_training
-from jaxreg.models import kinds, sam, unireg
+from jaxreg.experiments import files
+from jaxreg.experiments import sam as sam_lib
+from jaxreg.models import registry, sam
+from jaxreg.models.unireg import paper
 from jaxreg.training import optimizer, state, step
 from jaxreg.typing import Pair
 
@@ -78,7 +80,7 @@ def build(name: str, *, size: int | None, train: bool, precision: Precision) -> 
       precision: "bfloat16" has effect on networks that can compute in it.
     """
     recipe, shape, changes = MODELS[name]
-    given: Any = experiment.load_any(ROOT / "configs" / f"{recipe}.py")
+    given: Any = files.load_any(ROOT / "configs" / f"{recipe}.py")
     if precision == "bfloat16" and hasattr(given.model, "precision"):
         changes = {**changes, "precision": precision}
     given = dataclasses.replace(
@@ -107,17 +109,17 @@ def registration(name: str, given: Any, shape: Shape, *, train: bool) -> Program
 
     Args:
       name: for the title.
-      given: a recipe, see `jaxreg.experiment.Experiment`.
+      given: a recipe, see `jaxreg.experiments.config.Experiment`.
       shape: the network grid.
       train: see `build`.
     """
-    model = kinds.build(given.model)
+    model = registry.build(given.model)
     variables = dict(jax.eval_shape(lambda k: model.init(k, shape), jax.random.key(0)))
-    if kinds.correlates_sam(given.model):
+    if registry.correlates_sam(given.model):
         frozen = jax.eval_shape(
             lambda k: sam.init(sam.SamConfig(), k), jax.random.key(0)
         )
-        variables = unireg.with_sam(variables, frozen)
+        variables = paper.with_sam(variables, frozen)
     image: Any = _abstract((1, *shape, 1))
     task: Any = _abstract((1,), jnp.int32)
     pair = Pair(image, image, task=task)
@@ -182,7 +184,7 @@ def _sam_step(given: Any) -> Program:
     start = jax.eval_shape(
         lambda v: state.start(v, rule, jax.random.key(1), ema=False), variables
     )
-    loss = sam_training.make_loss(given)
+    loss = sam_lib.make_loss(given)
 
     def counted(variables, batch):
         return loss(variables, batch, jax.random.key(0), train=True)[0]
@@ -192,7 +194,7 @@ def _sam_step(given: Any) -> Program:
         _title("sam", shape, what, given.model.precision),
         counted,
         (variables, batch),
-        sam_training.make_train_step(given),
+        sam_lib.make_train_step(given),
         (start, batch),
         counting.update(given.optimizer.name, parameters(variables)),
     )

@@ -137,7 +137,7 @@ def pyramid_loss(state: State, moving: Tensor, fixed: Tensor, known: Tensor) -> 
 
 
 def state_of(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Returns jaxreg's variables of `models.unireg` as PyTorch's tensors.
+    """Returns jaxreg's variables of `models.unireg.paper` as PyTorch's tensors.
 
     Names are the modules' with dots between them; kernels become O I D H W.
     """

@@ -6,9 +6,9 @@ The middle of each held-out scan (every fifth subject, as in configs/hippocampus
 is deformed smoothly, blurred, and given other contrast and noise. Random points of the
 scan are looked for in the deformed one, where their places are known. All descriptors
 have the same rule: the most similar voxel, moved to the top of the parabola through it
-and its neighbours (`jaxreg.points`). The two scans are cut out with different edges,
-which therefore tell nothing. Points whose match leads back to within --consistent mm
-count as consistent.
+and its neighbours (`jaxreg.matching.points`). The two scans are cut out with
+different edges, which therefore tell nothing. Points whose match leads back to within
+--consistent mm count as consistent.
 """
 
 import argparse
@@ -20,18 +20,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg import points, zoo
-from jaxreg.data import manifest, preprocess
+from jaxreg.data import network_grid, preprocess
+from jaxreg.data.manifest import read, records
 from jaxreg.data.preprocess import Preprocessing
 from jaxreg.io import volumes
 from jaxreg.losses.similarity import gaussian_blur
-from jaxreg.points import Described
+from jaxreg.matching import points
+from jaxreg.matching.points import Described
 from jaxreg.space import fields
 from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.weights import load
 
 Describe = Callable[[Volume, Preprocessing], Described]
 RULE = Preprocessing("mri")
-TURNED = preprocess.Placement("pad_crop", "spl")
+TURNED = network_grid.Placement("pad_crop", "spl")
 MARGIN = 2  # voxels between a point and the scan's edge
 SLACK = 4  # voxels that the two scans' edges may differ by: edges must tell nothing
 
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--noise", type=float, default=Changes.noise)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    held = manifest.read_manifest(given.data, holdout=5).of_split("val")
+    held = read.read_manifest(given.data, holdout=5).of_split("val")
     shape = tuple(int(n) for n in given.shape.split(","))
     whole = tuple(n + SLACK for n in shape)
     held = [r for r in held if np.all(np.array(size_of(r)) >= whole)]
@@ -111,7 +113,7 @@ def main() -> None:
     show(rows, given.consistent)
 
 
-def size_of(record: manifest.Record) -> tuple[int, ...]:
+def size_of(record: records.Record) -> tuple[int, ...]:
     """Returns a scan's shape as `middle_of` turns it."""
     grid = volumes.read_grid(record.image)
     empty = Volume(np.broadcast_to(np.float32(0), grid.shape), grid)
@@ -135,7 +137,7 @@ def part(volume: Volume, first: Sequence[int] | np.ndarray, shape: Shape) -> Vol
 
 def sam_of(path: str) -> Describe:
     """Returns how SAM describes a scan."""
-    loaded = zoo.load_sam(path)
+    loaded = load.load_sam(path)
 
     def describe(volume, rule):
         own = dataclasses.replace(rule, quantile_range=loaded.quantile_range)

@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg import compiled, dryrun
-from jaxreg import experiment as experiment_lib
-from jaxreg.experiment import Experiment
+from jaxreg.experiments import config, dry_run, files, overrides
+from jaxreg.experiments.config import Experiment
+from jaxreg.xla import compilation_cache
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 RECIPES = ("unigradicon", "unireg_rpn")
@@ -59,8 +59,8 @@ def _in_own_process(part: Any, job: tuple[str, int, int]) -> float:
 
 def experiment_of(recipe: str, size: int, batch: int) -> Experiment:
     """Returns a recipe's last stage at another grid, without the data of others."""
-    found = experiment_lib.load(CONFIGS / f"{recipe}.py")
-    last, during = experiment_lib.stages(found)[-1]
+    found = files.load(CONFIGS / f"{recipe}.py")
+    last, during = config.stages(found)[-1]
     changes: list[tuple[str, Any]] = [
         ("stages", (type(last)(last.name, last.epochs),)),
         ("loading.shape", (size, size, size)),
@@ -68,12 +68,12 @@ def experiment_of(recipe: str, size: int, batch: int) -> Experiment:
         ("train.replicas", 0),
         ("train.start", None),
     ]
-    return experiment_lib.override(during, changes)
+    return overrides.override(during, changes)
 
 
 def figure(recipe: str, size: int, batch: int) -> float:
     """Returns the bytes that a dry run says."""
-    (memory,) = dryrun.dry_run(experiment_of(recipe, size, batch)).memory.values()
+    (memory,) = dry_run.dry_run(experiment_of(recipe, size, batch)).memory.values()
     if memory.total is None:
         sys.exit(f"{recipe}: {memory.reason}")
     return memory.total
@@ -81,8 +81,8 @@ def figure(recipe: str, size: int, batch: int) -> float:
 
 def measured(recipe: str, size: int, batch: int) -> float:
     """Returns by how many bytes this process grows for a step, at its peak."""
-    with compiled.kept():
-        (step,) = dryrun.traced_steps(experiment_of(recipe, size, batch))
+    with compilation_cache.kept():
+        (step,) = dry_run.traced_steps(experiment_of(recipe, size, batch))
         program = step.lowered.compile()
     info = step.lowered.args_info[0]
     jax.block_until_ready(jax.random.key(0))  # which compiles, too

@@ -47,7 +47,7 @@ def seconds(argv: list[str], cache: pathlib.Path) -> float:
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    command = [sys.executable, "-m", "jaxreg.cli", "register", *argv]
+    command = [sys.executable, "-m", "jaxreg.cli.main", "register", *argv]
     start = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     taken = time.perf_counter() - start

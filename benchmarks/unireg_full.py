@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import programs
 
-from jaxreg import experiment
-from jaxreg.models import sam, unireg
-from jaxreg.models.unireg import UniReg, UniRegConfig
-from jaxreg.models.unireg_features import FINE
+from jaxreg.experiments import files
+from jaxreg.models import sam
+from jaxreg.models.unireg import paper
+from jaxreg.models.unireg.features import FINE
+from jaxreg.models.unireg.paper import UniReg, UniRegConfig
 from jaxreg.training import step
 from jaxreg.typing import Pair
 
@@ -34,7 +35,7 @@ OFFSETS = 27
 FORMS = {
     "strided convolutions (the default)": UniRegConfig(),
     "maximum pooling": UniRegConfig(downsample="maxpool"),
-    "SAME, its ancestor": unireg.SAME,
+    "SAME, its ancestor": paper.SAME,
 }
 
 
@@ -59,7 +60,7 @@ def size_of(config: UniRegConfig, shape: programs.Shape = PAPER_SHAPE) -> Size:
     """Counts a form of the network at a grid."""
     # What is correlated has 27 channels, whatever it is made of.
     small = dataclasses.replace(config, features="mind")
-    given = experiment.load(programs.ROOT / "configs" / "unireg.py")
+    given = files.load(programs.ROOT / "configs" / "unireg.py")
     given = dataclasses.replace(given, model=small)
     program = programs.registration("unireg", given, shape, train=False)
     parts = ("encoder", "decoder", "last layers")
@@ -99,7 +100,7 @@ def main() -> None:
     variables = dict(model.init(jax.random.key(0)))
     if given.features == "sam":
         frozen = sam.init(sam.SamConfig(), jax.random.key(1))
-        variables = unireg.with_sam(variables, frozen)
+        variables = paper.with_sam(variables, frozen)
     images = jax.random.uniform(jax.random.key(2), (2, 1, *shape, 1))
 
     def both(variables, moving, fixed):

@@ -38,20 +38,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg import metrics, sources, trainer, tuning, zoo
-from jaxreg.data import augment, pipeline, synthetic
+from jaxreg import metrics
+from jaxreg.data import augment, synthetic
+from jaxreg.data import batches as batches_lib
 from jaxreg.data.augment import Augmentation
+from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.evaluation import sweep as sweep_lib
+from jaxreg.experiments import datasets
+from jaxreg.experiments import run as run_lib
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import files
 from jaxreg.losses.objective import Objective
-from jaxreg.models.unireg_rpn import UniRegRpnConfig
-from jaxreg.nn.dynamic import SmoothnessRange
+from jaxreg.models.unireg.released import UniRegRpnConfig
+from jaxreg.nn.heads import SmoothnessRange
 from jaxreg.space import sampling
 from jaxreg.training import step
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
+from jaxreg.weights import load
 
 SHAPE = (32, 32, 32)
 SYNTHETIC = (
@@ -163,7 +168,7 @@ def carry_out(
     def run(name: str, some: Mapping[str, str], count: int, priors, **options):
         folder = out / "-".join([name, *(some if len(some) == 1 else ()), str(seed)])
         experiment = experiment_of(name, some, count, priors, seed, **options)
-        return trainer.run(experiment, folder, resume=True).weights, folder
+        return run_lib.run(experiment, folder, resume=True).weights, folder
 
     def scored(path: pathlib.Path, make) -> Any:
         if not path.is_file():
@@ -172,7 +177,7 @@ def carry_out(
 
     def sweep():
         weights, _ = run("asked", manifests, steps, {})
-        asked = tuning.weights_to_try(zoo.load(weights), SWEEP)
+        asked = sweep_lib.weights_to_try(load.load(weights), SWEEP)
         return {
             task: {f"{w:g}": score(weights, manifests, task, task, w) for w in asked}
             for task in manifests
@@ -239,14 +244,14 @@ def score(
       said: what the network is told instead.
       smoothness: what it is asked for.
     """
-    loaded = zoo.load(str(weights))
+    loaded = load.load(str(weights))
     only = {task: manifests[task]}
     experiment = experiment_of("told", only, 1, {}, 0)
     data = dataclasses.replace(experiment.data, validation_pairs=VALIDATION_PAIRS)
     experiment = dataclasses.replace(experiment, data=data)
-    found = sources.make_sources(experiment)
+    found = datasets.make_sources(experiment)
     assert found.validation is not None  # some pairs were asked for
-    loading = sources.loading_of(experiment, validation=True)
+    loading = datasets.loading_of(experiment, validation=True)
     names = list(loaded.tasks)
     number = names.index(said) if said in names else 0  # a static head knows none
 
@@ -263,7 +268,7 @@ def score(
         return points, sampling.sample(labels, points, order=0)
 
     rows = []
-    with pipeline.Batches(
+    with batches_lib.Batches(
         found.validation, loading, batch_size=1, start=0, stop=found.validation_count
     ) as batches:
         for batch in batches:

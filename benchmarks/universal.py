@@ -30,11 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxreg import metrics, sources, trainer, zoo
-from jaxreg.data import augment, pipeline, synthetic
+from jaxreg import metrics
+from jaxreg.data import augment, synthetic
+from jaxreg.data import batches as batches_lib
 from jaxreg.data.augment import Augmentation
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.data.loading import Loading
+from jaxreg.experiments import datasets
+from jaxreg.experiments import run as run_lib
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.io import files
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
@@ -44,6 +47,7 @@ from jaxreg.space import sampling
 from jaxreg.training import step
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
+from jaxreg.weights import load
 
 SCAN = (32, 32, 32)
 SHAPE = (24, 24, 24)
@@ -206,7 +210,7 @@ def calibrate(
         run = Run(method, tuple(manifests), 0)
         experiment = experiment_of(run, manifests, CALIBRATION_STEPS)
         folder = out / "calibration" / run.name
-        trainer.run(experiment, folder, resume=True)
+        run_lib.run(experiment, folder, resume=True)
         seconds[method] = METHODS[method].batch * seconds_per_pair(folder)
     steps = {m: max(4, round(60 * minutes / s / 4) * 4) for m, s in seconds.items()}
     with files.atomic_path(path) as temporary:
@@ -233,7 +237,7 @@ def carry_out(
     share = len(run.domains) / len(manifests)
     count = round(steps[run.method] * share)
     folder = out / run.name
-    outcome = trainer.run(experiment_of(run, manifests, count), folder, resume=True)
+    outcome = run_lib.run(experiment_of(run, manifests, count), folder, resume=True)
     pairs = count * METHODS[run.method].batch
     result = {
         **dataclasses.asdict(run),
@@ -257,16 +261,16 @@ def score(
     "initial" and "dice" (over labels, nearest, network grid), "folding", and for a bank
     "weights": of the domains that it was trained on.
     """
-    loaded = zoo.load(str(weights))
+    loaded = load.load(str(weights))
     experiment = experiment_of(
         dataclasses.replace(run, domains=(domain,)),
         manifests,
         1,
         validation_pairs=VALIDATION_PAIRS,
     )
-    found = sources.make_sources(experiment)
+    found = datasets.make_sources(experiment)
     assert found.validation is not None  # some pairs were asked for
-    loading = sources.loading_of(experiment, validation=True)
+    loading = datasets.loading_of(experiment, validation=True)
 
     @jax.jit
     def register(variables, batch):
@@ -281,7 +285,7 @@ def score(
         return metrics.mean_score(by_label)
 
     rows, shares = [], []
-    with pipeline.Batches(
+    with batches_lib.Batches(
         found.validation, loading, batch_size=1, start=0, stop=found.validation_count
     ) as batches:
         for batch in batches:

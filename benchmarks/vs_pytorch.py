@@ -20,8 +20,9 @@ each, so that a busy machine hurts both alike. Compilation and first runs are no
 Tasks: forward (one direction: network and its map on the grid), train (loss, gradient,
 Adam; batch statistics; uniGradICON's loss is of both directions, the others' of one, as
 their recipes say), io (uniGradICON alone: the same with running statistics, as in
-instance optimisation; with --io-steps a whole optimisation by jaxreg.optimize and by
-unigradicon's own function, in seconds per 50 steps).
+instance optimisation; with --io-steps a whole optimisation by
+jaxreg.registration.optimization.network and by unigradicon's own function, in seconds
+per 50 steps).
 
 PyTorch runs as its users run it: float32, on a GPU with its default of TF32 in
 convolutions. With --autocast there is a further column, of autocast to bfloat16 with
@@ -218,14 +219,14 @@ def compare(arguments, folder: pathlib.Path) -> None:
 
 def heading(arguments) -> str:
     """Returns what is compared, on which machine, with which versions."""
-    from jaxreg.models import kinds
+    from jaxreg.models import registry
 
     network = NETWORKS[arguments.network]
     names = ["jax", "torch"]
     names += ["unigradicon"] if arguments.network == "unigradicon" else []
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     width = f" of {arguments.channels} channels" if network.has_width else ""
-    config = kinds.config_of(network.kind, network.fields)
+    config = registry.config_of(network.kind, network.fields)
     precision = arguments.precision
     if precision == "bfloat16" and not accuracy.has_bfloat16(config):
         precision = "bfloat16 in products alone (the network has no such activations)"

@@ -13,8 +13,8 @@ Another start for an own configuration: `configs/finetune.py`, with own scans.
 """
 
 from jaxreg.data.augment import Augmentation
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.data.loading import Loading
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig

@@ -12,15 +12,15 @@ moving onto fixed alone.
 import dataclasses
 import pathlib
 
-from jaxreg import experiment
-from jaxreg.experiment import Experiment, Stage, TrainConfig
+from jaxreg.experiments import files
+from jaxreg.experiments.config import Experiment, Stage, TrainConfig
 from jaxreg.models.promptreg import AS_PAPER
 from jaxreg.training.optimizer import OptimizerConfig
 
 
 def get_config() -> Experiment:
     """Returns the experiment."""
-    whole = experiment.load(pathlib.Path(__file__).with_name("hippocampus_gradicon.py"))
+    whole = files.load(pathlib.Path(__file__).with_name("hippocampus_gradicon.py"))
     return dataclasses.replace(
         whole,
         name="hippocampus_promptreg",

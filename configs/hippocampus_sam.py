@@ -8,10 +8,10 @@ twelve of them choose the best weights by the loss, and do not count as held out
         --data.manifests Task04_Hippocampus --out runs/hippocampus_sam
 """
 
-from jaxreg.data.views import ViewConfig
+from jaxreg.data.sam_views import ViewConfig
+from jaxreg.experiments.sam_config import SamData, SamExperiment, SamTrain
 from jaxreg.losses.contrastive import ContrastiveConfig
 from jaxreg.models.sam import SamConfig
-from jaxreg.sam_experiment import SamData, SamExperiment, SamTrain
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 

@@ -21,9 +21,9 @@ a.csv,b.csv.
 """
 
 from jaxreg.data.augment import Augmentation
+from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task, region_weights
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig

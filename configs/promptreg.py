@@ -25,8 +25,8 @@ Table 2, without the two regularisers: --objective.orthogonality_weight 0
 --objective.task_weight 0. Without prompts (RDP): configs/rdp.py.
 """
 
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.data.loading import Loading
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.promptreg import AS_PAPER
 from jaxreg.training.loop import LoopConfig

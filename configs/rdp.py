@@ -10,14 +10,14 @@ two losses. RDP as published has --model.slope 0.1.
 import dataclasses
 import pathlib
 
-from jaxreg import experiment
-from jaxreg.experiment import Experiment
+from jaxreg.experiments import files
+from jaxreg.experiments.config import Experiment
 from jaxreg.models.rdp import RdpConfig
 
 
 def get_config() -> Experiment:
     """Returns the experiment."""
-    whole = experiment.load(pathlib.Path(__file__).with_name("promptreg.py"))
+    whole = files.load(pathlib.Path(__file__).with_name("promptreg.py"))
     return dataclasses.replace(
         whole,
         name="rdp",

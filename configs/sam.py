@@ -10,10 +10,10 @@ do neither.
     python train.py --config configs/sam.py --data.manifests scans.csv --out runs/sam
 """
 
-from jaxreg.data.views import ViewConfig
+from jaxreg.data.sam_views import ViewConfig
+from jaxreg.experiments.sam_config import RELEASED_RULE, SamExperiment, SamTrain
 from jaxreg.losses.contrastive import ContrastiveConfig
 from jaxreg.models.sam import SamConfig
-from jaxreg.sam_experiment import RELEASED_RULE, SamExperiment, SamTrain
 from jaxreg.training.loop import LoopConfig
 
 

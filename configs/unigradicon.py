@@ -22,9 +22,9 @@ weights (--data.holdout 5 makes one), test does neither, and is what `jaxreg eva
 """
 
 from jaxreg.data.augment import Augmentation
+from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig

@@ -29,11 +29,11 @@ and labels of its own. A network that is asked for lambda at registration has
 smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.
 """
 
+from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models.unireg import UniRegConfig
+from jaxreg.models.unireg.paper import UniRegConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 

@@ -20,11 +20,11 @@ does, test does neither and is what `jaxreg evaluate --split test` may report.
 UniReg-IIRPN is the same network in use: jaxreg register --level-iterations 10.
 """
 
+from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.models.unireg.released import UniRegRpnConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 

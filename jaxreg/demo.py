@@ -16,11 +16,16 @@ from typing import cast
 import numpy as np
 from scipy import ndimage
 
-from jaxreg import metrics, register, report, zoo
+from jaxreg import metrics
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
+from jaxreg.registration import options as options_lib
+from jaxreg.registration import pair as pair_lib
+from jaxreg.registration import report
+from jaxreg.registration import result as result_lib
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Shape, Volume
+from jaxreg.weights import load as load_lib
 
 _NILEARN = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 _PYDEFACE = "data/mean_reg2mean.nii.gz"
@@ -182,7 +187,7 @@ def run(
       iterations: of instance optimisation; None for none (with a model).
       seed: of the optimisation's noise.
       command: the command line, for the report.
-      progress: see `register.register`.
+      progress: see `pair.register`.
       pair: other data of the same form; `load()` if None.
 
     Returns:
@@ -191,29 +196,29 @@ def run(
     Raises:
       UserError: the data's packages are missing, or the folder cannot be written.
     """
-    options = register.Options(
+    options = options_lib.Options(
         input_masking=True,
         io_iterations=iterations,
         io_target="displacement" if model is None else "network",
         shape=shape,
         seed=seed,
     )
-    register.check_options(options)
+    options_lib.check_options(options)
     pair = pair or load()
-    loaded = None if model is None else zoo.load(model)
+    loaded = None if model is None else load_lib.load(model)
     folder = files.make_folder(out, "--out")
     files.check_writable(folder / "report.html", "--out")
-    result = register.register(
+    result = pair_lib.register(
         pair.moving,
         pair.fixed,
         loaded,
         options,
-        regions=register.Regions(
+        regions=options_lib.Regions(
             fixed_mask=pair.fixed_mask, moving_mask=pair.moving_mask
         ),
         progress=progress,
     )
-    numbers = {**register.summary(result), **_tissue_numbers(pair, result.transform)}
+    numbers = {**result_lib.summary(result), **_tissue_numbers(pair, result.transform)}
     names = ("transform.h5", "displacement.nii.gz", "warped.nii.gz", "before_after.png",
              "report.html")  # fmt: skip
     written = [folder / name for name in names]

@@ -159,7 +159,7 @@ def regularity(transform: transform_lib.Transform, grid: Grid) -> tuple[float, f
 
     Args:
       transform: fixed mm to moving mm.
-      grid: of the fixed scan, see `data.preprocess.Placement.measured`.
+      grid: of the fixed scan, see `network_grid.Placement.measured`.
     """
     determinant = transform_lib.jacobian_map(transform, grid)
     return folding_fraction(determinant), sdlogj(determinant)

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.io import released_promptreg, released_unireg
-from jaxreg.models import kinds
+from jaxreg.models import registry
 from jaxreg.models.rdp import RdpConfig
-from jaxreg.models.unireg import UniRegConfig
-from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.models.unireg.paper import UniRegConfig
+from jaxreg.models.unireg.released import UniRegRpnConfig
 from jaxreg.space.grid import unit_scale
+from jaxreg.weights.pytorch import promptreg as promptreg_lib
+from jaxreg.weights.pytorch import unireg_rpn
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 SHAPE = (16, 32, 48)
@@ -83,20 +84,20 @@ CONFIGS = {
 def in_pytorch(name, module, variables, images):
     unireg, promptreg = module("pytorch_unireg"), module("pytorch_promptreg")
     if name == "rdp":
-        state = tensors(released_promptreg.from_variables(variables))
+        state = tensors(promptreg_lib.from_variables(variables))
         return promptreg.network(state, *images)[0]
     # The first task of both: region 0, between subjects.
     if name == "unireg":
         known = torch.tensor([[1.0, 0, 0, 0, 0, 1]])
         return unireg.network(tensors(unireg.state_of(variables)), *images, known)
     known = torch.tensor([[1.0, 0, 1, 0, 0, 0, 0, 0]])
-    state = tensors(released_unireg.from_variables(variables))
+    state = tensors(unireg_rpn.from_variables(variables))
     return unireg.pyramid(state, *images, known)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_libraries_agree_on_a_grid_of_three_lengths(name, module):
-    model = kinds.build(CONFIGS[name])
+    model = registry.build(CONFIGS[name])
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda a: np.asarray(a) + 0.05 * rng.normal(size=a.shape).astype("f4"),

@@ -11,8 +11,8 @@ import pytest
 from jax import lax
 
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
-from jaxreg.models.unireg import UniRegConfig
-from jaxreg.nn import conv
+from jaxreg.models.unireg.paper import UniRegConfig
+from jaxreg.nn.conv import api
 from jaxreg.space import fields, filters, sampling
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
@@ -42,10 +42,10 @@ X = abstract(2, *SIZES, INPUTS)
 @pytest.mark.parametrize(
     ("function", "taps"),
     [
-        (conv.conv1, 1),
-        (conv.conv3, 3),
-        (conv.conv3_stride2, 3),
-        (conv.conv4_transpose2, 4),
+        (api.conv1, 1),
+        (api.conv3, 3),
+        (api.conv3_stride2, 3),
+        (api.conv4_transpose2, 4),
     ],
 )
 def test_built_is_what_xla_counts_in_the_native_form(function, taps):
@@ -61,7 +61,7 @@ def test_built_is_what_xla_counts_in_the_native_form(function, taps):
 
 
 @pytest.mark.parametrize(
-    ("function", "stride"), [(conv.conv3, 1), (conv.conv3_stride2, 2)]
+    ("function", "stride"), [(api.conv3, 1), (api.conv3_stride2, 2)]
 )
 def test_needed_is_what_xla_counts_in_the_definition(function, stride):
     shape = (3, 3, 3, INPUTS, OUTPUTS)
@@ -85,7 +85,7 @@ def test_a_transposed_convolution_needs_64_products_per_voxel():
             x, kernel, (1, 1, 1), ((2, 2),) * 3, (2, 2, 2), dimension_numbers=NUMBERS
         )
 
-    counted = counting_rules.convolution(conv.conv4_transpose2, X, shape)
+    counted = counting_rules.convolution(api.conv4_transpose2, X, shape)
     # XLA leaves out what the border cuts off, two of 4 n per axis.
     kept = math.prod((4 * n - 2) / (4 * n) for n in SIZES)
     xla = by_xla(definition, X, abstract(*shape))

@@ -5,7 +5,8 @@ import importlib.util
 import numpy as np
 import pytest
 
-from jaxreg import cli, demo
+from jaxreg import demo
+from jaxreg.cli import main
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
 from jaxreg.space.grid import Grid, Volume
@@ -129,7 +130,7 @@ def test_run_writes_everything_and_improves(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo_itself(tmp_path, capsys):
-    status = cli.main(
+    status = main.main(
         ["demo", "--out", str(tmp_path), "--shape", "32,36,32", "--io-iterations", "30"]
     )
     assert status == 0

@@ -17,7 +17,7 @@ import pytest
 import typer
 from packaging import requirements, utils, version
 
-from jaxreg import cli
+from jaxreg.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxreg"
@@ -240,7 +240,7 @@ def test_the_table_refuses(room, line):
 
 def test_importing_jaxreg_leaves_torch_alone():
     code = (
-        "import sys, jaxreg.cli, jaxreg.register, jaxreg.zoo; "
+        "import sys, jaxreg.cli.main, jaxreg.registration.pair, jaxreg.weights.zoo; "
         f"print([m for m in {TORCH} if m in sys.modules])"
     )
     done = subprocess.run(
@@ -251,7 +251,7 @@ def test_importing_jaxreg_leaves_torch_alone():
 
 def test_importing_the_command_line_is_quick():
     """--help needs no JAX."""
-    code = "import sys, jaxreg.cli; print('jax' in sys.modules)"
+    code = "import sys, jaxreg.cli.main; print('jax' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -271,9 +271,9 @@ def shell_lines() -> list[str]:
 
 
 def parse(line: str) -> None:
-    """Parses a command line as `cli.main` does, without carrying it out."""
-    argv = cli._hyphens(shlex.split(line, comments=True)[1:])
-    command = typer.main.get_command(cli.app)
+    """Parses a command line as `main.main` does, without carrying it out."""
+    argv = main._hyphens(shlex.split(line, comments=True)[1:])
+    command = typer.main.get_command(main.app)
     while argv and argv[0] in (verbs := getattr(command, "commands", {})):
         command, argv = verbs[argv[0]], argv[1:]
     with command.make_context("jaxreg", list(argv), obj=argv):
@@ -281,7 +281,7 @@ def parse(line: str) -> None:
 
 
 def test_the_readme_shows_every_verb():
-    assert set(typer.main.get_command(cli.app).commands) <= {
+    assert set(typer.main.get_command(main.app).commands) <= {
         line.split()[1] for line in shell_lines()
     }
 
@@ -295,7 +295,7 @@ def test_readme_command_parses(line):
 
 
 def test_parse_refuses_an_unknown_option():
-    with pytest.raises(cli._ClickException):
+    with pytest.raises(main._ClickException):
         parse("jaxreg models --no-such-option")
 
 

@@ -17,15 +17,17 @@ import optax
 import pytest
 from jax import export
 
-from jaxreg import experiment, sam_training
+from jaxreg.experiments import files
+from jaxreg.experiments import sam as sam_lib
 from jaxreg.losses.contrastive import ContrastiveConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models import kinds, rdp, sam, unireg
+from jaxreg.models import rdp, registry, sam
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.promptreg import AS_PAPER, PromptRegConfig
 from jaxreg.models.rdp import RdpConfig
-from jaxreg.models.unireg import UniRegConfig
-from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.models.unireg import paper
+from jaxreg.models.unireg.paper import UniRegConfig
+from jaxreg.models.unireg.released import UniRegRpnConfig
 from jaxreg.training import optimizer, state, step
 from jaxreg.typing import Pair
 
@@ -83,7 +85,7 @@ CASES = {
     "released": Case(PromptRegConfig(channels=1, tasks=2), loops=8),
     "unireg": Case(UniRegConfig(features="mind"), "ncc", (), 2, 2),
     "with sam": Case(UniRegConfig(), loops=3),
-    "same": Case(unireg.SAME, loops=4),
+    "same": Case(paper.SAME, loops=4),
     "unireg_rpn": Case(UniRegRpnConfig(2), "box_ncc"),
 }
 LONG = pytest.mark.slow  # a gradient takes its time to trace
@@ -105,11 +107,11 @@ def abstract(shape, dtype=jnp.float32):
 def arguments(name: str) -> tuple[Any, Pair]:
     """Abstract variables of a case's network, and a pair for it."""
     case = CASES[name]
-    model, shape = kinds.build(case.config), case.shape
+    model, shape = registry.build(case.config), case.shape
     variables = dict(jax.eval_shape(lambda key: model.init(key, shape), KEY))
-    if kinds.correlates_sam(case.config):
+    if registry.correlates_sam(case.config):
         frozen = jax.eval_shape(lambda key: sam.init(SMALL_SAM, key), KEY)
-        variables = unireg.with_sam(variables, frozen)
+        variables = paper.with_sam(variables, frozen)
     image: Any = abstract((1, *shape, 1))
     task: Any = abstract((1,), jnp.int32)
     return variables, Pair(image, image, task=task)
@@ -122,7 +124,7 @@ def exported(function: Callable, *args, platforms=BOTH) -> str:
 
 
 def forward(name: str, platforms=BOTH) -> str:
-    model, shape = kinds.build(CASES[name].config), CASES[name].shape
+    model, shape = registry.build(CASES[name].config), CASES[name].shape
 
     def run(variables, pair):
         maps, _ = step.predict(model, variables, pair, directions="forward")
@@ -178,7 +180,7 @@ def test_training_step_lowers_for_tpu_and_gpu(name, monkeypatch):
     variables, pair = arguments(name)
     rule = optax.adam(1e-4)
     states = jax.eval_shape(rule.init, variables["params"])
-    function = step.make_step(kinds.build(config), case.objective, rule)
+    function = step.make_step(registry.build(config), case.objective, rule)
     noise = abstract((1, *case.shape, 3))
     text = exported(function, variables, states, pair, noise)
     check(text, case.trained_loops)
@@ -186,7 +188,7 @@ def test_training_step_lowers_for_tpu_and_gpu(name, monkeypatch):
 
 @LONG
 def test_sam_s_training_step_lowers_for_tpu_and_gpu():
-    given: Any = experiment.load_any(CONFIGS / "sam.py")
+    given: Any = files.load_any(CONFIGS / "sam.py")
     contrast = ContrastiveConfig(8, 4, 8, 4, coarse_hard=4, coarse_negatives=2)
     config = dataclasses.replace(SMALL_SAM, form="native")  # as above
     given = dataclasses.replace(given, model=config, contrast=contrast)
@@ -199,7 +201,7 @@ def test_sam_s_training_step_lowers_for_tpu_and_gpu():
         for side in ("moving", "fixed")
         for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
     }
-    text = exported(sam_training.make_train_step(given), start, batch)
+    text = exported(sam_lib.make_train_step(given), start, batch)
     # Volumes one after the other, in either loss and in their gradients; and in each
     # view's search for the nearest places of the other, which has none.
     check(text, 4 + 4)

@@ -18,8 +18,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from jaxreg.data import preprocess
-from jaxreg.data.manifest import Pairing, Record
+from jaxreg.data import modality as modality_lib
+from jaxreg.data.manifest.records import Pairing, Record
 from jaxreg.errors import UserError
 
 Strategy = Literal["B", "F", "R"]
@@ -469,7 +469,7 @@ def _views(records: Sequence[Record], task: Task, i: int) -> dict[str, View]:
     """Returns what record i can be shown as, by modality."""
     modality = records[i].modality.lower()
     views = {modality: View(i)}
-    if task.invert_ct and preprocess.kind(modality) == "ct":
+    if task.invert_ct and modality_lib.kind(modality) == "ct":
         views[INVERTED_CT] = View(i, inverted=True)
     return views
 
@@ -483,7 +483,7 @@ def _pairing(records: Sequence[Record], task: Task, members: Sequence[int]) -> P
             "expected one kind; set the task's pairing or split the dataset"
         )
     if task.invert_ct and not any(
-        preprocess.kind(records[i].modality) == "ct" for i in members
+        modality_lib.kind(records[i].modality) == "ct" for i in members
     ):
         raise UserError(
             f"task {task.dataset!r} inverts CT images, its dataset has none; "

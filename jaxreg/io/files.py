@@ -144,6 +144,8 @@ def check_writable(
 
 def damaged(path: PathLike, error: BaseException) -> UserError:
     """Returns the sentence about a file that its format's reader gave up on."""
+    if isinstance(error, FileNotFoundError):  # since it was checked
+        return UserError(f"{path} does not exist any more; put it back")
     return UserError(
         f"{path} cannot be read, it may be truncated or of another format "
         f"({last_line(error)}); write or fetch it again"

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.models import multires
 from jaxreg.models.base import Prediction
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.unet import Precision, TallUNet2, UNetConfig
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
@@ -34,7 +34,7 @@ class GradIconConfig:
       channels_up: of each U-Net, finest first.
       halvings: how often a U-Net at double resolution follows; 2 starts at a quarter.
       refinements: U-Nets after that at full resolution; 0 in training stage 1.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of the U-Nets' arithmetic, see `UNetConfig`.
       remat: what the backward pass computes again instead of keeping: the padding and
         activation of each layer, or whole U-Nets (a third more arithmetic, and only
@@ -45,7 +45,7 @@ class GradIconConfig:
     channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
     halvings: int = 2
     refinements: int = 1
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     precision: Precision = "float32"
     remat: Literal["layers", "networks"] = "layers"
 

@@ -7,7 +7,7 @@ off these coordinates; released weights were trained with that offset.
 
 from collections.abc import Callable
 
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.space import fields
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.typing import Field, Image
@@ -29,7 +29,7 @@ def downsample(inner: Network) -> Network:
     """Returns `inner` run on both images at half resolution."""
 
     def run(moving, fixed):
-        return inner(conv.average_pool2(moving), conv.average_pool2(fixed))
+        return inner(api.average_pool2(moving), api.average_pool2(fixed))
 
     return run
 

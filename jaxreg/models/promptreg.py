@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.models import rdp
 from jaxreg.models.base import Prediction
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.prompts import (
     Bank,
     Orthogonality,
@@ -38,7 +38,7 @@ class PromptRegConfig:
       channels: see `rdp.RdpConfig`, as the next three.
       image_channels: of each image.
       slope: of the leaky ReLU after normalised convolutions.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
       tasks: static prompts, see `prompts.PromptConfig`, as all that follow. Training
         puts the number of its tasks here.
       temperature: of the softmax over the bank.
@@ -51,7 +51,7 @@ class PromptRegConfig:
     channels: int = 16
     image_channels: int = 1
     slope: float = 0.01
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     tasks: int = 5
     temperature: float = 0.5
     readout: Readout = "pooled_attention"

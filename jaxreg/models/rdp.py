@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.models.base import Prediction
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
@@ -45,13 +45,13 @@ class RdpConfig:
       channels: c, of the finest level; the coarser ones have 2c, 4c and 8c.
       image_channels: of each image.
       slope: of the leaky ReLU after normalised convolutions.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
     """
 
     channels: int = 16
     image_channels: int = 1
     slope: float = 0.01
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
 
 
 class ConvBlocks(nn.Module):
@@ -60,7 +60,7 @@ class ConvBlocks(nn.Module):
     inputs: int
     outputs: int
     slope: float = 0.01
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
 
     @nn.compact
     def __call__(self, x) -> Image:
@@ -83,10 +83,10 @@ class Encoder(nn.Module):
         )
         features = [first(image)]
         for level in range(2, LEVELS + 1):
-            down = convolution(conv.conv3_stride2, c, 2 * c, f"down_{level}", form)
+            down = convolution(api.conv3_stride2, c, 2 * c, f"down_{level}", form)
             c *= 2
             x = down(features[-1])
-            y = convolution(conv.conv3, c, c, f"residual_{level}", form)(
+            y = convolution(api.conv3, c, c, f"residual_{level}", form)(
                 instance_norm_leaky(x, _RESIDUAL_SLOPE)
             )
             features.append(instance_norm_leaky(x + y, _RESIDUAL_SLOPE))
@@ -124,7 +124,7 @@ class RdpNetwork(nn.Module):
             x, aux = self.bottleneck(x, **options)
 
         head = convolution(
-            conv.conv3, 8 * c, 3, "head_4", form, kernel_init=normal(_HEAD_DEVIATION)
+            api.conv3, 8 * c, 3, "head_4", form, kernel_init=normal(_HEAD_DEVIATION)
         )
         refine = ConvBlocks(24 * c, 8 * c, slope, form, name="refine_4")
         field = fields.integrate(head(x), _SQUARINGS)
@@ -138,13 +138,13 @@ class RdpNetwork(nn.Module):
                 width,
                 _RESIDUAL_SLOPE,
                 form,
-                conv.conv4_transpose2,
+                api.conv4_transpose2,
                 name=f"up_{level}",
             )
             inputs = 3 * width
             join = ConvBlocks(inputs, inputs, slope, form, name=f"join_{level}")
             head = convolution(
-                conv.conv3,
+                api.conv3,
                 inputs,
                 3,
                 f"head_{level}",

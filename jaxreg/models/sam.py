@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxreg.errors import UserError
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.layers import StridedConvolution, value, xavier_uniform
 from jaxreg.nn.unet import BatchNorm, Precision
 from jaxreg.space import sampling
@@ -59,13 +59,13 @@ class SamConfig:
     Attributes:
       channels: of the four stages; the stem has the first's.
       embedding: channels of both embeddings.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of activations and products; the embeddings are float32.
     """
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
     embedding: int = 128
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     precision: Precision = "float32"
 
     def __post_init__(self):
@@ -107,7 +107,7 @@ class ConvNorm(nn.Module):
     stride: tuple[int, int, int] = (1, 1, 1)
     padding: tuple[int, int, int] | None = None
     activated: bool = False
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     batching: Batching = ONE_CALL
 
     @nn.compact
@@ -132,7 +132,7 @@ class BasicBlock(nn.Module):
     size: tuple[int, int, int]
     stride: tuple[int, int, int] = (1, 1, 1)
     projected: bool = False
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     batching: Batching = ONE_CALL
 
     @nn.compact
@@ -339,12 +339,12 @@ def init(config: SamConfig, key: Key) -> Variables:
     return SamNetwork(config).lazy_init(key, image, train=False)
 
 
-def config_of(variables: Variables, *, form: conv.Form = "auto") -> SamConfig:
+def config_of(variables: Variables, *, form: api.Form = "auto") -> SamConfig:
     """Returns the configuration that variables have, float32.
 
     Args:
       variables: as from `init`.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
 
     Raises:
       UserError: the variables are not those of a SAM network.

@@ -1,4 +1,4 @@
-"""Layers with parameters, built on `jaxreg.nn.conv`, and normalisation without any.
+"""Layers with parameters, built on `jaxreg.nn.conv.api`, and normalisation without any.
 
 Weights start as PyTorch's do, so that networks train alike.
 """
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxreg import late
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.typing import Image
+from jaxreg.xla import scheduling
 
 _NORM_EPSILON = 1e-5
 
@@ -135,14 +135,14 @@ def value(x: "jax.Array | Scaled") -> jax.Array:
 
 
 class Convolution(nn.Module):
-    """Kernel and bias of one layer of `jaxreg.nn.conv`, created and applied.
+    """Kernel and bias of one layer of `jaxreg.nn.conv.api`, created and applied.
 
     Attributes:
       function: the layer, ``(x, kernel, bias, form=)``.
       shape: of the kernel, kD kH kW I O.
       activated: whether the input passes a leaky ReLU first.
       kernel_init: of the kernel; with zero biases. As PyTorch starts both if None.
-      form: see `jaxreg.nn.conv`.
+      form: see `jaxreg.nn.conv.api`.
       dtype: of the arithmetic and the result; the input's if None.
     """
 
@@ -150,7 +150,7 @@ class Convolution(nn.Module):
     shape: tuple[int, ...]
     activated: bool = False
     kernel_init: Callable | None = None
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     dtype: str | None = None
 
     @nn.compact
@@ -161,13 +161,13 @@ class Convolution(nn.Module):
         """
         kd, kh, kw, i, o = self.shape
         # PyTorch takes a transposed convolution's fan from the output channels.
-        fan = kd * kh * kw * (o if self.function is conv.conv4_transpose2 else i)
+        fan = kd * kh * kw * (o if self.function is api.conv4_transpose2 else i)
         kernel = self.param("kernel", self.kernel_init or uniform(fan), self.shape)
         bias_init = nn.initializers.zeros if self.kernel_init else uniform(fan)
         bias = self.param("bias", bias_init, (o,))
 
         # The backward pass scales, pads and activates once more instead of keeping all.
-        return late.recomputed(
+        return scheduling.recomputed(
             _convolved, x, kernel, bias, function=self.function,
             activated=self.activated, form=self.form, dtype=self.dtype,
         )  # fmt: skip
@@ -182,7 +182,7 @@ def _convolved(x, kernel, bias, *, function, activated, form, dtype):
 
 
 class StridedConvolution(nn.Module):
-    """Kernel, and bias if there is one, of `jaxreg.nn.conv.strided`.
+    """Kernel, and bias if there is one, of `jaxreg.nn.conv.api.strided`.
 
     Attributes:
       outputs: channels.
@@ -191,7 +191,7 @@ class StridedConvolution(nn.Module):
       padding: voxels of zeros on either side, per axis; half the kernel if None.
       biased: whether there is a bias; it starts at zero.
       kernel_init: of the kernel.
-      form: see `jaxreg.nn.conv`.
+      form: see `jaxreg.nn.conv.api`.
     """
 
     outputs: int
@@ -200,7 +200,7 @@ class StridedConvolution(nn.Module):
     padding: tuple[int, int, int] | None = None
     biased: bool = False
     kernel_init: Callable = kaiming_normal()
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
@@ -209,7 +209,7 @@ class StridedConvolution(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
 
         # The backward pass pads and folds once more instead of keeping both.
-        y = late.recomputed(
+        y = scheduling.recomputed(
             _strided, x, kernel, stride=self.stride, form=self.form,
             padding=self.padding or tuple(k // 2 for k in self.size),
         )  # fmt: skip
@@ -220,7 +220,7 @@ class StridedConvolution(nn.Module):
 
 
 def _strided(x, kernel, **settings):
-    return conv.strided(x, kernel.astype(x.dtype), **settings)
+    return api.strided(x, kernel.astype(x.dtype), **settings)
 
 
 def instance_norm_leaky(x: Image, slope: float) -> Image:
@@ -231,7 +231,7 @@ def instance_norm_leaky(x: Image, slope: float) -> Image:
     References:
       Ulyanov et al., Instance normalization, 2016.
     """
-    return late.recomputed(_normalised, x, slope=slope)
+    return scheduling.recomputed(_normalised, x, slope=slope)
 
 
 def _normalised(x, *, slope):
@@ -243,10 +243,10 @@ def _normalised(x, *, slope):
 
 
 def convolution(
-    function: Callable, inputs: int, outputs: int, name: str, form: conv.Form, **options
+    function: Callable, inputs: int, outputs: int, name: str, form: api.Form, **options
 ) -> Convolution:
-    """Returns a layer of `jaxreg.nn.conv` with its kernel's size from its function."""
-    size = {conv.conv1: 1, conv.conv4_transpose2: 4}.get(function, 3)
+    """Returns a layer of `nn.conv.api` with its kernel's size from its function."""
+    size = {api.conv1: 1, api.conv4_transpose2: 4}.get(function, 3)
     shape = (size, size, size, inputs, outputs)
     return Convolution(function, shape, form=form, name=name, **options)
 
@@ -257,8 +257,8 @@ class ConvBlock(nn.Module):
     inputs: int
     outputs: int
     slope: float = 0.01
-    form: conv.Form = "auto"
-    function: Callable = conv.conv3
+    form: api.Form = "auto"
+    function: Callable = api.conv3
 
     @nn.compact
     def __call__(self, x) -> Image:

@@ -20,7 +20,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.layers import ConvBlock, normal, uniform
 from jaxreg.typing import Image
 
@@ -139,12 +139,12 @@ class PromptGenerator(nn.Module):
     Attributes:
       config: see `PromptConfig`.
       grid: of the bank and of the features, D H W.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
     """
 
     config: PromptConfig
     grid: tuple[int, int, int]
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
 
     @nn.compact
     def __call__(
@@ -172,17 +172,17 @@ class PromptGenerator(nn.Module):
         bank = self.param("bank", normal(deviation), (config.tasks, *shape))
         template = self.param("template", normal(deviation), (1, *shape))
         template = jnp.broadcast_to(template, features.shape)
-        dynamic = block(conv.conv3, 2 * c, "dynamic_0")((features, template))
-        dynamic = block(conv.conv3, c, "dynamic_1")(dynamic)
+        dynamic = block(api.conv3, 2 * c, "dynamic_0")((features, template))
+        dynamic = block(api.conv3, c, "dynamic_1")(dynamic)
         weights = jax.nn.softmax(similarities(dynamic, bank) / config.temperature, -1)
         weighted = jnp.einsum(
             "nz,zdhwc->ndhwc", weights, bank, precision=jax.lax.Precision.HIGHEST
         )
         known = weighted
         if config.static_block:
-            known = block(conv.conv3, c, "static")(weighted)
-        joined = block(conv.conv3, 2 * c, "join_0")((dynamic, known))
-        joined = block(conv.conv1, c, "join_1")(joined)
+            known = block(api.conv3, c, "static")(weighted)
+        joined = block(api.conv3, 2 * c, "join_0")((dynamic, known))
+        joined = block(api.conv1, c, "join_1")(joined)
         prompt = joined
         if config.readout == "pooled_attention":
             token = Linear(c, name="value")(joined.mean((1, 2, 3)))

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxreg.nn import conv
+from jaxreg.nn.conv import api
 from jaxreg.nn.layers import Convolution, Scaled, value
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
@@ -31,14 +31,14 @@ class UNetConfig:
       channels_down: channels before each strided convolution and after the last; the
         first is that of the two images together.
       channels_up: channels after each upsampling, finest first.
-      form: convolution form, see `jaxreg.nn.conv`.
+      form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of activations and products; parameters, batch statistics and the
         displacement stay float32.
     """
 
     channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
     channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
-    form: conv.Form = "auto"
+    form: api.Form = "auto"
     precision: Precision = "float32"
 
 
@@ -141,28 +141,28 @@ class TallUNet2(nn.Module):
             skips.append(x)
             name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
             layer = Convolution(
-                conv.conv3_stride2, shape, activated=True, form=form, name=name
+                api.conv3_stride2, shape, activated=True, form=form, name=name
             )
             y = layer(x)
-            x = y + _fit(conv.average_pool2(x), down[level + 1])
+            x = y + _fit(api.average_pool2(x), down[level + 1])
         parts, channels = (x,), down[levels]
         for level in reversed(range(levels)):
             name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
             layer = Convolution(
-                conv.conv4_transpose2, shape, activated=True, form=form, name=name
+                api.conv4_transpose2, shape, activated=True, form=form, name=name
             )
             y = layer(parts)
             # The residual keeps the first channels: the decoder's, as up shrinks.
             whole = value(parts[0])
             if whole.shape[-1] < min(up[level], channels):
                 whole = jnp.concatenate([whole, *parts[1:]], axis=-1)
-            x = y + conv.upsample2(_fit(whole, up[level]))
+            x = y + api.upsample2(_fit(whole, up[level]))
             normal = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
             skip = skips[level]
             parts = (dataclasses.replace(normal, shape=skip.shape[1:4]), skip)
             channels = up[level] + skip.shape[-1]
         last = Convolution(
-            conv.conv3,
+            api.conv3,
             (3, 3, 3, channels, 3),
             kernel_init=nn.initializers.zeros,
             form=form,

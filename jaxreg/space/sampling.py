@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy import ndimage
 
-from jaxreg import late
 from jaxreg.space import grid as grid_lib
 from jaxreg.typing import Image, Labels, Points
+from jaxreg.xla import scheduling
 
 Outside = Literal["edge", "zeros", "half_voxel"]
 """What lies outside the array.
@@ -120,7 +120,7 @@ def _over_batch(function, *arrays, loop: bool):
     def one(n):
         return function(*(a[n] if o else a for a, o in zip(shared, own, strict=True)))
 
-    return late.mapped(one, jnp.arange(batch), like=arrays[0])
+    return scheduling.mapped(one, jnp.arange(batch), like=arrays[0])
 
 
 def _in_chunks(*arrays):
@@ -145,7 +145,7 @@ def _per_point(function, values, *per_point, cpu=None):
         if count <= _CHUNK:
             return on_cpu(values, *arrays)
         chunks = _in_chunks(*arrays)
-        out = late.mapped(lambda c: on_cpu(values, *c), chunks, like=arrays[0])
+        out = scheduling.mapped(lambda c: on_cpu(values, *c), chunks, like=arrays[0])
         return out.reshape(-1, out.shape[-1])[:count]
 
     return jax.lax.platform_dependent(
@@ -291,7 +291,7 @@ def _values_gradient(values, index, dy, *, zeros: bool):
     shape = values.shape[1:]
 
     def empty():
-        return late.zeros((math.prod(shape[:3]), shape[3]), dy)
+        return scheduling.zeros((math.prod(shape[:3]), shape[3]), dy)
 
     def added(total, points, unroll=1):
         at, dy = points

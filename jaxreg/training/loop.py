@@ -19,9 +19,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxreg.errors import UserError
-from jaxreg.io.runs import RunCheckpoints
 from jaxreg.training import parallel
 from jaxreg.training import state as state_lib
+from jaxreg.training.checkpoints import RunCheckpoints
 from jaxreg.training.logging import RunLog, device_memory
 from jaxreg.training.parallel import Layout
 from jaxreg.training.state import TrainState
@@ -75,7 +75,7 @@ _OF_DATASET = ("dice", "loss")
 
 
 class Batches(Protocol):
-    """Where batches come from: `data.pipeline.Batches` or one like it."""
+    """Where batches come from: `batches.Batches` or one like it."""
 
     waited_s: float
 

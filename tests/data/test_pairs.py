@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jaxreg.data import pairs
-from jaxreg.data.manifest import Record
+from jaxreg.data.manifest.records import Record
 from jaxreg.data.pairs import INVERTED_CT, PairPlan, Task, View, sampler
 from jaxreg.errors import UserError
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxreg.data import preprocess
+from jaxreg.data import modality, network_grid, preprocess
 from jaxreg.data.preprocess import Preprocessing
 from jaxreg.errors import UserError
 from jaxreg.space import background, sampling
@@ -352,7 +352,7 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
     rng = np.random.default_rng(5)
     array = rng.uniform(size=(5, 7, 6)).astype("f4")
     shape = (9, 4, 6)
-    found = preprocess.Placement("aligned").image(
+    found = network_grid.Placement("aligned").image(
         array, Grid(array.shape, np.eye(4)), shape
     )
     at = [np.linspace(0, n - 1, m) for n, m in zip(array.shape, shape, strict=True)]
@@ -364,7 +364,7 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
 def test_aligned_labels_are_the_nearest_voxels():
     labels = np.arange(4 * 5 * 3).reshape(4, 5, 3)
     shape = (7, 5, 2)
-    found = preprocess.Placement("aligned").labels(
+    found = network_grid.Placement("aligned").labels(
         labels, Grid(labels.shape, np.eye(4)), shape
     )
     at = [np.linspace(0, n - 1, m) for n, m in zip(labels.shape, shape, strict=True)]
@@ -382,7 +382,7 @@ def test_network_voxels_lie_where_they_were_read(resize, axes):
     grid = Grid((9, 11, 8), affine)
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
     world = index @ affine[:3, :3].T + affine[:3, 3]
-    placement = preprocess.Placement(resize, axes, spacing_mm=0.9)
+    placement = network_grid.Placement(resize, axes, spacing_mm=0.9)
     volume = placement.turned(Volume(world[..., 0].astype("f4"), grid))
     shape = (6, 5, 7)
     found = placement.image(volume.array, volume.grid, shape)
@@ -411,7 +411,7 @@ def test_scans_are_padded_with_air_and_labels_with_background():
     array = np.full((4, 4, 4), 50.0, "f4")
     array[1:3] = 200.0
     scan = volume(array, spacing=1.0)
-    placement = preprocess.Placement("pad_crop", spacing_mm=1.0)
+    placement = network_grid.Placement("pad_crop", spacing_mm=1.0)
     rule = preprocess.Preprocessing("ct", ct_window=(-1024.0, 1024.0))
     found = preprocess.network_image(scan, (8, 4, 2), rule, placement=placement)
     found = found[0, ..., 0]
@@ -433,7 +433,7 @@ def test_padding_shifts_by_whole_voxels_and_resamples_between():
     rng = np.random.default_rng(1)
     array = rng.uniform(size=(6, 5, 7)).astype("f4")
     grid = Grid(array.shape, np.diag([1.5, 1.0, 3.0, 1.0]))
-    placement = preprocess.Placement("pad_crop", spacing_mm=2.0)
+    placement = network_grid.Placement("pad_crop", spacing_mm=2.0)
     found = placement.image(array, grid, (7, 4, 9), outside=-1.0)
     at = [
         (np.arange(m) - (m - 1) / 2) * 2.0 / spacing + (n - 1) / 2
@@ -459,17 +459,17 @@ def test_padding_shifts_by_whole_voxels_and_resamples_between():
 )
 def test_placements_that_do_not_exist_are_refused(fields, said):
     with pytest.raises(UserError, match=said):
-        preprocess.Placement(**fields)
+        network_grid.Placement(**fields)
 
 
 @pytest.mark.parametrize("resize", ["half_pixel", "aligned", "pad_crop"])
 @pytest.mark.parametrize("axes", ["kji", "ijk", "spl"])
 def test_placement_survives_in_words(resize, axes):
-    placement = preprocess.Placement(
+    placement = network_grid.Placement(
         resize, axes, 1.25 if resize == "pad_crop" else 2.0
     )
-    assert preprocess.Placement.of_weights(placement.to_dict()) == placement
-    assert preprocess.Placement.of_weights({}) == preprocess.AS_GRADICON
+    assert network_grid.Placement.of_weights(placement.to_dict()) == placement
+    assert network_grid.Placement.of_weights({}) == network_grid.AS_GRADICON
 
 
 @pytest.mark.parametrize(
@@ -484,8 +484,8 @@ def test_placement_survives_in_words(resize, axes):
     ],
 )  # fmt: skip
 def test_same_contrast(first, second, same):
-    assert preprocess.same_contrast(first, second) is same
-    assert preprocess.same_contrast(second, first) is same
+    assert modality.same_contrast(first, second) is same
+    assert modality.same_contrast(second, first) is same
 
 
 NAMES = {
@@ -502,29 +502,29 @@ NAMES = {
 def test_names_of_modalities(name):
     """Whose intensity rule holds for each, in lists, for a scan and beyond it."""
     rule = NAMES[name]
-    assert preprocess.kind(name) == rule
-    assert preprocess.kind(preprocess.known(name)) == rule
+    assert modality.kind(name) == rule
+    assert modality.kind(modality.known(name)) == rule
     scan = volume(np.linspace(-3000, 3000, 60).reshape(3, 4, 5))
     # Nothing is common at the border: air, or for other scans the minimum.
     expected = background.Background(-1000 if rule == "ct" else -3000)
-    assert preprocess.beyond(name, scan) == expected
+    assert modality.beyond(name, scan) == expected
     seen = preprocess.normalise(
-        scan.array, preprocess.Preprocessing(preprocess.kind(name)), source="scan"
+        scan.array, preprocess.Preprocessing(modality.kind(name)), source="scan"
     )
     expected = np.clip((scan.array + 1000) / 2000, 0, 1)
     assert np.allclose(seen, expected, atol=1e-6) == (rule == "ct")
 
 
 def test_options_and_lists_know_the_same_names():
-    from jaxreg.cli_options import Modality
+    from jaxreg.cli.options import Modality
 
-    assert {m.value for m in Modality} <= set(preprocess.CONTRASTS)
-    assert set(preprocess.CONTRASTS) <= {name.strip().lower() for name in NAMES} | {
+    assert {m.value for m in Modality} <= set(modality.CONTRASTS)
+    assert set(modality.CONTRASTS) <= {name.strip().lower() for name in NAMES} | {
         "t2w", "t1c", "t1gd",
     }  # fmt: skip
     words = ("CT", "T2w ", "swi", "MR", "CBCT", "CT_venous", "TRUS")
     known = ["ct", "t2w", "mri", "mr", "cbct", "ct", "trus"]
-    assert [preprocess.known(word) for word in words] == known
+    assert [modality.known(word) for word in words] == known
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "ASL"])
@@ -535,7 +535,7 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
         [[0.1, 0.2, -1.5, 3], [0.3, 1.2, 0.1, -7], [2.0, -0.1, 0.2, 5], [0, 0, 0, 1.0]]
     ))  # fmt: skip
     array = np.random.default_rng(0).normal(size=grid.shape)
-    placement = preprocess.Placement(axes=axes, orientation=orientation)
+    placement = network_grid.Placement(axes=axes, orientation=orientation)
     got = placement.turned(Volume(array, grid))
     image = nib.Nifti1Image(array.T, grid.transposed().affine_mm)
     change = nib.orientations.ornt_transform(
@@ -543,7 +543,7 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
         nib.orientations.axcodes2ornt(orientation),
     )
     expected = image.as_reoriented(change)
-    assert preprocess.orientation_of(grid) == "".join(nib.aff2axcodes(image.affine))
+    assert network_grid.orientation_of(grid) == "".join(nib.aff2axcodes(image.affine))
     data = np.asarray(expected.dataobj)
     volume = got if axes == "ijk" else got.transposed()
     np.testing.assert_array_equal(volume.array, data)
@@ -552,12 +552,12 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
 
 def test_orientation_travels_with_the_placement():
     for orientation in (None, "RAS", "LPS"):
-        placement = preprocess.Placement(orientation=orientation)
-        assert preprocess.Placement.of_weights(placement.to_dict()) == placement
-    said = {"orientation": preprocess.ANY_ORIENTATION}
-    assert preprocess.Placement.of_weights(said).orientation is None
+        placement = network_grid.Placement(orientation=orientation)
+        assert network_grid.Placement.of_weights(placement.to_dict()) == placement
+    said = {"orientation": network_grid.ANY_ORIENTATION}
+    assert network_grid.Placement.of_weights(said).orientation is None
     with pytest.raises(UserError, match='orientation is "up", expected a letter'):
-        preprocess.Placement(orientation="up")
+        network_grid.Placement(orientation="up")
 
 
 def test_the_part_that_another_scan_can_meet_is_cut_out():
@@ -565,17 +565,17 @@ def test_the_part_that_another_scan_can_meet_is_cut_out():
     affine = np.diag([1.0, 1, 1, 1])[:, [2, 1, 0, 3]]
     affine[:3, 3] = [30.0, 40.0, 50.0]
     small = Grid((20, 20, 20), affine)  # 10 voxels of the large one each way
-    part = preprocess.part_near(large, small, np.eye(4))
+    part = network_grid.part_near(large, small, np.eye(4))
     assert [(s.start, s.stop) for s in part] == [(22, 38), (17, 33), (12, 28)]
     rng = np.random.default_rng(0)
     volume = Volume(rng.random(large.shape), large)
-    found = preprocess.cut(volume, part)
+    found = network_grid.cut(volume, part)
     np.testing.assert_array_equal(found.array, volume.array[part])
     first = large.affine_mm @ [22, 17, 12, 1]
     np.testing.assert_allclose(found.grid.affine_mm[:, 3], first)
     whole = tuple(slice(0, n) for n in small.shape)
-    assert preprocess.part_near(small, large, np.eye(4)) == whole
+    assert network_grid.part_near(small, large, np.eye(4)) == whole
     away = np.eye(4)
     away[:3, 3] = 1000.0
-    nothing = preprocess.part_near(large, small, away)
+    nothing = network_grid.part_near(large, small, away)
     assert nothing == tuple(slice(0, n) for n in large.shape)

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from jaxreg.data import manifest, synthetic
+from jaxreg.data import synthetic
+from jaxreg.data.manifest import check
+from jaxreg.data.manifest import read as read_lib
 from jaxreg.data.synthetic import TASKS, SyntheticConfig, SyntheticPairs
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
@@ -318,14 +320,14 @@ def test_dataset_of_one_contrast(tmp_path):
 
 def test_dataset_is_a_manifest(dataset):
     config, path = dataset
-    read_back = manifest.read_manifest(path)
+    read_back = read_lib.read_manifest(path)
     assert len(read_back.records) == 40
     record = read_back.records[0]
     assert record.image.exists()
     assert record.label is not None and record.label.exists()
     assert (record.subject, record.dataset) == ("subject_0001", config.name)
     assert (record.pairing, record.split) == ("intra", "train")
-    assert manifest.check(read_back) == []
+    assert check.check(read_back) == []
 
 
 # --- wrong settings -------------------------------------------------------------------

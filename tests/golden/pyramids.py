@@ -4,7 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from jaxreg.io import released_promptreg, released_unireg
+from jaxreg.weights.pytorch import promptreg as promptreg_lib
+from jaxreg.weights.pytorch import unireg_rpn
 
 PROMPTREG_GRADIENTS = (
     "prompt_generator.static_prompt",
@@ -68,9 +69,9 @@ def promptreg_small(rng, scan, promptreg):
     """PromptReg as released, with what it computes on the way."""
     grid = tuple(int(n) for n in rng.permutation([3, 4, 5]))
     tasks, width = int(rng.integers(2, 6)), int(rng.integers(3, 6))
-    sizes = released_promptreg.Sizes(width, 1, tasks, grid)
+    sizes = promptreg_lib.Sizes(width, 1, tasks, grid)
     state = {}
-    for entry in released_promptreg.entries(sizes):
+    for entry in promptreg_lib.entries(sizes):
         key, shape = entry.key, entry.torch_shape
         state[key] = uniform(rng, shape)
         if key.split(".")[0] in HEADS:
@@ -143,9 +144,9 @@ def _paper_forms(state, dynamic, task, found):
 
 
 def _unireg_state(rng):
-    sizes = released_unireg.Sizes(8, 1, "dynamic", 6, 8)
+    sizes = unireg_rpn.Sizes(8, 1, "dynamic", 6, 8)
     state = {}
-    for entry in released_unireg.entries(sizes):
+    for entry in unireg_rpn.entries(sizes):
         key, shape = entry.key, entry.torch_shape
         if key.endswith("gap.0.weight"):
             state[key] = rng.uniform(0.6, 1.4, shape)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxreg.data import preprocess
+from jaxreg.data import network_grid
 from jaxreg.errors import UserError
 from jaxreg.losses import overlap, similarity
 from jaxreg.losses.objective import Objective, TaskObjective
@@ -567,7 +567,7 @@ def cost(moved, seen):
     moving, fixed = (jnp.asarray(a)[None, ..., None] for a in stored)
     part = None
     if seen != LOADED:
-        part = jnp.asarray([preprocess.part_of(seen, LOADED)], jnp.float32)
+        part = jnp.asarray([network_grid.part_of(seen, LOADED)], jnp.float32)
     pair = Pair(moving, fixed, similarity_range=part)
     objective = Objective("ncc", inverse_consistency_weight=0.0, directions="forward")
     noise = jnp.zeros((1, *fixed.shape[1:4], 3))

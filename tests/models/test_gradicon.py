@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from jaxreg import optimize, zoo
-from jaxreg.io import checkpoints, released
 from jaxreg.losses import overlap
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.registration.optimization import network
 from jaxreg.space import fields
 from jaxreg.training import step as step_lib
 from jaxreg.typing import Pair
+from jaxreg.weights import bundle as bundle_lib
+from jaxreg.weights import convert
+from jaxreg.weights.pytorch import gradicon
 
 NAME = "unigradicon_net_small"
 PARTS = {
@@ -63,8 +65,8 @@ def state_of(g, group="state"):
 
 
 def model_of(state):
-    config = released.gradicon_config(state)
-    return GradIcon(GradIconConfig(**config)), released.to_variables(state, config)
+    config = gradicon.gradicon_config(state)
+    return GradIcon(GradIconConfig(**config)), gradicon.to_variables(state, config)
 
 
 def config_of(model):
@@ -126,7 +128,7 @@ def evaluation(model, objective, *, train=False):
 
 def as_torch(tree, model, variables):
     """A tree like the parameters under PyTorch's names and axes."""
-    return released.from_variables({**variables, "params": tree}, config_of(model))
+    return gradicon.from_variables({**variables, "params": tree}, config_of(model))
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +213,7 @@ def test_warped_images_match_reference(net, in_evaluation):
 @pytest.mark.golden
 def test_fields_of_the_steps_match_reference(net, in_evaluation):
     config = net.model.config
-    prefixes = released.gradicon_prefixes(config.halvings, config.refinements)
+    prefixes = gradicon.gradicon_prefixes(config.halvings, config.refinements)
     # A point meets the last step first.
     steps = in_evaluation.forward.steps[::-1]
     assert len(steps) == len(prefixes) == len(state_of(net.g, "stage_disp_AB"))
@@ -265,7 +267,7 @@ def test_gradients_of_training_match_reference(net, in_training):
 
 @pytest.mark.golden
 def test_running_statistics_move_as_the_reference(net, in_training):
-    after = released.from_variables(in_training.after, config_of(net.model))
+    after = gradicon.from_variables(in_training.after, config_of(net.model))
     wanted = state_of(net.g, "state_after_train_forward")
     assert wanted
     for name, values in wanted.items():
@@ -470,9 +472,9 @@ def test_our_checkpoint_runs_in_the_original(unigradicon, tmp_path, size):
     model = GradIcon(size.config)
     variables = model.init(jax.random.key(3))
     variables = randomised(variables)
-    bundle = checkpoints.Bundle(variables, "gradicon", config_of(model), {}, "", "")
-    checkpoints.save_bundle(tmp_path / "ours", bundle)
-    zoo.convert(tmp_path / "ours", tmp_path / "theirs.trch")
+    bundle = bundle_lib.Bundle(variables, "gradicon", config_of(model), {}, "", "")
+    bundle_lib.save_bundle(tmp_path / "ours", bundle)
+    convert.convert(tmp_path / "ours", tmp_path / "theirs.trch")
 
     net = original_network(size)
     state = torch.load(
@@ -482,7 +484,7 @@ def test_our_checkpoint_runs_in_the_original(unigradicon, tmp_path, size):
     images = smooth_pair(size.shape, seed=4)
     with torch.no_grad():
         net(*map(to_torch, images))
-    ours = optimize.predict(model, variables, Pair(*images))
+    ours = network.predict(model, variables, Pair(*images))
     for transform, theirs in (
         (ours.forward, net.phi_AB_vectorfield),
         (ours.backward, net.phi_BA_vectorfield),
@@ -547,7 +549,7 @@ class Case:
 
     @property
     def start(self):
-        return released.from_variables(self.variables, config_of(self.model))
+        return gradicon.from_variables(self.variables, config_of(self.model))
 
     @property
     def steps(self):
@@ -555,7 +557,7 @@ class Case:
 
     def run(self, rate, scale=1.0):
         """jaxreg's optimisation; one program serves all rates and scales."""
-        own, last = optimize._network_step, []
+        own, last = network._network_step, []
 
         def step(state, *args, **options):
             # The state is given away to the program.
@@ -563,8 +565,8 @@ class Case:
             return own(state, *args, **options)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(optimize, "_network_step", step)
-            result = optimize.optimize_network(
+            patch.setattr(network, "_network_step", step)
+            result = network.optimize_network(
                 self.model,
                 self.variables,
                 Pair(*(np.float32(image * np.float32(scale)) for image in self.images)),
@@ -577,7 +579,7 @@ class Case:
         shape = self.images[0].shape[1:4]
         both = (result.forward, result.backward)
         maps = jax.jit(lambda *given: tuple(t.on_grid(shape) for t in given))(*both)
-        weights = released.from_variables(last[0], config_of(self.model))
+        weights = gradicon.from_variables(last[0], config_of(self.model))
         return Optimisation(result.history, maps, weights)
 
     def runs(self, rate):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from jaxreg.errors import UserError
-from jaxreg.io import released_sam
 from jaxreg.models import sam
 from jaxreg.nn import layers
 from jaxreg.typing import Batching
+from jaxreg.weights.pytorch import sam as sam_lib
 
 NAME = "sam_small"
 # XLA's own convolutions compile faster than they would run on larger grids.
@@ -77,8 +77,8 @@ def state(golden):
 def found(golden, state):
     """Embeddings and everything in between, by one program."""
     g = golden(NAME)
-    variables = released_sam.to_variables(state)
-    config = sam.SamConfig(**released_sam.read_config(state))
+    variables = sam_lib.to_variables(state)
+    config = sam.SamConfig(**sam_lib.read_config(state))
     run = jax.jit(
         lambda v, x: sam.SamNetwork(config).apply(
             v, x, capture_intermediates=True, mutable=["intermediates"]

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.models import unireg_features
+from jaxreg.models.unireg import features
 from jaxreg.nn import correlation
 
 NAME = "correlation_small"
@@ -52,13 +52,11 @@ def test_options_match_reference(g, name, options):
 @pytest.mark.golden
 def test_fine_and_coarse_together_match_reference(g):
     source, target = (
-        unireg_features.Features(
-            *(channels_last(g[f"{level}_{side}"]) for level in LEVELS)
-        )
+        features.Features(*(channels_last(g[f"{level}_{side}"]) for level in LEVELS))
         for side in SIDES
     )
-    check(jax.jit(unireg_features.correlated)(source, target), g["corr_combined"])
-    together = jax.jit(unireg_features.concatenated)(source, target)
+    check(jax.jit(features.correlated)(source, target), g["corr_combined"])
+    together = jax.jit(features.concatenated)(source, target)
     c = source.fine.shape[-1]
     check(together[..., c : 2 * c], g["coarse_source_resized_normalised"])
     np.testing.assert_array_equal(together[..., :c], source.fine)

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.io import released
 from jaxreg.nn import unet
 from jaxreg.typing import Batching
+from jaxreg.weights.pytorch import gradicon
 
 SMALL = unet.UNetConfig(channels_down=(2, 3, 6), channels_up=(3, 4))
 NAME = "unigradicon_unet_small"
@@ -27,9 +27,9 @@ def variables_of(g, *groups):
             for key, value in g.items()
             if key.startswith(f"{group}/")
         }
-    config = released.gradicon_config(state)
+    config = gradicon.gradicon_config(state)
     assert config["halvings"] == config["refinements"] == 0
-    variables = released.to_variables(state, config)
+    variables = gradicon.to_variables(state, config)
     sizes = {name: config[name] for name in ("channels_down", "channels_up")}
     network = unet.TallUNet2(unet.UNetConfig(**sizes))
     return network, {name: tree["step_1"] for name, tree in variables.items()}

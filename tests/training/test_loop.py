@@ -16,9 +16,9 @@ import optax
 import pytest
 
 from jaxreg.errors import UserError
-from jaxreg.io.runs import RunCheckpoints
 from jaxreg.training import loop
 from jaxreg.training import state as state_lib
+from jaxreg.training.checkpoints import RunCheckpoints
 from jaxreg.training.logging import DeviceMemory
 from jaxreg.training.loop import Job, LoopConfig, Validation
 from jaxreg.training.parallel import Layout

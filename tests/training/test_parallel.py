@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 from jaxreg.errors import UserError
-from jaxreg.io import checkpoints
 from jaxreg.training import parallel
 from jaxreg.training.parallel import Layout
+from jaxreg.weights import bundle
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_two_processes_train_what_one_trains(tmp_path, cache):
     assert "step 4 of 4" in texts[0] and "step" not in texts[1]
 
     one, two = (
-        checkpoints.load_bundle(tmp_path / name / "weights").variables
+        bundle.load_bundle(tmp_path / name / "weights").variables
         for name in ("one", "two")
     )
     # Fresh last layers are zero: all that is in them was learned.

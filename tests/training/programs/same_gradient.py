@@ -15,13 +15,13 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
-import numpy as np  # noqa: E402
-import optax  # noqa: E402
+import numpy as np
+import optax
 
-from jaxreg.losses.objective import Objective, TaskObjective  # noqa: E402
-from jaxreg.models.gradicon import GradIcon, GradIconConfig  # noqa: E402
-from jaxreg.training import parallel, state, step  # noqa: E402
-from jaxreg.typing import Pair  # noqa: E402
+from jaxreg.losses.objective import Objective, TaskObjective
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.training import parallel, state, step
+from jaxreg.typing import Pair
 
 SHAPE = (9, 8, 10)
 MODEL = GradIcon(GradIconConfig((2, 4), (4,), 0, 0, form="native"))

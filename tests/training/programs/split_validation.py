@@ -12,15 +12,15 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 2)
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from jaxreg import sources as sources_lib  # noqa: E402
-from jaxreg import validation as validation_lib  # noqa: E402
-from jaxreg.data.pipeline import Batches, Loading  # noqa: E402
-from jaxreg.experiment import DataConfig, Experiment, Stage  # noqa: E402
-from jaxreg.losses.objective import Objective  # noqa: E402
-from jaxreg.models.gradicon import GradIcon, GradIconConfig  # noqa: E402
-from jaxreg.training import parallel  # noqa: E402
+from jaxreg.data.batches import Batches
+from jaxreg.data.loading import Loading
+from jaxreg.experiments import datasets, validation
+from jaxreg.experiments.config import DataConfig, Experiment, Stage
+from jaxreg.losses.objective import Objective
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.training import parallel
 
 EXPERIMENT = Experiment(
     name="split_validation",
@@ -41,12 +41,12 @@ EXPERIMENT = Experiment(
 def main() -> None:
     """Prints one JSON object."""
     rng = np.random.default_rng(0)
-    model, sources = GradIcon(EXPERIMENT.model), sources_lib.make_sources(EXPERIMENT)
+    model, sources = GradIcon(EXPERIMENT.model), datasets.make_sources(EXPERIMENT)
     variables = jax.tree.map(
         lambda a: np.asarray(a + 0.05 * rng.normal(size=a.shape), a.dtype),
         model.init(jax.random.key(0)),
     )
-    loading = sources_lib.loading_of(EXPERIMENT, validation=False)
+    loading = datasets.loading_of(EXPERIMENT, validation=False)
     with Batches(sources.train, loading, batch_size=2) as batches:
         batch = next(batches)
     batch["fixed"][1, 2, 3, 4] = np.inf
@@ -71,10 +71,10 @@ def main() -> None:
         )
         settings = EXPERIMENT, sources, model, layout
         exchanges.clear()
-        validate = validation_lib.make_validation(*settings)
+        validate = validation.make_validation(*settings)
         assert validate is not None
         scores = dict(validate(variables).scores)
-        blamed = validation_lib.make_blame(*settings)(variables, batch)
+        blamed = validation.make_blame(*settings)(variables, batch)
         found[space] = {"scores": scores, "blamed": blamed, "exchanges": exchanges[:]}
     print(json.dumps(found))
 

@@ -13,11 +13,11 @@ import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 4)
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from jaxreg.models.gradicon import GradIcon, GradIconConfig  # noqa: E402
-from jaxreg.training import parallel  # noqa: E402
-from jaxreg.typing import Pair  # noqa: E402
+from jaxreg.models.gradicon import GradIcon, GradIconConfig
+from jaxreg.training import parallel
+from jaxreg.typing import Pair
 
 SHAPE = (31, 24, 24)  # neither 2 nor 4 divides the depth
 MODEL = GradIcon(GradIconConfig((2, 8), (8,), 1, 0, form="native"))

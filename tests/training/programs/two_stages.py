@@ -5,8 +5,8 @@ validation by Dice, a checkpoint every step, and a log whose rows span checkpoin
 """
 
 from jaxreg.data.augment import Augmentation
-from jaxreg.data.pipeline import Loading
-from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.data.loading import Loading
+from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.training.loop import LoopConfig

@@ -1,0 +1,239 @@
+"""The verb ``jaxreg match``: where points of one scan are in another, unregistered.
+
+The work is done by `points`; here options become arguments and results become text.
+"""
+
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxreg.cli.options import (
+    FIXED_MODALITY,
+    MOVING_MODALITY,
+    SCANS,
+    CtWindow,
+    LandmarksFrame,
+    Modality,
+    QuantileRange,
+    choice,
+    option,
+)
+from jaxreg.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxreg.matching.points import Described
+    from jaxreg.space.grid import Volume
+
+_POINTS, _HOW = "Points", "Descriptors"
+_MIND = "mind"
+
+
+def match_verb(  # noqa: PLR0913
+    *,
+    fixed: Annotated[
+        pathlib.Path, option("--fixed", "Scan in which the points are.", SCANS)
+    ],
+    moving: Annotated[
+        pathlib.Path, option("--moving", "Scan in which to find them.", SCANS)
+    ],
+    fixed_modality: Annotated[Modality, FIXED_MODALITY],
+    moving_modality: Annotated[Modality, MOVING_MODALITY],
+    model: Annotated[
+        str,
+        option(
+            "--model",
+            "Weights of SAM (a checkpoint folder, or the released code's .pth), or "
+            "mind, which needs none and looks at a few voxels around.",
+            _HOW,
+        ),
+    ],
+    point: Annotated[
+        tuple[float, float, float] | None,
+        option("--point", "One place in the fixed scan.", _POINTS, metavar="X Y Z"),
+    ] = None,
+    points: Annotated[
+        pathlib.Path | None,
+        option(
+            "--points",
+            "Places in the fixed scan: .csv with columns x, y, z (by name or the first "
+            "three), or .fcsv or .mrk.json of 3D Slicer. Other columns are kept.",
+            _POINTS,
+        ),
+    ] = None,
+    points_out: Annotated[
+        pathlib.Path | None,
+        option(
+            "--points-out",
+            "The same points in the moving scan, with their similarity: .csv .fcsv "
+            ".mrk.json. Default: a table is printed.",
+            _POINTS,
+        ),
+    ] = None,
+    points_frame: Annotated[
+        LandmarksFrame,
+        choice(
+            "--points-frame",
+            "What the numbers are, given and found: mm as in ITK (lps) or NIfTI (ras), "
+            "or NIfTI's voxel indices of the scan that the point is in. 3D Slicer's "
+            "files say it themselves.",
+            _POINTS,
+        ),
+    ] = LandmarksFrame.LPS,
+    cycle: Annotated[
+        bool,
+        option(
+            "--cycle",
+            "Adds how far from the point, in mm, its match's own match lies: small "
+            "where the two agree.",
+            _POINTS,
+        ),
+    ] = False,
+    spacing: Annotated[
+        float | None,
+        option(
+            "--spacing",
+            "Of the voxels that MIND sees, mm. Default: 2. Weights have their own.",
+            _HOW,
+            metavar="MM",
+        ),
+    ] = None,
+    ct_window: CtWindow = None,
+    quantile_range: QuantileRange = None,
+) -> None:
+    """Find points of one scan in another by what their surroundings look like.
+
+    No registration: every point for itself, anywhere in the other scan. Similarity is
+    at most 1. Points of one scan that is symmetric, or empty there, have no good match;
+    --cycle tells.
+    """
+    _check(point, points, points_out, [fixed, moving], model, spacing)
+    from jaxreg.data import modality as modality_lib
+    from jaxreg.io import tables, volumes
+    from jaxreg.registration import options
+
+    modalities = [modality_lib.kind(m.value) for m in (fixed_modality, moving_modality)]
+    options.check_intensities(ct_window, quantile_range, modalities)
+
+    for name, path in (("--fixed", fixed), ("--moving", moving)):
+        volumes.check_source(path, name)
+    table = None if points is None else tables.read(points, "--points")
+    describe = _by_mind(spacing) if model.lower() == _MIND else _by_sam(model)
+
+    import numpy as np
+
+    from jaxreg.matching import points as matching_points
+
+    scans = [volumes.read_volume(path) for path in (fixed, moving)]
+    if table is None:
+        cells = [f"{x:g}" for x in point or ()]
+        table = tables.Table(["x", "y", "z"], [0, 1, 2], [cells], np.array([point]))
+    frame, grid = points_frame.value, scans[0].grid
+    outside = tables.outside(
+        table, frame, lambda places: tables.count_outside(places, grid), grid=grid,
+        points="--point" if points is None else str(points),
+        scan=f"the scan {fixed}", option="--points-frame",
+    )  # fmt: skip
+    if outside is not None:
+        raise UserError(outside)
+    here = tables.points_mm(table, frame, grid)
+    described = [
+        describe(scan, modality, ct_window, quantile_range)
+        for scan, modality in zip(scans, modalities, strict=True)
+    ]
+    found = matching_points.find(here, *described)
+    columns = {"similarity": [f"{value:.4f}" for value in found.similarity]}
+    if cycle:
+        returned = matching_points.cycle_mm(here, found, *described)
+        columns["cycle_mm"] = [f"{value:.3f}" for value in returned]
+    if points_out is None:
+        shown = table.frame or frame
+        there = tables.from_mm(found.points_mm, shown, scans[1].grid)
+        _print(table.places, there, columns)
+        return
+    tables.write(
+        points_out, table, found.points_mm, columns, frame=frame, grid=scans[1].grid
+    )
+    print(f"wrote {points_out}")
+
+
+_Describe = Callable[..., "Described"]
+
+
+def _check(point, points, points_out, scans, model: str, spacing) -> None:
+    """Checks the options before anything is read."""
+    from jaxreg.io import tables
+
+    if (point is None) == (points is None):
+        raise UserError("give either --point X Y Z or --points FILE.csv, to say where")
+    if spacing is not None and model.lower() != _MIND:
+        raise UserError(
+            f"--spacing has no effect with --model {model}, whose weights have their "
+            "own; leave it out, or give --model mind"
+        )
+    if spacing is not None and not 0.1 <= spacing <= 100:
+        raise UserError(
+            f"--spacing is {spacing:g}, expected mm from 0.1 to 100, such as 2"
+        )
+    if points_out is None:
+        return
+    tables.check_target(points_out, "--points-out")
+    if points_out.resolve() in [p.resolve() for p in (*scans, points) if p]:
+        raise UserError(
+            f"--points-out {points_out} is also an input; name another file"
+        )
+
+
+def _by_mind(spacing: float | None) -> _Describe:
+    from jaxreg.data.preprocess import Preprocessing
+    from jaxreg.matching import points as matching_points
+    from jaxreg.models.sam import SPACING_MM
+
+    def describe(scan: "Volume", modality: Any, ct_window, quantile_range):
+        window = ct_window or Preprocessing.ct_window
+        rule = Preprocessing(modality, window, quantile_range)
+        return matching_points.by_mind(scan, rule, spacing_mm=spacing or SPACING_MM)
+
+    return describe
+
+
+def _by_sam(model: str) -> _Describe:
+    from jaxreg.data.preprocess import Preprocessing
+    from jaxreg.matching import points as matching_points
+    from jaxreg.weights import load
+
+    loaded = load.load_sam(model)
+
+    def describe(scan: "Volume", modality: Any, ct_window, quantile_range):
+        rule = Preprocessing(
+            modality,
+            ct_window or loaded.ct_window,
+            quantile_range or loaded.quantile_range,
+        )
+        try:
+            matching_points.check_known(loaded, rule, scan.source)
+        except UserError as error:
+            raise UserError(f"{error}; give --model mind") from error
+        return matching_points.by_sam(scan, rule, loaded)
+
+    return describe
+
+
+def _print(given: Any, there: Any, columns: dict[str, list[str]]) -> None:
+    names = ("x", "y", "z", "found x", "found y", "found z", *columns)
+    rows = [
+        [*(f"{x:.2f}" for x in (*before, *after)), *(c[i] for c in columns.values())]
+        for i, (before, after) in enumerate(zip(given, there, strict=True))
+    ]
+    widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
+    for row in (names, *rows):
+        cells = (f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True))
+        print("  ".join(cells))
+    sys.stdout.flush()
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the verb to the command line."""
+    app.command("match")(match_verb)

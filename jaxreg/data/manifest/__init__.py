@@ -1,0 +1,1 @@
+"""Which scans there are, and what is wrong with them."""

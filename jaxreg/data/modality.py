@@ -1,0 +1,85 @@
+"""Names of modalities: which rule of intensities, and which contrast."""
+
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal
+
+from jaxreg.space import background
+from jaxreg.space.grid import Volume
+
+Modality = Literal["ct", "mri"]
+
+
+_CT = frozenset(("ct", "cbct", "fbct", "cect", "ncct", "ldct", "hrct", "cta"))
+_EMISSION = frozenset(("pet", "spect"))
+
+
+def kind(modality: str) -> Modality:
+    """Returns whose intensity rule holds: that of CT, or of MR for everything else.
+
+    A word with CT in it is CT ("CT", "ct_venous", "low-dose CT"), cone-beam CT as well:
+    its numbers are meant as Hounsfield units, and multiGradICON saw ThoraxCBCT in the
+    window of CT. "PET/CT" is not: it may name either scan. In any case of letters.
+    """
+    words = set(re.split(r"[^a-z0-9]+", modality.lower()))
+    return "ct" if words & _CT and not words & _EMISSION else "mri"
+
+
+CONTRASTS: Mapping[str, str] = MappingProxyType(
+    {
+        **dict.fromkeys(("ct", "cbct", "fbct"), "ct"),
+        **dict.fromkeys(("us", "trus"), "us"),
+        "pet": "pet",
+        **dict.fromkeys(("mri", "mr"), "mri"),
+        **dict.fromkeys(("t1", "t1w"), "t1"),
+        **dict.fromkeys(("t1c", "t1ce", "t1gd"), "t1c"),
+        **dict.fromkeys(("t2", "t2w"), "t2"),
+        **{name: name for name in ("flair", "pd", "dwi", "adc", "fa", "fat", "water")},
+    }
+)
+"""Names of modalities to the contrast that they mean; "mri" where that is not said."""
+
+
+def known(modality: str) -> str:
+    """Returns the key of `CONTRASTS` that a free word is, else that of its `kind`."""
+    word = modality.strip().lower()
+    return word if word in CONTRASTS else kind(word)
+
+
+def same_contrast(first: str, second: str) -> bool:
+    """Whether two modalities may show tissue alike, so that intensities compare.
+
+    CT, ultrasound, PET and MR never do, T1 and T2 do not; an MR whose contrast is not
+    said ("mr", "mri") may be like any other MR.
+
+    Args:
+      first: name of a modality, in any case; a key of `CONTRASTS` or any other word.
+      second: the same of the other scan.
+    """
+    if kind(first) != kind(second):
+        return False
+    words = (name.strip().lower() for name in (first, second))
+    one, other = (CONTRASTS.get(word, word) for word in words)
+    if one == other or kind(first) == "ct":
+        return True
+    return "mri" in (one, other) and not {one, other} & {"us", "pet"}
+
+
+def beyond(
+    modality: str | None,
+    volume: Volume,
+    fill: float | None = None,
+    *,
+    nearest: bool = False,
+) -> background.Background:
+    """Returns what a warped scan shows where there is nothing of it.
+
+    Args:
+      modality: see `kind`; None goes by the values.
+      volume: the scan, in its stored unit.
+      fill: see `background.find`.
+      nearest: see `background.find`.
+    """
+    ct = None if modality is None else kind(modality) == "ct"
+    return background.find(volume, ct=ct, nearest=nearest, fill=fill)

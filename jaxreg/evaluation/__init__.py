@@ -1,0 +1,1 @@
+"""From labelled pairs to tables of overlap, distance and folding."""

@@ -1,0 +1,449 @@
+"""Trying an experiment: its checks, its compiled steps, and what they will cost."""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxreg.data import loading as loading_lib
+from jaxreg.data import pair_source, pairs
+from jaxreg.data.manifest import read
+from jaxreg.experiments import config
+from jaxreg.experiments.config import DataConfig, Experiment, Stage
+from jaxreg.experiments.datasets import (
+    FixedPlans,
+    Sources,
+    loading_of,
+    make_sources,
+    rule_of,
+    with_bank,
+    with_tasks,
+)
+from jaxreg.experiments.stage import (
+    make_optimizer,
+    make_step,
+    metric_of,
+    shared_out,
+    trained_rows,
+)
+from jaxreg.experiments.warm_start import Say, sam_of, tasks_of_start
+from jaxreg.io import files
+from jaxreg.models import registry, sam
+from jaxreg.models.unireg import paper
+from jaxreg.space.grid import Shape
+from jaxreg.training import optimizer, parallel, state
+from jaxreg.training.parallel import Layout
+from jaxreg.xla import compilation_cache
+
+_SOME_TASKS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
+
+
+@dataclasses.dataclass(frozen=True)
+class StepMemory:
+    """Memory that one device needs for a training step, as its program was compiled.
+
+    Attributes:
+      total: bytes: what is handed over, what comes back and what is needed meanwhile;
+        a buffer that is used again counts once. None where it could not be found out.
+      pairs: worked off at once.
+      fewest: pairs that a step can have.
+      least: bytes of the same step with these at once; None if not known.
+      lasting: bytes of parameters, their gradient and the optimiser's state.
+      reason: why there is no total.
+    """
+
+    total: int | None
+    pairs: int
+    fewest: int
+    least: int | None
+    lasting: int
+    reason: str = ""
+
+    def rows(self, *, of: str = "", what: str = "pair") -> dict[str, str]:
+        """Returns what to print, name to value.
+
+        Args:
+          of: the stage, where there are several.
+          what: is worked off at once.
+        """
+        device = pair = f"not known: {self.reason}"
+        if self.total is not None:
+            device = f"{_gigabytes(self.total)} for {counted(self.pairs, what)} at once"
+        if self.least is not None:
+            pair = f"{_gigabytes(self.least)} for {counted(self.fewest, what)} alone"
+        return {
+            f"memory of a step per device{of}": device,
+            f"memory of a step per {what}{of}": pair,
+            f"parameters, gradient, optimiser{of}": f"{_gigabytes(self.lasting)} of it",
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+    """The training step of a stage, ready to be compiled.
+
+    Attributes:
+      stage: which.
+      experiment: as it is during it, with the network for its tasks.
+      sources: of its pairs; made up where data are not there.
+      rule: of its optimiser.
+      layout: its devices, as this machine has them.
+      lowered: the step, for the shapes of a state and a global batch.
+      start: the shapes of a state, as one device has it.
+    """
+
+    stage: Stage
+    experiment: Experiment
+    sources: Sources
+    rule: optax.GradientTransformation
+    layout: Layout
+    lowered: jax.stages.Lowered
+    start: state.TrainState
+
+    @property
+    def at_once(self) -> int:
+        """Pairs that a device works off at once."""
+        train = self.experiment.train
+        return train.batch // (self.layout.data * train.accumulate)
+
+    def of_pairs(self, at_once: int) -> jax.stages.Lowered:
+        """Returns the step for another number of pairs at once on each device."""
+        if at_once == self.at_once:
+            return self.lowered
+        train, layout = self.experiment.train, self.layout
+        batch = at_once * layout.data * train.accumulate
+        # Whose statistics are shared makes no difference to what is needed.
+        train = dataclasses.replace(train, batch=batch, replicas=0)
+        changed = dataclasses.replace(self.experiment, train=train)
+        return _lowered(changed, self.sources, self.rule, layout, (0, 1))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DryRun:
+    """What a dry run found; see `dry_run`.
+
+    Attributes:
+      parameters: trained numbers.
+      flops: of one step at the full grid and batch, as XLA counts them before it
+        optimises.
+      memory: of a step on each device, by stage.
+      devices: which there are, and what was assumed.
+      compiled_for: grid and kind of device.
+      seconds: for tracing and compiling the steps of all stages.
+      data: a sentence about each manifest of any stage, and about SAM weights.
+    """
+
+    parameters: int
+    flops: float
+    memory: Mapping[str, StepMemory]
+    devices: str
+    compiled_for: str
+    seconds: float
+    data: tuple[str, ...]
+
+    def rows(self) -> dict[str, str]:
+        """Returns what to print, name to value."""
+        several = len(self.memory) > 1
+        return {
+            "parameters": f"{self.parameters:,}",
+            "arithmetic of a step": f"{self.flops / 1e12:.3g} TFLOP",
+            "devices": self.devices,
+            **{
+                name: value
+                for stage, found in self.memory.items()
+                for name, value in found.rows(of=f", {stage}" * several).items()
+            },
+            "compiled for": self.compiled_for,
+            "seconds to compile": f"{self.seconds:.1f}",
+            **{f"data {i + 1}": text for i, text in enumerate(self.data)},
+        }
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def counted(count: int, what: str) -> str:
+    """Returns "1 pair", "2 pairs"."""
+    return f"{count} {what}" + "s" * (count != 1)
+
+
+@compilation_cache.kept()
+def dry_run(experiment: Experiment, *, say: Say = lambda _: None) -> DryRun:
+    """Builds all stages of an experiment and compiles their steps, as training would.
+
+    The data need not be there: what their manifests would give is made up. What
+    training asks of settings and manifests before it starts is asked of every stage.
+    Nothing is allocated: the grid, the batch and the devices are those of the training,
+    as far as this machine has them.
+
+    Args:
+      experiment: what to try.
+      say: takes a sentence before each compilation, which may take minutes.
+
+    Raises:
+      UserError: settings, devices or data do not fit together.
+    """
+    # What is quickly found comes before what takes minutes.
+    known = tasks_of_start(experiment)
+    data = tuple(_quick_checks(experiment, known))
+    began = time.perf_counter()
+    memory: dict[str, StepMemory] = {}
+    found: dict[str, StepMemory] = {}  # by program: stages may differ in data alone
+    last = None
+    for last in traced_steps(experiment, known):
+        program = last.lowered.as_text()
+        if program not in found:
+            shape, at_once = last.experiment.loading.shape, last.at_once
+            then = ", then for one" if at_once > 1 else ""
+            say(
+                f"{last.stage.name}: compiling the training step for "
+                f"{grid_and_device(shape)}, {counted(at_once, 'pair')} at once{then}"
+            )
+            found[program] = memory_of(last.of_pairs, last.start, at_once)
+        memory[last.stage.name] = found[program]
+    assert last is not None  # an experiment has a stage
+    params = jax.tree.leaves(last.start.variables["params"])
+    return DryRun(
+        parameters=sum(leaf.size for leaf in params),
+        flops=_flops(last),
+        memory=memory,
+        devices=_devices(last),
+        compiled_for=grid_and_device(last.experiment.loading.shape),
+        seconds=time.perf_counter() - began,
+        data=data,
+    )
+
+
+def traced_steps(
+    experiment: Experiment, known: Sequence[str] = ()
+) -> Iterator[TracedStep]:
+    """Yields the step that training compiles in each stage, traced on shapes alone.
+
+    Args:
+      experiment: with or without its data.
+      known: names of the prompts or regions of the weights to start from.
+    """
+    for stage, changed in config.stages(experiment):
+        per_epoch, layout, shares = shared_out(changed)
+        during, sources = _with_sources(changed, known)
+        rows = None
+        if during.train.only != "all":  # which prompts change, changes no size
+            rows = tuple(range(len(sources.bank)))
+        rule = make_optimizer(during, per_epoch * stage.epochs, per_epoch, rows)
+        lowered, start = _lowered(during, sources, rule, layout, shares)
+        yield TracedStep(stage, during, sources, rule, layout, lowered, start)
+
+
+def memory_of(
+    lower: Callable[[int], jax.stages.Lowered],
+    start: state.TrainState,
+    pairs: int,
+    fewest: int = 1,
+) -> StepMemory:
+    """Compiles a step and returns what it needs; says why where it cannot be known.
+
+    Args:
+      lower: pairs at once on a device to the step, for the shapes of a state and batch.
+      start: these shapes of a state, as one device has it.
+      pairs: that a device works off at once.
+      fewest: that it could; compiled too, since memory is not in proportion to them.
+    """
+    params = start.variables["params"]
+    lasting = sum(_bytes(leaf) for leaf in jax.tree.leaves((start, params)))
+    total, reason = _needed(lower(pairs))
+    least = total
+    if total is not None and pairs > fewest:
+        least, reason = _needed(lower(fewest))
+    return StepMemory(total, pairs, fewest, least, lasting, reason)
+
+
+def _needed(lowered: jax.stages.Lowered) -> tuple[int | None, str]:
+    """Returns the bytes of a compiled step, or None and why they are not known."""
+    try:
+        plan = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        return None, f"it cannot be compiled here ({str(error).splitlines()[0]})"
+    total = 0
+    if plan is not None:
+        # What is handed over and reused for the result counts once.
+        total = plan.argument_size_in_bytes + plan.temp_size_in_bytes
+        total += plan.output_size_in_bytes - plan.alias_size_in_bytes
+        total += plan.generated_code_size_in_bytes
+    if not total:
+        return None, f"{jax.default_backend()} does not tell what its programs need"
+    return int(total), ""
+
+
+def _bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return leaf.size * leaf.dtype.itemsize
+
+
+def grid_and_device(shape: Shape) -> str:
+    """Returns "175 x 175 x 175 on cpu"."""
+    return f"{' x '.join(map(str, shape))} on {jax.default_backend()}"
+
+
+def _devices(step: TracedStep) -> str:
+    """Returns which devices a step was compiled for, and what it assumes."""
+    train, layout = step.experiment.train, step.layout
+    kind = jax.devices()[0].device_kind
+    text = f"{layout.data * layout.space} of this machine ({kind}), "
+    text += f"{counted(step.at_once, 'pair')} at once on "
+    text += f"{layout.space} that share volumes" if layout.space > 1 else "each"
+    if train.replicas > layout.data:
+        share = train.batch // (train.accumulate * train.replicas)
+        text += (
+            f"; the recipe asks for {train.replicas}, with {counted(share, 'pair')} "
+            f"each: --train.batch {share} --train.replicas 1 tries one of them"
+        )
+    return text
+
+
+def _with_sources(
+    experiment: Experiment, known: Sequence[str]
+) -> tuple[Experiment, Sources]:
+    """Returns a stage with a prompt for each task that it has, and its data.
+
+    Data that are not there are made up.
+    """
+    there = _is_there(experiment.data)
+    found = make_sources(experiment) if there else _likely_sources(experiment)
+    sources = with_bank(found, known, experiment.model)
+    return with_tasks(experiment, sources), sources
+
+
+def _likely_sources(experiment: Experiment) -> Sources:
+    """Returns what manifests that are not there yet may give; their pairs are empty."""
+    data = experiment.data
+    named = data.tasks or tuple(pairs.Task(name) for name in _SOME_TASKS)
+    tasks = tuple(task for task in named if task.dataset not in data.exclude)
+    names = ["default", *(name for name, _ in experiment.objectives)]
+    return Sources(
+        train=pair_source.PairSource((), FixedPlans(tasks, ())),
+        validation=None,
+        validation_count=0,
+        objectives=tuple(names.index(task.objective) for task in tasks),
+        classes=data.classes or (1, 2),
+        tasks=tuple(task.dataset for task in tasks),
+        regions=tuple(task.region or task.dataset for task in tasks),
+        pairings=tuple(task.pairing or "inter" for task in tasks),
+        rules=tuple(rule_of(experiment, task) for task in tasks),
+    )
+
+
+def _is_there(data: DataConfig) -> bool:
+    """Whether pairs can be drawn now."""
+    manifests = [pathlib.Path(path) for path in data.manifests]
+    return bool(data.synthetic or manifests) and all(p.exists() for p in manifests)
+
+
+def _abstract(experiment: Experiment) -> Any:
+    """Returns the shapes of fresh variables, with those of released SAM if needed."""
+    key, model = jax.random.key(0), registry.build(experiment.model)
+    init = functools.partial(model.init, shape=experiment.loading.shape)
+    variables = dict(jax.eval_shape(init, key))
+    if registry.correlates_sam(experiment.model):
+        released = functools.partial(sam.init, sam.SamConfig())
+        variables[paper.SAM] = jax.eval_shape(released, key)
+    return variables
+
+
+def _lowered(
+    experiment: Experiment,
+    sources: Sources,
+    rule: optax.GradientTransformation,
+    layout: Layout,
+    shares: tuple[int, int],
+) -> tuple[jax.stages.Lowered, state.TrainState]:
+    """Returns the step that training compiles, traced on shapes, and its state's.
+
+    Args:
+      experiment: as it is during the stage, with the network for its tasks.
+      sources: of its pairs.
+      rule: of `make_optimizer`.
+      layout: the devices.
+      shares: see `parallel.check_batch`.
+    """
+    train = experiment.train
+    start = jax.eval_shape(
+        lambda v: state.start(v, rule, jax.random.key(0), ema=train.ema > 0),
+        _abstract(experiment),
+    )
+    loading = loading_of(experiment, validation=False)
+    arrays = loading_lib.batch_kinds(sources.train, loading)
+    batch = {
+        name: jax.ShapeDtypeStruct((train.batch, *shape), kind)
+        for name, (shape, kind) in arrays.items()
+    }
+    step = make_step(experiment, sources, rule, layout, shares)
+    return step.lower(*parallel.placed_shapes(start, batch, layout)), start
+
+
+def _flops(step: TracedStep) -> float:
+    """Returns the arithmetic of a step, as XLA counts it before it optimises."""
+    during = step.experiment
+    one = dataclasses.replace(during.train, batch=1, accumulate=1, replicas=0)
+    # The native form, since XLA counts the body of a loop over slabs only once.
+    native = dataclasses.replace(during.model, form="native")
+    alone = dataclasses.replace(during, train=one, model=native)
+    lowered, _ = _lowered(alone, step.sources, step.rule, Layout("single"), (0, 1))
+    cost = lowered.cost_analysis() or {}
+    return float(cost.get("flops", 0.0)) * during.train.batch
+
+
+def _check_cache(folder: pathlib.Path) -> None:
+    """Checks that the folder is there or that training can make it; makes nothing."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    files.check_writable(there / "entry", "loading.cache_dir")
+
+
+def _quick_checks(experiment: Experiment, known: Sequence[str]) -> list[str]:
+    """Checks each stage as training does before it starts, as far as its data exist.
+
+    Returns:
+      A sentence about each manifest, and about SAM weights that are still missing.
+    """
+    said: list[str] = []
+    needed = registry.correlates_sam(experiment.model)
+    if needed and experiment.train.sam is None and experiment.train.start is None:
+        said.append("SAM weights are not given yet; training will need --train.sam")
+    else:
+        sam_of(experiment)
+    for stage, changed in config.stages(experiment):
+        registry.build(changed.model)
+        per_epoch, *_ = shared_out(changed)
+        optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
+        said.extend(_data_sentences(changed))
+        registry.check_grid(changed.model, changed.loading.shape)
+        if _is_there(changed.data):
+            sources = with_bank(make_sources(changed), known, changed.model)
+            metric_of(changed, sources)
+            if changed.train.only != "all":
+                first = stage == experiment.stages[0]
+                trained_rows(changed, sources, known, first=first)
+    # Most stages share their data.
+    return list(dict.fromkeys(said))
+
+
+def _data_sentences(experiment: Experiment) -> Iterator[str]:
+    if experiment.data.synthetic:
+        yield f"synthetic: {', '.join(experiment.data.synthetic)}"
+    for path in experiment.data.manifests:
+        if not pathlib.Path(path).exists():
+            yield f"{path} is not there yet; training will need it"
+            continue
+        found = read.read_manifest(path, holdout=experiment.data.holdout)
+        counts = [f"{len(found.of_split(s))} {s}" for s in ("train", "val", "test")]
+        yield f"{path}: {', '.join(counts)}"
+    cache = experiment.loading.cache_dir
+    if cache is not None:
+        _check_cache(pathlib.Path(cache).absolute())

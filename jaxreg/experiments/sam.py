@@ -1,0 +1,439 @@
+"""Self-supervised training of SAM: two views of each scan, nothing else is needed.
+
+OUT/experiment.json   the settings
+OUT/scans.txt         what manifests listed when the run was started
+OUT/log.csv           and TensorBoard events
+OUT/checkpoints/      from which a stopped run goes on
+OUT/weights/          the best weights by the held-out scans' loss, for `jaxreg match`
+
+References:
+  Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in
+  radiological images, IEEE TMI 2022.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.data import batches as batches_lib
+from jaxreg.data import cache as cache_lib
+from jaxreg.data import modality
+from jaxreg.data.manifest.records import Record
+from jaxreg.data.sam_source import ViewSource
+from jaxreg.errors import UserError
+from jaxreg.experiments import dry_run as dry_run_lib
+from jaxreg.experiments import files, sam_config
+from jaxreg.experiments.folder import SCANS, SETTINGS, open_folder
+from jaxreg.experiments.run import Outcome, line_of
+from jaxreg.experiments.sam_config import SamExperiment
+from jaxreg.experiments.warm_start import Say
+from jaxreg.losses import contrastive
+from jaxreg.matching import points
+from jaxreg.models import sam
+from jaxreg.training import checkpoints, loop, optimizer, parallel, state, step
+from jaxreg.training.logging import RunLog
+from jaxreg.training.parallel import Layout
+from jaxreg.typing import Batching, Variables
+from jaxreg.weights import bundle, load, zoo
+from jaxreg.xla import compilation_cache
+
+_VALIDATION_SEED = 0
+
+
+@compilation_cache.kept()
+def run(
+    experiment: SamExperiment,
+    out: pathlib.Path,
+    *,
+    resume: bool = False,
+    say: Say = print,
+) -> Outcome:
+    """Trains SAM as an experiment says.
+
+    Args:
+      experiment: what to do.
+      out: the folder of the run.
+      resume: go on where a run in `out` ended or was killed.
+      say: takes a sentence at a time for the user.
+
+    Raises:
+      UserError: settings, data, devices or the folder do not fit together, or training
+        cannot go on; every checkpoint written so far is kept.
+    """
+    began = time.perf_counter()
+    settings = [files.to_dict(experiment), str(out), resume]
+    if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
+        raise UserError(
+            "the processes were started with different settings; give each the same "
+            "command but for --process"
+        )
+    # All before the folder: a mistake must not leave half a run.
+    layout = layout_of(experiment)
+    train, held = sam_config.records_of(experiment)
+    there = (out / SETTINGS).is_file()
+    if resume and not there:
+        say(f"there is no run in {out} to resume, so it starts anew")
+    variables = sam.init(experiment.model, _key(experiment, 0))
+    if experiment.train.start is not None and not there:
+        variables = _started(experiment, variables, say)
+    scans = [line_of(split, r) for split, records in (("train", train), ("val", held))
+             for r in records]  # fmt: skip
+    open_folder(experiment, out, {SCANS: scans}, resume=resume)
+    best, scores = _train(experiment, out, layout, train, held, variables, resume, say)
+    weights = out / "weights"
+    if jax.process_index() == 0:
+        bundle.save_bundle(weights, bundle_of(experiment, best, train))
+    parallel.barrier("weights written")
+    seconds = time.perf_counter() - began
+    return Outcome(weights, scores, experiment.train.steps, seconds)
+
+
+def bundle_of(
+    experiment: SamExperiment, variables: Variables, records: Sequence[Record]
+) -> bundle.Bundle:
+    """Returns trained weights as they are stored.
+
+    Args:
+      experiment: what was done.
+      variables: what came out.
+      records: the scans that it was done with: the weights know MR scans if some are.
+    """
+    loading = experiment.loading
+    mri = any(modality.kind(record.modality) == "mri" for record in records)
+    trained = sam.TrainedSam(
+        experiment.model,
+        variables,
+        experiment.views.spacing_mm,
+        loading.ct_window,
+        (loading.quantile_range or (0.0, 0.99)) if mri else None,
+    )
+    return bundle.Bundle(
+        variables=jax.tree.map(np.asarray, variables),
+        model=zoo.SAM,
+        config=dataclasses.asdict(experiment.model),
+        preprocessing=zoo.sam_rule(trained),
+        source=f"trained by jaxreg, experiment {experiment.name}",
+        licence=experiment.licence,
+    )
+
+
+def layout_of(experiment: SamExperiment) -> Layout:
+    """Returns the devices of a run.
+
+    Raises:
+      UserError: they cannot share the batch with at least two volumes for each.
+    """
+    layout = parallel.make_layout(experiment.train.parallel)
+    batch = experiment.train.batch
+    if batch % layout.data or batch < 2 * layout.data:
+        raise UserError(
+            f"train.batch is {batch}, which {layout.data} devices cannot share evenly "
+            f"with two volumes for each; take a multiple of {layout.data}, at least "
+            f"{2 * layout.data}, or --train.parallel single"
+        )
+    return layout
+
+
+def make_loss(experiment: SamExperiment) -> Callable:
+    """Returns ``loss(variables, batch, key, train, axis) -> (loss, parts, after)``."""
+
+    def loss(variables, batch, key, *, train: bool, axis: str | None = None):
+        images, places, valid = (
+            _interleaved(batch, suffix) for suffix in ("", "_places", "_valid")
+        )
+        if train:
+            # Statistics of a device's own views, as on each GPU of the original.
+            batching = Batching(replicas=1, axis=axis)
+            found, variables = sam.train_features(
+                experiment.model, variables, images, batching=batching
+            )
+        else:
+            found = sam.features(experiment.model, variables, images)
+        value, parts = contrastive.contrastive(
+            found.fine, found.coarse, places, valid, key, experiment.contrast
+        )
+        return value, {"loss": value, **parts}, variables
+
+    return loss
+
+
+def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Callable:
+    """Returns ``step(state, batch) -> (state, parts)`` for one device's share."""
+    loss = make_loss(experiment)
+
+    def parts_of(variables, batch, key):
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+        def of(params):
+            value, parts, after = loss(
+                {**variables, "params": params}, batch, key, train=True, axis=axis
+            )
+            return value, (parts, after)
+
+        gradient, (parts, after) = jax.grad(of, has_aux=True)(variables["params"])
+        if axis is not None:
+            gradient, parts = jax.lax.pmean((gradient, parts), axis)
+        return gradient, parts, after
+
+    train, rule = experiment.train, experiment.optimizer
+    update = optimizer.make_optimizer(rule, train.steps, train.steps_per_epoch)
+    return step.guarded_step(parts_of, update, train.ema)
+
+
+@compilation_cache.kept()
+def dry_run(experiment: SamExperiment, *, say: Say = lambda _: None) -> dict[str, str]:
+    """Checks settings, compiles the training step, and says what it will cost.
+
+    The data need not be there, and nothing is allocated.
+
+    Args:
+      experiment: what to try.
+      say: takes a sentence before the compilation.
+
+    Returns:
+      What to print, name to value.
+
+    Raises:
+      UserError: settings, devices or data do not fit together.
+    """
+    data = sam_config.data_sentences(experiment)
+    manifests = experiment.data.manifests
+    if manifests and all(pathlib.Path(path).exists() for path in manifests):
+        sam_config.records_of(experiment)
+    layout = layout_of(experiment)
+    share = experiment.train.batch // layout.data
+    start = jax.eval_shape(
+        lambda key: _fresh(experiment, sam.init(experiment.model, key)),
+        _key(experiment, 0),
+    )
+    size = experiment.views.shape
+    step_of = parallel.compile_step(make_train_step(experiment, layout.axis), layout)
+
+    def lower(volumes):
+        batch = {
+            f"{side}{suffix}": jax.ShapeDtypeStruct(
+                (volumes * layout.data, *size, channels), jnp.float32
+            )
+            for side in ("moving", "fixed")
+            for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
+        }
+        return step_of.lower(*parallel.placed_shapes(start, batch, layout))
+
+    where = dry_run_lib.grid_and_device(size)
+    volumes = dry_run_lib.counted(share, "volume")
+    say(f"compiling the training step for {where}, 2 views of each of {volumes}")
+    began = time.perf_counter()
+    # Its negatives come from other volumes.
+    memory = dry_run_lib.memory_of(lower, start, share, fewest=2)
+    seconds = time.perf_counter() - began
+    params = jax.tree.leaves(start.variables["params"])
+    d, h, w = size
+    return {
+        "parameters": f"{sum(leaf.size for leaf in params):,}",
+        "views": f"2 of {d} x {h} x {w} of each of {share} volumes per device",
+        **memory.rows(what="volume"),
+        "compiled for": where,
+        "seconds to compile": f"{seconds:.1f}",
+        **data,
+    }
+
+
+def _interleaved(batch: Mapping[str, jax.Array], suffix: str) -> jax.Array:
+    """The two views of each volume after each other, 2N D H W C."""
+    sides = [batch[f"{side}{suffix}"] for side in ("moving", "fixed")]
+    stacked = jnp.stack(sides, 1).astype(jnp.float32)
+    return stacked.reshape(-1, *stacked.shape[2:])
+
+
+def _key(experiment: SamExperiment, purpose: int) -> jax.Array:
+    return jax.random.split(jax.random.key(experiment.train.seed))[purpose]
+
+
+def _fresh(experiment: SamExperiment, variables: Variables) -> state.TrainState:
+    train = experiment.train
+    rule = optimizer.make_optimizer(
+        experiment.optimizer, train.steps, train.steps_per_epoch
+    )
+    return state.start(variables, rule, _key(experiment, 1), ema=train.ema > 0)
+
+
+def _started(experiment: SamExperiment, fresh: Variables, say: Say) -> Variables:
+    """Returns the weights of `train.start`, which must fit to the last array."""
+    start = experiment.train.start
+    assert start is not None
+    merged = checkpoints.merge_variables(
+        jax.tree.map(np.asarray, fresh), load.load_sam(start).variables
+    )
+    wrong = (*merged.misshapen, *merged.missing, *merged.unexpected)
+    if wrong:
+        raise UserError(
+            f"train.start {start} does not fit the network ({', '.join(wrong[:3])}); "
+            "give --model.channels and --model.embedding the sizes of the weights"
+        )
+    say(f"started from {start}: {len(merged.loaded)} arrays loaded")
+    return merged.variables
+
+
+def _source(experiment: SamExperiment, records: Sequence[Record], *, held: bool):
+    loading, cache = experiment.loading, None
+    if loading.cache_dir is not None:
+        limit = loading.cache_limit_gb
+        cache = cache_lib.Cache(
+            pathlib.Path(loading.cache_dir),
+            limit_bytes=None if limit is None else int(limit * 1e9),
+        )
+    return ViewSource(
+        records,
+        experiment.train.batch,
+        loading.rule,
+        points.as_sam_sees,
+        experiment.views,
+        seed=_VALIDATION_SEED if held else experiment.train.seed,
+        shuffled=not held,
+        cache=cache,
+    )
+
+
+def make_validation(
+    experiment: SamExperiment, records: Sequence[Record]
+) -> Callable[[Variables], loop.Validation] | None:
+    """Returns ``validate(variables)``: the loss on held-out scans; None without any.
+
+    The views and the loss' choices are the same every time, the network is the one in
+    use: running statistics. Each process scores its share of the batches.
+    """
+    if not records:
+        return None
+    loss, batch_size = make_loss(experiment), experiment.train.batch
+    source = _source(experiment, records, held=True)
+    one = Layout("single")
+
+    def score(variables, batch):
+        return loss(variables, batch, jax.random.key(0), train=False)[1]
+
+    compiled = parallel.compile_step(score, one, donate=False)
+    loading = dataclasses.replace(
+        experiment.loading.of_views(experiment.views.shape), workers=0
+    )
+    count = len(records) // batch_size
+    mine = range(jax.process_index(), count, jax.process_count())
+
+    def validate(variables):
+        sums: dict[str, float] = dict.fromkeys(("loss", "fine", "coarse"), 0.0)
+        images = {}
+        placed = parallel.place_state(variables, one)
+        for index in mine:
+            with batches_lib.Batches(
+                source, loading, batch_size=batch_size, start=index, stop=index + 1
+            ) as batches:
+                batch = next(batches)
+            parts = jax.device_get(compiled(placed, parallel.place_batch(batch, one)))
+            for name in sums:
+                value = float(parts[name])
+                # Infinite, since not a number might pass for the best.
+                sums[name] += value if np.isfinite(value) else np.inf
+            if index == 0:
+                sides = ("moving", "fixed")
+                images = {f"view_{i}": batch[s][0, ..., 0] for i, s in enumerate(sides)}
+        totals = loop.sum_over_processes(np.array(list(sums.values())))
+        scores = {n: float(t) / count for n, t in zip(sums, totals, strict=True)}
+        return loop.Validation(scores, images)
+
+    return validate
+
+
+def _blame(_: Variables, batch: Mapping[str, np.ndarray]) -> list[int]:
+    """The volumes whose views are not finite; a loss needs several volumes."""
+    return [
+        i
+        for i in range(len(batch["index"]))
+        if not all(np.isfinite(array[i]).all() for array in batch.values())
+    ]
+
+
+def _train(
+    experiment: SamExperiment,
+    out: pathlib.Path,
+    layout: Layout,
+    train: Sequence[Record],
+    held: Sequence[Record],
+    variables: Variables,
+    resume: bool,  # noqa: FBT001
+    say: Say,
+) -> tuple[Variables, Mapping[str, float]]:
+    """Trains to the end; returns the best variables and the last scores."""
+    keep, settings = experiment.loop, experiment.train
+    metric = "loss" if held and experiment.loop.metric != "last" else None
+    validate = make_validation(experiment, held)
+    with checkpoints.RunCheckpoints(
+        out / "checkpoints",
+        keep_latest=keep.keep_latest,
+        keep_best=keep.keep_best,
+        metric=metric,
+        larger_is_better=False,
+    ) as kept:
+        start = _fresh(experiment, jax.tree.map(np.asarray, variables))
+        record: Mapping[str, Any] = {}
+        if resume and kept.latest_step() is not None:
+            restored = kept.restore(state.to_tree(start))
+            for sentence in restored.skipped:
+                say(sentence)
+            say(f"resumed at step {restored.step} of {settings.steps}")
+            start, record = state.from_tree(restored.state), restored.record
+        scores = dict(record.get("scores", {}))
+
+        def remembered(now: Variables) -> loop.Validation:
+            assert validate is not None
+            found = validate(now)
+            scores.clear()
+            scores.update(found.scores)
+            return found
+
+        first = int(start.step)
+        if first < settings.steps or (validate is not None and not scores):
+            rule = optimizer.make_schedule(
+                experiment.optimizer, settings.steps, settings.steps_per_epoch
+            )
+            with (
+                batches_lib.Batches(
+                    _source(experiment, train, held=False),
+                    experiment.loading.of_views(experiment.views.shape),
+                    batch_size=settings.batch,
+                    process_index=jax.process_index(),
+                    process_count=jax.process_count(),
+                    start=first,
+                    stop=settings.steps,
+                ) as batches,
+                RunLog(out, start_step=first, enabled=jax.process_index() == 0) as log,
+            ):
+                job = loop.Job(
+                    step=parallel.compile_step(
+                        make_train_step(experiment, layout.axis), layout
+                    ),
+                    layout=layout,
+                    batches=batches,
+                    batch_size=settings.batch,
+                    steps=settings.steps,
+                    steps_per_epoch=settings.steps_per_epoch,
+                    learning_rate=rule,
+                    validate=None if validate is None else remembered,
+                    blame=_blame,
+                    checkpoints=kept,
+                    log=log,
+                    record={},
+                    metric=metric,
+                    resumed=record,
+                )
+                loop.run(parallel.place_state(start, layout), job, experiment.loop)
+        found = kept.restore(state.to_tree(start), best=True)
+    for sentence in found.skipped:
+        say(sentence)
+    return state.averaged(state.from_tree(found.state)), scores

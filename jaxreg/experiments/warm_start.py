@@ -1,0 +1,203 @@
+"""The variables that training starts from."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxreg.errors import UserError
+from jaxreg.experiments import config as config_lib
+from jaxreg.experiments import folder
+from jaxreg.experiments.config import Experiment
+from jaxreg.models import registry
+from jaxreg.models.sam import TrainedSam
+from jaxreg.models.unireg import paper
+from jaxreg.training import checkpoints, state
+from jaxreg.typing import Key, Variables
+from jaxreg.weights import bundle, load, zoo
+
+Say = Callable[[str], None]
+
+
+def weights_key(seed: int) -> Key:
+    """Returns the key of fresh weights; layers tell themselves apart by their names."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
+    """Returns the names of the prompts, or regions, of the weights to start from.
+
+    Raises:
+      UserError: the weights do not name them and `train.start_tasks` does not either,
+        or it has another number of names.
+    """
+    start, names = experiment.train.start, experiment.train.start_tasks
+    told = registry.tells_tasks(experiment.model)
+    if start is None or told is None:
+        return ()
+    loaded = load.load(start)
+    config = registry.config_of(loaded.bundle.model, loaded.bundle.config)
+    count = registry.names_in(config, loaded.variables)
+    if not count:
+        return ()
+    names = names or tuple(loaded.bundle.preprocessing.get(told, ()))
+    if len(set(names)) != count:
+        what = "prompts" if told == "tasks" else "regions"
+        raise UserError(
+            f"{start} has {count} {what}, but their names are "
+            f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
+            "with a name for each, in their order"
+        )
+    return tuple(names)
+
+
+def initial_variables(
+    experiment: Experiment,
+    model: Any,
+    before: Variables | None,
+    say: Say,
+    bank: Sequence[str] = (),
+    known: Sequence[str] = (),
+    sam: TrainedSam | None = None,
+) -> Variables:
+    """Returns the variables that a stage starts with.
+
+    Args:
+      experiment: with the model and, for the first stage, `train.start`.
+      model: the network.
+      before: of the previous stage, or None.
+      say: takes a sentence about what was loaded.
+      bank: names of the network's prompts or regions.
+      known: those of the weights to start from.
+      sam: the network for a UniReg's embeddings, see `sam_of`.
+
+    Raises:
+      UserError: the weights to start from have other sizes, nothing in common, or,
+        where only prompts are trained, not all that the network needs.
+    """
+    train, shape = experiment.train, experiment.loading.shape
+    fresh = jax.tree.map(np.asarray, model.init(weights_key(train.seed), shape))
+    if before is None and train.start is None:
+        return with_sam(fresh, sam)
+    if before is not None:
+        source, name = before, "the previous stage"
+    else:
+        assert train.start is not None
+        loaded = load.load(train.start)
+        source, name = loaded.variables, f"train.start {train.start}"
+        _compare_meaning(experiment, loaded, say)
+    rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
+    source = state.changing(source)  # SAM joins at the end
+    source = registry.fitted(experiment.model, source, shape, fresh, rows, len(known))
+    merged = checkpoints.merge_variables(fresh, source)
+    if merged.misshapen or not merged.loaded:
+        wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
+        raise UserError(
+            f"{name} does not fit the network ({wrong}); give the model's section "
+            "(such as --model.channels_down or --model.channels) the sizes of the "
+            "weights"
+        )
+    if train.only != "all" and merged.missing:
+        raise UserError(
+            f"train.only is {train.only}, but {name} lacks {merged.missing[0]}, which "
+            "would stay untrained; start from weights of the same network, or give "
+            "--train.only all"
+        )
+    say(
+        f"started from {name}: {len(merged.loaded)} arrays loaded, "
+        f"{len(merged.missing)} fresh, {len(merged.unexpected)} not used"
+    )
+    if known:
+        new = [task for task in bank if task not in known]
+        what = (
+            "prompts"
+            if registry.tells_tasks(experiment.model) == "tasks"
+            else "regions"
+        )
+        say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
+    return with_sam(merged.variables, sam)
+
+
+def with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
+    """Returns UniReg's variables with those of SAM's network."""
+    return variables if sam is None else paper.with_sam(variables, sam.variables)
+
+
+def sam_of(
+    experiment: Experiment, out: pathlib.Path | None = None
+) -> TrainedSam | None:
+    """Returns the SAM network that a UniReg of the experiment correlates.
+
+    That of the run in `out`, of `train.sam`, or of `train.start`, in this order.
+
+    Raises:
+      UserError: it is needed and there is none, or given and no stage needs it, or it
+        knows voxels of another size.
+    """
+    stages = [during for _, during in config_lib.stages(experiment)]
+    needing = [during for during in stages if registry.correlates_sam(during.model)]
+    named, start = experiment.train.sam, experiment.train.start
+    if not needing:
+        if named is not None:
+            raise UserError(
+                f"train.sam is {named}, but the network correlates no embeddings of "
+                "SAM; leave it out, or give --model.features sam"
+            )
+        return None
+    found = None
+    if out is not None and (out / folder.SAM).is_dir():
+        found = load.load_sam(out / folder.SAM)
+    elif named is not None:
+        found = load.load_sam(named)
+    elif start is not None:
+        found = zoo.sam_of(load.load(start))
+    if found is None:
+        raise UserError(
+            "model.features is sam, but there are no SAM weights; give --train.sam "
+            "PATH (jaxreg train --config configs/sam.py makes some), or "
+            "--model.features mind"
+        )
+    for during in needing:
+        loading = during.loading
+        if loading.resize == "pad_crop" and loading.spacing_mm != found.spacing_mm:
+            raise UserError(
+                f"the SAM network knows voxels of {found.spacing_mm:g} mm, the network "
+                f"grid has {loading.spacing_mm:g} mm; give --loading.spacing_mm "
+                f"{found.spacing_mm:g}"
+            )
+    return found
+
+
+def bundle_of_sam(sam: TrainedSam) -> bundle.Bundle:
+    """Returns the bundle under which a run keeps SAM's network."""
+    return bundle.Bundle(
+        variables=sam.variables,
+        model=zoo.SAM,
+        config=dataclasses.asdict(sam.config),
+        preprocessing=zoo.sam_rule(sam),
+        source="the SAM network that a training run was given",
+        licence="that of the network that the run was given",
+    )
+
+
+def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
+    """Says what makes the same weights mean something else; refuses it for frozen ones.
+
+    Raises:
+      UserError: only prompts are trained, in a network of another form.
+    """
+    other = registry.unlike(experiment.model, loaded.bundle.config)
+    if not other:
+        return
+    start = experiment.train.start
+    told = ", ".join(f"{name} {value}" for name, value in other.items())
+    if experiment.train.only != "all":
+        options = " ".join(f"--model.{name} {value}" for name, value in other.items())
+        raise UserError(
+            f"{start} was trained with {told}, so its frozen part would mean something "
+            f"else here; give {options}"
+        )
+    say(f"{start} was trained with {told}; this run differs")

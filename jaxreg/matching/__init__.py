@@ -1,0 +1,1 @@
+"""The same place in another scan, by descriptors."""

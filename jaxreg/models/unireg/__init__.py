@@ -1,0 +1,1 @@
+"""UniReg: the paper's network and the released pyramid."""

@@ -1,0 +1,507 @@
+"""UniReg: one network for many tasks, whose last layers are made for each of them.
+
+A U-Net sees both images, and the local correlation of their anatomical embeddings at
+half resolution. From its features, the body region and the type of task (between or
+within subjects) a controller makes the three layers that give the displacement. SAME,
+from which it descends, has one convolution in their place and integrates a velocity.
+
+References:
+  Li et al., UniReg: Foundation model for controllable medical image registration,
+  2025; Tian et al., SAME++, 2023, whose code decides the U-Net and the correlation.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxreg.errors import UserError
+from jaxreg.models.base import Prediction
+from jaxreg.models.rdp import as_transform
+from jaxreg.models.sam import HU_RANGE, config_of, to_sam_range
+from jaxreg.models.unireg.features import (
+    COARSE,
+    FINE,
+    MIND_CHANNELS,
+    FeatureNetwork,
+    Features,
+    concatenated,
+    correlated,
+    mind_features,
+    one_by_one,
+    rescaled,
+    sam_features,
+)
+from jaxreg.nn import heads
+from jaxreg.nn.conv import api
+from jaxreg.nn.heads import LAST_DEVIATION, SLOPE, DynamicHead, SmoothnessRange, Tasks
+from jaxreg.nn.layers import convolution, kaiming_uniform, leaky, normal
+from jaxreg.space import fields
+from jaxreg.space.grid import Shape, unit_scale
+from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
+
+DIVISOR = 16
+TYPES = ("intra", "inter")
+EMBEDDING = 8
+_WINDOWS = ("window", "backbone_window", "sam_window")
+SAM = "sam"
+"""The collection that holds the frozen network for the embeddings."""
+FEATURES = "features"
+"""The collection of a pair's own features, see `UniReg.remember`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UniRegConfig:
+    """Forms of the network, and what its images and tasks are.
+
+    Attributes:
+      regions: body regions that a head can be asked for.
+      tasks: region and type of each task number; the default is the paper's head and
+        neck, chest, abdomen and liver.
+      head: "dynamic", made for the task; "static", the same three layers for all
+        tasks; or "flow", SAME's one convolution, in canonical units (2 is an axis).
+      integrate_steps: squarings by which the output is integrated as a velocity; 0
+        takes it as the displacement.
+      downsample: "strided" convolutions, one of them an extra one before the
+        correlation comes in; or "maxpool", as SAME's code.
+      residual: parameter-free shortcuts where a layer's width stays the same.
+      features: what is correlated: "sam", "mind" (descriptors, for MR) or "none".
+      matching: "correlation", or "concatenation" of the features themselves.
+      feature_channels: of SAM's embeddings; only concatenation depends on it.
+      pool_norm: see `dynamic.DynamicHead`.
+      smoothness_range: weights of the smoothness term that a dynamic head can be asked
+        for; None for a network of one weight per task.
+      window: the Hounsfield units of the stored 0 and 1.
+      backbone_window: those of the U-Net's -1 and 1; None is the stored range, as for
+        MR.
+      task_windows: those of each task's pairs; `backbone_window` for all if empty.
+        Training takes them from its tasks.
+      sam_window: those that the SAM network knows, what is beyond being cut off; None
+        for SAM's whole scale. Training takes them from its SAM network.
+      form: convolution form, see `jaxreg.nn.conv.api`.
+    """
+
+    regions: int = 4
+    tasks: Tasks = ((0, "inter"), (1, "inter"), (2, "inter"), (3, "intra"))
+    head: Literal["dynamic", "static", "flow"] = "dynamic"
+    integrate_steps: int = 0
+    downsample: Literal["strided", "maxpool"] = "strided"
+    residual: bool = False
+    features: Literal["sam", "mind", "none"] = "sam"
+    matching: Literal["correlation", "concatenation"] = "correlation"
+    feature_channels: int = 128
+    pool_norm: bool = False
+    smoothness_range: SmoothnessRange | None = None
+    window: tuple[float, float] = HU_RANGE
+    backbone_window: tuple[float, float] | None = (-800.0, 400.0)
+    task_windows: tuple[tuple[float, float], ...] = ()
+    sam_window: tuple[float, float] | None = None
+    form: api.Form = "auto"
+
+    def __post_init__(self):
+        """Checks tasks and windows.
+
+        Raises:
+          UserError: see `dynamic.check_tasks`, a window is empty, or there is another
+            number of them than of tasks.
+        """
+        heads.check_tasks(self.tasks, self.regions)
+        windows = {name: (getattr(self, name),) for name in _WINDOWS}
+        for name, several in {**windows, "task_windows": self.task_windows}.items():
+            for low, high in filter(None, several):
+                if not low < high:
+                    raise UserError(
+                        f"{name} is {low} to {high}; give the lower Hounsfield unit "
+                        "first"
+                    )
+        if self.task_windows and (
+            self.backbone_window is None or len(self.task_windows) != len(self.tasks)
+        ):
+            raise UserError(
+                f"task_windows has {len(self.task_windows)} windows for "
+                f"{len(self.tasks)} tasks and backbone_window "
+                f"{self.backbone_window}; give one for each task of a network that "
+                "reads Hounsfield units, or none"
+            )
+
+    @property
+    def known(self) -> int:
+        """Numbers that say what is known of a task."""
+        asked = self.smoothness_range
+        return self.regions + len(TYPES) + (asked.knots if asked else 0)
+
+    @property
+    def matched(self) -> int:
+        """Channels that join the U-Net at half resolution."""
+        if self.features == "none":
+            return 0
+        channels = MIND_CHANNELS if self.features == "mind" else self.feature_channels
+        return 27 if self.matching == "correlation" else 4 * channels
+
+
+SAME = UniRegConfig(head="flow", integrate_steps=7, downsample="maxpool")
+"""The network that UniReg descends from."""
+
+
+# --- the network ----------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Convolution, leaky ReLU of slope 0.2; N D H W inputs, or parts of it.
+
+    Attributes:
+      inputs: channels.
+      outputs: channels.
+      stride: 1, or 2 for half the resolution.
+      shortcut: whether the input, averaged where there is a stride, is added before
+        the ReLU; only if both widths agree.
+      form: see `jaxreg.nn.conv.api`.
+    """
+
+    inputs: int
+    outputs: int
+    stride: Literal[1, 2] = 1
+    shortcut: bool = False
+    form: api.Form = "auto"
+
+    @nn.compact
+    def __call__(self, x) -> Image:
+        """Returns N D' H' W' outputs."""
+        function = api.conv3 if self.stride == 1 else api.conv3_stride2
+        y = convolution(function, self.inputs, self.outputs, "conv", self.form)(x)
+        if self.shortcut and self.inputs == self.outputs:
+            y = y + (x if self.stride == 1 else api.average_pool2(x))
+        return leaky(y, SLOPE)
+
+
+class UNet(nn.Module):
+    """Two images and what their features say to 16 channels per voxel."""
+
+    config: UniRegConfig
+
+    @nn.compact
+    def __call__(self, moving: Image, fixed: Image, matched: Image | None) -> Image:
+        """Returns N D H W 16.
+
+        Args:
+          moving: N D H W 1, [-1, 1].
+          fixed: N D H W 1, [-1, 1].
+          matched: N D/2 H/2 W/2 C, see `UniRegConfig.matched`.
+        """
+        config = self.config
+        strided = config.downsample == "strided"
+
+        def layer(name, inputs, outputs, *, down=False, shortcut=False):
+            stride = 2 if down and strided else 1
+            shortcut = shortcut and config.residual
+            module = Layer(inputs, outputs, stride, shortcut, config.form, name=name)
+            pooled = down and not strided
+            return lambda x: module(api.max_pool2(x) if pooled else x)
+
+        e0 = layer("encoder_0", 2, 16)((moving, fixed))
+        halve = Layer(16, 16, 2, form=config.form, name="halve") if strided else None
+        x = api.max_pool2(e0) if halve is None else halve(e0)
+        parts = (x,) if matched is None else (x, matched)
+        e1 = layer("encoder_1", 16 + config.matched, 32)(parts)
+        e2 = layer("encoder_2", 32, 32, down=True, shortcut=True)(e1)
+        e3 = layer("encoder_3", 32, 32, down=True, shortcut=True)(e2)
+        x = layer("decoder_0", 32, 32, down=True, shortcut=True)(e3)
+        for index, skip in enumerate((e3, e2, e1), start=1):
+            x = layer(f"decoder_{index}", 64, 32)((api.repeat2(x), skip))
+        x = layer("remaining_0", 48, 32)((api.repeat2(x), e0))
+        x = layer("remaining_1", 32, 16)(x)
+        return layer("remaining_2", 16, 16, shortcut=True)(x)
+
+
+class UniRegNetwork(nn.Module):
+    """Images, features and a task to a field."""
+
+    config: UniRegConfig = UniRegConfig()
+
+    @nn.compact
+    def __call__(
+        self,
+        moving: Image,
+        fixed: Image,
+        source: Features | None = None,
+        target: Features | None = None,
+        known: Float[Array, "N K"] | None = None,
+    ) -> Image:
+        """Returns the head's output, N D H W 3 in voxels; not integrated.
+
+        Args:
+          moving: N D H W 1, [-1, 1].
+          fixed: N D H W 1, [-1, 1].
+          source: features of the moving image; None if the config has none.
+          target: features of the fixed image.
+          known: region and type of each pair's task, for a dynamic head.
+        """
+        config = self.config
+        matched = None
+        if source is not None and target is not None:
+            match = {"correlation": correlated, "concatenation": concatenated}
+            matched = match[config.matching](source, target)
+        x = UNet(config, name="unet")(moving, fixed, matched)
+        if config.head == "flow":
+            flow = convolution(
+                api.conv3, 16, 3, "flow", config.form, kernel_init=_near_zero()
+            )
+            return flow(x) * (0.5 * jnp.asarray(unit_scale(x.shape[1:4]), x.dtype))
+        x = Layer(16, EMBEDDING, form=config.form, name="embedding")(x)
+        if config.head == "dynamic":
+            assert known is not None
+            head = DynamicHead(EMBEDDING, pool_norm=config.pool_norm, name="head")
+            return head(x, known)
+        for index, init in enumerate((_kaiming(), _kaiming(), _near_zero())):
+            width = EMBEDDING if index < 2 else 3
+            name = f"head_{index}"
+            x = convolution(
+                api.conv1, EMBEDDING, width, name, config.form, kernel_init=init
+            )(x)
+            x = leaky(x, SLOPE) if index < 2 else x
+        return x
+
+
+def _near_zero() -> Callable:
+    return normal(LAST_DEVIATION)
+
+
+def _kaiming() -> Callable:
+    return kaiming_uniform(EMBEDDING, SLOPE)
+
+
+# --- the model ------------------------------------------------------------------------
+
+
+def check_shape(shape: Shape) -> None:
+    """Checks a network grid.
+
+    Raises:
+      UserError: an axis is no multiple of 16.
+    """
+    if any(n < DIVISOR or n % DIVISOR for n in shape):
+        raise UserError(
+            f"the network grid is {' x '.join(map(str, shape))}, UniReg needs a "
+            f"multiple of {DIVISOR} voxels along each axis; round the shape to that"
+        )
+
+
+def with_sam(variables: Variables, sam: Variables) -> Variables:
+    """Returns UniReg's variables with a SAM network's, frozen, for its embeddings.
+
+    Args:
+      variables: {"params": ...} as from `UniReg.init`; a SAM network is replaced.
+      sam: {"params": ..., "batch_stats": ...}.
+
+    Raises:
+      UserError: `sam` holds no SAM network.
+    """
+    config_of(sam)
+    return {**variables, SAM: {n: sam[n] for n in ("params", "batch_stats")}}
+
+
+def check_sam(config: UniRegConfig, variables: Variables) -> None:
+    """Checks that variables hold the SAM network that a config needs.
+
+    Raises:
+      UserError: it is missing, is something else, or has other embeddings than a
+        config that concatenates them.
+    """
+    if config.features != "sam":
+        return
+    if SAM not in variables:
+        raise UserError(
+            "this UniReg correlates SAM's embeddings, but its variables hold no SAM "
+            "network; put a trained one in (--sam-weights PATH, in Python "
+            'unireg.with_sam), or build it with features "mind" or "none"'
+        )
+    found = config_of(variables[SAM]).embedding
+    if config.matching == "concatenation" and found != config.feature_channels:
+        raise UserError(
+            f"the SAM network has embeddings of {found} channels, this UniReg "
+            f"concatenates {config.feature_channels}; give the network that it was "
+            "trained with, or set feature_channels"
+        )
+
+
+def _as_features(found) -> Features:
+    return Features(found.fine, found.coarse)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniReg:
+    """UniReg as a `jaxreg.models.base.Registration`.
+
+    Attributes:
+      config: see `UniRegConfig`.
+      features: another network for the embeddings than SAM.
+    """
+
+    config: UniRegConfig = UniRegConfig()
+    features: FeatureNetwork | None = None
+
+    def _known(
+        self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
+    ) -> Float[Array, "N K"] | None:
+        """Region, type and smoothness of each pair, in the order of the paper."""
+        config = self.config
+        if config.head != "dynamic":
+            return None
+        rows = heads.one_hot_tasks(config.tasks, config.regions, TYPES)
+        known = heads.look_up(np.concatenate(rows, -1), task, config.tasks)
+        return heads.with_smoothness(known, smoothness, config.smoothness_range)
+
+    def _features(
+        self, variables: Variables, moving: Image, fixed: Image, batching: Batching
+    ) -> tuple[Features | None, Features | None]:
+        """Features of the moving and of the fixed images, each image's made once."""
+        if self.config.features == "none":
+            return None, None
+        both = variables.get(FEATURES)
+        if both is None:
+            count = len(moving) // (2 if batching.mirrored else 1)
+            both = self._extract(variables, moving[:count], fixed[:count])
+        if not batching.mirrored:
+            return both
+        source, target = (
+            jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *order)
+            for order in (both, both[::-1])
+        )
+        return source, target
+
+    def _extract(
+        self, variables: Variables, moving: Image, fixed: Image
+    ) -> tuple[Features, Features]:
+        """Features of images N D H W 1, [0, 1], as the config says."""
+        images = jnp.concatenate([moving, fixed])
+        if self.config.features == "mind":
+            found = mind_features(images)
+        else:
+            if self.features is None:
+                check_sam(self.config, variables)
+            extract = self.features or functools.partial(
+                sam_features, form=self.config.form
+            )
+            frozen = variables.get(SAM, {})
+            known = self.config.sam_window or HU_RANGE
+            found = one_by_one(
+                lambda image: _as_features(extract(frozen, image)),
+                to_sam_range(images, self.config.window, known),
+            )
+        # The networks that make features are frozen.
+        found = jax.lax.stop_gradient(found)
+        source, target = (
+            jax.tree.map(lambda x, part=part: x[part], found)
+            for part in (slice(len(moving)), slice(len(moving), None))
+        )
+        return source, target
+
+    def remember(self, variables: Variables, moving: Image, fixed: Image) -> Variables:
+        """Returns variables with these images' features in place of SAM's network.
+
+        For many calls on one batch: the embeddings cost more than all the rest.
+
+        Args:
+          variables: as `apply` takes them.
+          moving: N D H W 1, [0, 1].
+          fixed: N D H W 1, [0, 1].
+
+        Raises:
+          UserError: see `check_shape` and `check_sam`.
+        """
+        check_shape(moving.shape[1:4])
+        if self.config.features == "none":
+            return variables
+        rest = {name: tree for name, tree in variables.items() if name != SAM}
+        return {**rest, FEATURES: self._extract(variables, moving, fixed)}
+
+    def _backbone(self, image: Image, task: Int[Array, " N"] | None = None) -> Image:
+        """Images N D H W 1, [0, 1], as the U-Net sees them."""
+        config = self.config
+        window: Any = config.backbone_window
+        if window is None:
+            return 2.0 * image - 1.0
+        if config.task_windows:
+            # A task beyond the table is refused, or gives NaN, where heads are made.
+            several = jnp.asarray(config.task_windows, jnp.float32)[task]
+            window = (
+                several[:, 0, None, None, None, None],
+                several[:, 1, None, None, None, None],
+            )
+        return rescaled(image, config.window, window, (-1.0, 1.0))
+
+    def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
+        """Returns fresh variables, {"params": ...}; they do not depend on the shape.
+
+        Those of the network for the embeddings are not among them: they are trained
+        elsewhere and join by `with_sam`, without which a config with features "sam"
+        cannot be applied. A fresh field is near zero.
+
+        Raises:
+          UserError: see `check_shape`.
+        """
+        check_shape(shape)
+        config = self.config
+
+        def struct(voxels, channels) -> Any:
+            sizes = (n // v for n, v in zip(shape, voxels, strict=True))
+            return jax.ShapeDtypeStruct((1, *sizes, channels), jnp.float32)
+
+        image = struct((1, 1, 1), 1)
+        known = jax.ShapeDtypeStruct((1, config.known), jnp.float32)
+        features = None
+        if config.features != "none":
+            mind = config.features == "mind"
+            channels = MIND_CHANNELS if mind else config.feature_channels
+            features = Features(struct(FINE, channels), struct(COARSE, channels))
+        network = UniRegNetwork(config)
+        return network.lazy_init(key, image, image, features, features, known)
+
+    def apply(
+        self,
+        variables: Variables,
+        moving: Image,
+        fixed: Image,
+        *,
+        task: Int[Array, " N"] | None = None,
+        smoothness: Float[Array, " N"] | None = None,
+        train: bool = False,
+        batching: Batching = ONE_CALL,
+    ) -> tuple[Prediction, Variables]:
+        """Returns the prediction for moving onto fixed, and the same variables.
+
+        Args:
+          variables: {"params": ...} as from `init`, and "sam" where embeddings are
+            SAM's, see `with_sam`; or as from `remember` for the same images.
+          moving: N D H W 1, [0, 1], see `UniRegConfig.window`.
+          fixed: N D H W 1, [0, 1].
+          task: each pair's number in `config.tasks`; a dynamic head needs it.
+          smoothness: what each pair's head is asked for; the middle of
+            `config.smoothness_range` if None. Without a range it makes no difference.
+          train: makes no difference.
+          batching: where it is mirrored, each image's features are made once.
+
+        Raises:
+          UserError: see `check_shape`, `dynamic.look_up` and `check_sam`.
+        """
+        check_shape(moving.shape[1:4])
+        known = self._known(task, smoothness)
+        source, target = self._features(variables, moving, fixed, batching)
+        field = UniRegNetwork(self.config).apply(
+            {"params": variables["params"]},
+            self._backbone(moving, task),
+            self._backbone(fixed, task),
+            source,
+            target,
+            known,
+        )
+        field = jnp.asarray(field)
+        if self.config.integrate_steps:
+            field = fields.integrate(field, self.config.integrate_steps)
+        return Prediction(as_transform(field)), variables

@@ -1,0 +1,1 @@
+"""3D convolutions, with the form that is fast per platform."""

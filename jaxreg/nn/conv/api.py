@@ -1,0 +1,440 @@
+"""3D convolutions, pooling and upsampling, with the form that is fast per platform.
+
+Arrays are N D H W C, kernels kD kH kW I O. Everything reduces to one primitive, a
+stride-1 convolution (`_convolved`); strides move into channels by
+space-to-depth, transposed strides by depth-to-space. The primitive has two forms:
+
+* "native": XLA's own convolution. Fast on GPU and TPU.
+* "slab": matrix products over blocks of the volume (`nn.conv.blocked`), with fewer
+  multiplications where channels are many (`nn.conv.winograd`). On XLA's CPU backend 2
+  to 100 times faster than the native form, whose small-channel kernels and gradients
+  fall back to naive loops. The input's gradient is again a convolution, the kernel's a
+  matrix product, and neither scatters.
+
+"auto" picks by platform when the program is compiled. Where "slab" would be taken,
+`nn.conv.large_kernel` leaves a strided layer's kernel in place that outweighs its
+volume, and `nn.conv.few_outputs` makes few channels of many.
+
+An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
+concatenation along channels, which is not built at stride 1 and of several channels.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxreg.nn.conv import blocked, few_outputs, large_kernel, winograd
+from jaxreg.nn.conv.blocked import Parts
+from jaxreg.typing import Image
+
+Form = Literal["auto", "native", "slab"]
+
+# --- the primitive: stride 1, no padding ---------------------------------------------
+
+
+def _native(xs: Parts, kernel: jax.Array) -> jax.Array:
+    edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
+    convolved = [
+        lax.conv_general_dilated(
+            x, w, (1, 1, 1), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+        )
+        for x, w in zip(xs, jnp.split(kernel, edges, axis=3), strict=True)
+    ]
+    return functools.reduce(jnp.add, convolved)
+
+
+def _by_platform(form: Form, slab, native, *args):
+    if form == "slab":
+        return slab(*args)
+    if form == "native":
+        return native(*args)
+    return lax.platform_dependent(*args, cpu=slab, default=native)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolved(
+    xs: Parts, kernel: jax.Array, margin: blocked.Margin, form: Form
+) -> jax.Array:
+    """Returns the convolution of the parts together, stride 1.
+
+    Args:
+      xs: parts along channels.
+      kernel: kD kH kW I O.
+      margin: zeros on either side, per axis; fewer than the kernel's taps. Its gradient
+        needs none of the zeros' gradients.
+      form: see the module's docstring.
+    """
+
+    def slab(xs, kernel):
+        return _slab(_padded(xs, margin), kernel)
+
+    def native(xs, kernel):
+        return _native(_padded(xs, margin), kernel)
+
+    return _by_platform(form, slab, native, xs, kernel)
+
+
+def _slab(xs: Parts, kernel: jax.Array) -> jax.Array:
+    minimally = winograd.suits(xs, kernel.shape)
+    return (winograd if minimally else blocked).convolved(xs, kernel)
+
+
+def _slab_gradients(
+    xs: Parts, kernel: jax.Array, dy: jax.Array, margin: blocked.Margin
+):
+    """The gradients of `_slab` with respect to what is within the margin, and kernel.
+
+    Args:
+      xs: inputs whose outermost voxels are zero.
+      kernel: kD kH kW I O.
+      dy: gradient of the result.
+      margin: how wide those zeros are.
+    """
+    sizes = kernel.shape[:3]
+    around = [k - 1 - m for k, m in zip(sizes, margin, strict=True)]
+    dy = _pad(dy, *((m, m) for m in around))
+    turned = jnp.swapaxes(jnp.flip(kernel, (0, 1, 2)), 3, 4)
+    dx = _slab((dy,), turned)
+    edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
+    dxs = tuple(jnp.split(dx, edges, axis=-1))
+    own = winograd if winograd.suits_gradient(xs, kernel.shape) else blocked
+    return dxs, own.kernel_gradient(xs, dy, kernel.shape, margin)
+
+
+def _convolved_forward(xs, kernel, margin, form):
+    return _convolved(xs, kernel, margin, form), (xs, kernel)
+
+
+def _convolved_backward(margin, form, saved, dy):
+    def slab(xs, kernel, dy):
+        return _slab_gradients(_padded(xs, margin), kernel, dy, margin)
+
+    def native(xs, kernel, dy):
+        def function(xs, kernel):
+            return _native(_padded(xs, margin), kernel)
+
+        return jax.vjp(function, xs, kernel)[1](dy)
+
+    return _by_platform(form, slab, native, *saved, dy)
+
+
+_convolved.defvjp(_convolved_forward, _convolved_backward)
+
+
+def _valid(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
+    """Returns the convolution without padding."""
+    return cast(jax.Array, _convolved(xs, kernel, (0, 0, 0), form))
+
+
+def _same(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
+    """Returns the convolution with half the kernel of zeros around; odd sizes."""
+    d, h, w = kernel.shape[:3]
+    return cast(jax.Array, _convolved(xs, kernel, (d // 2, h // 2, w // 2), form))
+
+
+_same_native = functools.partial(_same, form="native")
+
+
+def _padded(xs: Parts, margin: blocked.Margin) -> Parts:
+    return tuple(_pad(x, *((m, m) for m in margin)) for x in xs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _own_or(
+    own, native, form: Form, x: jax.Array | Parts, kernel: jax.Array
+) -> jax.Array:
+    """Returns one of two functions of (x, kernel), differentiating only that one."""
+    return _by_platform(form, own, native, x, kernel)
+
+
+def _own_or_forward(own, native, form, x, kernel):
+    return _by_platform(form, own, native, x, kernel), (x, kernel)
+
+
+def _own_or_backward(own, native, form, saved, dy):
+    def gradient(function):
+        return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
+
+    return _by_platform(form, gradient(own), gradient(native), *saved, dy)
+
+
+_own_or.defvjp(_own_or_forward, _own_or_backward)
+
+
+# --- layers -------------------------------------------------------------------------
+
+
+def _parts(x: jax.Array | Parts, kernel: jax.Array) -> Parts:
+    """Returns the input as parts, which must fit the kernel's input channels."""
+    xs = x if isinstance(x, tuple) else (x,)
+    channels = sum(part.shape[-1] for part in xs)
+    if channels != kernel.shape[-2]:
+        raise ValueError(
+            f"the input has {channels} channels, the kernel expects {kernel.shape[-2]}"
+        )
+    return xs
+
+
+def _pad(x: jax.Array, *widths: tuple[int, int], mode: str = "constant") -> jax.Array:
+    if not any(map(any, widths)):  # JAX would add nothing, and zeros in the gradient
+        return x
+    return jnp.pad(x, ((0, 0), *widths, (0, 0)), mode=mode)
+
+
+def space_to_depth(x: Image) -> Image:
+    """N 2D 2H 2W C to N D H W 8C, channels ordered (2, 2, 2, C)."""
+    n, d, h, w, c = x.shape
+    x = x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, d // 2, h // 2, w // 2, 8 * c)
+
+
+def depth_to_space(x: Image) -> Image:
+    """N D H W 8C to N 2D 2H 2W C: the inverse of `space_to_depth`."""
+    n, d, h, w, c = x.shape
+    x = x.reshape(n, d, h, w, 2, 2, 2, c // 8)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
+
+
+def conv1(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
+    """1x1x1 convolution: N D H W O.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 1 1 1 I O.
+      bias: O.
+      form: see the module's docstring.
+    """
+    return _valid(_parts(x, kernel), kernel, form) + bias
+
+
+def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
+    """3x3x3 convolution, stride 1, zero padding 1: N D H W O.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 3 3 3 I O, correlation as in ``torch.nn.Conv3d``.
+      bias: O.
+      form: see the module's docstring.
+    """
+    xs = _parts(x, kernel)
+    if few_outputs.suits(kernel.shape):
+        y = _own_or(few_outputs.same, _same_native, form, xs, kernel)
+    else:
+        y = _same(xs, kernel, form)
+    return cast(jax.Array, y) + bias
+
+
+def conv3_stride2(
+    x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
+) -> Image:
+    """3x3x3 convolution, stride 2, zero padding 1: N ceil(D/2) ceil(H/2) ceil(W/2) O.
+
+    By space-to-depth and a 2x2x2 convolution: the input gradient of a strided
+    convolution is as fast as its forward pass this way.
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 3 3 3 I O.
+      bias: O.
+      form: see the module's docstring.
+    """
+    x = jnp.concatenate(_parts(x, kernel), -1)
+    n, *spatial, _ = x.shape
+    if large_kernel.outweighs(kernel.shape, n * math.prod(-(-m // 2) for m in spatial)):
+        y = _own_or(large_kernel.down3, _down3_native, form, x, kernel)
+        return cast(jax.Array, y) + bias
+    return _down3(x, kernel, form) + bias
+
+
+def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
+    # One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1) in all.
+    x = space_to_depth(_pad(x, *((1, 1 + n % 2) for n in x.shape[1:4])))
+    i, o = kernel.shape[-2:]
+    # The fourth tap of each axis is zero.
+    w = jnp.pad(kernel, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
+    w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
+    return _valid((x,), w, form)
+
+
+_down3_native = functools.partial(_down3, form="native")
+
+
+def strided(
+    x: Image,
+    kernel: jax.Array,
+    *,
+    stride: Sequence[int] = (1, 1, 1),
+    padding: Sequence[int] = (0, 0, 0),
+    form: Form = "auto",
+) -> Image:
+    """Convolution with a stride of 1 or 2 per axis, zero padding and no bias.
+
+    N D' H' W' O with ``D' = (D + 2 padding - kD) // stride + 1``, as
+    ``torch.nn.Conv3d``. Along a strided axis pairs of voxels become channels, as in
+    `conv3_stride2`; a kernel of one voxel reads every other one instead.
+
+    Args:
+      x: N D H W I.
+      kernel: kD kH kW I O.
+      stride: per axis, 1 or 2.
+      padding: voxels of zeros on either side, per axis.
+      form: see the module's docstring.
+
+    Raises:
+      ValueError: a stride is neither 1 nor 2, or the padded input is smaller than the
+        kernel.
+    """
+    for axis, (s, margin) in enumerate(zip(stride, padding, strict=True)):
+        n, k = x.shape[axis + 1], kernel.shape[axis]
+        if s not in (1, 2) or n + 2 * margin < k:
+            raise ValueError(
+                f"axis {axis} has {n} voxels, padding {margin}, kernel {k} and stride "
+                f"{s}; expected a stride of 1 or 2 and at least the kernel's size"
+            )
+        out = (n + 2 * margin - k) // s + 1
+        # What the last window does not reach is cut off.
+        behind = s * (out + -(-k // s) - 1) - n - margin
+        widths = [(0, 0, 0)] * 5
+        widths[axis + 1] = (margin, behind, 0)
+        x = lax.pad(x, jnp.zeros((), x.dtype), widths)
+        if s == 2:
+            x, kernel = _fold_axis(x, kernel, axis)
+    return _valid((x,), kernel, form)
+
+
+def _fold_axis(x: jax.Array, kernel: jax.Array, axis: int):
+    """Moves pairs of voxels along an axis into channels, in image and kernel."""
+    if kernel.shape[axis] == 1:
+        return lax.slice_in_dim(x, 0, None, 2, axis=axis + 1), kernel
+
+    def pairs(a, axis, channels):
+        shape = [*a.shape[:axis], a.shape[axis] // 2, 2, *a.shape[axis + 1 :]]
+        a = jnp.moveaxis(a.reshape(shape), axis + 1, channels)
+        return a.reshape(*a.shape[:channels], -1, *a.shape[channels + 2 :])
+
+    odd = [(0, 0)] * 5
+    odd[axis] = (0, kernel.shape[axis] % 2)
+    return pairs(x, axis + 1, 4), pairs(jnp.pad(kernel, odd), axis, 3)
+
+
+def conv4_transpose2(
+    x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
+) -> Image:
+    """4x4x4 transposed convolution, stride 2, padding 1: N 2D 2H 2W O.
+
+    ``out[2 x + k - 1] += in[x] kernel[k]``, as ``torch.nn.ConvTranspose3d``: a 2x2x2
+    convolution to 8 O channels and depth-to-space (Shi et al., CVPR 2016).
+
+    Args:
+      x: N D H W I, or parts of it along channels.
+      kernel: 4 4 4 I O in PyTorch's tap order, not flipped.
+      bias: O.
+      form: see the module's docstring.
+    """
+    xs = _parts(x, kernel)
+    if large_kernel.outweighs(kernel.shape, math.prod(xs[0].shape[:4])):
+        x = jnp.concatenate(xs, -1)
+        y = _own_or(large_kernel.up4, _up4_native, form, x, kernel)
+        return cast(jax.Array, y) + bias
+    return _up4(xs, kernel, form) + bias
+
+
+def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
+    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in _parts(x, kernel))
+    i, o = kernel.shape[-2:]
+    # out[2 j - 1 + r] = sum_a in[j - 1 + a] kernel[2 + r - 2 a]
+    w = jnp.flip(kernel.reshape(2, 2, 2, 2, 2, 2, i, o), (0, 2, 4))
+    w = w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)
+    y = depth_to_space(_valid(xs, w, form))
+    return y[:, 1:-1, 1:-1, 1:-1]
+
+
+_up4_native = functools.partial(_up4, form="native")
+
+
+def average_pool2(x: Image) -> Image:
+    """2x2x2 average pooling, stride 2, ceiling mode: N ceil(D/2) ceil(H/2) ceil(W/2) C.
+
+    A window that runs past the end averages the voxels that exist, which is the same
+    as repeating the last one.
+    """
+    x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
+    return average_pool(x, (2, 2, 2))
+
+
+def average_pool(x: Image, sizes: tuple[int, int, int]) -> Image:
+    """Averages blocks of voxels that tile the volume: N D/a H/b W/c C.
+
+    Args:
+      x: N D H W C.
+      sizes: a, b and c; divisors of D, H and W.
+    """
+    return _blocks(x, sizes).mean((2, 4, 6))
+
+
+def max_pool2(x: Image) -> Image:
+    """2x2x2 maximum pooling, stride 2, of even sizes: N D/2 H/2 W/2 C."""
+    return _blocks(x, (2, 2, 2)).max((2, 4, 6))
+
+
+def _blocks(x: jax.Array, sizes: tuple[int, int, int]) -> jax.Array:
+    """N D H W C to N D/a a H/b b W/c c C."""
+    n, *spatial, c = x.shape
+    pairs = [(m // size, size) for m, size in zip(spatial, sizes, strict=True)]
+    return x.reshape(n, *(k for pair in pairs for k in pair), c)
+
+
+def repeat2(x: Image) -> Image:
+    """Nearest doubling, each voxel a block of eight: N 2D 2H 2W C."""
+    n, d, h, w, c = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (n, d, 2, h, 2, w, 2, c))
+    return x.reshape(n, 2 * d, 2 * h, 2 * w, c)
+
+
+def upsample2(x: Image) -> Image:
+    """Trilinear doubling with half-pixel centres and clamped ends: N 2D 2H 2W C.
+
+    ``out[2 i] = 0.25 in[i - 1] + 0.75 in[i]``, ``out[2 i + 1] = 0.75 in[i] +
+    0.25 in[i + 1]`` along each axis.
+    """
+    x = _double_axis(x, 3)
+
+    def sums(x):
+        return functools.reduce(_double_axis, (2, 1), x)
+
+    def products(x):
+        return functools.reduce(_double_by_product, (2, 1), x)
+
+    # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
+    return lax.platform_dependent(x, cpu=products, default=sums)
+
+
+def _double_axis(x: jax.Array, axis: int) -> jax.Array:
+    n = x.shape[axis]
+    before = lax.slice_in_dim(x, 0, n - 1, axis=axis)
+    after = lax.slice_in_dim(x, 1, n, axis=axis)
+    first = lax.slice_in_dim(x, 0, 1, axis=axis)
+    last = lax.slice_in_dim(x, n - 1, n, axis=axis)
+    low = jnp.concatenate([first, before], axis)
+    high = jnp.concatenate([after, last], axis)
+    x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
+    return x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
+
+
+def _double_by_product(x: jax.Array, axis: int) -> jax.Array:
+    """The same as a matrix product for each place along the axes before."""
+    n = x.shape[axis]
+    matrix = 0.75 * np.repeat(np.eye(n), 2, 0)
+    for odd in (0, 1):
+        neighbours = np.clip(np.arange(n) + 2 * odd - 1, 0, n - 1)
+        matrix[np.arange(n) * 2 + odd, neighbours] += 0.25
+    blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)
+    matrices = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(blocks), 2 * n, n))
+    y = jnp.matmul(matrices, blocks, precision="highest")
+    return y.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])

@@ -1,0 +1,1 @@
+"""Two scans and a model in, a transform in millimetres out."""

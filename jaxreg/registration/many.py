@@ -1,0 +1,429 @@
+"""Registers a list of pairs in one process, with the files that single calls write.
+
+Reading, the network and writing overlap: a thread reads the next pairs, another warps
+and writes those that are done, and the main one registers. Scans of all sizes share the
+compiled programs of a network grid, so that the first pair alone pays for them.
+"""
+
+import collections
+import csv
+import dataclasses
+import itertools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import Any, Literal
+
+import jax
+
+from jaxreg.data import modality, pair_list
+from jaxreg.data.pair_list import PairSpec
+from jaxreg.errors import UserError
+from jaxreg.io import files, transforms, volumes
+from jaxreg.models.sam import TrainedSam
+from jaxreg.registration import options as options_lib
+from jaxreg.registration import pair as pair_lib
+from jaxreg.registration import preparation, result
+from jaxreg.registration import rows as rows_lib
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.background import Background
+from jaxreg.space.grid import Grid, Volume
+from jaxreg.weights import zoo
+
+Rows = Mapping[str, PairSpec]
+"""Pairs by what to call them in a message, see `pair_list.read_rows`."""
+OUTPUTS = ("transform_out", "warped_out", "inverse_out")
+"""Columns of the files that a row asks for."""
+_FIGURES = ("before", "after", "folding_percent", "seconds")
+_AHEAD = 2  # pairs that are read before their turn, and that wait to be written
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What became of a row; its fields are the columns of a summary.
+
+    Attributes:
+      row: what to call it in a message.
+      fixed: the scan that stays.
+      moving: the scan that was warped.
+      status: "done"; "failed"; or "skipped", because its files were there.
+      transform_out: what was written, None where nothing was asked for.
+      warped_out: the same.
+      inverse_out: the same.
+      similarity: the loss that the next two are values of.
+      before: with the scans where their headers place them.
+      after: with the moving scan warped.
+      folding_percent: see `result.Registration`.
+      seconds: to register, without reading and writing.
+      reason: why it failed.
+    """
+
+    row: str
+    fixed: pathlib.Path
+    moving: pathlib.Path
+    status: Literal["done", "failed", "skipped"]
+    transform_out: pathlib.Path | None = None
+    warped_out: pathlib.Path | None = None
+    inverse_out: pathlib.Path | None = None
+    similarity: str = ""
+    before: float = math.nan
+    after: float = math.nan
+    folding_percent: float = math.nan
+    seconds: float = math.nan
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Scans:
+    """A pair in memory.
+
+    Attributes:
+      fixed: the scan that stays.
+      moving: the scan to be warped.
+      regions: masks and label maps that the options ask for.
+      stored: the moving scan in its own type, if it is to be written warped.
+      fill: what it shows beyond the moving scan.
+    """
+
+    fixed: Volume
+    moving: Volume
+    regions: options_lib.Regions
+    stored: Volume | None
+    fill: Background | None
+
+
+def with_outputs(rows: Rows, folder: pathlib.Path) -> dict[str, PairSpec]:
+    """Returns the rows with files in a folder where they name no output of their own.
+
+    They are called MOVING_to_FIXED_transform.h5 and MOVING_to_FIXED_warped.nii.gz, by
+    the names of the scans' files; by their paths below the common folder, with "-" for
+    the separator, where two scans have one name.
+    """
+    named = {}
+    called = pair_list.pair_names(tuple(rows.values()))
+    for (row, pair), name in zip(rows.items(), called, strict=True):
+        stem = re.sub(r"[/\\]", "-", name).replace(" to ", "_to_")
+        named[row] = dataclasses.replace(
+            pair,
+            transform_out=pair.transform_out or folder / f"{stem}_transform.h5",
+            warped_out=pair.warped_out or folder / f"{stem}_warped.nii.gz",
+        )
+    return named
+
+
+def finished(rows: Rows) -> dict[str, PairSpec]:
+    """Returns the rows whose files all exist."""
+    return {
+        row: pair
+        for row, pair in rows.items()
+        if all(path.is_file() for path in _outputs(pair).values())
+    }
+
+
+def _outputs(pair: PairSpec) -> dict[str, pathlib.Path]:
+    given = {name: getattr(pair, name) for name in OUTPUTS}
+    return {name: path for name, path in given.items() if path is not None}
+
+
+def check_outputs(
+    rows: Rows,
+    *,
+    others: Mapping[str, pathlib.Path],
+    made: pathlib.Path | None = None,
+) -> None:
+    """Checks that all files can be written, each once and none onto an input.
+
+    Args:
+      rows: the pairs.
+      others: further files that no row may write, by what to call them.
+      made: a folder that may be missing, because it will be made.
+
+    Raises:
+      UserError: names the row.
+    """
+    taken: dict[pathlib.Path, str] = {}
+    for name, path in others.items():
+        _take(path, name, taken)
+    for row, pair in rows.items():
+        for name, path in vars(pair).items():
+            if isinstance(path, pathlib.Path) and name not in OUTPUTS:
+                taken.setdefault(path.resolve(), f"an input of {row}")
+    if made is not None and not made.exists():
+        _check_to_be_made(made)
+    for row, pair in rows.items():
+        outputs = _outputs(pair)
+        if not outputs:
+            raise UserError(
+                f"{row} names nothing to write; add a column {', '.join(OUTPUTS[:-1])} "
+                f"or {OUTPUTS[-1]}, or pass --out-dir"
+            )
+        for name, path in outputs.items():
+            if made is None or path.parent != made or made.exists():
+                check = (
+                    volumes.check_volume_path
+                    if name == "warped_out"
+                    else transforms.check_transform_path
+                )
+                check(path, f"{row}: {name}")
+            _take(path, f"{row}: {name}", taken)
+
+
+def _take(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
+    """Remembers whose file it is; refuses one that is somebody's already."""
+    whose = taken.setdefault(path.resolve(), name)
+    if whose != name:
+        raise UserError(f"{name} {path} is also {whose}; name another file")
+
+
+def _check_to_be_made(folder: pathlib.Path) -> None:
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--out-dir {folder} cannot be made in {there}; name another place"
+        )
+
+
+def check_inputs(rows: Rows, options: options_lib.Options) -> None:
+    """Says what is wrong as far as headers show it, before the first registration.
+
+    Raises:
+      UserError: names the row.
+    """
+    grids: dict[pathlib.Path, Grid] = {}
+    for row, pair in rows.items():
+        try:
+            options_lib.check_options(rows_lib.options_of(pair, options))
+            options_lib.check_regions(options, _region_paths(pair, options))
+            for side in ("fixed", "moving"):
+                rows_lib.check_grids(pair, side, grids)
+        except UserError as error:
+            raise UserError(f"{row}: {error}") from error
+    rows_lib.warn_of_idle_masks(rows.values(), options, stacklevel=3)
+
+
+def _region_paths(
+    pair: PairSpec, options: options_lib.Options
+) -> dict[str, pathlib.Path | None]:
+    """Returns the files of `options.Regions` that the options have a use for."""
+    masked = rows_lib.uses_masks(options)
+    overlap = options.dice_loss_weight > 0
+    return {
+        "fixed_mask": pair.fixed_mask if masked else None,
+        "moving_mask": pair.moving_mask if masked else None,
+        "fixed_segmentation": pair.fixed_label if overlap else None,
+        "moving_segmentation": pair.moving_label if overlap else None,
+    }
+
+
+def register_all(
+    rows: Rows,
+    model: zoo.LoadedModel | None,
+    options: options_lib.Options,
+    *,
+    sam: TrainedSam | None = None,
+    fill: float | None = None,
+) -> Iterator[Outcome]:
+    """Registers pairs and writes their files, in order.
+
+    What fails on one pair is told by its outcome; the others go on. What was registered
+    is written, also where the iteration ends early.
+
+    Args:
+      rows: the pairs, checked by `check_outputs` and `check_inputs`.
+      model: see `pair.register`.
+      options: of all pairs; a row's own columns come before them, see
+        `rows.options_of`.
+      sam: see `pair.register`.
+      fill: value beyond the moving scans; that of `preprocess.beyond` if None.
+
+    Yields:
+      The outcome of each row, in their order.
+    """
+    if model is not None:  # once, not with each pair
+        on_device = jax.device_put(model.variables)
+        model = dataclasses.replace(model, variables=on_device)
+    to_read = iter(rows.items())
+    reading: collections.deque[tuple[str, PairSpec, futures.Future[_Scans]]]
+    writing: collections.deque[tuple[str, PairSpec, futures.Future[Outcome]]]
+    reading, writing = collections.deque(), collections.deque()
+    reader = futures.ThreadPoolExecutor(1, "read")
+    writer = futures.ThreadPoolExecutor(1, "write")
+
+    def read_on(count: int) -> None:
+        for row, pair in itertools.islice(to_read, count):
+            asked = _options_of_row(pair, options, model)
+            future = reader.submit(_read, pair, asked, fill)
+            reading.append((row, pair, future))
+
+    try:
+        read_on(_AHEAD)
+        while reading:
+            row, pair, future = reading.popleft()
+            read_on(1)
+            try:
+                scans = future.result()
+                found = pair_lib.register(
+                    scans.moving,
+                    scans.fixed,
+                    model,
+                    _options_of_row(pair, options, model),
+                    regions=scans.regions,
+                    sam=sam,
+                )
+                written = writer.submit(_write, row, pair, scans, found)
+            except UserError as error:
+                written = futures.Future()
+                written.set_exception(error)
+            writing.append((row, pair, written))
+            while len(writing) > _AHEAD or (writing and writing[0][-1].done()):
+                yield _outcome(*writing.popleft())
+        for waiting in writing:
+            yield _outcome(*waiting)
+    finally:
+        reader.shutdown(cancel_futures=True)
+        writer.shutdown()
+
+
+def _options_of_row(
+    pair: PairSpec, options: options_lib.Options, model: zoo.LoadedModel | None
+) -> options_lib.Options:
+    asked = rows_lib.options_of(pair, options, model)
+    return dataclasses.replace(asked, inverse=pair.inverse_out is not None)
+
+
+def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> _Scans:
+    fixed, moving = (volumes.read_volume(path) for path in (pair.fixed, pair.moving))
+    kinds: dict[str, volumes.Kind] = {"mask": "mask", "segmentation": "labels"}
+    regions = options_lib.Regions(
+        **{
+            name: volumes.read_volume(path, kind=kinds[name.partition("_")[2]])
+            for name, path in _region_paths(pair, options).items()
+            if path is not None
+        }
+    )
+    preparation.check_volumes(moving, fixed, regions)
+    outside, stored = None, None
+    if pair.warped_out is not None:
+        stored = volumes.read_volume(pair.moving, kind="stored")
+        outside = modality.beyond(options.moving_modality, stored, fill)
+        volumes.check_storable(outside.fill, stored)
+    return _Scans(fixed, moving, regions, stored, outside)
+
+
+def _write(
+    row: str, pair: PairSpec, scans: _Scans, found: result.Registration
+) -> Outcome:
+    mapping = found.transform
+    if pair.transform_out is not None:
+        transforms.write_transform(pair.transform_out, mapping, scans.fixed.grid)
+        mapping = transforms.as_written(pair.transform_out, mapping)
+    if pair.inverse_out is not None and found.inverse is not None:
+        transforms.write_transform(pair.inverse_out, found.inverse, scans.moving.grid)
+    if pair.warped_out is not None and scans.stored and scans.fill:
+        warped = transform_lib.warp_volume(
+            scans.stored, mapping, scans.fixed.grid, fill=scans.fill
+        )
+        volumes.write_volume(pair.warped_out, warped)
+    return Outcome(
+        row,
+        pair.fixed,
+        pair.moving,
+        "done",
+        pair.transform_out,
+        pair.warped_out,
+        pair.inverse_out,
+        similarity=found.similarity,
+        before=found.similarity_before,
+        after=found.similarity_after,
+        folding_percent=found.folding_percent,
+        seconds=sum(found.seconds.values()),
+    )
+
+
+def _outcome(row: str, pair: PairSpec, written: futures.Future[Outcome]) -> Outcome:
+    try:
+        return written.result()
+    except UserError as error:
+        return Outcome(row, pair.fixed, pair.moving, "failed", reason=str(error))
+
+
+def skipped(rows: Rows, summary: pathlib.Path | None = None) -> list[Outcome]:
+    """Returns the outcomes of rows that are passed over.
+
+    Args:
+      rows: of the list.
+      summary: a file that `write_summary` wrote of an earlier run, if there is one:
+        what it says of these pairs is kept.
+    """
+    known = {} if summary is None else _read_summary(summary)
+    found = []
+    for row, pair in rows.items():
+        earlier = known.get(_scans_of(pair.fixed, pair.moving), {})
+        found.append(
+            Outcome(
+                row,
+                pair.fixed,
+                pair.moving,
+                "skipped",
+                pair.transform_out,
+                pair.warped_out,
+                pair.inverse_out,
+                **earlier,
+            )  # fmt: skip
+        )
+    return found
+
+
+def _scans_of(fixed: files.PathLike, moving: files.PathLike) -> tuple[str, str]:
+    return os.path.abspath(fixed), os.path.abspath(moving)
+
+
+def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """Returns what an earlier summary measured, by its pairs' scans.
+
+    Nothing where there is none, or a table of something else, which is replaced.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return {}
+    found = {}
+    for row in rows:
+        try:
+            figures = {name: float(row[name] or "nan") for name in _FIGURES}
+            scans = _scans_of(row["fixed"], row["moving"])
+            if row["similarity"]:
+                found[scans] = {"similarity": row["similarity"], **figures}
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
+
+
+def write_summary(path: files.PathLike, outcomes: Iterable[Outcome]) -> None:
+    """Writes a CSV with a row for each outcome, whole or not at all.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    names = [field.name for field in dataclasses.fields(Outcome)]
+    with files.atomic_path(path) as unfinished:
+        with open(unfinished, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(names)
+            for outcome in outcomes:
+                writer.writerow([_cell(getattr(outcome, name)) for name in names])
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def by_status(outcomes: Iterable[Outcome]) -> collections.Counter[str]:
+    """Returns how many rows have each status."""
+    return collections.Counter(outcome.status for outcome in outcomes)

@@ -1,0 +1,1 @@
+"""Instance optimisation of one pair's transform."""

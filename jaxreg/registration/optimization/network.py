@@ -1,0 +1,137 @@
+"""Instance optimisation: a pair's own transform, by network weights or directly.
+
+Every optimisation repeats one jitted step. Iteration i evaluates the objective and
+updates; the last iteration's update is dropped, so that its maps and numbers are those
+of the final parameters without a second compiled program.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxreg.losses.objective import Objective
+from jaxreg.models.base import Registration
+from jaxreg.registration.optimization import loop
+from jaxreg.registration.optimization.loop import Optimized, Progress, Report
+from jaxreg.training import step as step_lib
+from jaxreg.typing import Key, Pair, Variables
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _predict(model, variables, pair):
+    maps, _ = step_lib.predict(model, variables, pair)
+    return maps.forward, maps.backward
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _auxiliaries(model, variables, pair):
+    return model.apply(variables, pair.moving, pair.fixed)[0].aux
+
+
+def auxiliaries(
+    model: Registration, variables: Variables, pair: Pair
+) -> dict[str, np.ndarray]:
+    """Returns what the model says of moving and fixed besides their transform.
+
+    Only that is computed: the compiler leaves out the rest of the network.
+    """
+    found = _auxiliaries(model, variables, pair)
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
+    """Returns the model's transforms as they are, in evaluation mode."""
+    return Optimized(*_predict(model, variables, pair))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _remember(model, variables, pair):
+    return model.remember(variables, pair.moving, pair.fixed)
+
+
+def _remembered(model: Registration, variables: Variables, pair: Pair) -> Variables:
+    """Returns variables with what no step changes, from a network that can tell it."""
+    if not hasattr(model, "remember"):
+        return variables
+    return _remember(model, variables, pair)
+
+
+@jax.jit
+def _network_start(variables):
+    """A copy of the weights, which the steps overwrite, and Adam's state."""
+    variables = jax.tree.map(jnp.copy, variables)
+    return variables, optax.adam(0.0).init(variables["params"])  # whatever the rate
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "objective"), donate_argnames="state"
+)
+def _network_step(state, index, pair, key, noise, learning_rate, *, model, objective):
+    step = step_lib.make_step(model, objective, optax.adam(learning_rate), train=False)
+    draw = loop.draw_noise(key, index, pair.fixed.shape[1:4], noise)
+    variables, adam, parts, maps = step(*state, pair, draw)
+    return (variables, adam), parts, (maps.forward, maps.backward)
+
+
+def _network_loop(
+    variables, pair, key, noise, learning_rate, *, model, objective, steps, report
+):
+    def step(state, index):
+        return _network_step(
+            state, index, pair, key, noise, learning_rate,
+            model=model, objective=objective,
+        )  # fmt: skip
+
+    return loop.repeat(step, _network_start(variables), steps, report)
+
+
+def optimize_network(
+    model: Registration,
+    variables: Variables,
+    pair: Pair,
+    objective: Objective,
+    *,
+    steps: int = 50,
+    learning_rate: float = 2e-5,
+    key: Key,
+    noise: jax.Array | None = None,
+    progress: Progress | None = None,
+) -> Optimized:
+    """Returns the transforms after adapting a copy of the weights to one pair.
+
+    Adam over all parameters, batch norm's affine ones included, in evaluation mode:
+    running statistics are used and stay. The given variables are not changed.
+
+    Args:
+      model: the network.
+      variables: its weights; the optimisation works on a copy.
+      pair: the images on the network grid, N D H W C, and what the objective needs.
+      objective: what is minimised.
+      steps: number of updates, at least 1.
+      learning_rate: of Adam (beta 0.9 and 0.999, epsilon 1e-8).
+      key: draws the jitter of each step.
+      noise: the jitter itself instead, steps + 1 of 1 D H W 3.
+      progress: called after each step.
+
+    References:
+      Tian et al., uniGradICON, MICCAI 2024, section 2.3.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    variables = _remembered(model, variables, pair)
+    found = _network_loop(
+        dict(variables),
+        pair,
+        key,
+        noise,
+        learning_rate,
+        model=model,
+        objective=objective,
+        steps=steps,
+        report=None if progress is None else Report(progress, steps),
+    )
+    forward, backward = found[0]
+    return Optimized(forward, backward, found[1])

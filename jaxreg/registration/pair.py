@@ -1,0 +1,415 @@
+"""Register two scans: volumes and a model in, a transform in millimetres out.
+
+The one place where preprocessing, prediction, instance optimisation, inversion and the
+way back to world space meet. The command line, the notebooks and the evaluation all
+call `register`; nothing here opens a file.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg import metrics
+from jaxreg.data import network_grid
+from jaxreg.errors import UserError
+from jaxreg.io import given
+from jaxreg.losses import similarity
+from jaxreg.models.sam import TrainedSam
+from jaxreg.registration import conditioning, preparation, without_network
+from jaxreg.registration import inverse as inverse_lib
+from jaxreg.registration import options as options_lib
+from jaxreg.registration.optimization import features, loop, map
+from jaxreg.registration.optimization import network as network_lib
+from jaxreg.registration.options import Options, Progress, Regions
+from jaxreg.registration.prealign import select
+from jaxreg.registration.result import Registration
+from jaxreg.space import fields, sampling
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Shape, Volume
+from jaxreg.typing import Pair
+from jaxreg.weights import zoo
+from jaxreg.xla import compilation_cache
+
+_MUCH_FOLDED = 1.0  # per cent of the voxels
+
+
+@compilation_cache.kept()
+def register(
+    moving: given.Scan,
+    fixed: given.Scan,
+    model: zoo.LoadedModel | str | os.PathLike[str] | None = None,
+    options: Options = Options(),
+    *,
+    regions: Regions | None = None,
+    sam: TrainedSam | None = None,
+    start: select.Prealignment | None = None,
+    progress: Progress | None = None,
+) -> Registration:
+    """Registers one scan onto another.
+
+    Args:
+      moving: the scan to be warped: a volume, D H W, stored intensities; or what
+        `io.given` makes one of, the path of a file or an image of nibabel or SimpleITK.
+      fixed: the scan that stays, the same.
+      model: weights from `load.load`, or what that loads; None where `io_target` can do
+        without, or for a pre-alignment alone (without `io_iterations`).
+      options: how to register.
+      regions: masks and label maps of the two scans.
+      sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
+        a UniReg's own aligns.
+      start: the pre-alignment, where `prealigned` found it already.
+      progress: called after each step with its number, the total and the objective's
+        parts.
+
+    Returns:
+      The transform from fixed to moving mm, its inverse, and how well it fits.
+
+    Raises:
+      UserError: options, scans, masks or label maps do not go together, or a scan is
+        an array, whose place nobody knows.
+    """
+    options_lib.check_options(options)
+    moving, fixed, regions = preparation.as_volumes(moving, fixed, regions)
+    options_lib.check_regions(options, vars(regions))
+    preparation.check_volumes(moving, fixed, regions)
+    model, told = preparation.conditioning_of(model, options, sam)
+    preparation.warn_of_orientation(fixed, model, options)
+    options = preparation.with_rule_of(model, preparation.with_grid(options, model))
+    placement = preparation.placement_of(model, options)
+    moving, fixed, regions = preparation.turned(
+        moving, fixed, regions, placement, options
+    )
+    alone = _prealigns_alone(model, options)
+    seconds: dict[str, float] = {}
+
+    def shown(pair: Pair) -> Pair:
+        return preparation.with_range(told.of(pair), model, options)
+
+    with _Clock(seconds, "preprocess"):
+        grids = (
+            placement.grid(fixed.grid, options.grid_shape),
+            placement.grid(moving.grid, options.grid_shape),
+        )
+        pair = shown(preparation.make_pair(moving, fixed, options, regions))
+    apart, bend = (pair, grids), None
+    if options.prealign != "none":
+        with _Clock(seconds, "prealign"):
+            if start is None:
+                start = _prealigned(moving, fixed, model, options, regions, sam)
+            carried = network_grid.Carried(grids[0], start.transform)
+            pair = shown(
+                preparation.make_pair(moving, fixed, options, regions, carried)
+            )
+            grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
+    with _Clock(seconds, "register"):
+        # The network's products only: sampling and losses ask for full precision.
+        with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
+            scans = without_network.Scans(moving, fixed, regions, grids, start)
+            found, options = _optimised(pair, model, options, scans, progress, sam)
+            domains = {} if model is None else conditioning.domains(model, pair)
+        there, back = _bent(found, bend, options.grid_shape)
+        forward = transform_lib.flatten(there, options.grid_shape)
+        # What the pair's moving image, which is bent already, lacks.
+        rest = forward if bend is None else found.forward
+        _check_finite(forward, options)
+    with _Clock(seconds, "score"):
+        headers = without_network.unit_matrix(np.eye(4), *apart[1])
+        placed = transform_lib.Transform(
+            (transform_lib.Affine(jnp.asarray(headers, "f4")),)
+        )
+        before, warped_before = _score(apart[0], placed, options)
+        between = start and _score(pair, transform_lib.Transform(()), options)[0]
+        after, warped_after = _score(pair, rest, options)
+        transform, forward = _beyond_the_box(there, grids, fixed.grid)
+        if alone and start:  # a pre-alignment alone is exact as it is
+            transform = start.in_world
+        folding_percent, sdlogj = metrics.regularity(
+            transform, placement.measured(fixed.grid, options.grid_shape)
+        )
+        _warn_of_folds(folding_percent)
+    inverse, residual = None, None
+    if options.inverse:
+        with _Clock(seconds, "inverse"):
+            # With a pre-alignment both network grids lie over the fixed scan.
+            over = (
+                None
+                if options.prealign == "none" or start is None
+                else start.carried(fixed.grid)
+            )
+            inverse = inverse_lib.inverse_of(forward, back, grids, moving.grid, over)
+            # Of what is returned: a field is read linearly between its voxels.
+            residual = transform_lib.round_trip_mm(
+                transform, inverse, fixed.grid, moving.grid
+            )
+    return Registration(
+        transform=transform,
+        inverse=inverse,
+        inverse_residual_mm=residual,
+        fixed_grid=grids[0],
+        moving_grid=grids[1],
+        history={k: np.asarray(v) for k, v in found.history.items()},
+        similarity=options.io_sim,
+        similarity_before=before,
+        similarity_after=after,
+        similarity_prealigned=between,
+        folding_percent=folding_percent,
+        sdlogj=sdlogj,
+        domains=domains,
+        seconds=seconds,
+        fixed_image=np.asarray(preparation.as_compared(pair).fixed[0, ..., 0]),
+        warped_before=warped_before,
+        warped_after=warped_after,
+        told=told.text,
+        prealigned_from=start.start if start else "",
+        started_from="" if start else found.start,
+    )
+
+
+def _prealigns_alone(model: zoo.LoadedModel | None, options: Options) -> bool:
+    """Whether nothing follows the pre-alignment.
+
+    Raises:
+      UserError: there is neither a network nor anything to do without one.
+    """
+    alone = model is None and options.io_target == "network"
+    if alone and (options.prealign == "none" or options.io_iterations is not None):
+        raise UserError(
+            "--io-target network needs a model; name one with --model, pass "
+            "--io-target displacement to register without weights, or --prealign and "
+            "--io-iterations None to pre-align alone"
+        )
+    return alone
+
+
+def prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    *,
+    regions: Regions | None = None,
+    sam: TrainedSam | None = None,
+) -> select.Prealignment:
+    """Returns the pre-alignment that `register` would start from.
+
+    The arguments are those of `register`.
+
+    Raises:
+      UserError: see `select.find`.
+    """
+    if model is not None:
+        words = (options.task, options.pairing, options.smoothness)
+        model = conditioning.tell(model, *words).model
+    options = preparation.with_rule_of(model, options)
+    placement = preparation.placement_of(model, options)
+    moving, fixed, regions = preparation.turned(
+        moving, fixed, regions or Regions(), placement, options
+    )
+    return _prealigned(moving, fixed, model, options, regions, sam)
+
+
+def _prealigned(
+    moving: Volume,
+    fixed: Volume,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    regions: Regions,
+    sam: TrainedSam | None,
+) -> select.Prealignment:
+    window = preparation.compared_window(model, options) or options.ct_window
+    moving_rule, fixed_rule = preparation.intensity_rules(
+        dataclasses.replace(options, ct_window=window)
+    )
+    masked = options.input_masking or options.loss_function_masking
+    scans = [
+        select.Scan(volume, rule, mask if masked else None)
+        for volume, rule, mask in (
+            (moving, moving_rule, regions.moving_mask),
+            (fixed, fixed_rule, regions.fixed_mask),
+        )
+    ]
+    found = select.find(
+        options.prealign, *scans, network=preparation.sam_for(model, sam)
+    )
+    if (
+        model is not None
+        and found.extents_fit
+        and preparation.placement_of(model, options).resize != "pad_crop"
+    ):
+        warnings.warn(
+            f"without --prealign {model.name} sees the extents of "
+            f"{moving.source} and {fixed.source} laid over each other, which fits "
+            "better than their headers: scans cropped around one organ may do better "
+            "with --prealign none",
+            stacklevel=2,
+        )
+    return found
+
+
+def _bent(
+    found: loop.Optimized, bend: transform_lib.Transform | None, shape: Shape
+) -> tuple[transform_lib.Transform, transform_lib.Transform]:
+    """Returns forward and backward with the bend that the network did not see."""
+    if bend is None:
+        return found.forward, found.backward
+    back = inverse_lib.solve_inverse(bend, jnp.zeros((1, *shape, 3)))
+    undone = transform_lib.Transform((transform_lib.Displacement(back),))
+    return found.forward.then(bend), undone.then(found.backward)
+
+
+def _beyond_the_box(
+    unit: transform_lib.Transform, grids: Sequence[Grid], scan: Grid
+) -> tuple[transform_lib.Transform, transform_lib.Transform]:
+    """Returns a map in mm over all of the fixed scan, and the same in unit coordinates.
+
+    Args:
+      unit: between the network grids, its fields with outside="edge".
+      grids: the network grids of the fixed and of the moving scan.
+      scan: the fixed scan's grid; a network's box may be smaller.
+    """
+    shape, padding = grids[0].shape, grids[0].padding(scan)
+    whole = transform_lib.padded(unit, shape, padding)
+    world = transform_lib.in_world(whole, *(grid.padded(padding) for grid in grids))
+    if padding.any():
+        leave = transform_lib.padded_to_unit(shape, padding)
+        whole = whole.seen_from(np.linalg.inv(leave))
+    return world, whole
+
+
+def _optimised(
+    pair: Pair, model: zoo.LoadedModel | None, options: Options, *given: Any
+) -> tuple[loop.Optimized, Options]:
+    """Returns `_optimise`'s result, and the options with the similarity in use."""
+    found = _optimise(pair, model, options, *given)
+    similar = found.similarity or options.io_sim
+    return found, dataclasses.replace(options, io_sim=similar)
+
+
+def _optimise(
+    pair: Pair,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    scans: without_network.Scans,
+    progress: Progress | None,
+    sam: TrainedSam | None,
+) -> loop.Optimized:
+    """Returns the unit transforms of the chosen way to find them."""
+    predicted = features.UNTOUCHED
+    if model is None and options.io_target != "displacement":
+        options, predicted = without_network.placed(options, scans)
+    if model is not None and (
+        options.io_iterations is None or options.io_target in options_lib.REFINING
+    ):
+        predicted = network_lib.predict(model.model, model.variables, pair)
+    if options.io_iterations is None:
+        return predicted
+    common: dict[str, Any] = {
+        "steps": options.io_iterations,
+        "progress": progress,
+    }
+    if options.io_lr is not None:
+        common["learning_rate"] = options.io_lr
+    if options.io_target in ("map", "displacement"):  # where nothing else is seen
+        pair = preparation.as_compared(pair)
+    if options.io_target == "map":
+        return map.optimize_map(pair, predicted, loss=options.io_sim, **common)
+    if options.io_target == "features":
+        extract = _extractor(preparation.sam_for(model, sam), options)
+        if extract is features.mind_features:
+            pair = preparation.as_compared(pair)
+        return features.optimize_features(pair, predicted, extract, **common)
+    common["key"] = jax.random.key(options.seed)
+    if options.io_target == "displacement":
+        return without_network.find_displacement(pair, options, scans, common)
+    assert model is not None
+    return network_lib.optimize_network(
+        model.model, model.variables, pair, preparation.objective_of(options), **common
+    )
+
+
+def _extractor(network: TrainedSam | None, options: Options) -> features.Extract:
+    """Returns SAM's features for two CT scans on a grid like its own, or descriptors.
+
+    A SAM network knows voxels of one size in one orientation, and another placement
+    would show it something else.
+    """
+    if network is None or not preparation.both_ct(options):
+        return features.mind_features
+    own = network_grid.Placement("pad_crop", "spl", network.spacing_mm)
+    if options.placement != own:
+        warnings.warn(
+            "--io-target features takes MIND's descriptors in place of SAM's: the "
+            f"network grid has not SAM's voxels of {own.spacing_mm:g} mm towards "
+            "superior, posterior and left, as a UniReg's has",
+            stacklevel=2,
+        )
+        return features.mind_features
+    window = options.ct_window or (-1000.0, 1000.0)
+    return lambda image: features.sam_features(network, image, window)
+
+
+def _score(
+    pair: Pair, unit: transform_lib.Transform, options: Options
+) -> tuple[float, np.ndarray]:
+    """Returns the similarity loss and the warped image, D H W."""
+    pair = preparation.as_compared(pair)
+    mask = pair.fixed_mask if options.loss_function_masking else None
+    points = _mapped(unit, options.grid_shape)
+    # Compiled in one: operations on their own would be compiled anew for each pair.
+    loss, warped = _compared(pair.moving, pair.fixed, mask, points, name=options.io_sim)
+    return float(loss), np.asarray(warped[0, ..., 0])
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _mapped(unit: transform_lib.Transform, shape: Shape) -> jax.Array:
+    return jnp.asarray(unit.map_points(sampling.identity(shape)))
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _compared(moving, fixed, mask, points, *, name: str):
+    warped = fields.warp(moving, points, outside="zeros")
+    return similarity.SIMILARITIES[name](warped, fixed, mask=mask), warped
+
+
+def _warn_of_folds(percent: float) -> None:
+    if percent > 0:
+        warnings.warn(
+            f"the transform folds: {percent:.2g} % of the fixed scan's voxels have a "
+            "negative Jacobian determinant"
+            + (
+                "; the result is doubtful there"
+                if percent < _MUCH_FOLDED
+                else ", which no anatomy does; do not use it without looking at it"
+            ),
+            stacklevel=3,
+        )
+
+
+class _Clock:
+    """Adds the wall time of a block to a dictionary."""
+
+    def __init__(self, seconds: dict[str, float], phase: str):
+        self._seconds, self._phase = seconds, phase
+
+    def __enter__(self):
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_):
+        self._seconds[self._phase] = time.perf_counter() - self._start
+
+
+def _check_finite(forward: transform_lib.Transform, options: Options) -> None:
+    if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(forward)):
+        rate = "" if options.io_lr is None else f" {options.io_lr:g}"
+        raise UserError(
+            f"the optimisation diverged to NaN; pass an --io-lr below the present one"
+            f"{rate}, or check the scans and the weights"
+        )

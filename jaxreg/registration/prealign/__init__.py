@@ -1,0 +1,1 @@
+"""Affine and coarse alignment before a network sees a pair."""

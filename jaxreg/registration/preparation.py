@@ -1,0 +1,423 @@
+"""From two scans to the pair that a network or loss sees."""
+
+import dataclasses
+import functools
+import os
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from nibabel import orientations
+
+from jaxreg.data import modality as modality_lib
+from jaxreg.data import network_grid, preprocess
+from jaxreg.errors import UserError
+from jaxreg.io import given
+from jaxreg.losses import overlap
+from jaxreg.losses.objective import Objective, as_compared
+from jaxreg.models import registry
+from jaxreg.models.sam import TrainedSam
+from jaxreg.models.unireg import paper
+from jaxreg.models.unireg.released import UniRegRpnConfig
+from jaxreg.registration import conditioning
+from jaxreg.registration import options as options_lib
+from jaxreg.registration.options import Options, Regions
+from jaxreg.registration.prealign import select
+from jaxreg.space.grid import Grid, Volume
+from jaxreg.typing import Pair
+from jaxreg.weights import load, zoo
+
+_WITHOUT_WEIGHTS = (175, 175, 175)  # the network grid
+
+
+def with_grid(options: Options, model: zoo.LoadedModel | None) -> Options:
+    """Returns options on the grid of the weights, where they name none themselves."""
+    if options.shape is not None:
+        return options
+    shape = _WITHOUT_WEIGHTS if model is None else model.shape
+    return dataclasses.replace(options, shape=shape)
+
+
+def as_volumes(
+    moving: given.Scan, fixed: given.Scan, regions: Regions | None
+) -> tuple[Volume, Volume, Regions]:
+    """Returns what a caller from Python gives, as volumes."""
+    regions = regions or Regions()
+    options_lib.check_kind(
+        regions, Regions, "the regions are", "jaxreg.registration.options.Regions(...)"
+    )
+    return (
+        given.volume(moving, "moving scan"),
+        given.volume(fixed, "fixed scan"),
+        regions,
+    )
+
+
+def conditioning_of(
+    model: zoo.LoadedModel | str | os.PathLike[str] | None,
+    options: Options,
+    sam: TrainedSam | None,
+) -> tuple[zoo.LoadedModel | None, conditioning.Words]:
+    """Returns the network as it serves the task, and what its pairs are to carry."""
+    words = (options.task, options.pairing, options.smoothness)
+    if isinstance(model, str | os.PathLike):
+        model = load.load(model)
+    loaded = zoo.LoadedModel | None
+    options_lib.check_kind(
+        model, loaded, "the model is", "a name, a path or what zoo.load gives"
+    )
+    if model is None:
+        conditioning.refuse(*words)
+        if options.level_iterations is not None:
+            raise UserError(
+                f"--level-iterations is {options.level_iterations}, but no network "
+                "takes part; leave it out"
+            )
+        return None, conditioning.NOTHING
+    told = conditioning.tell(_repeating(model, options), *words)
+    return _with_sam(told.model, sam), told
+
+
+def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
+    """Returns a pyramid that repeats its levels as often as it is asked to.
+
+    Raises:
+      UserError: the network has no levels to repeat, or has no derivative by which it
+        could be optimised.
+    """
+    config: Any = getattr(model.model, "config", None)
+    asked = options.level_iterations
+    if not isinstance(config, UniRegRpnConfig):
+        if asked is not None:
+            raise UserError(
+                f"--level-iterations is {asked}, but {model.name} is no UniReg-RPN; "
+                "leave it out"
+            )
+        return model
+    if asked is not None:
+        config = dataclasses.replace(config, iterations=asked)
+    optimised = options.io_iterations is not None and options.io_target == "network"
+    if config.iterations > 1 and optimised:
+        raise UserError(
+            "--io-target network cannot optimise a network that repeats its levels; "
+            "give --io-iterations None, --io-target map or --level-iterations 1"
+        )
+    fields = {**model.bundle.config, "iterations": config.iterations}
+    return dataclasses.replace(
+        model,
+        model=registry.build(config),
+        bundle=dataclasses.replace(model.bundle, config=fields),
+    )
+
+
+def placement_of(
+    model: zoo.LoadedModel | None, options: Options
+) -> network_grid.Placement:
+    """Returns how scans become arrays: as the options say, else as the weights do.
+
+    Without either, as GradICON's after turning both scans to RAS.
+    """
+    found = options.placement
+    if found is None:
+        found = (
+            network_grid.WITHOUT_WEIGHTS
+            if model is None
+            else network_grid.Placement.of_weights(model.bundle.preprocessing)
+        )
+    if options.stored_orientation:
+        found = dataclasses.replace(found, orientation=None)
+    return found
+
+
+def turned(
+    moving: Volume,
+    fixed: Volume,
+    regions: Regions,
+    placement: network_grid.Placement,
+    options: Options,
+) -> tuple[Volume, Volume, Regions]:
+    """Returns scans and regions with their array axes in the network's order."""
+    if not options.stored_orientation:
+        turn = functools.partial(oriented_like, reference=fixed.grid)
+        moving = turn(moving)
+        regions = options_lib.map_regions(
+            regions, turn, ("moving_mask", "moving_segmentation")
+        )
+    regions = options_lib.map_regions(regions, placement.turned)
+    return placement.turned(moving), placement.turned(fixed), regions
+
+
+def warn_of_orientation(
+    fixed: Volume, model: zoo.LoadedModel | None, options: Options
+) -> None:
+    """Warns where nobody knows whether a network sees scans as in its training."""
+    if model is None or options.stored_orientation or options.placement is not None:
+        return
+    turned = placement_of(model, options).axes == "spl"
+    if turned or model.orientation is not None:
+        return
+    warnings.warn(
+        f"{model.name} does not say how the scans of its training were oriented, and "
+        "sees the fixed scan as it is stored "
+        f"({network_grid.orientation_of(fixed.grid)}); results are worse where that "
+        "differs. In a checkpoint folder it is said by "
+        f'"orientation": "{network_grid.CANONICAL}" (or what they had) under '
+        "preprocessing in jaxreg.json",
+        stacklevel=3,
+    )
+
+
+def with_rule_of(model: zoo.LoadedModel | None, options: Options) -> Options:
+    """Returns the options with the weights' intensity rule where they have none.
+
+    Raises:
+      UserError: see `check_units`.
+    """
+    if model is None:
+        return dataclasses.replace(options, placement=placement_of(None, options))
+    check_units(model, options)
+    if model.mask_inputs and not options.input_masking:
+        warnings.warn(
+            f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
+            "and --input-masking to show it the same",
+            stacklevel=3,
+        )
+    config: Any = getattr(model.model, "config", None)
+    return dataclasses.replace(
+        options,
+        ct_window=options.ct_window
+        or model.ct_window
+        or registry.hounsfield_window(config),
+        placement=placement_of(model, options),
+        io_sim="lncc" if options.io_sim == "auto" else options.io_sim,
+        quantile_range=options.quantile_range or model.quantile_range,
+        foreground=model.foreground
+        if options.foreground is None
+        else options.foreground,
+    )
+
+
+def check_units(model: zoo.LoadedModel, options: Options) -> None:
+    """Checks that a network which reads Hounsfield units is shown them as they are.
+
+    Raises:
+      UserError: a scan is no CT for a network that knows nothing else, or another
+        window would move what it reads.
+    """
+    config: Any = getattr(model.model, "config", None)
+    needed = registry.hounsfield_window(config)
+    if needed is None:
+        return
+    for name in ("fixed_modality", "moving_modality"):
+        modality = getattr(options, name)
+        if modality_lib.kind(modality) != "ct" and registry.reads_ct_alone(config):
+            given = options_lib.option_name(name)
+            raise UserError(
+                f"{given} is {modality}, but {model.name} reads Hounsfield units; "
+                f"give {given} ct if it is one, or weights trained with "
+                "--model.features mind --model.backbone_window None"
+            )
+    low, high = options.ct_window or model.ct_window or needed
+    if "ct" in _kinds(options) and (low, high) != needed:
+        given = "--ct-window is" if options.ct_window else "its weights state"
+        raise UserError(
+            f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
+            f"window {needed[0]:g} {needed[1]:g}; give --ct-window {needed[0]:g} "
+            f"{needed[1]:g}"
+        )
+
+
+def sam_for(
+    model: zoo.LoadedModel | None, given: TrainedSam | None
+) -> TrainedSam | None:
+    """Returns the SAM network in use: the given one before that of a UniReg."""
+    return given if given or model is None else zoo.sam_of(model)
+
+
+def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
+    """Whether registering has a use for a SAM network that is given."""
+    config: Any = getattr(model and model.model, "config", None)
+    lacks = (
+        model is not None
+        and registry.correlates_sam(config)
+        and paper.SAM not in model.variables
+    )
+    shown = (
+        options.io_iterations is not None
+        and options.io_target == "features"
+        and both_ct(options)
+    )
+    return lacks or shown or options.prealign in select.SAM_WAYS
+
+
+def compared_window(
+    model: zoo.LoadedModel | None, options: Options
+) -> tuple[float, float] | None:
+    """Returns the Hounsfield units that are compared; None for all that is loaded."""
+    return conditioning.compared_window(model) if both_ct(options) else None
+
+
+def with_range(pair: Pair, model: zoo.LoadedModel | None, options: Options) -> Pair:
+    """Returns the pair with the part of its intensities that is compared."""
+    window = compared_window(model, options)
+    rule, _ = intensity_rules(options)
+    if window in (None, rule.ct_window):
+        return pair
+    part = jnp.asarray([network_grid.part_of(window, rule.ct_window)], jnp.float32)
+    return dataclasses.replace(pair, similarity_range=part)
+
+
+as_compared = jax.jit(as_compared)
+
+
+def both_ct(options: Options) -> bool:
+    """Says whether both scans are scaled as CT."""
+    return _kinds(options) == {"ct"}
+
+
+def _kinds(options: Options) -> set[str]:
+    """Returns whose intensity rules hold, "ct", "mri" or both."""
+    return {
+        modality_lib.kind(modality)
+        for modality in (options.fixed_modality, options.moving_modality)
+    }
+
+
+def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
+    """Returns a UniReg that lacks its SAM network with the given one."""
+    if sam is None or paper.SAM in model.variables:
+        return model
+    if not isinstance(model.model, paper.UniReg):
+        return model
+    config = registry.with_sam_window(model.model.config, sam.ct_window)
+    return dataclasses.replace(
+        model,
+        model=dataclasses.replace(model.model, config=config),
+        variables=paper.with_sam(model.variables, sam.variables),
+    )
+
+
+def check_volumes(moving: Volume, fixed: Volume, regions: Regions) -> None:
+    """Checks that masks and label maps lie on their scans' grids, before any work.
+
+    Raises:
+      UserError: one lies elsewhere, or the segmentations share no label.
+    """
+    for scan, mask, segmentation in (
+        (fixed, regions.fixed_mask, regions.fixed_segmentation),
+        (moving, regions.moving_mask, regions.moving_segmentation),
+    ):
+        if mask is not None:
+            preprocess.check_same_grid(mask, scan, what="mask")
+        if segmentation is not None:
+            preprocess.check_same_grid(segmentation, scan, what="segmentation")
+    if regions.fixed_segmentation and regions.moving_segmentation:
+        _shared_labels(
+            regions, regions.moving_segmentation.array, regions.fixed_segmentation.array
+        )
+
+
+def _shared_labels(regions: Regions, moving, fixed) -> tuple[int, ...]:
+    try:
+        return overlap.shared_labels(moving, fixed)
+    except UserError as error:
+        names = [
+            v.source
+            for v in (regions.moving_segmentation, regions.fixed_segmentation)
+            if v is not None
+        ]
+        raise UserError(f"{' and '.join(names)}: {error}") from error
+
+
+def oriented_like(volume: Volume, reference: Grid) -> Volume:
+    """Returns the volume with array axes in the order and direction of a grid's.
+
+    Voxels are only permuted and flipped, none moves in world space. A network sees
+    arrays alone: two scans stored in different orders would look rotated or mirrored
+    to it (the original feeds them as they are stored).
+    """
+    turned = network_grid.oriented(
+        volume, orientations.io_orientation(reference.affine_mm)
+    )
+    return dataclasses.replace(turned, array=np.ascontiguousarray(turned.array))
+
+
+def intensity_rules(
+    options: Options,
+) -> tuple[preprocess.Preprocessing, preprocess.Preprocessing]:
+    """Returns the intensity rules of the moving and of the fixed scan."""
+    moving, fixed = (
+        preprocess.Preprocessing(
+            modality=modality_lib.kind(modality),
+            ct_window=options.ct_window or (-1000.0, 1000.0),
+            quantile_range=options.quantile_range,
+            foreground=bool(options.foreground),
+        )
+        for modality in (options.moving_modality, options.fixed_modality)
+    )
+    return moving, fixed
+
+
+def make_pair(
+    moving: Volume,
+    fixed: Volume,
+    options: Options,
+    regions: Regions,
+    carried: network_grid.Carried | None = None,
+) -> Pair:
+    """Returns both scans on the network grid, with what the objective needs of them.
+
+    The volumes have their axes in the network's order already, see
+    `preprocess.Placement.turned`. With `carried`, the moving scan is read over the
+    fixed scan's network grid.
+
+    Raises:
+      UserError: see `preprocess.network_pair`; or the segmentations share no label.
+    """
+    placement = options.placement or network_grid.AS_GRADICON
+    rules = intensity_rules(options)
+    pair = preprocess.network_pair(
+        moving,
+        fixed,
+        options.grid_shape,
+        moving_rule=rules[0],
+        fixed_rule=rules[1],
+        moving_mask=regions.moving_mask,
+        fixed_mask=regions.fixed_mask,
+        mask_inputs=options.input_masking,
+        mask_loss=options.loss_function_masking,
+        placement=placement,
+        moving_placement=carried,
+    )
+    segmentations = (regions.moving_segmentation, regions.fixed_segmentation)
+    if options.dice_loss_weight == 0 or None in segmentations:
+        return pair
+    labels = [
+        preprocess.network_labels(volume, options.grid_shape, placement=where)
+        for volume, where in zip(
+            segmentations, (carried or placement, placement), strict=True
+        )
+        if volume is not None
+    ]
+    # On the network grid, where a small structure may have vanished.
+    classes = _shared_labels(regions, *labels)
+    onehots = [overlap.one_hot(jnp.asarray(array), classes) for array in labels]
+    return dataclasses.replace(
+        pair,
+        moving_onehot=onehots[0],
+        fixed_onehot=onehots[1],
+        valid=jnp.asarray(overlap.valid_classes(*onehots)),
+    )
+
+
+def objective_of(options: Options) -> Objective:
+    """Returns the objective that options ask for."""
+    return Objective(
+        similarity=options.io_sim,
+        dice_weight=options.dice_loss_weight,
+        loss_masking=options.loss_function_masking,
+        intensity_conservation=options.intensity_conservation_loss,
+        original_conservation_offset=False,
+    )

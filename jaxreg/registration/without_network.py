@@ -1,0 +1,354 @@
+"""Displacements without a network: their start, and whether they are kept."""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.data import modality, network_grid
+from jaxreg.errors import UserError
+from jaxreg.losses.objective import Objective
+from jaxreg.registration import options as options_lib
+from jaxreg.registration import preparation
+from jaxreg.registration.optimization import displacement, features, loop
+from jaxreg.registration.options import Options, Regions
+from jaxreg.registration.prealign import affine as affine_lib
+from jaxreg.registration.prealign import measure, select
+from jaxreg.space import affine
+from jaxreg.space import transform as transform_lib
+from jaxreg.space.grid import Grid, Volume, unit_scale
+from jaxreg.typing import Pair
+
+_LARGEST_STRETCH = 1.5  # of lengths, by which extents may still be those of one thing
+_SAME_PLACE = 0.01  # half diagonals of the fixed scan
+_ALIKE = 0.95  # share of local structure: bright in one scan, bright in the other
+
+
+@dataclasses.dataclass(frozen=True)
+class Scans:
+    """What is registered: turned scans, what belongs to them, their network grids."""
+
+    moving: Volume
+    fixed: Volume
+    regions: Regions
+    grids: tuple[Grid, Grid]
+    start: select.Prealignment | None
+
+    @property
+    def placed(self) -> np.ndarray:
+        """Where pre-alignment or headers place them, 4x4, fixed to moving mm."""
+        return np.eye(4) if self.start is None else self.start.affine_mm
+
+
+def placed(options: Options, scans: Scans) -> tuple[Options, loop.Optimized]:
+    """Returns the options with a similarity, and where the scans are without a network.
+
+    That is where a pre-alignment has placed them, else the start that fits best.
+    """
+    shown = _as_shown(scans, options)
+    found, matrix = features.UNTOUCHED, scans.placed
+    if options.prealign == "none":
+        starts = _starts(scans, *shown)
+        name = affine_lib.best_of(affine_lib.compare(*shown, starts))
+        matrix = starts[name]
+        found = dataclasses.replace(
+            displacement.by_affine(unit_matrix(matrix, *scans.grids)), start=name
+        )
+    similar = _by_images(options, shown, matrix)
+    found = dataclasses.replace(found, similarity=similar)
+    return dataclasses.replace(options, io_sim=similar), found
+
+
+def find_displacement(
+    pair: Pair, options: Options, scans: Scans, common: dict[str, Any]
+) -> loop.Optimized:
+    """Returns an affine map and a displacement between the scans' network grids.
+
+    Affine maps are found from several starts, by each similarity that may suit the
+    pair; the displacement follows from the map that fits best. All are found on the
+    parts of the scans that can meet: where one shows much more than the other, its
+    whole extent on the network grid would leave few voxels to what both show.
+    """
+    steps, progress = common["steps"], common.pop("progress")
+    shown = _as_shown(scans, options)
+    if scans.start is None:
+        starts = _starts(scans, *shown)
+    else:
+        starts = {"pre-alignment": scans.placed}
+    maps, came = dict(starts), {name: name for name in starts}
+    fits = affine_lib.compare(*shown, starts)
+    tried = _possible(options)
+    first = starts[affine_lib.best_of(fits)]
+    if len(tried) > 1 and _by_images(options, shown, first) == tried[0]:
+        tried = tried[:1]
+    levels = len(displacement.DisplacementConfig().factors)
+    total = steps * (2 * len(starts) * len(tried) + levels)
+    report = progress and loop.Report(progress, total)
+    histories = []
+    for name, similar in itertools.product(starts, tried):
+        by = dataclasses.replace(options, io_sim=similar)
+        part, objective, grids = _parts_that_meet(pair, by, scans, starts[name])
+        matrix, history = displacement.find_affine(
+            part,
+            objective,
+            unit_matrix(starts[name], *grids),
+            steps=2 * steps,
+            key=common["key"],
+            extent_mm=_extent_mm(grids[0]),
+            report=report,
+        )
+        report = report and report.after(2 * steps)
+        histories.append(history)
+        world = grids[1].unit_to_mm @ matrix @ np.linalg.inv(grids[0].unit_to_mm)
+        ways = transform_lib.Affine(world), transform_lib.Affine(first)
+        if affine_lib.plausible(world) and affine_lib.no_worse_in_common(*shown, *ways):
+            maps[f"{name} by {similar}"] = world
+            came[f"{name} by {similar}"] = name
+    found = {name: maps[name] for name in maps if name not in starts}
+    fits = {**fits, **affine_lib.compare(*shown, found)}
+    best = affine_lib.best_of(fits)
+    _warn_of_rivals(scans, maps, fits, best)
+    similar = _by_images(options, shown, maps[best])
+    by = dataclasses.replace(options, io_sim=similar)
+    part, objective, (here, there) = _parts_that_meet(pair, by, scans, maps[best])
+    fixed, moving = scans.grids
+    result = displacement.optimize_displacement(
+        part,
+        objective,
+        start=unit_matrix(maps[best], here, there),
+        found_affine=True,
+        extent_mm=_extent_mm(here),
+        report=report,
+        **common,
+    )
+    result = dataclasses.replace(
+        result,
+        forward=_between(result.forward, (fixed, moving), (here, there)),
+        backward=_between(result.backward, (moving, fixed), (there, here)),
+        history=displacement.chained([*histories, result.history]),
+        start=came[best],
+        similarity=similar,
+    )
+    return _not_worse(result, starts[came[best]], scans, shown, options)
+
+
+def _possible(options: Options) -> tuple[str, ...]:
+    """Returns the similarities that may suit a pair without a network."""
+    if options.io_sim != "auto":
+        return (options.io_sim,)
+    modalities = options.fixed_modality, options.moving_modality
+    if not modality.same_contrast(*modalities):
+        return ("nmi",)
+    contrasts = {modality.CONTRASTS[modality.known(name)] for name in modalities}
+    return ("lncc", "nmi") if "mri" in contrasts else ("lncc",)
+
+
+def _by_images(
+    options: Options,
+    shown: tuple[measure.Shown, measure.Shown],
+    matrix: np.ndarray,
+) -> str:
+    """Returns the similarity for two scans that are roughly aligned by a 4x4 in mm.
+
+    Where the modalities do not say it: correlation's, if what is bright in one scan is
+    bright in the other.
+    """
+    possible = _possible(options)
+    if len(possible) == 1:
+        return possible[0]
+    alike = affine_lib.agreement(*shown, matrix) > _ALIKE
+    return "lncc" if alike else "nmi"
+
+
+def _extent_mm(grid: Grid) -> list[float]:
+    return (unit_scale(grid.shape) * grid.spacing_mm).tolist()
+
+
+def _starts(
+    scans: Scans, here: measure.Shown, there: measure.Shown
+) -> dict[str, np.ndarray]:
+    """Returns first guesses of the affine map, 4x4 from fixed to moving mm, by name.
+
+    The headers come first. The extents are stretched onto each other where both scans
+    may show the same thing in them.
+    """
+    grids = scans.fixed.grid, scans.moving.grid
+    masses = [s.array if s.mask is None else s.array * s.mask for s in (here, there)]
+    starts = {
+        "headers": np.eye(4),
+        "centres of mass": affine.to_mm(
+            affine.centres_of_mass(masses[0], masses[1], *grids), *grids
+        ),
+        "stretched extents": affine_lib.stretched(*grids),
+    }
+    stretch = np.linalg.svd(starts["stretched extents"][:3, :3], compute_uv=False)
+    if max(stretch.max(), 1 / stretch.min()) > _LARGEST_STRETCH:
+        del starts["stretched extents"]
+    found: dict[str, np.ndarray] = {}
+    for name, start in starts.items():
+        apart = [affine_lib.apart(grids[0], start, other) for other in found.values()]
+        if affine_lib.plausible(start) and min(apart, default=1.0) > _SAME_PLACE:
+            found[name] = start
+    return found
+
+
+def _as_shown(scans: Scans, options: Options) -> tuple[measure.Shown, measure.Shown]:
+    """Returns fixed and moving as their likeness is measured."""
+    rules = preparation.intensity_rules(options)
+    masked = options.input_masking or options.loss_function_masking
+    masks = scans.regions.moving_mask, scans.regions.fixed_mask
+    moving, fixed = (
+        select.shown(select.Scan(volume, rule, mask if masked else None))
+        for volume, rule, mask in zip(
+            (scans.moving, scans.fixed), rules, masks, strict=True
+        )
+    )
+    return fixed, moving
+
+
+def _parts_that_meet(
+    pair: Pair, options: Options, scans: Scans, start: np.ndarray
+) -> tuple[Pair, Objective, tuple[Grid, Grid]]:
+    """Returns the pair of the parts of both scans that can meet, and their grids.
+
+    Between them the objective. Beyond scans that show the same part of the body lie
+    zeros, so that their edges hold on to each other; where either shows more, what it
+    shows goes on beyond the other, and so do the outer voxels.
+
+    Args:
+      pair: of the whole scans, which are taken as they are where both meet all over.
+      options: how to register.
+      scans: both, on their whole grids.
+      start: 4x4, fixed to moving mm.
+    """
+    objective = preparation.objective_of(options)
+    placement = options.placement or network_grid.AS_GRADICON
+    volumes = {"fixed": scans.fixed, "moving": scans.moving}
+    fixed, moving = scans.fixed.grid, scans.moving.grid
+    parts = {
+        "fixed": network_grid.part_near(fixed, moving, np.linalg.inv(start)),
+        "moving": network_grid.part_near(moving, fixed, start),
+    }
+    cut = {name: network_grid.cut(volumes[name], part) for name, part in parts.items()}
+    same = all(cut[name].grid.shape == volumes[name].grid.shape for name in cut)
+    bent = scans.start is not None and scans.start.bend is not None
+    if bent or placement.resize == "pad_crop":
+        return pair, objective, scans.grids
+    met = (
+        network_grid.part_near(fixed, moving, np.linalg.inv(start), margin=0.0),
+        network_grid.part_near(moving, fixed, start, margin=0.0),
+    )
+    sizes = [tuple(s.stop - s.start for s in part) for part in met]
+    if sizes != [fixed.shape, moving.shape]:
+        objective = dataclasses.replace(objective, outside="edge")
+    whole = pair, objective, scans.grids
+    if same:
+        return whole
+    regions = scans.regions
+    for name, part in parts.items():
+        names = (f"{name}_mask", f"{name}_segmentation")
+        regions = options_lib.map_regions(
+            regions, functools.partial(network_grid.cut, part=part), names
+        )
+    try:
+        found = preparation.make_pair(cut["moving"], cut["fixed"], options, regions)
+    except UserError:  # nothing to see there, or no label
+        return whole
+    here, there = (placement.grid(cut[name].grid, options.grid_shape) for name in cut)
+    return preparation.as_compared(found), objective, (here, there)
+
+
+def _warn_of_rivals(
+    scans: Scans,
+    maps: Mapping[str, np.ndarray],
+    fits: Mapping[str, measure.Fit],
+    best: str,
+) -> None:
+    """Warns where the scans fit nearly as well elsewhere."""
+    rivals = affine_lib.rivals(scans.fixed.grid, maps, fits, best)
+    if not rivals:
+        return
+    warnings.warn(
+        f"the place of {scans.fixed.source} in {scans.moving.source} is not certain: "
+        f"affine maps from {best} and from {', '.join(rivals)} differ and fit nearly "
+        "alike; look at the result, give masks with --fixed-mask, --moving-mask and "
+        "--loss-function-masking, or crop the larger scan",
+        stacklevel=3,
+    )
+
+
+@jax.jit
+def _led(transform: transform_lib.Transform, places: jax.Array) -> jax.Array:
+    return jnp.asarray(transform.map_points(places))
+
+
+def _not_worse(
+    found: loop.Optimized,
+    start: np.ndarray,
+    scans: Scans,
+    shown: tuple[measure.Shown, measure.Shown],
+    options: Options,
+) -> loop.Optimized:
+    """Returns what was found, or the start where that fits better; warns of it.
+
+    Args:
+      found: between the scans' network grids.
+      start: 4x4, fixed to moving mm.
+      scans: both.
+      shown: both as they are compared.
+      options: how to register.
+    """
+    if options.dice_loss_weight > 0 or options.intensity_conservation_loss:
+        return found  # which intensities as they are do not judge
+    if scans.start is not None and scans.start.bend is not None:
+        return found  # between scans that are bent already
+    fixed, moving = scans.grids
+
+    def led(places: np.ndarray) -> np.ndarray:
+        enter = transform_lib.Affine(np.linalg.inv(fixed.unit_to_mm))
+        unit = jnp.asarray(enter(places), jnp.float32)
+        ends = np.asarray(_led(found.forward, unit[None])[0], np.float64)
+        return np.asarray(transform_lib.Affine(moving.unit_to_mm)(ends))
+
+    ways = {"start": transform_lib.Affine(start), "found": led}
+    compared = affine_lib.compare(*shown, ways)
+    fits = {name: fit.globally for name, fit in compared.items()}
+    common = affine_lib.no_worse_in_common(*shown, led, ways["start"])
+    if common and affine_lib.as_good(fits["found"], fits["start"]):
+        return found
+    where = "" if common else " where both results place them on each other"
+    stay = "stay" if found.start.endswith("s") else "stays"
+    warnings.warn(
+        f"the optimisation made the scans less alike{where} (unlikeness "
+        f"{fits['found']:.4f}, by the {found.start} {fits['start']:.4f}), so the "
+        f"{found.start} {stay}; try another similarity (--io-sim), more steps or a "
+        "finer grid",
+        stacklevel=3,
+    )
+    kept = displacement.by_affine(unit_matrix(start, fixed, moving))
+    return dataclasses.replace(found, forward=kept.forward, backward=kept.backward)
+
+
+def _between(
+    unit: transform_lib.Transform,
+    whole: tuple[Grid, Grid],
+    parts: tuple[Grid, Grid],
+) -> transform_lib.Transform:
+    """Returns a map between the unit cubes of two parts as one of the wholes."""
+    if all(a is b for a, b in zip(whole, parts, strict=True)):
+        return unit
+    enter = np.linalg.inv(parts[0].unit_to_mm) @ whole[0].unit_to_mm
+    leave = np.linalg.inv(whole[1].unit_to_mm) @ parts[1].unit_to_mm
+    first, last = (transform_lib.Affine(jnp.asarray(m, "f4")) for m in (enter, leave))
+    return transform_lib.Transform((first, *unit.steps, last))
+
+
+def unit_matrix(world: np.ndarray, fixed: Grid, moving: Grid) -> np.ndarray:
+    """Returns a 4x4 world map (RAS+ mm) between the unit cubes of two grids."""
+    return np.linalg.inv(moving.unit_to_mm) @ world @ fixed.unit_to_mm

@@ -1,0 +1,1 @@
+"""Trained weights: where they come from, and PyTorch's files."""

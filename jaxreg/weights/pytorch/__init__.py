@@ -1,0 +1,1 @@
+"""Published PyTorch weights to Flax variables and back."""

@@ -1,0 +1,1 @@
+"""What XLA is told besides the arithmetic."""
