@@ -106,7 +106,7 @@ def _pair(arguments: Any, loaded: Any):
         return Pair(jnp.asarray(moving), jnp.asarray(fixed), task=task), scale
     scans = [volumes.read_volume(path) for path in arguments.images]
     moving = preparation.oriented_like(scans[0], scans[1].grid)
-    placement = network_grid.Placement.of_weights(loaded.bundle.preprocessing)
+    placement = network_grid.ResamplingRule.of_weights(loaded.bundle.preprocessing)
     options = options_lib.Options(
         fixed_modality=arguments.modality,
         moving_modality=arguments.modality,

@@ -30,7 +30,7 @@ from jaxreg.data import batches as batches_lib
 from jaxreg.data import loading as loading_lib
 from jaxreg.data import pair_source
 from jaxreg.data.manifest.records import Record
-from jaxreg.data.pairs import PairPlan, Task, View
+from jaxreg.data.pairs import ImageRef, PairPlan, Task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class InTurn:
 
     def __getitem__(self, index: int) -> PairPlan:
         """Returns scan i with itself."""
-        return PairPlan(0, View(index), View(index))
+        return PairPlan(0, ImageRef(index), ImageRef(index))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AtRandom:
     def __getitem__(self, index: int) -> PairPlan:
         """Returns pair `index`."""
         moving, fixed = np.random.default_rng(index).integers(self.count, size=2)
-        return PairPlan(0, View(int(moving)), View(int(fixed)))
+        return PairPlan(0, ImageRef(int(moving)), ImageRef(int(fixed)))
 
 
 def write_scans(folder: pathlib.Path, count: int, size: int) -> tuple[Record, ...]:

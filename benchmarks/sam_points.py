@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxreg.data import network_grid, preprocess
 from jaxreg.data.manifest import read, records
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.io import volumes
 from jaxreg.losses.similarity import gaussian_blur
 from jaxreg.matching import points
@@ -31,9 +31,9 @@ from jaxreg.space import fields
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.weights import load
 
-Describe = Callable[[Volume, Preprocessing], Described]
-RULE = Preprocessing("mri")
-TURNED = network_grid.Placement("pad_crop", "spl")
+Describe = Callable[[Volume, IntensityRule], Described]
+RULE = IntensityRule("mri")
+TURNED = network_grid.ResamplingRule("pad_crop", "spl")
 MARGIN = 2  # voxels between a point and the scan's edge
 SLACK = 4  # voxels that the two scans' edges may differ by: edges must tell nothing
 

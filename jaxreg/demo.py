@@ -1,4 +1,4 @@
-"""The demo's pair: two real heads that other Python packages ship, nothing to fetch.
+"""The demonstration: two real heads that other Python packages ship.
 
 Moving is the mean T1 head of pydeface (whole head, 176 x 256 x 256, oblique), fixed the
 MNI152 T1 template of nilearn (brain only, 1 mm, 197 x 233 x 189), which comes with maps

@@ -1,14 +1,13 @@
-"""Who may import whom, and whether README and constraints say what is true.
+"""Who may import whom, what importing costs, and whether documents say what is true.
 
-The table is read off the sources with `ast`, so that an import inside a function or
-under TYPE_CHECKING counts as well.
+The contracts themselves are in pyproject.toml, for import-linter.
 """
 
 import ast
-import dataclasses
 import pathlib
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -17,105 +16,12 @@ import pytest
 import typer
 from packaging import requirements, utils, version
 
+import jaxreg
 from jaxreg.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxreg"
 TORCH = ("torch", "torchvision", "unigradicon", "icon_registration")
-FILE_FORMATS = ("nibabel", "h5py", "SimpleITK", "orbax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Room:
-    """What a room may import besides itself, `typing` and `errors`.
-
-    Attributes:
-      jaxreg: modules or whole rooms of jaxreg, below the package's name.
-      others: packages that only some rooms may import, see RATIONED.
-    """
-
-    jaxreg: tuple[str, ...] = ()
-    others: tuple[str, ...] = ()
-
-
-# Packages that not every room may import. nibabel.orientations is arithmetic on affine
-# matrices and opens no file, so it is listed by itself.
-RATIONED = (*FILE_FORMATS, "nibabel.orientations", "flax", "optax", "grain",
-            "matplotlib", "typer", "rich", "urllib", "platformdirs")  # fmt: skip
-
-_TOP = (
-    "models", "losses", "metrics", "training.step", "data.preprocess", "space", "io",
-    "optimize", "zoo", "tasks", "register", "evaluate", "report",
-)  # fmt: skip
-
-TABLE = {
-    "errors": Room(),
-    "typing": Room(),
-    "late": Room(),
-    "space": Room(("late",)),
-    "nn": Room(("late",), ("flax",)),
-    "io": Room(("space",), FILE_FORMATS),
-    "data": Room(
-        ("space", "io.volumes", "io.files", "io.tables"),
-        ("grain", "nibabel.orientations"),
-    ),
-    "models": Room(("nn", "space"), ("flax",)),
-    "losses": Room(("space",)),
-    "metrics": Room(("space",)),
-    "training": Room(
-        (
-            "models.base",
-            "losses",
-            "metrics",
-            "io.checkpoints",
-            "io.runs",
-            "io.files",
-            "space",
-        ),
-        ("flax", "optax", "rich"),
-    ),
-    "matching": Room(("models.sam", "space")),
-    "prealign": Room(("matching", "space"), ("optax",)),
-    "affine_search": Room(("data.resize", "losses.similarity", "space"), ("optax",)),
-    "points": Room(("matching", "models.sam", "data.preprocess", "space")),
-    "optimize": Room(_TOP, ("optax",)),
-    "tasks": Room((*_TOP, "nn.dynamic")),
-    "prealignment": Room(
-        (
-            "affine_search",
-            "points",
-            "prealign",
-            "matching",
-            "models.sam",
-            "data",
-            "space",
-        ),
-        ("nibabel.orientations",),
-    ),
-    "refine": Room((*_TOP, "nn", "points"), ("optax",)),
-    "register": Room(
-        (*_TOP, "nn.dynamic", "affine_search", "prealignment", "refine", "compiled"),
-        ("nibabel.orientations",),
-    ),
-    "pair_list": Room((*_TOP, "data.manifest", "results")),
-    "evaluate": Room((*_TOP, "data.manifest", "pair_list", "prealignment", "results")),
-    "batch": Room((*_TOP, "pair_list")),
-    "compiled": Room(others=("platformdirs",)),
-    "tuning": Room((*_TOP, "nn.dynamic", "results")),
-    "results": Room(("metrics", "io.files")),
-    "comparison": Room(("space", "io")),
-    "report": Room(_TOP, ("nibabel.orientations", "matplotlib")),
-    # The only room that downloads.
-    "zoo": Room(_TOP, ("urllib", "platformdirs")),
-    "demo": Room(_TOP),
-}
-# Nothing below imports these, so they may have anything.
-_JOINING = (
-    "experiment", "sources", "validation", "trainer", "dryrun", "cli_training",
-    "cli_evaluation", "cli_batch",
-    "cli_options", "cli_progress", "cli_matching", "sam_experiment", "sam_training",
-)  # fmt: skip
-TABLE |= dict.fromkeys((*_JOINING, "cli"), Room((*TABLE, *_JOINING), RATIONED))
 
 
 def modules() -> list[pathlib.Path]:
@@ -152,31 +58,38 @@ def below(name: str, prefixes) -> bool:
     return any(name == p or name.startswith(p + ".") for p in prefixes)
 
 
-def broken_rules(room: str, names: set[str]) -> list[str]:
-    rule = TABLE[room]
-    allowed = (room, "typing", "errors", *rule.jaxreg)
-    broken = []
-    for name in sorted(names):
-        top, _, inner = name.partition(".")
-        if top == "jaxreg":
-            if inner != "__version__" and not below(inner, allowed):
-                broken.append(name)
-        elif below(name, RATIONED) and not below(name, rule.others):
-            broken.append(name)
-    return broken
+def lint_imports(folder: pathlib.Path) -> subprocess.CompletedProcess:
+    program = shutil.which("lint-imports", path=pathlib.Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("import-linter is not installed")
+    return subprocess.run(
+        [program, "--no-cache"], cwd=folder, capture_output=True, text=True
+    )
 
 
-@pytest.mark.parametrize("path", modules(), ids=dotted)
-def test_imports_only_what_the_table_allows(path):
-    name = dotted(path)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    names = imported(ast.walk(tree))
-    if not name:  # jaxreg/__init__.py: importing it must stay free
-        assert names == set()
-        return
-    room = name.split(".")[0]
-    assert room in TABLE, f"{name} belongs to no room; add it to the table"
-    assert broken_rules(room, names) == []
+def test_contracts_hold():
+    found = lint_imports(ROOT)
+    assert found.returncode == 0, found.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("space/grid.py", "from jaxreg.io import files"),
+        ("models/rdp.py", "from jaxreg.losses import overlap"),
+        ("data/pairs.py", "import flax"),
+        ("metrics.py", "import nibabel"),
+        ("registration/pair.py", "from jaxreg.cli import main"),
+        ("training/step.py", "from jaxreg.experiments import run"),
+    ],
+)
+def test_contracts_refuse(module, line, tmp_path):
+    """The check itself works: each of these would be reported."""
+    shutil.copytree(PACKAGE, tmp_path / "jaxreg")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with open(tmp_path / "jaxreg" / module, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    assert "BROKEN" in lint_imports(tmp_path).stdout
 
 
 @pytest.mark.parametrize("path", modules(), ids=dotted)
@@ -194,17 +107,16 @@ def test_no_module_needs_torch_to_be_imported(path):
         "losses",
         "metrics",
         "matching",
-        "points",
-        "prealign",
-        "affine_search",
-        "optimize",
-        "register",
-    ],  # fmt: skip
+        "registration.pair",
+        "registration.preparation",
+        "registration.prealign",
+        "registration.optimization",
+    ],
 )
 def test_rooms_without_files_open_none(room):
-    for path in modules():
-        if dotted(path).split(".")[0] != room:
-            continue
+    found = [path for path in modules() if below(dotted(path), [room])]
+    assert found, f"there is no jaxreg.{room}"
+    for path in found:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         called = {
             node.func.id
@@ -215,56 +127,51 @@ def test_rooms_without_files_open_none(room):
         assert not below("pathlib", imported(ast.walk(tree))), dotted(path)
 
 
-@pytest.mark.parametrize(
-    ("room", "line"),
-    [
-        ("space", "from jaxreg.io import files"),
-        ("space", "from jaxreg import io"),
-        ("nn", "from jaxreg.space import fields"),
-        ("io", "from jaxreg.models.base import Prediction"),
-        ("data", "from jaxreg.io import checkpoints"),
-        ("data", "import flax"),
-        ("models", "from jaxreg.losses import overlap"),
-        ("losses", "import nibabel as nib"),
-        ("training", "from jaxreg.data import preprocess"),
-        ("training", "from jaxreg.models import gradicon"),
-        ("register", "from jaxreg import cli"),
-        ("register", "import nibabel as nib"),
-        ("optimize", "import urllib.request"),
-    ],
-)
-def test_the_table_refuses(room, line):
-    """The check itself works: each of these would be reported."""
-    assert broken_rules(room, imported(ast.walk(ast.parse(line)))) != []
-
-
-def test_importing_jaxreg_leaves_torch_alone():
-    code = (
-        "import sys, jaxreg.cli.main, jaxreg.registration.pair, jaxreg.weights.zoo; "
-        f"print([m for m in {TORCH} if m in sys.modules])"
-    )
+def modules_after(code: str) -> set[str]:
+    """Returns which modules are loaded once a new interpreter has run the code."""
+    program = f"import sys; {code}; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == "[]"
+    return set(done.stdout.split())
+
+
+def test_importing_jaxreg_takes_no_jax():
+    assert not {"jax", "numpy", *TORCH} & modules_after("import jaxreg")
+
+
+def test_public_names_are_there():
+    assert set(jaxreg.__all__) <= set(dir(jaxreg))
+    for name in jaxreg.__all__:
+        assert getattr(jaxreg, name) is not None, name
+    with pytest.raises(AttributeError, match="no_such_name"):
+        jaxreg.no_such_name  # noqa: B018
+
+
+def test_the_main_path_leaves_torch_alone():
+    code = "import jaxreg.cli.main, jaxreg.registration.pair, jaxreg.weights.load"
+    assert not set(TORCH) & modules_after(code)
 
 
 def test_importing_the_command_line_is_quick():
     """--help needs no JAX."""
-    code = "import sys, jaxreg.cli.main; print('jax' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
+    assert "jax" not in modules_after("import jaxreg.cli.main")
 
 
 # --- what the documents print ---------------------------------------------------------
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks_of(page: pathlib.Path, language: str) -> list[str]:
+    text = page.read_text(encoding="utf-8")
+    return re.findall(rf"^```(?:{language})\n(.*?)^```", text, re.M | re.S)
+
+
 def shell_lines() -> list[str]:
-    """Returns the jaxreg commands of the README's shell blocks."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```(?:sh|bash|shell)\n(.*?)^```", text, re.M | re.S)
+    """Returns the jaxreg commands of the shell blocks of README and documentation."""
+    blocks = [block for page in PAGES for block in blocks_of(page, "sh|bash|shell")]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     parts = (part.strip() for line in lines for part in line.split("&&"))
     return [part for part in parts if re.match(r"(\S*/)?jaxreg(\s|$)", part)]
@@ -280,14 +187,14 @@ def parse(line: str) -> None:
         pass
 
 
-def test_the_readme_shows_every_verb():
+def test_the_documents_show_every_verb():
     assert set(typer.main.get_command(main.app).commands) <= {
         line.split()[1] for line in shell_lines()
     }
 
 
 @pytest.mark.parametrize("line", sorted(set(shell_lines())))
-def test_readme_command_parses(line):
+def test_command_of_the_documents_parses(line):
     try:
         parse(line)
     except typer.Exit as stop:  # --help and --version
@@ -299,12 +206,28 @@ def test_parse_refuses_an_unknown_option():
         parse("jaxreg models --no-such-option")
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_readme_python_compiles(number):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
-    names = imported(ast.walk(ast.parse(blocks[number])))
-    assert any(below(name, ["jaxreg"]) for name in names)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_of_the_documents_uses_what_is_public(page):
+    for block in blocks_of(page, "python"):
+        tree = ast.parse(block)
+        assert imported(ast.walk(tree)) == {"jaxreg"}
+        used = {
+            node.attr
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "jaxreg"
+        }
+        assert used
+        assert used <= set(jaxreg.__all__)
+
+
+def test_links_of_the_documents_lead_somewhere():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page}: {link}"
 
 
 def test_constraints_fit_the_project():

@@ -1,6 +1,6 @@
-"""The verbs that score: ``jaxreg evaluate``, ``tune-lambda`` and ``compare``.
+"""Verbs that score: ``jaxreg evaluate``, ``tune-lambda`` and ``compare``.
 
-Their bodies live in `evaluate`, `tuning` and `results`; here options become arguments
+Their bodies live in `evaluation`; here options become arguments
 and results become text. Heavy imports live inside the verbs.
 """
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from jaxreg.data.manifest.records import Manifest
     from jaxreg.data.pair_list import PairSpec
     from jaxreg.evaluation.run import Progress
-    from jaxreg.evaluation.table import Row
+    from jaxreg.evaluation.table import EvalRecord
 
 _WHICH, _HOW = "Which pairs", "Registration"
 Out = Annotated[
@@ -275,7 +275,7 @@ def _shown(out: pathlib.Path) -> "Iterator[Progress]":
     """
     before = _written_at(out)
 
-    def show(done: int, total: int, row: "Row") -> None:
+    def show(done: int, total: int, row: "EvalRecord") -> None:
         score = "" if math.isnan(row.mean_dice) else f", Dice {row.mean_dice:.3f}"
         bar.show(done, total, f"{row.method}{score}")
 
@@ -396,7 +396,7 @@ def tune_verb(  # noqa: PLR0913
     print(f"wrote {out} and {out.with_suffix('.md')}")
     sweep.check_found(found)
     if write:
-        sweep.remember(model, found.best)
+        sweep.store_best(model, found.best)
         print(f"stored in {model}; register takes it for these tasks from now on")
 
 

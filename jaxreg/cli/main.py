@@ -399,7 +399,7 @@ def _register(
     stored = moving
     if outputs["--warped-moving-out"]:
         stored = volumes.read_volume(scans["moving"], kind="stored")
-    outside = modality_lib.beyond(options.moving_modality, stored, fill)
+    outside = modality_lib.background_of(options.moving_modality, stored, fill)
     volumes.check_storable(outside.fill, stored)
     model = None if weights is None else _fetch(weights)
     options = preparation.with_grid(options, model)
@@ -616,7 +616,7 @@ def _warped(
     from jaxreg.io import volumes
     from jaxreg.space import transform as transform_lib
 
-    outside = modality_lib.beyond(modality, moving, fill, nearest=nearest)
+    outside = modality_lib.background_of(modality, moving, fill, nearest=nearest)
     volumes.check_storable(outside.fill, moving)
     warped = transform_lib.warp_volume(
         moving, mapping, fixed, order=0 if nearest else 1, fill=outside

@@ -1,4 +1,4 @@
-"""``jaxreg register --pairs``: what the verb does with a list; see `batch`."""
+"""The verb ``jaxreg register --pairs``; see `registration.many`."""
 
 import dataclasses
 import pathlib
@@ -144,7 +144,9 @@ def register_list(
     if waiting:
         sam = load_sam(options.prealign, sam_weights, weights)
         model = None if weights is None else fetch(weights)
-        rows_lib.check_told(list(waiting.values()), list(waiting), model, options)
+        rows_lib.check_conditioning(
+            list(waiting.values()), list(waiting), model, options
+        )
         if asked.out_dir is not None:
             files.make_folder(asked.out_dir, "--out-dir")
     if asked.skip_existing:

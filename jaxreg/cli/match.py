@@ -1,6 +1,7 @@
-"""The verb ``jaxreg match``: where points of one scan are in another, unregistered.
+"""The verb ``jaxreg match``: points of one scan found in another.
 
-The work is done by `points`; here options become arguments and results become text.
+The work is done by `matching.points`; here options become arguments and results become
+text.
 """
 
 import pathlib
@@ -187,27 +188,27 @@ def _check(point, points, points_out, scans, model: str, spacing) -> None:
 
 
 def _by_mind(spacing: float | None) -> _Describe:
-    from jaxreg.data.preprocess import Preprocessing
+    from jaxreg.data.preprocess import IntensityRule
     from jaxreg.matching import points as matching_points
     from jaxreg.models.sam import SPACING_MM
 
     def describe(scan: "Volume", modality: Any, ct_window, quantile_range):
-        window = ct_window or Preprocessing.ct_window
-        rule = Preprocessing(modality, window, quantile_range)
+        window = ct_window or IntensityRule.ct_window
+        rule = IntensityRule(modality, window, quantile_range)
         return matching_points.by_mind(scan, rule, spacing_mm=spacing or SPACING_MM)
 
     return describe
 
 
 def _by_sam(model: str) -> _Describe:
-    from jaxreg.data.preprocess import Preprocessing
+    from jaxreg.data.preprocess import IntensityRule
     from jaxreg.matching import points as matching_points
     from jaxreg.weights import load
 
     loaded = load.load_sam(model)
 
     def describe(scan: "Volume", modality: Any, ct_window, quantile_range):
-        rule = Preprocessing(
+        rule = IntensityRule(
             modality,
             ct_window or loaded.ct_window,
             quantile_range or loaded.quantile_range,

@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: options, shapes, printed numbers."""
+"""Options, shapes and printed numbers that verbs share."""
 
 import enum
 import pathlib
@@ -311,7 +311,7 @@ def load_sam(
 
     if path is not None:
         return load.load_sam(path)
-    if way in select.SAM_WAYS and not (
+    if way in select.SAM_METHODS and not (
         model is not None
         and str(model) not in zoo.ZOO
         and pathlib.Path(model).suffix.lower() not in zoo.TORCH_SUFFIXES

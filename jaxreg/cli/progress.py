@@ -1,4 +1,4 @@
-"""What long verbs say while they work: steps and time left, and how to go on after ^C.
+"""Progress of long verbs: steps, time left, and how to go on after an interrupt.
 
 One mechanism for all verbs: a moving bar on a terminal, plain lines at intervals
 elsewhere, and a word where nothing has moved for a while, as while a program compiles.

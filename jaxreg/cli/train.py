@@ -1,6 +1,6 @@
-"""The verbs around training: ``jaxreg train`` and ``data``, and `cli.evaluate`'s.
+"""The verbs ``jaxreg train`` and ``jaxreg data``, and those of `cli.evaluate`.
 
-Their bodies live in `trainer` and `data`; here options become arguments and results
+Their bodies live in `experiments` and `data`; here options become arguments and results
 become text. Heavy imports live inside the verbs.
 """
 

@@ -1,4 +1,4 @@
-"""Preprocessed volumes on disk, under the hash of what they were made from.
+"""A cache of preprocessed volumes on disk, by the hash of what they were made from.
 
 An entry is a .npy file with a footer that NumPy does not look at: JSON with notes, the
 type of the voxels and checksums. Several processes may share a folder: entries are

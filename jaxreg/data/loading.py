@@ -1,4 +1,4 @@
-"""From sampler indices to batches of NumPy arrays: read, preprocess, cache, prefetch.
+"""Reading and preprocessing of pairs into batches of NumPy arrays.
 
 Global batch b holds the sampler's indices ``b * batch_size`` and up; a process reads
 its contiguous share of it. What a batch holds depends on nothing else, so that a run
@@ -24,7 +24,7 @@ from jaxreg.data import modality as modality_lib
 from jaxreg.data import network_grid, pair_source, preprocess
 from jaxreg.data.manifest.records import Record
 from jaxreg.data.pair_source import Batch, PairSource, ReadyPairs, Storage
-from jaxreg.data.pairs import PairPlan, Task, View
+from jaxreg.data.pairs import ImageRef, PairPlan, Task
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
 from jaxreg.space.grid import Shape, Volume
@@ -126,14 +126,14 @@ class Loading:
             )
 
     @property
-    def placement(self) -> network_grid.Placement:
+    def placement(self) -> network_grid.ResamplingRule:
         """How scans become arrays on the network grid."""
         orientation = network_grid.CANONICAL if self.canonical else self.orientation
-        return network_grid.Placement(
+        return network_grid.ResamplingRule(
             self.resize, self.axes, self.spacing_mm, orientation
         )
 
-    def rule(self, modality: str, task: Task | None = None) -> preprocess.Preprocessing:
+    def rule(self, modality: str, task: Task | None = None) -> preprocess.IntensityRule:
         """Returns the intensity rule of a modality, see `preprocess.kind`.
 
         Args:
@@ -141,7 +141,7 @@ class Loading:
           task: whose own ranges come first.
         """
         own = (task.ct_window, task.quantile_range) if task else (None, None)
-        return preprocess.Preprocessing(
+        return preprocess.IntensityRule(
             modality=modality_lib.kind(modality),
             ct_window=own[0] or self.ct_window,
             quantile_range=own[1] or self.quantile_range,
@@ -262,13 +262,13 @@ class ScanReader:
                 view = getattr(plan, key) or getattr(plan, network)
                 out[f"{key}_inverted"][...] = view.inverted and not self._hides(view)
 
-    def _hides(self, view: View) -> bool:
+    def _hides(self, view: ImageRef) -> bool:
         """Whether a view is inverted here: the device would turn a mask's 0 into 1."""
         masked = self.loading.mask_inputs and self.source.records[view.record].mask
         return view.inverted and bool(masked)
 
     def _shown(
-        self, view: View, task: Task
+        self, view: ImageRef, task: Task
     ) -> Callable[[Record, np.ndarray | None], None]:
         return functools.partial(self._image, task=task, inverted=self._hides(view))
 

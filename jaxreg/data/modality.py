@@ -1,4 +1,4 @@
-"""Names of modalities: which rule of intensities, and which contrast."""
+"""Names of modalities, their rule of intensities and their contrast."""
 
 import re
 from collections.abc import Mapping
@@ -66,7 +66,7 @@ def same_contrast(first: str, second: str) -> bool:
     return "mri" in (one, other) and not {one, other} & {"us", "pet"}
 
 
-def beyond(
+def background_of(
     modality: str | None,
     volume: Volume,
     fill: float | None = None,

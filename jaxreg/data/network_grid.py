@@ -60,7 +60,7 @@ def _world_axes(orientation: str) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ResamplingRule:
     """How a scan's voxels become those of the network; travels with a model's weights.
 
     Attributes:
@@ -101,7 +101,7 @@ class Placement:
             )
 
     @classmethod
-    def of_weights(cls, preprocessing: Mapping[str, Any]) -> "Placement":
+    def of_weights(cls, preprocessing: Mapping[str, Any]) -> "ResamplingRule":
         """Returns what weights say of it, GradICON's where they say nothing."""
 
         def named(words: Mapping[Any, str], name: str) -> Any:
@@ -188,17 +188,17 @@ class Placement:
         )
 
 
-AS_GRADICON = Placement()
-WITHOUT_WEIGHTS = Placement(orientation=CANONICAL)
+AS_GRADICON = ResamplingRule()
+WITHOUT_WEIGHTS = ResamplingRule(orientation=CANONICAL)
 """Where no network says what it was trained on: one result, however scans are stored.
 """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Carried:
+class Resampled:
     """How a moving scan's voxels become those of a network grid over the fixed scan.
 
-    In place of a `Placement`: each voxel of the grid is read where a map leads it.
+    In place of a `ResamplingRule`: each voxel of the grid is read where a map leads it.
 
     Attributes:
       grid: the fixed scan's network grid.
@@ -211,11 +211,11 @@ class Carried:
     def image(
         self, array: np.ndarray, grid: Grid, shape: Shape, *, outside: float = 0.0
     ) -> np.ndarray:
-        """Resamples linearly; arguments as `Placement.image`."""
+        """Resamples linearly; arguments as `ResamplingRule.image`."""
         return self._read(array, grid, shape, order=1, fill=outside)
 
     def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
-        """Resamples to the nearest voxel, 0 beyond; arguments as `Placement.labels`."""
+        """Resamples to the nearest voxel, 0 beyond; see `ResamplingRule.labels`."""
         return self._read(array, grid, shape, order=0, fill=0.0)
 
     def _read(

@@ -1,4 +1,4 @@
-"""A list of pairs of scans: its file, the options of each row, what a network is told.
+"""Lists of pairs to register or evaluate, from CSV or JSON.
 
 `jaxreg evaluate` scores such a list, `jaxreg register --pairs` registers it.
 """

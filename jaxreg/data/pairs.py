@@ -1,4 +1,4 @@
-"""Who meets whom: pair i of a training run, from the seed and i alone.
+"""Sampling of training pairs: pair i, from the seed and i alone.
 
 uniGradICON draws as many pairs from every dataset (``schedule="per_dataset"``),
 multiGradICON draws datasets with replacement by weight (``"weighted"``). The two images
@@ -84,7 +84,7 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class ImageRef:
     """One image as it is shown.
 
     Attributes:
@@ -110,13 +110,13 @@ class PairPlan:
     """
 
     task: int
-    moving: View
-    fixed: View
-    moving_target: View | None = None
-    fixed_target: View | None = None
+    moving: ImageRef
+    fixed: ImageRef
+    moving_target: ImageRef | None = None
+    fixed_target: ImageRef | None = None
 
 
-Scan = Mapping[str, tuple[View, ...]]
+Scan = Mapping[str, tuple[ImageRef, ...]]
 """Aligned images of one subject, region and session, by modality."""
 
 
@@ -129,7 +129,7 @@ class _Cell:
       subjects: (n,) numbers that differ where subjects differ.
     """
 
-    views: tuple[View, ...]
+    views: tuple[ImageRef, ...]
     subjects: np.ndarray
 
 
@@ -145,7 +145,7 @@ class _Inter:
     regions: tuple[tuple[tuple[_Cell, _Cell], ...], ...]
     distinct: bool
 
-    def draw(self, rng: np.random.Generator) -> tuple[View, View]:
+    def draw(self, rng: np.random.Generator) -> tuple[ImageRef, ImageRef]:
         region = _pick(rng, self.regions)
         first, second = _pick(rng, region)
         if not self.distinct:
@@ -169,10 +169,10 @@ class _Intra:
 
     subjects: tuple[tuple[tuple[Scan, ...], ...], ...]
 
-    def draw(self, rng: np.random.Generator) -> tuple[View, View]:
+    def draw(self, rng: np.random.Generator) -> tuple[ImageRef, ImageRef]:
         scans = _pick(rng, _pick(rng, self.subjects))
         i, j = rng.choice(len(scans), size=2, replace=False)
-        return _pick_view(rng, scans[i]), _pick_view(rng, scans[j])
+        return _pick_image(rng, scans[i]), _pick_image(rng, scans[j])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,7 +183,7 @@ class Sampler:
     of epoch ``i // len(sampler)``. Iterating goes through the first epoch.
 
     Attributes:
-      records: what `View.record` counts.
+      records: what `ImageRef.record` counts.
       tasks: what `PairPlan.task` counts.
       pairs_per_epoch: of all tasks together.
       schedule: see `sampler`.
@@ -236,8 +236,8 @@ class Sampler:
         return (start + int(order[place])) % len(self.tasks)
 
     def _targets(
-        self, task: int, moving: View, fixed: View, rng: np.random.Generator
-    ) -> tuple[View | None, View | None]:
+        self, task: int, moving: ImageRef, fixed: ImageRef, rng: np.random.Generator
+    ) -> tuple[ImageRef | None, ImageRef | None]:
         """Draws what the similarity compares; sees the subjects, not the images."""
         strategy = self.tasks[task].randomise
         if strategy == "B":
@@ -245,7 +245,7 @@ class Sampler:
         of_moving = self._scans[task][moving.record]
         of_fixed = self._scans[task][fixed.record]
         if strategy == "R":
-            return _pick_view(rng, of_moving), _pick_view(rng, of_fixed)
+            return _pick_image(rng, of_moving), _pick_image(rng, of_fixed)
         common = sorted(of_moving.keys() & of_fixed.keys())
         if not common:
             return None, None
@@ -331,7 +331,7 @@ def modality_weights(
     weights = []
     for task in tasks:
         members = _members(records, task)
-        modalities = {name for i in members for name in _views(records, task, i)}
+        modalities = {name for i in members for name in _image_refs(records, task, i)}
         regions = {records[i].region for i in members}
         weights.append(float(len(regions) * math.comb(len(modalities) + 1, 2)))
     return tuple(weights)
@@ -401,7 +401,7 @@ def _pick(rng: np.random.Generator, choices):
     return choices[int(rng.integers(len(choices)))]
 
 
-def _pick_view(rng: np.random.Generator, scan: Scan) -> View:
+def _pick_image(rng: np.random.Generator, scan: Scan) -> ImageRef:
     return _pick(rng, scan[_pick(rng, sorted(scan))])
 
 
@@ -465,12 +465,12 @@ def _members(records: Sequence[Record], task: Task) -> list[int]:
     return members
 
 
-def _views(records: Sequence[Record], task: Task, i: int) -> dict[str, View]:
+def _image_refs(records: Sequence[Record], task: Task, i: int) -> dict[str, ImageRef]:
     """Returns what record i can be shown as, by modality."""
     modality = records[i].modality.lower()
-    views = {modality: View(i)}
+    views = {modality: ImageRef(i)}
     if task.invert_ct and modality_lib.kind(modality) == "ct":
-        views[INVERTED_CT] = View(i, inverted=True)
+        views[INVERTED_CT] = ImageRef(i, inverted=True)
     return views
 
 
@@ -499,10 +499,10 @@ def _inter_pool(
         name: number
         for number, name in enumerate(sorted({records[i].subject for i in members}))
     }
-    views: dict[str, dict[str, list[View]]] = {}
+    views: dict[str, dict[str, list[ImageRef]]] = {}
     for i in members:
         region = views.setdefault(records[i].region, {})
-        for modality, view in _views(records, task, i).items():
+        for modality, view in _image_refs(records, task, i).items():
             region.setdefault(modality, []).append(view)
     regions = []
     for _, by_modality in sorted(views.items()):
@@ -571,10 +571,10 @@ def _split_by_session(
     # Two images of one subject to be registered are not aligned yet: without sessions
     # that say more, each is a scan by itself.
     alone = pairing == "intra" and len({records[i].session for i in chosen}) == 1
-    sessions: dict[str, dict[str, tuple[View, ...]]] = {}
+    sessions: dict[str, dict[str, tuple[ImageRef, ...]]] = {}
     for i in chosen:
         scan = sessions.setdefault(str(i) if alone else records[i].session, {})
-        for modality, view in _views(records, task, i).items():
+        for modality, view in _image_refs(records, task, i).items():
             scan[modality] = (*scan.get(modality, ()), view)
     return tuple(sessions.values())
 

@@ -1,4 +1,4 @@
-"""From a scan to what the network sees: intensity rule, mask, network grid.
+"""Preprocessing of a scan: intensities, mask, network grid.
 
 The rules are those of unigradicon 1.0.6, on which released weights depend: a CT window
 or a k-th value quantile on the scan's own grid, then a half-pixel resize to the network
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxreg.data import network_grid
 from jaxreg.data.modality import Modality
-from jaxreg.data.network_grid import Carried, Placement
+from jaxreg.data.network_grid import Resampled, ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
 from jaxreg.space import background
@@ -28,7 +28,7 @@ SAME_GRID_VOXELS = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
-class Preprocessing:
+class IntensityRule:
     """The intensity rule of one scan; travels with a model's weights.
 
     Attributes:
@@ -83,7 +83,7 @@ class Preprocessing:
         }
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+    def from_dict(cls, fields: Mapping[str, Any]) -> "IntensityRule":
         """Returns the rule that `to_dict` wrote; absent fields take their defaults.
 
         Raises:
@@ -123,7 +123,7 @@ def quantile(array: np.ndarray, q: float) -> float:
 
 
 def normalise(
-    array: np.ndarray, rule: Preprocessing, *, source: str = "image"
+    array: np.ndarray, rule: IntensityRule, *, source: str = "image"
 ) -> np.ndarray:
     """Scales intensities to [0, 1] on the scan's own grid.
 
@@ -215,11 +215,11 @@ def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
 def network_image(
     volume: Volume,
     shape: Shape,
-    rule: Preprocessing,
+    rule: IntensityRule,
     *,
     mask: Volume | None = None,
     inverted: bool = False,
-    placement: Placement | Carried = network_grid.AS_GRADICON,
+    placement: ResamplingRule | Resampled = network_grid.AS_GRADICON,
 ) -> np.ndarray:
     """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
 
@@ -256,7 +256,7 @@ def network_mask(
     volume: Volume,
     shape: Shape,
     *,
-    placement: Placement | Carried = network_grid.AS_GRADICON,
+    placement: ResamplingRule | Resampled = network_grid.AS_GRADICON,
 ) -> np.ndarray:
     """Returns a mask on the network grid, 1 D H W 1, float32: 1 where it is above 0.
 
@@ -272,7 +272,7 @@ def network_labels(
     volume: Volume,
     shape: Shape,
     *,
-    placement: Placement | Carried = network_grid.AS_GRADICON,
+    placement: ResamplingRule | Resampled = network_grid.AS_GRADICON,
 ) -> np.ndarray:
     """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
 
@@ -296,14 +296,14 @@ def network_pair(
     fixed: Volume,
     shape: Shape,
     *,
-    moving_rule: Preprocessing,
-    fixed_rule: Preprocessing,
+    moving_rule: IntensityRule,
+    fixed_rule: IntensityRule,
     moving_mask: Volume | None = None,
     fixed_mask: Volume | None = None,
     mask_inputs: bool = False,
     mask_loss: bool = False,
-    placement: Placement = network_grid.AS_GRADICON,
-    moving_placement: Placement | Carried | None = None,
+    placement: ResamplingRule = network_grid.AS_GRADICON,
+    moving_placement: ResamplingRule | Resampled | None = None,
 ) -> Pair:
     """Returns both scans as model and objective see them.
 

@@ -1,6 +1,6 @@
-"""Single scans to pairs of their views, for training without labels and without pairs.
+"""Pairs of crops of single scans, for self-supervised training.
 
-What `pipeline.Batches` calls a pair is here one scan seen twice.
+What `batches.Batches` calls a pair is here one scan seen twice.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from jaxreg.data.sam_views import ViewConfig
 from jaxreg.io import volumes
 from jaxreg.space.grid import Volume
 
-_SPL = network_grid.Placement("pad_crop", "spl")
+_SPL = network_grid.ResamplingRule("pad_crop", "spl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ViewSource:
 
     records: Sequence[Record]
     batch: int
-    rule: Callable[[str], preprocess.Preprocessing]
-    scale: Callable[[np.ndarray, preprocess.Preprocessing], np.ndarray]
+    rule: Callable[[str], preprocess.IntensityRule]
+    scale: Callable[[np.ndarray, preprocess.IntensityRule], np.ndarray]
     config: ViewConfig
     seed: int = 0
     shuffled: bool = True
@@ -69,7 +69,7 @@ class ViewSource:
         rule = self.rule(record.modality)
         volume = self._scan(record, rule)
         repeated = index if self.shuffled else index % len(self.records)
-        found = sam_views.two_views(
+        found = sam_views.two_crops(
             self.scale(volume.array, rule),
             volume.grid.spacing_mm,
             np.random.default_rng((self.seed, 1, repeated)),
@@ -90,7 +90,7 @@ class ViewSource:
         record = self.record(index)
         return f"image {record.image} (dataset {record.dataset})"
 
-    def _scan(self, record: Record, rule: preprocess.Preprocessing) -> Volume:
+    def _scan(self, record: Record, rule: preprocess.IntensityRule) -> Volume:
         """The scan on its own voxels, [0, 1], turned to superior, posterior, left."""
         path = pathlib.Path(record.image)
         attached = path.suffix.lower() not in cache_lib.DETACHED
@@ -114,7 +114,7 @@ class ViewSource:
         scaled = array.astype(np.float32) / np.float32(pair_source.QUANTA)
         return Volume(scaled, grid, str(path))
 
-    def _decoded(self, path: pathlib.Path, rule: preprocess.Preprocessing) -> Volume:
+    def _decoded(self, path: pathlib.Path, rule: preprocess.IntensityRule) -> Volume:
         volume = _SPL.turned(volumes.read_volume(path))
         array = preprocess.normalise(volume.array, rule, source=str(path))
         return Volume(array, volume.grid, str(path))

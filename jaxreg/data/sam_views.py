@@ -1,4 +1,4 @@
-"""Two overlapping views of one volume, for networks that learn what is the same place.
+"""Two overlapping crops of one volume, for self-supervised training.
 
 Each view is a crop at its own scale, with noise and blur, and knows of each voxel where
 in the volume it was read, in mm. Host side, NumPy; every draw comes from the Generator
@@ -67,7 +67,7 @@ class ViewConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Views:
+class Crops:
     """Two views of a volume, host arrays, float32.
 
     Attributes:
@@ -82,12 +82,12 @@ class Views:
     valid: np.ndarray
 
 
-def two_views(
+def two_crops(
     image: np.ndarray,
     spacing_mm: tuple[float, float, float] | np.ndarray,
     rng: np.random.Generator,
     config: ViewConfig = ViewConfig(),
-) -> Views:
+) -> Crops:
     """Returns two views of a volume.
 
     Args:
@@ -131,7 +131,7 @@ def two_views(
         places = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
         views.append((view[..., None], places, _all(inside)[..., None]))
     parts = zip(*views, strict=True)
-    return Views(*(np.stack(part).astype(np.float32) for part in parts))
+    return Crops(*(np.stack(part).astype(np.float32) for part in parts))
 
 
 def _body(image: np.ndarray, above: float | None) -> tuple[np.ndarray, np.ndarray]:

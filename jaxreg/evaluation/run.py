@@ -1,8 +1,8 @@
-"""From a list of labelled pairs to a table: overlap, distances, folding, time.
+"""Evaluation of labelled pairs: overlap, distances, folding, time.
 
 Every pair goes through `pair.register`, as on the command line, and every transform
 is judged on the fixed scan's own grid, whatever the network's grid was. Transforms of
-other tools (see `comparison`) are warped and measured by the same functions.
+other tools (see `baselines`) are warped and measured by the same functions.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import rows as rows_lib
 from jaxreg.registration.prealign import select
-from jaxreg.registration.rows import told_of
+from jaxreg.registration.rows import conditioning_of_pair
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
@@ -55,7 +55,7 @@ def pairs_of_manifest(
     model: zoo.LoadedModel | None = None,
     options: options_lib.Options | None = None,
 ) -> tuple[PairSpec, ...]:
-    """Returns the pairs of held-out scans, by `manifest.neighbour_pairs`.
+    """Returns the pairs of held-out scans, by `neighbours.neighbour_pairs`.
 
     A pair's task is its dataset. Label maps and landmarks come along where both scans
     have them. A dataset of which the manifest says no pairing is paired as the network
@@ -65,7 +65,7 @@ def pairs_of_manifest(
       manifest: the scans.
       split: which of them.
       neighbours: moving images per fixed one, at most.
-      across_modalities: see `manifest.neighbour_pairs`.
+      across_modalities: see `neighbours.neighbour_pairs`.
       model: that is to register them.
       options: how; the defaults if None.
 
@@ -114,11 +114,13 @@ def _trained_pairing(
     options: options_lib.Options | None,
 ) -> Pairing | None:
     """Returns what a network is told of a record's dataset; None if unsure."""
-    if model is None or not conditioning.told_of_regions(model):
+    if model is None or not conditioning.needs_region(model):
         return None
     pair = dataclasses.replace(_pair_of_records(record, record), pairing=None)
     try:
-        return told_of(pair, model, options or options_lib.Options()).pairing
+        return conditioning_of_pair(
+            pair, model, options or options_lib.Options()
+        ).pairing
     except UserError:  # which is said of the pair, with its name
         return None
 
@@ -163,7 +165,7 @@ def read_landmarks(
 
 # --- register and measure ------------------------------------------------------------
 
-Progress = Callable[[int, int, table_lib.Row], None]
+Progress = Callable[[int, int, table_lib.EvalRecord], None]
 """Called after each row with (rows done, rows in all, the row)."""
 
 
@@ -181,7 +183,7 @@ class _Scans:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Way:
+class _MethodRun:
     """One row's worth: its name, how to find the transform, what its time means."""
 
     name: str
@@ -250,13 +252,15 @@ def evaluate(
             "optimise what it measures; leave it out"
         )
     options = preparation.with_grid(dataclasses.replace(options, inverse=False), model)
-    ways = _ways(model, options, with_optimisation, name, others or {}, smoothness, sam)
+    ways = _method_runs(
+        model, options, with_optimisation, name, others or {}, smoothness, sam
+    )
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
     told = [f"pair {name}" for name in names]
-    rows_lib.check_told(pairs, told, model, options, smoothness)
+    rows_lib.check_conditioning(pairs, told, model, options, smoothness)
     rows_lib.warn_of_validation_scans(pairs, model, stacklevel=3)
-    rows: list[table_lib.Row] = []
+    rows: list[table_lib.EvalRecord] = []
     placement = preparation.placement_of(model, options)
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(
@@ -273,19 +277,19 @@ def evaluate(
 def _rows_of(
     pair: PairSpec,
     name: str,
-    ways: Sequence[_Way],
+    ways: Sequence[_MethodRun],
     options: options_lib.Options,
-    placement: network_grid.Placement,
+    placement: network_grid.ResamplingRule,
     labels: Sequence[int] | None,
     frame: Frame,
-) -> Iterator[table_lib.Row]:
+) -> Iterator[table_lib.EvalRecord]:
     """Yields a pair's rows; one without numbers, and a warning, where a way fails."""
     written = next((w for w in reversed(ways) if w.compiles), None)
     try:
         scans = _read(pair, name, options, frame)
     except UserError as error:
         warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
-        yield from (table_lib.Row(way.name, pair.table, name) for way in ways)
+        yield from (table_lib.EvalRecord(way.name, pair.table, name) for way in ways)
         return
     present = _labels_of(scans, labels)
     measured = placement.measured(
@@ -300,12 +304,12 @@ def _rows_of(
             yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
         except UserError as error:
             warnings.warn(f"pair {name}: {way.name} failed: {error}", stacklevel=3)
-            yield table_lib.Row(way.name, pair.table, name)
+            yield table_lib.EvalRecord(way.name, pair.table, name)
 
 
 def _in_order(
-    rows: Sequence[table_lib.Row], ways: Sequence[_Way]
-) -> tuple[table_lib.Row, ...]:
+    rows: Sequence[table_lib.EvalRecord], ways: Sequence[_MethodRun]
+) -> tuple[table_lib.EvalRecord, ...]:
     """Orders rows by method and gives the rows of a task the same labels.
 
     A row is a method's first if it is the first that did not fail.
@@ -314,11 +318,13 @@ def _in_order(
     for row in rows:
         known.setdefault(row.task, set()).update(row.dice)
 
-    def filled(row: table_lib.Row, scores: Mapping[int, float]) -> dict[int, float]:
+    def filled(
+        row: table_lib.EvalRecord, scores: Mapping[int, float]
+    ) -> dict[int, float]:
         return {n: scores.get(n, math.nan) for n in sorted(known[row.task])}
 
     compiled: set[str] = set()
-    ordered: dict[str, list[table_lib.Row]] = {way.name: [] for way in ways}
+    ordered: dict[str, list[table_lib.EvalRecord]] = {way.name: [] for way in ways}
     for row in rows:
         ordered[row.method].append(
             dataclasses.replace(
@@ -332,7 +338,7 @@ def _in_order(
     return tuple(row for group in ordered.values() for row in group)
 
 
-def _ways(
+def _method_runs(
     model: Any,
     options: options_lib.Options,
     with_optimisation,
@@ -340,7 +346,7 @@ def _ways(
     others,
     smoothness: Sequence[float],
     sam: TrainedSam | None,
-) -> list[_Way]:
+) -> list[_MethodRun]:
     """Returns the rows of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
     prealigned = options.prealign != "none"
@@ -361,7 +367,7 @@ def _ways(
         )
     start = _prealigned(model, options, sam) if prealigned else None
     ways = _starts(model, options, start)
-    ways += [_Way(other, _timed(method)) for other, method in others.items()]
+    ways += [_MethodRun(other, _timed(method)) for other, method in others.items()]
     if model is not None:
         called = name or pathlib.PurePath(model.name).name
         single = dataclasses.replace(
@@ -375,19 +381,19 @@ def _ways(
             for weight in smoothness
         } or {called: single}
         ways += [
-            _Way(row, _registered(model, each, sam, start), compiles=True)
+            _MethodRun(row, _registered(model, each, sam, start), compiles=True)
             for row, each in asked.items()
         ]
         if with_optimisation and not displacement:
             optimised = _registered(model, options, sam, start)
-            ways.append(_Way(f"{called} + IO", optimised, compiles=True))
+            ways.append(_MethodRun(f"{called} + IO", optimised, compiles=True))
     refined = model is None and with_optimisation and options.io_target != "network"
     if refined or (displacement and (model is None or with_optimisation)):
         alone = dataclasses.replace(
             options, task="auto", pairing=None, smoothness=None, level_iterations=None
         )
         found = _registered(None, alone, sam, start)
-        ways.append(_Way(options.io_target, found, compiles=True))
+        ways.append(_MethodRun(options.io_target, found, compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
@@ -398,7 +404,7 @@ def _ways(
 
 def _starts(
     model: Any, options: options_lib.Options, start: "_Start | None"
-) -> list[_Way]:
+) -> list[_MethodRun]:
     """Returns the rows before any registration."""
     placement = preparation.placement_of(model, options)
 
@@ -406,8 +412,8 @@ def _starts(
         return _resized(scans, options, placement), math.nan
 
     ways = [
-        _Way(table_lib.INITIAL, lambda scans: (Transform(()), math.nan)),
-        _Way(table_lib.RESIZED, resized),
+        _MethodRun(table_lib.INITIAL, lambda scans: (Transform(()), math.nan)),
+        _MethodRun(table_lib.RESIZED, resized),
     ]
     if start is not None:
 
@@ -416,7 +422,7 @@ def _starts(
             return found.in_world, seconds
 
         name = f"pre-aligned, {options.prealign}"
-        ways.append(_Way(name, prealigned, compiles=True))
+        ways.append(_MethodRun(name, prealigned, compiles=True))
     return ways
 
 
@@ -456,10 +462,10 @@ def _prealigned(
 
 
 def _resized(
-    scans: _Scans, options: options_lib.Options, placement: network_grid.Placement
+    scans: _Scans, options: options_lib.Options, placement: network_grid.ResamplingRule
 ) -> Transform:
     """The identity of both unit cubes: what a network that does nothing answers."""
-    moving, fixed, _ = preparation.turned(
+    moving, fixed, _ = preparation.reoriented(
         scans.moving, scans.fixed, options_lib.Regions(), placement, options
     )
     grids = (placement.grid(v.grid, options.grid_shape) for v in (fixed, moving))
@@ -614,7 +620,7 @@ def _measure(
     method: str,
     labels: tuple[int, ...],
     measured: Grid,
-) -> table_lib.Row:
+) -> table_lib.EvalRecord:
     dice, hd95 = {}, {}
     if scans.labels is not None:
         fixed, moving = scans.labels
@@ -638,7 +644,7 @@ def _measure(
         mapped = np.asarray(found.map_points(here[None]))[0]
         tre = float(metrics.tre_mm(mapped, there).mean())
     folding_percent, sdlogj = metrics.regularity(found, measured)
-    return table_lib.Row(
+    return table_lib.EvalRecord(
         method=method,
         task=scans.spec.table,
         pair=scans.name,
@@ -660,7 +666,7 @@ def _write_outputs(
     if pair.warped_out is not None:
         stored = volumes.read_volume(pair.moving, kind="stored")
         modality = rows_lib.options_of(pair, options).moving_modality
-        fill = modality_lib.beyond(modality, stored)
+        fill = modality_lib.background_of(modality, stored)
         warped = transform_lib.warp_volume(stored, found, scans.fixed.grid, fill=fill)
         volumes.write_volume(pair.warped_out, warped)
 

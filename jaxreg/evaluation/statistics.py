@@ -11,12 +11,12 @@ from scipy import stats
 from jaxreg import errors
 from jaxreg.errors import UserError
 from jaxreg.evaluation import table
-from jaxreg.evaluation.table import Result, Row
+from jaxreg.evaluation.table import EvalRecord, Result
 from jaxreg.io import files
 
 # --- is the difference more than chance? ---------------------------------------------
 
-MEASURES: Mapping[str, Callable[[Row], float]] = {
+MEASURES: Mapping[str, Callable[[EvalRecord], float]] = {
     "dice": lambda row: row.mean_dice,
     "hd95_mm": lambda row: row.mean_hd95_mm,
     "tre_mm": lambda row: row.tre_mm,
@@ -160,7 +160,7 @@ def _signed_rank_p(differences: np.ndarray) -> float:
     return float(min(1.0, 2 * tail / ways.sum()))
 
 
-def _measure_of(metric: str) -> Callable[[Row], float]:
+def _measure_of(metric: str) -> Callable[[EvalRecord], float]:
     if metric in MEASURES:
         return MEASURES[metric]
     name, _, label = metric.rpartition("_")
@@ -172,7 +172,7 @@ def _measure_of(metric: str) -> Callable[[Row], float]:
     )
 
 
-def _one_method(result: Result, path, method: str | None) -> tuple[Row, ...]:
+def _one_method(result: Result, path, method: str | None) -> tuple[EvalRecord, ...]:
     listed = ", ".join(f'"{name}"' for name in result.methods)
     if method is None:
         real = [m for m in result.methods if m not in (table.INITIAL, table.RESIZED)]

@@ -1,4 +1,4 @@
-"""Which smoothness serves a task best: a network is asked for several and scored.
+"""The best weight of smoothness for a task, by scores over several weights.
 
 References:
   Hoopes et al., HyperMorph, IPMI 2021 (hyperparameters found after training).
@@ -156,7 +156,7 @@ def sweep(
     methods = {run.weight_name(called, weight): weight for weight in weights}
     names = pair_list.pair_names(pairs)
     told = {
-        (pair.table, name): rows.told_of(pair, model, options).key
+        (pair.table, name): rows.conditioning_of_pair(pair, model, options).key
         for pair, name in zip(pairs, names, strict=True)
     }
     # Task, or task, table and label, to pair to weight to Dice.
@@ -252,7 +252,7 @@ def check_found(found: Tuned) -> None:
         )
 
 
-def remember(folder: files.PathLike, best: Mapping[str, float]) -> None:
+def store_best(folder: files.PathLike, best: Mapping[str, float]) -> None:
     """Writes the best weights into a checkpoint, for registrations that name none.
 
     Args:

@@ -1,4 +1,4 @@
-"""What an evaluation found: rows, a CSV file, tables as the papers have them, a test.
+"""Results of an evaluation: rows, CSV files and Markdown tables.
 
 One row is one way of registering one pair. `compare` says whether two methods differ
 by more than chance.
@@ -21,7 +21,7 @@ RESIZED = "initial, resized"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class EvalRecord:
     """One way of registering one pair; NaN is a number that there is not.
 
     Attributes:
@@ -71,7 +71,7 @@ class Row:
 class Result:
     """All rows, ordered by method, then pair."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[EvalRecord, ...]
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -89,13 +89,13 @@ class Result:
         return tuple(sorted({label for row in self.rows for label in row.dice}))
 
     @property
-    def failed(self) -> tuple[Row, ...]:
+    def failed(self) -> tuple[EvalRecord, ...]:
         """The rows without a number."""
         return tuple(row for row in self.rows if row.failed)
 
     def select(
         self, *, method: str | None = None, task: str | None = None
-    ) -> tuple[Row, ...]:
+    ) -> tuple[EvalRecord, ...]:
         """Returns the rows of one method, one task, or both."""
         return tuple(
             row
@@ -185,7 +185,7 @@ def read_csv(path: files.PathLike) -> Result:
     return Result(tuple(rows))
 
 
-def _row(cells: Mapping[str, str]) -> Row:
+def _row(cells: Mapping[str, str]) -> EvalRecord:
     def number(text: str) -> float:
         return float(text) if text.strip() else math.nan
 
@@ -199,7 +199,7 @@ def _row(cells: Mapping[str, str]) -> Row:
             and cell.strip()
         }
 
-    return Row(
+    return EvalRecord(
         method=cells["method"],
         task=cells["task"],
         pair=cells["pair"],
@@ -220,7 +220,7 @@ class _Column:
     """A column of the table: its title, its value in a row, decimals, the spread."""
 
     title: str
-    value: Callable[[Row], float]
+    value: Callable[[EvalRecord], float]
     decimals: int
     spread: bool = False
 
@@ -340,7 +340,7 @@ def _grid(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, rule, *rows)]
 
 
-def _entry(column: _Column, rows: Sequence[Row]) -> str:
+def _entry(column: _Column, rows: Sequence[EvalRecord]) -> str:
     if column.title == "seconds":
         rows = _warm(rows)
     mean, spread = mean_and_deviation([column.value(row) for row in rows])
@@ -352,7 +352,7 @@ def _entry(column: _Column, rows: Sequence[Row]) -> str:
     return text
 
 
-def _warm(rows: Sequence[Row]) -> Sequence[Row]:
+def _warm(rows: Sequence[EvalRecord]) -> Sequence[EvalRecord]:
     """Leaves out the first pair where there are others: it compiles."""
     return [row for row in rows if not row.first] or rows
 
@@ -402,7 +402,7 @@ def _footer(result: Result) -> str:
     return " ".join(lines)
 
 
-def _labels_alone(row: Row) -> int:
+def _labels_alone(row: EvalRecord) -> int:
     """Returns how many labels overlap with nothing, so that no distance is defined."""
     return sum(
         math.isnan(distance) and not math.isnan(row.dice.get(label, math.nan))
@@ -410,7 +410,7 @@ def _labels_alone(row: Row) -> int:
     )
 
 
-def _counted(result: Result, count: Callable[[Row], int]) -> str:
+def _counted(result: Result, count: Callable[[EvalRecord], int]) -> str:
     """Returns how many there are by method, those without any left out."""
     sums = {m: sum(map(count, result.select(method=m))) for m in result.methods}
     return ", ".join(f"{_escaped(m)} {n}" for m, n in sums.items() if n)

@@ -1,4 +1,8 @@
-"""An experiment: the frozen tree that a configuration file returns."""
+"""An experiment: the frozen tree that a configuration file returns.
+
+# configs/NAME.py
+def get_config() -> Experiment: ...
+"""
 
 import dataclasses
 from typing import Any, Literal
@@ -37,7 +41,7 @@ class DataConfig:
       tasks: how each dataset is trained on; one task per dataset if empty.
       exclude: datasets, or kinds of synthetic pair, that take no part: a domain left
         out to see how the others serve it.
-      schedule: see `data.pairs.sampler`.
+      schedule: see `pairs.sampler`.
       pairs_per_epoch: of all tasks together.
       classes: label values of the Dice term; all of a manifest's list if empty.
         Validation scores every label that it finds.
@@ -168,7 +172,7 @@ class Experiment:
       loading: how scans become arrays.
       augment: what is drawn for each pair; None for nothing.
       objective: what is minimised, for tasks that name no other.
-      objectives: further ones by name, see `data.pairs.Task.objective`.
+      objectives: further ones by name, see `pairs.Task.objective`.
       optimizer: update rule and learning rate.
       train: batch, devices, start.
       loop: logging, validation, checkpoints.

@@ -1,4 +1,4 @@
-"""An experiment's data: manifests or synthetic anatomies to pairs on the device."""
+"""Datasets of an experiment: manifests or synthetic anatomies to pairs."""
 
 import collections
 import contextlib
@@ -305,8 +305,8 @@ def _validation_plans(
     found = [
         pairs.PairPlan(
             task_of[fixed.dataset],
-            moving=pairs.View(number[moving]),
-            fixed=pairs.View(number[fixed]),
+            moving=pairs.ImageRef(number[moving]),
+            fixed=pairs.ImageRef(number[fixed]),
         )
         for fixed, moving in neighbours.neighbour_pairs(
             held_out,

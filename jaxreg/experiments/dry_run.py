@@ -1,4 +1,4 @@
-"""Trying an experiment: its checks, its compiled steps, and what they will cost."""
+"""Dry runs: checks, compiled steps, memory and arithmetic of an experiment."""
 
 import dataclasses
 import functools

@@ -1,8 +1,4 @@
-"""An experiment: the frozen tree that a configuration file returns, and changes to it.
-
-    # configs/NAME.py
-    def get_config() -> Experiment: ...
-
+"""Overrides of an experiment's settings by dotted names.
 ``--section.field value`` on the command line changes one leaf of the tree; a stage's
 `changes` are the same, for that stage alone: ``--stages.NAME.section.field value``.
 """

@@ -1,4 +1,4 @@
-"""From an experiment to trained weights: where data, model and training loop meet.
+"""A training run: from an experiment to trained weights.
 
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started

@@ -1,4 +1,4 @@
-"""Self-supervised training of SAM: two views of each scan, nothing else is needed.
+"""Self-supervised training of SAM from two crops of each scan.
 
 OUT/experiment.json   the settings
 OUT/scans.txt         what manifests listed when the run was started
@@ -350,7 +350,7 @@ def make_validation(
     return validate
 
 
-def _blame(_: Variables, batch: Mapping[str, np.ndarray]) -> list[int]:
+def _find_bad_scans(_: Variables, batch: Mapping[str, np.ndarray]) -> list[int]:
     """The volumes whose views are not finite; a loss needs several volumes."""
     return [
         i
@@ -425,7 +425,7 @@ def _train(
                     steps_per_epoch=settings.steps_per_epoch,
                     learning_rate=rule,
                     validate=None if validate is None else remembered,
-                    blame=_blame,
+                    blame=_find_bad_scans,
                     checkpoints=kept,
                     log=log,
                     record={},

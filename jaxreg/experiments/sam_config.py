@@ -1,4 +1,4 @@
-"""The settings of SAM's self-supervised training: what a configuration file returns.
+"""Settings of SAM's self-supervised training.
 
     # configs/NAME.py
     def get_config() -> SamExperiment: ...
@@ -73,9 +73,9 @@ class SamLoading:
         the minimum and the 0.99 quantile if None.
       cache_dir: folder of decoded scans, 16 bits a voxel; None reads the files anew.
       cache_limit_gb: size of the cache (10^9 bytes), None for what the disk takes.
-      workers: see `pipeline.Loading`.
-      read_threads: see `pipeline.Loading`.
-      prefetch: see `pipeline.Loading`.
+      workers: see `loading.Loading`.
+      read_threads: see `loading.Loading`.
+      prefetch: see `loading.Loading`.
     """
 
     ct_window: tuple[float, float] = sam.HU_RANGE
@@ -106,9 +106,9 @@ class SamLoading:
             prefetch=self.prefetch,
         )
 
-    def rule(self, modality: str) -> preprocess.Preprocessing:
+    def rule(self, modality: str) -> preprocess.IntensityRule:
         """Returns the intensity rule of a modality."""
-        return preprocess.Preprocessing(
+        return preprocess.IntensityRule(
             modality_lib.kind(modality), self.ct_window, self.quantile_range
         )
 

@@ -26,7 +26,7 @@ from jaxreg.experiments.datasets import (
     with_bank,
     with_tasks,
 )
-from jaxreg.experiments.validation import make_blame, make_validation
+from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
 from jaxreg.experiments.warm_start import Say
 from jaxreg.models import registry
 from jaxreg.models.promptreg import PromptRegConfig
@@ -340,7 +340,7 @@ class StageRun:
                 steps_per_epoch=self.per_epoch,
                 learning_rate=self.learning_rate,
                 validate=None if validate is None else remembered,
-                blame=make_blame(experiment, self.sources, self.model, layout),
+                blame=make_find_bad_pairs(experiment, self.sources, self.model, layout),
                 checkpoints=kept,
                 log=log,
                 record={"stage": self.stage.name},

@@ -1,4 +1,4 @@
-"""Scores on held-out pairs during training, and whose pair spoilt a step."""
+"""Validation metrics; finds pairs with a non-finite loss."""
 
 import dataclasses
 import warnings
@@ -183,7 +183,7 @@ def _means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in having.items() if values}
 
 
-def make_blame(
+def make_find_bad_pairs(
     experiment: Experiment, sources: Sources, model: Any, layout: Layout
 ) -> Callable[[Variables, Mapping[str, np.ndarray]], list[int]]:
     """Returns ``blame(variables, batch)``: which pairs alone give no finite loss."""

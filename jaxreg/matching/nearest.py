@@ -1,4 +1,4 @@
-"""Which place of one scan is which place of another, by their SAM embeddings.
+"""Nearest neighbours between two scans' SAM embeddings.
 
 Places are voxels of the images, P 3 integers along D, H and W. The embeddings live on
 the fine grid, whose voxel q stands for the image's voxel 2 q: no half voxel is added.

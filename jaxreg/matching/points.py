@@ -1,4 +1,4 @@
-"""The same place in another scan: points in mm, by descriptors of both scans.
+"""Corresponding points of two scans in mm, by descriptors of both.
 
 Scans are turned so that array indices grow towards Superior, Posterior and Left, and
 resampled to voxels of one size. Every voxel of a descriptor grid has a vector of length
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.data import network_grid, preprocess
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.matching import nearest
 from jaxreg.models import sam
@@ -61,7 +61,7 @@ class Found:
     similarity: np.ndarray
 
 
-def as_sam_sees(array: Any, rule: Preprocessing) -> Any:
+def as_sam_sees(array: Any, rule: IntensityRule) -> Any:
     """Returns intensities in SAM's range: CT keeps its Hounsfield units, MR fills it.
 
     The one rule for training, points, pre-alignment and optimisation by features.
@@ -74,7 +74,7 @@ def as_sam_sees(array: Any, rule: Preprocessing) -> Any:
     return sam.to_sam_range(array, window)
 
 
-def shown_to_sam(image: Volume, rule: Preprocessing) -> Volume:
+def shown_to_sam(image: Volume, rule: IntensityRule) -> Volume:
     """Returns a scan as SAM sees it, of sizes that its strides divide.
 
     What is added at the ends of the axes repeats the edge, as training shows what is
@@ -91,7 +91,7 @@ def shown_to_sam(image: Volume, rule: Preprocessing) -> Volume:
     return Volume(padded, grid, image.source)
 
 
-def check_known(network: sam.TrainedSam, rule: Preprocessing, source: str) -> None:
+def check_known(network: sam.TrainedSam, rule: IntensityRule, source: str) -> None:
     """Checks that a scan is of a kind that a SAM network was trained on.
 
     Raises:
@@ -109,7 +109,7 @@ def embed(network: sam.TrainedSam, image: Image) -> sam.Embeddings:
 _embed = jax.jit(sam.features, static_argnames="config")
 
 
-def placed(volume: Volume, rule: Preprocessing, spacing_mm: float) -> Volume:
+def placed(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
     """Returns a scan as descriptors are made of it: turned, [0, 1], resampled.
 
     Args:
@@ -120,7 +120,7 @@ def placed(volume: Volume, rule: Preprocessing, spacing_mm: float) -> Volume:
     Raises:
       UserError: see `preprocess.normalise`.
     """
-    placement = network_grid.Placement("pad_crop", "spl", spacing_mm)
+    placement = network_grid.ResamplingRule("pad_crop", "spl", spacing_mm)
     turned = placement.turned(volume)
     array = preprocess.normalise(turned.array, rule, source=volume.source)
     extent = turned.grid.spacing_mm * turned.grid.shape
@@ -132,7 +132,7 @@ def placed(volume: Volume, rule: Preprocessing, spacing_mm: float) -> Volume:
 
 def by_sam(
     volume: Volume,
-    rule: Preprocessing,
+    rule: IntensityRule,
     network: sam.TrainedSam,
 ) -> Described:
     """Returns a scan described by SAM: coarse and fine embedding on the fine grid.
@@ -160,7 +160,7 @@ def by_sam(
 
 def by_mind(
     volume: Volume,
-    rule: Preprocessing,
+    rule: IntensityRule,
     *,
     spacing_mm: float = sam.SPACING_MM,
     radius: int = 2,

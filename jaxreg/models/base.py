@@ -29,7 +29,7 @@ class Prediction:
     aux: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-class Registration(Protocol):
+class RegistrationModel(Protocol):
     """A model: a frozen configuration, with variables passed in and out."""
 
     def init(self, key: Key, shape: Shape) -> Variables:

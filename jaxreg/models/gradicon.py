@@ -94,7 +94,7 @@ class GradIconNetwork(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class GradIcon:
-    """The GradICON family as a `jaxreg.models.base.Registration`."""
+    """The GradICON family as a `jaxreg.models.base.RegistrationModel`."""
 
     config: GradIconConfig = GradIconConfig()
 
@@ -128,7 +128,7 @@ class GradIcon:
           task: makes no difference.
           smoothness: makes no difference.
           train: use batch statistics, and move the running ones once per call.
-          batching: see `jaxreg.models.base.Registration.apply`.
+          batching: see `jaxreg.models.base.RegistrationModel.apply`.
 
         Raises:
           ValueError: an axis of one voxel, or the wrong number of channels.

@@ -111,7 +111,7 @@ class PromptBottleneck(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class PromptReg:
-    """PromptReg as a `jaxreg.models.base.Registration`."""
+    """PromptReg as a `jaxreg.models.base.RegistrationModel`."""
 
     config: PromptRegConfig = PromptRegConfig()
 

@@ -153,7 +153,7 @@ class RdpNetwork(nn.Module):
             )
             refine = ConvBlock(inputs, width, slope, form, name=f"refine_{level}")
             decoded = up(x)
-            field = fields.refine_voxels(fields.compose_voxels(field, step))
+            field = fields.upsample_displacement(fields.compose_voxels(field, step))
             f, m = fixed_features[level - 1], moving_features[level - 1]
             for index in range(_PASSES[level]):
                 if index:
@@ -186,7 +186,7 @@ def as_transform(field: jax.Array) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Rdp:
-    """The pyramid alone as a `jaxreg.models.base.Registration`."""
+    """The pyramid alone as a `jaxreg.models.base.RegistrationModel`."""
 
     config: RdpConfig = RdpConfig()
 

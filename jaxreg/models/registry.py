@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxreg.errors import UserError
 from jaxreg.models import rdp
-from jaxreg.models.base import Registration
+from jaxreg.models.base import RegistrationModel
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.promptreg import (
     PromptReg,
@@ -74,7 +74,7 @@ def name_of(config: Config) -> str:
     return next(n for n, (known, _) in _KINDS.items() if type(config) is known)
 
 
-def build(config: Config) -> Registration:
+def build(config: Config) -> RegistrationModel:
     """Returns the network of a configuration."""
     return _KINDS[name_of(config)][1](config)
 

@@ -1,4 +1,4 @@
-"""What a network is told of a pair besides the images, in the user's words.
+"""Conditioning of a network on a pair's task, region and weight of smoothness.
 
 A bank of prompts (PromptReg) has domains, of which some may be chosen. A network with
 heads for tasks (UniReg) is told the region, and whether the scans are of one subject;
@@ -23,7 +23,7 @@ _PAIRINGS: tuple[Pairing, ...] = get_args(Pairing)
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class TaskValues:
     """What the pairs of one task carry.
 
     Attributes:
@@ -45,11 +45,11 @@ class Words:
         return dataclasses.replace(pair, task=task, smoothness=asked)
 
 
-NOTHING = Words()
+UNCONDITIONED = TaskValues()
 
 
 @dataclasses.dataclass(frozen=True)
-class Told(Words):
+class Conditioning(TaskValues):
     """The same with the network.
 
     Attributes:
@@ -89,14 +89,14 @@ def table(regions: int) -> Tasks:
     return tuple((r, p) for r in range(regions) for p in _PAIRINGS)
 
 
-def tell(
+def condition(
     model: zoo.LoadedModel,
     task: str = "auto",
     pairing: Pairing | None = None,
     smoothness: float | None = None,
     *,
     said: str = "--task",
-) -> Told:
+) -> Conditioning:
     """Returns the network as it serves one task.
 
     Args:
@@ -125,16 +125,16 @@ def tell(
         )
     if task == "auto":
         whole = model if told is None else _with_rule(model, _rules(model))
-        return Told(model=whole)
+        return Conditioning(model=whole)
     if told is None:
         raise UserError(
             f"--task is {task}, but {model.name} has neither a prompt bank nor heads "
             "for tasks; leave it out"
         )
-    return Told(model=_with_domains(model, task))
+    return Conditioning(model=_with_domains(model, task))
 
 
-def word_of(model: zoo.LoadedModel, task: str | None, region: str | None) -> str:
+def task_name_of(model: zoo.LoadedModel, task: str | None, region: str | None) -> str:
     """Returns which word of a pair's tells a network with heads most.
 
     The region, where the network knows it; the task, where it was trained on it and
@@ -152,7 +152,7 @@ def word_of(model: zoo.LoadedModel, task: str | None, region: str | None) -> str
     return region if region in regions else task or region or "auto"
 
 
-def told_of_regions(model: zoo.LoadedModel | None) -> bool:
+def needs_region(model: zoo.LoadedModel | None) -> bool:
     """Whether each pair's task must be told to a network."""
     return model is not None and registry.tells_tasks(_config(model)) == "regions"
 
@@ -175,7 +175,9 @@ def compared_window(model: zoo.LoadedModel | None) -> tuple[float, float] | None
     return float(stated[0]), float(stated[1])
 
 
-def refuse(task: str, pairing: Pairing | None, smoothness: float | None) -> None:
+def check_unconditioned(
+    task: str, pairing: Pairing | None, smoothness: float | None
+) -> None:
     """Checks that nothing is told where there is no network.
 
     Raises:
@@ -304,11 +306,13 @@ def _found(
     return same[0] if same else _Task(task, region, own, {})
 
 
-def _of_region(model: zoo.LoadedModel, task: _Task, smoothness: float | None) -> Told:
+def _of_region(
+    model: zoo.LoadedModel, task: _Task, smoothness: float | None
+) -> Conditioning:
     """Returns the network told of one task."""
     config = _config(model)
     every = table(config.regions)
-    found = Told(
+    found = Conditioning(
         model=_with_table(_with_rule(model, [task.rule]), config, every, task),
         number=every.index((task.region, task.pairing)),
         region=_regions(model)[task.region],

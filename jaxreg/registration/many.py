@@ -1,4 +1,4 @@
-"""Registers a list of pairs in one process, with the files that single calls write.
+"""Registration of a list of pairs in one process.
 
 Reading, the network and writing overlap: a thread reads the next pairs, another warps
 and writes those that are done, and the main one registers. Scans of all sizes share the
@@ -56,7 +56,7 @@ class Outcome:
       similarity: the loss that the next two are values of.
       before: with the scans where their headers place them.
       after: with the moving scan warped.
-      folding_percent: see `result.Registration`.
+      folding_percent: see `result.RegistrationResult`.
       seconds: to register, without reading and writing.
       reason: why it failed.
     """
@@ -308,13 +308,13 @@ def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> _
     outside, stored = None, None
     if pair.warped_out is not None:
         stored = volumes.read_volume(pair.moving, kind="stored")
-        outside = modality.beyond(options.moving_modality, stored, fill)
+        outside = modality.background_of(options.moving_modality, stored, fill)
         volumes.check_storable(outside.fill, stored)
     return _Scans(fixed, moving, regions, stored, outside)
 
 
 def _write(
-    row: str, pair: PairSpec, scans: _Scans, found: result.Registration
+    row: str, pair: PairSpec, scans: _Scans, found: result.RegistrationResult
 ) -> Outcome:
     mapping = found.transform
     if pair.transform_out is not None:

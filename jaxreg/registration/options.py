@@ -50,7 +50,7 @@ class Options:
       io_target: optimise the network's weights ("network"); without it an affine map
         and a displacement ("displacement"); or after it, by the images' features, a
         displacement ("features") or, by intensities, the map itself ("map"), see
-        `refine`.
+        `optimization.features`.
       io_sim: similarity, a key of `losses.similarity.SIMILARITIES`; or "auto": "lncc",
         but without a network "nmi" where the modalities differ or, where they do not
         say it, what is bright in one scan is not bright in the other.
@@ -78,7 +78,7 @@ class Options:
       placement: how scans become arrays on the network grid; if None the model's own,
         or GradICON's where there is none.
       prealign: how the scans are aligned in mm before anything else, see
-        `select.Way`; the network sees the moving scan carried over by that, and
+        `select.Method`; the network sees the moving scan carried over by that, and
         the results hold it.
     """
 
@@ -104,8 +104,8 @@ class Options:
     pairing: Pairing | None = None
     smoothness: float | None = None
     level_iterations: int | None = None
-    placement: network_grid.Placement | None = None
-    prealign: select.Way = "none"
+    placement: network_grid.ResamplingRule | None = None
+    prealign: select.Method = "none"
 
     def __post_init__(self):
         """Makes a cube of one number.
@@ -251,8 +251,8 @@ def _check_target(options: Options) -> None:
 
 
 def _check_prealign(options: Options) -> None:
-    if options.prealign not in select.WAYS:
-        known = ", ".join(select.WAYS)
+    if options.prealign not in select.METHODS:
+        known = ", ".join(select.METHODS)
         raise UserError(f"--prealign is {options.prealign}, expected one of {known}")
     if options.prealign != "none" and options.stored_orientation:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Register two scans: volumes and a model in, a transform in millimetres out.
+"""Registration of two scans with a model: the transform in mm.
 
 The one place where preprocessing, prediction, instance optimisation, inversion and the
 way back to world space meet. The command line, the notebooks and the evaluation all
@@ -30,7 +30,7 @@ from jaxreg.registration.optimization import features, loop, map
 from jaxreg.registration.optimization import network as network_lib
 from jaxreg.registration.options import Options, Progress, Regions
 from jaxreg.registration.prealign import select
-from jaxreg.registration.result import Registration
+from jaxreg.registration.result import RegistrationResult
 from jaxreg.space import fields, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
@@ -52,7 +52,7 @@ def register(
     sam: TrainedSam | None = None,
     start: select.Prealignment | None = None,
     progress: Progress | None = None,
-) -> Registration:
+) -> RegistrationResult:
     """Registers one scan onto another.
 
     Args:
@@ -84,7 +84,7 @@ def register(
     preparation.warn_of_orientation(fixed, model, options)
     options = preparation.with_rule_of(model, preparation.with_grid(options, model))
     placement = preparation.placement_of(model, options)
-    moving, fixed, regions = preparation.turned(
+    moving, fixed, regions = preparation.reoriented(
         moving, fixed, regions, placement, options
     )
     alone = _prealigns_alone(model, options)
@@ -104,7 +104,7 @@ def register(
         with _Clock(seconds, "prealign"):
             if start is None:
                 start = _prealigned(moving, fixed, model, options, regions, sam)
-            carried = network_grid.Carried(grids[0], start.transform)
+            carried = network_grid.Resampled(grids[0], start.transform)
             pair = shown(
                 preparation.make_pair(moving, fixed, options, regions, carried)
             )
@@ -115,7 +115,7 @@ def register(
             scans = without_network.Scans(moving, fixed, regions, grids, start)
             found, options = _optimised(pair, model, options, scans, progress, sam)
             domains = {} if model is None else conditioning.domains(model, pair)
-        there, back = _bent(found, bend, options.grid_shape)
+        there, back = _with_residual_field(found, bend, options.grid_shape)
         forward = transform_lib.flatten(there, options.grid_shape)
         # What the pair's moving image, which is bent already, lacks.
         rest = forward if bend is None else found.forward
@@ -149,7 +149,7 @@ def register(
             residual = transform_lib.round_trip_mm(
                 transform, inverse, fixed.grid, moving.grid
             )
-    return Registration(
+    return RegistrationResult(
         transform=transform,
         inverse=inverse,
         inverse_residual_mm=residual,
@@ -207,10 +207,10 @@ def prealigned(
     """
     if model is not None:
         words = (options.task, options.pairing, options.smoothness)
-        model = conditioning.tell(model, *words).model
+        model = conditioning.condition(model, *words).model
     options = preparation.with_rule_of(model, options)
     placement = preparation.placement_of(model, options)
-    moving, fixed, regions = preparation.turned(
+    moving, fixed, regions = preparation.reoriented(
         moving, fixed, regions or Regions(), placement, options
     )
     return _prealigned(moving, fixed, model, options, regions, sam)
@@ -254,7 +254,7 @@ def _prealigned(
     return found
 
 
-def _bent(
+def _with_residual_field(
     found: loop.Optimized, bend: transform_lib.Transform | None, shape: Shape
 ) -> tuple[transform_lib.Transform, transform_lib.Transform]:
     """Returns forward and backward with the bend that the network did not see."""
@@ -343,7 +343,7 @@ def _extractor(network: TrainedSam | None, options: Options) -> features.Extract
     """
     if network is None or not preparation.both_ct(options):
         return features.mind_features
-    own = network_grid.Placement("pad_crop", "spl", network.spacing_mm)
+    own = network_grid.ResamplingRule("pad_crop", "spl", network.spacing_mm)
     if options.placement != own:
         warnings.warn(
             "--io-target features takes MIND's descriptors in place of SAM's: the "

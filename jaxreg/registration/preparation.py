@@ -59,7 +59,7 @@ def conditioning_of(
     model: zoo.LoadedModel | str | os.PathLike[str] | None,
     options: Options,
     sam: TrainedSam | None,
-) -> tuple[zoo.LoadedModel | None, conditioning.Words]:
+) -> tuple[zoo.LoadedModel | None, conditioning.TaskValues]:
     """Returns the network as it serves the task, and what its pairs are to carry."""
     words = (options.task, options.pairing, options.smoothness)
     if isinstance(model, str | os.PathLike):
@@ -69,14 +69,14 @@ def conditioning_of(
         model, loaded, "the model is", "a name, a path or what zoo.load gives"
     )
     if model is None:
-        conditioning.refuse(*words)
+        conditioning.check_unconditioned(*words)
         if options.level_iterations is not None:
             raise UserError(
                 f"--level-iterations is {options.level_iterations}, but no network "
                 "takes part; leave it out"
             )
-        return None, conditioning.NOTHING
-    told = conditioning.tell(_repeating(model, options), *words)
+        return None, conditioning.UNCONDITIONED
+    told = conditioning.condition(_repeating(model, options), *words)
     return _with_sam(told.model, sam), told
 
 
@@ -114,7 +114,7 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
 
 def placement_of(
     model: zoo.LoadedModel | None, options: Options
-) -> network_grid.Placement:
+) -> network_grid.ResamplingRule:
     """Returns how scans become arrays: as the options say, else as the weights do.
 
     Without either, as GradICON's after turning both scans to RAS.
@@ -124,18 +124,18 @@ def placement_of(
         found = (
             network_grid.WITHOUT_WEIGHTS
             if model is None
-            else network_grid.Placement.of_weights(model.bundle.preprocessing)
+            else network_grid.ResamplingRule.of_weights(model.bundle.preprocessing)
         )
     if options.stored_orientation:
         found = dataclasses.replace(found, orientation=None)
     return found
 
 
-def turned(
+def reoriented(
     moving: Volume,
     fixed: Volume,
     regions: Regions,
-    placement: network_grid.Placement,
+    placement: network_grid.ResamplingRule,
     options: Options,
 ) -> tuple[Volume, Volume, Regions]:
     """Returns scans and regions with their array axes in the network's order."""
@@ -249,7 +249,7 @@ def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
         and options.io_target == "features"
         and both_ct(options)
     )
-    return lacks or shown or options.prealign in select.SAM_WAYS
+    return lacks or shown or options.prealign in select.SAM_METHODS
 
 
 def compared_window(
@@ -346,10 +346,10 @@ def oriented_like(volume: Volume, reference: Grid) -> Volume:
 
 def intensity_rules(
     options: Options,
-) -> tuple[preprocess.Preprocessing, preprocess.Preprocessing]:
+) -> tuple[preprocess.IntensityRule, preprocess.IntensityRule]:
     """Returns the intensity rules of the moving and of the fixed scan."""
     moving, fixed = (
-        preprocess.Preprocessing(
+        preprocess.IntensityRule(
             modality=modality_lib.kind(modality),
             ct_window=options.ct_window or (-1000.0, 1000.0),
             quantile_range=options.quantile_range,
@@ -365,7 +365,7 @@ def make_pair(
     fixed: Volume,
     options: Options,
     regions: Regions,
-    carried: network_grid.Carried | None = None,
+    carried: network_grid.Resampled | None = None,
 ) -> Pair:
     """Returns both scans on the network grid, with what the objective needs of them.
 

@@ -26,7 +26,7 @@ from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 
 if TYPE_CHECKING:
-    from jaxreg.registration.result import Registration
+    from jaxreg.registration.result import RegistrationResult
 
 PLANES = ("axial", "coronal", "sagittal")
 _GRID_LINES_MM = 10.0
@@ -367,7 +367,7 @@ def write_report(
     path: str | os.PathLike,
     moving: Volume,
     fixed: Volume,
-    result: "Registration",
+    result: "RegistrationResult",
     *,
     numbers: Mapping[str, str],
     fill: background.Fill = "auto",

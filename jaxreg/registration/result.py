@@ -10,7 +10,7 @@ from jaxreg.space.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Registration:
+class RegistrationResult:
     """What registering two scans gives.
 
     Attributes:
@@ -67,7 +67,7 @@ class Registration:
     started_from: str = ""
 
 
-def summary(result: Registration) -> dict[str, str]:
+def summary(result: RegistrationResult) -> dict[str, str]:
     """Returns the numbers of a registration as text, name to value with its unit."""
     name = result.similarity
     rows = {

@@ -15,20 +15,20 @@ from jaxreg.space.grid import Grid
 from jaxreg.weights import zoo
 
 
-def told_of(
+def conditioning_of_pair(
     pair: PairSpec, model: zoo.LoadedModel, options: options_lib.Options
-) -> conditioning.Told:
+) -> conditioning.Conditioning:
     """Returns what a network is told of a pair: by the options, else by the pair.
 
     Raises:
-      UserError: see `conditioning.tell`; it names the column.
+      UserError: see `conditioning.condition`; it names the column.
     """
     chosen, said = options_of(pair, options, model), "--task"
-    if options.task == "auto" and conditioning.told_of_regions(model):
+    if options.task == "auto" and conditioning.needs_region(model):
         columns = {"region": pair.region, "task": pair.task}
         column = next((n for n, word in columns.items() if word == chosen.task), None)
         said = f"the column {column}" if column else "without a column task, --task"
-    return conditioning.tell(
+    return conditioning.condition(
         model, chosen.task, chosen.pairing, chosen.smoothness, said=said
     )
 
@@ -42,9 +42,9 @@ def options_of(
         fixed_modality=pair.fixed_modality or options.fixed_modality,
         moving_modality=pair.moving_modality or options.moving_modality,
     )
-    if model is None or not conditioning.told_of_regions(model):
+    if model is None or not conditioning.needs_region(model):
         return chosen
-    own = conditioning.word_of(model, pair.task, pair.region)
+    own = conditioning.task_name_of(model, pair.task, pair.region)
     return dataclasses.replace(
         chosen,
         task=own if options.task == "auto" else options.task,
@@ -105,7 +105,7 @@ def warn_of_validation_scans(
         )
 
 
-def check_told(
+def check_conditioning(
     pairs: Sequence[PairSpec],
     names: Sequence[str],
     model: zoo.LoadedModel | None,
@@ -122,22 +122,25 @@ def check_told(
       smoothness: what the network is to be asked for; the options' own if empty.
 
     Raises:
-      UserError: see `conditioning.tell` and `preparation.check_units`; names the pair.
+      UserError: see `conditioning.condition` and `preparation.check_units`; names the
+        pair.
     """
     if model is None:
-        conditioning.refuse(options.task, options.pairing, options.smoothness)
+        conditioning.check_unconditioned(
+            options.task, options.pairing, options.smoothness
+        )
         return
     doubts: dict[str, None] = {}
     for pair, name in zip(pairs, names, strict=True):
         try:
             for weight in smoothness or (options.smoothness,):
                 asking = dataclasses.replace(options, smoothness=weight)
-                told = told_of(pair, model, asking)
+                told = conditioning_of_pair(pair, model, asking)
                 shown = options_of(pair, options, model)
                 preparation.check_units(told.model, shown)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        if not conditioning.told_of_regions(model):
+        if not conditioning.needs_region(model):
             continue
         if options.pairing and pair.pairing not in (None, options.pairing):
             doubts[

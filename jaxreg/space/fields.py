@@ -112,7 +112,7 @@ def compose_voxels(
     return inner + warp_voxels(outer, inner, outside=outside)
 
 
-def refine_voxels(displacement: jax.Array, factor: int = 2) -> jax.Array:
+def upsample_displacement(displacement: jax.Array, factor: int = 2) -> jax.Array:
     """Returns a displacement in voxels on a grid of `factor` times the size.
 
     The exact ratio of two grids with aligned corners is (f n - 1) / (n - 1); released

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreg.models.base import Registration
+from jaxreg.models.base import RegistrationModel
 from jaxreg.space.transform import Transform
 from jaxreg.training.state import TrainState, changing
 from jaxreg.typing import Batching, Key, Pair, Points, Variables
@@ -54,7 +54,7 @@ class Maps(NamedTuple):
 
 
 def predict(
-    model: Registration,
+    model: RegistrationModel,
     variables: Variables,
     pair: Pair,
     *,
@@ -118,7 +118,7 @@ def _told(pair: Pair, calls: int) -> dict[str, jax.Array]:
 
 
 def evaluate(
-    model: Registration,
+    model: RegistrationModel,
     variables: Variables,
     pair: Pair,
     noise: Points,
@@ -159,7 +159,7 @@ def evaluate(
 
 
 def make_step(
-    model: Registration,
+    model: RegistrationModel,
     objective: Loss,
     optimizer: optax.GradientTransformation,
     *,
@@ -215,7 +215,7 @@ class StepConfig:
 
 
 def make_train_step(
-    model: Registration,
+    model: RegistrationModel,
     objective: Loss,
     optimizer: optax.GradientTransformation,
     prepare: Callable[[Batch, Key], Pair],
@@ -356,7 +356,7 @@ def _accumulated(model, objective: Loss, prepare, config: StepConfig):
 
 
 def make_validation(
-    model: Registration, objective: Loss
+    model: RegistrationModel, objective: Loss
 ) -> Callable[[Variables, Pair, Any], Parts]:
     """Returns ``validate(variables, pair, noise) -> parts``, in evaluation mode."""
 

@@ -7,7 +7,7 @@ from jaxreg.weights.download import PathLike
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelRow:
+class ModelSummary:
     """What `jaxreg models` prints of a network; `location` is a path or a sentence."""
 
     name: str
@@ -20,7 +20,7 @@ class ModelRow:
     location: str
 
 
-def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
+def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelSummary, ...]:
     """Returns one row for every network of `ZOO`; nothing is fetched.
 
     Args:
@@ -35,7 +35,7 @@ def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelRow, ...]:
                 location = str(place)
                 break
         rows.append(
-            ModelRow(
+            ModelSummary(
                 name=name,
                 title=card.title,
                 parameters=card.parameters,

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxreg.data.network_grid import Placement
+from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.io import files
 from jaxreg.models import registry
@@ -78,7 +78,7 @@ def _check_stated(model: LoadedModel) -> None:
     """
     stated = model.bundle.preprocessing
     try:
-        Placement.of_weights(stated)
+        ResamplingRule.of_weights(stated)
         for name in ("ct_window", "mri_quantiles", "similarity_window"):
             if stated.get(name) is not None:
                 low, high = stated[name]

@@ -1,4 +1,4 @@
-"""Models by name: what there is, where its weights come from, and loading them.
+"""Models by name: their networks, preprocessing, licences and sources.
 
 The only place that downloads. A name is fetched once into the cache, converted from
 PyTorch's format to a checkpoint (`weights.bundle`), and read from there afterwards:
@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxreg.data.network_grid import ANY_ORIENTATION, Placement
+from jaxreg.data.network_grid import ANY_ORIENTATION, ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.io import files
 from jaxreg.models import registry
-from jaxreg.models.base import Registration
+from jaxreg.models.base import RegistrationModel
 from jaxreg.models.sam import (
     HU_RANGE,
     SPACING_MM,
@@ -84,7 +84,7 @@ class LoadedModel:
     """
 
     name: str
-    model: Registration
+    model: RegistrationModel
     variables: Variables
     bundle: Bundle
 
@@ -225,7 +225,7 @@ def _unireg_rpn_preprocessing(variables: Variables) -> dict[str, Any]:
 SAM = "sam"
 """The kind of network that finds places in scans and registers nothing."""
 SAM_PREPROCESSING = {
-    **Placement("pad_crop", "spl", SPACING_MM).to_dict(),
+    **ResamplingRule("pad_crop", "spl", SPACING_MM).to_dict(),
     "ct_window": list(HU_RANGE),
 }
 """Of the released network, which knows CT alone: it has no quantiles of MR scans."""
@@ -362,7 +362,7 @@ def sam_of(model: LoadedModel) -> TrainedSam | None:
 
 def sam_rule(trained: TrainedSam) -> dict[str, Any]:
     """Returns which scans a SAM network knows, as the preprocessing of its weights."""
-    rule = Placement("pad_crop", "spl", trained.spacing_mm).to_dict()
+    rule = ResamplingRule("pad_crop", "spl", trained.spacing_mm).to_dict()
     rule["ct_window"] = list(trained.ct_window)
     if trained.quantile_range is not None:
         rule["mri_quantiles"] = list(trained.quantile_range)
@@ -381,7 +381,7 @@ def with_rule(
     return TrainedSam(
         config,
         variables,
-        spacing_mm=Placement.of_weights(said).spacing_mm,
+        spacing_mm=ResamplingRule.of_weights(said).spacing_mm,
         ct_window=window or HU_RANGE,
         quantile_range=quantiles,
     )

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive the process: the second start takes seconds."""
+"""The cache of compiled programs that outlives a process."""
 
 import contextlib
 import glob

@@ -1,4 +1,4 @@
-"""What XLA should compute or allocate no sooner than it is needed.
+"""Data dependencies that stop XLA:CPU hoisting work.
 
 XLA's CPU backend drops optimisation barriers before it merges equal computations and
 schedules the rest. What a backward pass was to compute again is then computed in the
@@ -23,7 +23,7 @@ def _one(array: jax.Array) -> jax.Array:
 
 
 @jax.jit  # traced once for each shape
-def tied(array: jax.Array, to: jax.Array) -> jax.Array:
+def depends_on(array: jax.Array, to: jax.Array) -> jax.Array:
     """Returns the array, on CPU not before `to` is known; NaN where that is not finite.
 
     Args:
@@ -44,7 +44,9 @@ def tied(array: jax.Array, to: jax.Array) -> jax.Array:
     )
 
 
-def filled(shape: tuple[int, ...], like: jax.Array, dtype: Any = None) -> jax.Array:
+def empty_after(
+    shape: tuple[int, ...], like: jax.Array, dtype: Any = None
+) -> jax.Array:
     """Returns an array with anything in it, allocated once `like` is known."""
     return jnp.broadcast_to(_one(like).astype(dtype or like.dtype), shape)
 
@@ -53,7 +55,7 @@ def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Returns zeros, on CPU allocated once `like` is known and is finite."""
     return lax.platform_dependent(
         like,
-        cpu=lambda like: 0 * filled(shape, like),
+        cpu=lambda like: 0 * empty_after(shape, like),
         default=lambda like: jnp.zeros(shape, like.dtype),
     )
 
@@ -70,7 +72,7 @@ def mapped(function: Callable[[Any], jax.Array], xs, *, like: jax.Array) -> jax.
     entry = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), xs)
     found = jax.eval_shape(function, entry)
     # Of the result's own type: labels that are read at places are whole numbers.
-    first = filled((count, *found.shape), like, found.dtype)
+    first = empty_after((count, *found.shape), like, found.dtype)
 
     def one(results, given):
         index, x = given
@@ -118,13 +120,13 @@ def _forward(function, settings, x, parameters):
 def _backward(function, settings, saved, dy):
     (x, parameters), dy = lax.optimization_barrier((saved, dy))
     size = sum(leaf.size for leaf in jax.tree.leaves(x))
-    x = jax.tree.map(lambda leaf: tied(leaf, dy), x)
-    parameters = tuple(tied(p, dy) if p.size < size else p for p in parameters)
+    x = jax.tree.map(lambda leaf: depends_on(leaf, dy), x)
+    parameters = tuple(depends_on(p, dy) if p.size < size else p for p in parameters)
     _, pull = jax.vjp(lambda *a: function(a[0], *a[1], **dict(settings)), x, parameters)
     dx, gradients = pull(dy)
     # What updates a parameter in place must come after whatever else reads it.
     last = jax.tree.leaves(dx)[0]
-    return dx, tuple(tied(gradient, last) for gradient in gradients)
+    return dx, tuple(depends_on(gradient, last) for gradient in gradients)
 
 
 _recomputed.defvjp(_forward, _backward)

@@ -730,7 +730,7 @@ def curved(monkeypatch):
         placed = np.linalg.inv(grids[1].unit_to_mm) @ grids[0].unit_to_mm
         steps = (transform_lib.Displacement(field[None]), transform_lib.Affine(placed))
         world = transform_lib.in_world(transform_lib.Transform(steps), *grids)
-        return result.Registration(
+        return result.RegistrationResult(
             transform=world, inverse=None, inverse_residual_mm=None,
             fixed_grid=grids[0], moving_grid=grids[1], history={}, similarity="mse",
             similarity_before=0.0, similarity_after=0.0, similarity_prealigned=None,

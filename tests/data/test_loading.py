@@ -20,13 +20,13 @@ from jaxreg.data.batches import Batches
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest.records import Record
 from jaxreg.data.pair_source import PairSource
-from jaxreg.data.pairs import PairPlan, Task, View, sampler
+from jaxreg.data.pairs import ImageRef, PairPlan, Task, sampler
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
 
 SHAPE = (6, 5, 7)
-CT = preprocess.Preprocessing("ct")
-MRI = preprocess.Preprocessing("mri")
+CT = preprocess.IntensityRule("ct")
+MRI = preprocess.IntensityRule("mri")
 
 # Workers cannot import this module by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -95,8 +95,8 @@ class InTurn:
     def __getitem__(self, index):
         return PairPlan(
             index % len(self.tasks),
-            View(index % self.count),
-            View((index + 1) % self.count),
+            ImageRef(index % self.count),
+            ImageRef((index + 1) % self.count),
         )
 
 
@@ -199,7 +199,7 @@ def test_a_task_may_have_its_own_intensity_ranges(scans, tmp_path):
 def test_masked_inputs_equal_those_of_preprocess(scans):
     loading = Loading(shape=SHAPE, mask_inputs=True, quantile_range=(0.1, 0.9))
     batch = first(source(scans), loading, batch_size=4)
-    rule = preprocess.Preprocessing("mri", quantile_range=(0.1, 0.9))
+    rule = preprocess.IntensityRule("mri", quantile_range=(0.1, 0.9))
     for row, record in enumerate(scans):
         image = volumes.read_volume(record.image)
         mask = record.mask and volumes.read_volume(record.mask, kind="mask")
@@ -235,7 +235,7 @@ def test_indices_and_tasks(scans):
 def test_targets_and_inversion(scans):
     plain = first(source(scans), Loading(shape=SHAPE), batch_size=4)["moving"]
     tasks = (Task("brains", randomise="R", invert_ct=True),)
-    plan = PairPlan(0, View(0), View(3, True), View(2), View(3, False))
+    plan = PairPlan(0, ImageRef(0), ImageRef(3, True), ImageRef(2), ImageRef(3, False))
     batch = first(PairSource(scans, Fixed(plan, tasks)), Loading(shape=SHAPE))
     for key, record, inverted in (
         ("moving", 0, False),
@@ -250,7 +250,9 @@ def test_targets_and_inversion(scans):
 
 def test_masked_inversion_keeps_the_outside_zero(scans):
     """Scan 1 has the network's shape, so that its mask needs no resize."""
-    plan = PairPlan(0, View(1, inverted=True), View(3, inverted=True), View(1), None)
+    plan = PairPlan(
+        0, ImageRef(1, inverted=True), ImageRef(3, inverted=True), ImageRef(1), None
+    )
     tasks = (Task("brains", randomise="R", invert_ct=True),)
     loading = Loading(SHAPE, mask_inputs=True, prefetch=0)
     batch = first(PairSource(scans, Fixed(plan, tasks)), loading)
@@ -267,7 +269,7 @@ def test_masked_inversion_keeps_the_outside_zero(scans):
 
 def test_pairs_without_targets_have_the_networks_images(scans):
     tasks = (Task("brains"), Task("brains", randomise="F"))
-    plan = PairPlan(0, View(0, True), View(1))
+    plan = PairPlan(0, ImageRef(0, True), ImageRef(1))
     batch = first(PairSource(scans, Fixed(plan, tasks)), Loading(shape=SHAPE))
     np.testing.assert_array_equal(batch["moving_target"], batch["moving"])
     np.testing.assert_array_equal(batch["fixed_target"], batch["fixed"])
@@ -432,11 +434,11 @@ from jax._src import xla_bridge
 from jaxreg.data import batches, pair_source
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest.records import Record
-from jaxreg.data.pairs import PairPlan, Task, View
+from jaxreg.data.pairs import ImageRef, PairPlan, Task
 class Sampler:
     tasks = (Task("brains"),)
     def __getitem__(self, index):
-        return PairPlan(0, View(0), View(0))
+        return PairPlan(0, ImageRef(0), ImageRef(0))
 records = [Record(*sys.argv[1:3], "brains", label=sys.argv[3], mask=sys.argv[4])]
 source = pair_source.PairSource(records, Sampler())
 loading = Loading(
@@ -697,7 +699,7 @@ def test_pairs_are_named(scans):
         assert batches.named(5) == named
     with Batches(Made(), Loading(shape=SHAPE), batch_size=1) as batches:
         assert batches.named(5) == "pair 5"
-    plan = PairPlan(0, View(0), View(1), View(2), None)
+    plan = PairPlan(0, ImageRef(0), ImageRef(1), ImageRef(2), None)
     targets = PairSource(scans, Fixed(plan, (Task("brains", randomise="R"),)))
     assert f", moving target {scans[2].image} (" in targets.named(0)
 

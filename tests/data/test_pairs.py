@@ -14,7 +14,7 @@ from scipy import stats
 
 from jaxreg.data import pairs
 from jaxreg.data.manifest.records import Record
-from jaxreg.data.pairs import INVERTED_CT, PairPlan, Task, View, sampler
+from jaxreg.data.pairs import INVERTED_CT, ImageRef, PairPlan, Task, sampler
 from jaxreg.errors import UserError
 
 
@@ -213,7 +213,7 @@ def test_independent_draws_may_coincide():
     counts = collections.Counter((p.moving.record, p.fixed.record) for p in made)
     assert is_uniform(counts, list(itertools.product(range(4), repeat=2)))
     alone = sampler(dataset("d", 1), [task], pairs_per_epoch=1)
-    assert alone[0] == PairPlan(0, View(0), View(0))
+    assert alone[0] == PairPlan(0, ImageRef(0), ImageRef(0))
 
 
 def test_region_then_modality_are_drawn_before_the_image():

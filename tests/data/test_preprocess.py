@@ -9,13 +9,13 @@ import pytest
 from scipy import ndimage
 
 from jaxreg.data import modality, network_grid, preprocess
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.space import background, sampling
 from jaxreg.space.grid import Grid, Volume
 
-CT = Preprocessing("ct")
-MRI = Preprocessing("mri")
+CT = IntensityRule("ct")
+MRI = IntensityRule("mri")
 
 
 def volume(array, source="scan.nii", *, spacing=2.0):
@@ -33,7 +33,7 @@ def test_golden_ct(golden):
     got = preprocess.normalise(g["ct"], CT)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, g["ct_default"], atol=1e-6)
-    window = Preprocessing("ct", ct_window=(-150, 250))
+    window = IntensityRule("ct", ct_window=(-150, 250))
     got = preprocess.normalise(g["ct"], window)
     np.testing.assert_allclose(got, g["ct_window_m150_250"], atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_golden_mri(golden):
     np.testing.assert_allclose(
         preprocess.normalise(g["mr"], MRI), g["mri_default"], atol=1e-6
     )
-    quantiles = Preprocessing("mri", quantile_range=(0.01, 0.98))
+    quantiles = IntensityRule("mri", quantile_range=(0.01, 0.98))
     np.testing.assert_allclose(
         preprocess.normalise(g["mr"], quantiles), g["mri_quantile_01_98"], atol=1e-6
     )
@@ -132,10 +132,10 @@ def test_quantile_is_the_kth_value(q, expected):
 
 def test_quantiles_of_the_foreground_are_of_voxels_above_0():
     values = np.r_[np.zeros(900), np.arange(1, 101)].reshape(10, 10, 10)
-    rule = Preprocessing("mri", quantile_range=(0.1, 0.9), foreground=True)
+    rule = IntensityRule("mri", quantile_range=(0.1, 0.9), foreground=True)
     expected = (values.clip(10, 90) - 10) / 80
     np.testing.assert_allclose(preprocess.normalise(values, rule), expected, rtol=1e-6)
-    assert Preprocessing.from_dict(rule.to_dict()) == rule
+    assert IntensityRule.from_dict(rule.to_dict()) == rule
     # Of nothing above 0 it is all voxels.
     below = np.arange(1000.0).reshape(10, 10, 10) - 2000
     np.testing.assert_array_equal(
@@ -179,16 +179,16 @@ def test_masks_sit_half_a_voxel_off_the_images():
 
 
 def test_rule_travels_as_json():
-    for rule in (CT, MRI, Preprocessing("ct", (-150, 250)), quantiles((0.01, 1))):
-        assert Preprocessing.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
-    assert Preprocessing.from_dict({}) == MRI
-    assert Preprocessing.from_dict({"ct_window": [1, 2]}).ct_window == (1.0, 2.0)
+    for rule in (CT, MRI, IntensityRule("ct", (-150, 250)), quantiles((0.01, 1))):
+        assert IntensityRule.from_dict(json.loads(json.dumps(rule.to_dict()))) == rule
+    assert IntensityRule.from_dict({}) == MRI
+    assert IntensityRule.from_dict({"ct_window": [1, 2]}).ct_window == (1.0, 2.0)
     with pytest.raises(UserError, match="unknown fields window, expected modality"):
-        Preprocessing.from_dict({"window": 1})
+        IntensityRule.from_dict({"window": 1})
 
 
 def quantiles(pair):
-    return Preprocessing("mri", quantile_range=pair)
+    return IntensityRule("mri", quantile_range=pair)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def quantiles(pair):
 )
 def test_wrong_rules_get_one_sentence(fields, expected):
     with pytest.raises(UserError, match=expected):
-        Preprocessing(**fields)
+        IntensityRule(**fields)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +352,7 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
     rng = np.random.default_rng(5)
     array = rng.uniform(size=(5, 7, 6)).astype("f4")
     shape = (9, 4, 6)
-    found = network_grid.Placement("aligned").image(
+    found = network_grid.ResamplingRule("aligned").image(
         array, Grid(array.shape, np.eye(4)), shape
     )
     at = [np.linspace(0, n - 1, m) for n, m in zip(array.shape, shape, strict=True)]
@@ -364,7 +364,7 @@ def test_aligned_resize_reads_the_scan_at_its_corners_and_between():
 def test_aligned_labels_are_the_nearest_voxels():
     labels = np.arange(4 * 5 * 3).reshape(4, 5, 3)
     shape = (7, 5, 2)
-    found = network_grid.Placement("aligned").labels(
+    found = network_grid.ResamplingRule("aligned").labels(
         labels, Grid(labels.shape, np.eye(4)), shape
     )
     at = [np.linspace(0, n - 1, m) for n, m in zip(labels.shape, shape, strict=True)]
@@ -382,7 +382,7 @@ def test_network_voxels_lie_where_they_were_read(resize, axes):
     grid = Grid((9, 11, 8), affine)
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
     world = index @ affine[:3, :3].T + affine[:3, 3]
-    placement = network_grid.Placement(resize, axes, spacing_mm=0.9)
+    placement = network_grid.ResamplingRule(resize, axes, spacing_mm=0.9)
     volume = placement.turned(Volume(world[..., 0].astype("f4"), grid))
     shape = (6, 5, 7)
     found = placement.image(volume.array, volume.grid, shape)
@@ -411,8 +411,8 @@ def test_scans_are_padded_with_air_and_labels_with_background():
     array = np.full((4, 4, 4), 50.0, "f4")
     array[1:3] = 200.0
     scan = volume(array, spacing=1.0)
-    placement = network_grid.Placement("pad_crop", spacing_mm=1.0)
-    rule = preprocess.Preprocessing("ct", ct_window=(-1024.0, 1024.0))
+    placement = network_grid.ResamplingRule("pad_crop", spacing_mm=1.0)
+    rule = preprocess.IntensityRule("ct", ct_window=(-1024.0, 1024.0))
     found = preprocess.network_image(scan, (8, 4, 2), rule, placement=placement)
     found = found[0, ..., 0]
     np.testing.assert_allclose(found[[0, 1, 6, 7]], 24 / 2048)
@@ -433,7 +433,7 @@ def test_padding_shifts_by_whole_voxels_and_resamples_between():
     rng = np.random.default_rng(1)
     array = rng.uniform(size=(6, 5, 7)).astype("f4")
     grid = Grid(array.shape, np.diag([1.5, 1.0, 3.0, 1.0]))
-    placement = network_grid.Placement("pad_crop", spacing_mm=2.0)
+    placement = network_grid.ResamplingRule("pad_crop", spacing_mm=2.0)
     found = placement.image(array, grid, (7, 4, 9), outside=-1.0)
     at = [
         (np.arange(m) - (m - 1) / 2) * 2.0 / spacing + (n - 1) / 2
@@ -459,17 +459,17 @@ def test_padding_shifts_by_whole_voxels_and_resamples_between():
 )
 def test_placements_that_do_not_exist_are_refused(fields, said):
     with pytest.raises(UserError, match=said):
-        network_grid.Placement(**fields)
+        network_grid.ResamplingRule(**fields)
 
 
 @pytest.mark.parametrize("resize", ["half_pixel", "aligned", "pad_crop"])
 @pytest.mark.parametrize("axes", ["kji", "ijk", "spl"])
 def test_placement_survives_in_words(resize, axes):
-    placement = network_grid.Placement(
+    placement = network_grid.ResamplingRule(
         resize, axes, 1.25 if resize == "pad_crop" else 2.0
     )
-    assert network_grid.Placement.of_weights(placement.to_dict()) == placement
-    assert network_grid.Placement.of_weights({}) == network_grid.AS_GRADICON
+    assert network_grid.ResamplingRule.of_weights(placement.to_dict()) == placement
+    assert network_grid.ResamplingRule.of_weights({}) == network_grid.AS_GRADICON
 
 
 @pytest.mark.parametrize(
@@ -507,9 +507,9 @@ def test_names_of_modalities(name):
     scan = volume(np.linspace(-3000, 3000, 60).reshape(3, 4, 5))
     # Nothing is common at the border: air, or for other scans the minimum.
     expected = background.Background(-1000 if rule == "ct" else -3000)
-    assert modality.beyond(name, scan) == expected
+    assert modality.background_of(name, scan) == expected
     seen = preprocess.normalise(
-        scan.array, preprocess.Preprocessing(modality.kind(name)), source="scan"
+        scan.array, preprocess.IntensityRule(modality.kind(name)), source="scan"
     )
     expected = np.clip((scan.array + 1000) / 2000, 0, 1)
     assert np.allclose(seen, expected, atol=1e-6) == (rule == "ct")
@@ -535,7 +535,7 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
         [[0.1, 0.2, -1.5, 3], [0.3, 1.2, 0.1, -7], [2.0, -0.1, 0.2, 5], [0, 0, 0, 1.0]]
     ))  # fmt: skip
     array = np.random.default_rng(0).normal(size=grid.shape)
-    placement = network_grid.Placement(axes=axes, orientation=orientation)
+    placement = network_grid.ResamplingRule(axes=axes, orientation=orientation)
     got = placement.turned(Volume(array, grid))
     image = nib.Nifti1Image(array.T, grid.transposed().affine_mm)
     change = nib.orientations.ornt_transform(
@@ -552,12 +552,12 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
 
 def test_orientation_travels_with_the_placement():
     for orientation in (None, "RAS", "LPS"):
-        placement = network_grid.Placement(orientation=orientation)
-        assert network_grid.Placement.of_weights(placement.to_dict()) == placement
+        placement = network_grid.ResamplingRule(orientation=orientation)
+        assert network_grid.ResamplingRule.of_weights(placement.to_dict()) == placement
     said = {"orientation": network_grid.ANY_ORIENTATION}
-    assert network_grid.Placement.of_weights(said).orientation is None
+    assert network_grid.ResamplingRule.of_weights(said).orientation is None
     with pytest.raises(UserError, match='orientation is "up", expected a letter'):
-        network_grid.Placement(orientation="up")
+        network_grid.ResamplingRule(orientation="up")
 
 
 def test_the_part_that_another_scan_can_meet_is_cut_out():

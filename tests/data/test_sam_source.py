@@ -10,7 +10,7 @@ from jaxreg.data import cache, sam_source, sam_views
 from jaxreg.data.batches import Batches
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest.records import Record
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.matching import points
 
@@ -34,7 +34,7 @@ def records(tmp_path_factory):
 
 def source(records, **changes):
     made = sam_source.ViewSource(
-        records, 2, lambda modality: Preprocessing("mri"), points.as_sam_sees, CONFIG
+        records, 2, lambda modality: IntensityRule("mri"), points.as_sam_sees, CONFIG
     )
     return dataclasses.replace(made, **changes)
 

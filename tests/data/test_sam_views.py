@@ -21,7 +21,7 @@ def volume(shape=(32, 48, 32), seed=0):
 
 def drawn(config, seed=0, image=None, spacing=SPACING):
     image = volume() if image is None else image
-    return sam_views.two_views(image, spacing, np.random.default_rng(seed), config)
+    return sam_views.two_crops(image, spacing, np.random.default_rng(seed), config)
 
 
 def read_at(image, index):
@@ -143,7 +143,7 @@ def test_body_bounds_the_crops():
 
 def test_same_seed_same_views():
     one, same, other = (drawn(SMALL, seed) for seed in (3, 3, 4))
-    for field in dataclasses.fields(sam_views.Views):
+    for field in dataclasses.fields(sam_views.Crops):
         left, right = getattr(one, field.name), getattr(same, field.name)
         np.testing.assert_array_equal(left, right)
     assert not np.array_equal(one.images, other.images)

@@ -173,7 +173,7 @@ def test_a_shift_beyond_a_networks_box_has_no_spread(tmp_path):
     for name in ("fixed", "moving"):
         volumes.write_volume(tmp_path / f"{name}.nii.gz", Volume(array, grid))
     pair = PairSpec(tmp_path / "fixed.nii.gz", tmp_path / "moving.nii.gz")
-    box = network_grid.Placement("pad_crop", "spl", 2.0)
+    box = network_grid.ResamplingRule("pad_crop", "spl", 2.0)
     options = dataclasses.replace(OPTIONS, shape=(8, 10, 9))
     scan = volumes.read_volume(pair.fixed)
     for wave in (0.0, 0.2):

@@ -170,7 +170,7 @@ def test_weights_are_compared_over_the_pairs_that_all_have(
     def failing(*arguments, **settings):
         found = original(*arguments, **settings)
         rows = [
-            table.Row(r.method, r.task, r.pair)
+            table.EvalRecord(r.method, r.task, r.pair)
             if r.pair == "far_moving to far_fixed" and r.method.endswith("smoothness 1")
             else r
             for r in found.rows

@@ -13,17 +13,17 @@ from scipy import stats
 from jaxreg.errors import UserError
 from jaxreg.evaluation import statistics
 from jaxreg.evaluation import table as table_lib
-from jaxreg.evaluation.table import Result, Row
+from jaxreg.evaluation.table import EvalRecord, Result
 
 NAN = math.nan
 
 
-def row(method="net", task="head", pair="b to a", dice=None, **fields) -> Row:
+def row(method="net", task="head", pair="b to a", dice=None, **fields) -> EvalRecord:
     dice = {1: 0.5, 2: 0.7} if dice is None else dice
-    return Row(method, task, pair, dice=dice, **fields)
+    return EvalRecord(method, task, pair, dice=dice, **fields)
 
 
-def by_pair(method, scores, **fields) -> list[Row]:
+def by_pair(method, scores, **fields) -> list[EvalRecord]:
     return [
         row(method, pair=f"p{i}", dice={1: score}, **fields)
         for i, score in enumerate(scores)
@@ -66,7 +66,7 @@ def test_result_knows_methods_tasks_and_labels_in_order():
 NUMBER = st.floats(allow_nan=False, allow_infinity=False) | st.just(NAN)
 NAME = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8)
 ROWS = st.builds(
-    Row,
+    EvalRecord,
     method=NAME,
     task=NAME,
     pair=NAME,

@@ -164,7 +164,7 @@ def test_multigradicon_is_trained_further_with_regions_alike():
 def test_promptreg_has_the_papers_numbers():
     chosen = load("promptreg")
     assert chosen.loading.shape == (160, 160, 160)
-    assert chosen.loading.placement == network_grid.Placement("aligned", "ijk")
+    assert chosen.loading.placement == network_grid.ResamplingRule("aligned", "ijk")
     assert chosen.loading.ct_window == (-1000.0, 1000.0)
     assert chosen.loading.quantile_range is None  # the minimum to the 0.99 quantile
     objective = chosen.objective
@@ -201,7 +201,9 @@ def test_unireg_has_the_papers_numbers():
     }  # fmt: skip
     assert chosen.data.schedule == "per_dataset"
     assert chosen.loading.shape == (160, 192, 192)
-    assert chosen.loading.placement == network_grid.Placement("pad_crop", "spl", 2.0)
+    assert chosen.loading.placement == network_grid.ResamplingRule(
+        "pad_crop", "spl", 2.0
+    )
     assert chosen.model.backbone_window == (-800.0, 400.0)
     assert chosen.loading.ct_window == chosen.model.window == HU_RANGE
     objective, rule = chosen.objective, chosen.optimizer

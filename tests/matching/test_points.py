@@ -7,13 +7,13 @@ import pytest
 from scipy import ndimage
 
 from jaxreg.data import network_grid
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.matching import points
 from jaxreg.models import sam
 from jaxreg.space.grid import Grid, Volume
 
-RULE = Preprocessing("mri", quantile_range=(0.0, 1.0))
+RULE = IntensityRule("mri", quantile_range=(0.0, 1.0))
 SPACING = (1.5, 1.2, 1.0)
 SHAPE = (20, 26, 34)
 CONFIG = sam.SamConfig(channels=(3, 3, 4, 4), embedding=6, form="native")
@@ -147,11 +147,11 @@ def test_no_points_are_no_matches():
 
 
 def test_intensities_are_those_of_sam():
-    ct = Preprocessing("ct", sam.HU_RANGE)
+    ct = IntensityRule("ct", sam.HU_RANGE)
     scaled = np.array([0.0, 0.25, 1.0], np.float32)
     np.testing.assert_allclose(points.as_sam_sees(scaled, ct), [-50, 13.75, 205])
     np.testing.assert_allclose(points.as_sam_sees(scaled, RULE), [-50, 13.75, 205])
-    narrow = Preprocessing("ct", (-1024.0, 1023.5))
+    narrow = IntensityRule("ct", (-1024.0, 1023.5))
     np.testing.assert_allclose(
         points.as_sam_sees(scaled, narrow), [-50, -18.125, 77.5], atol=1e-4
     )

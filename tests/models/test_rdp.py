@@ -83,7 +83,7 @@ def test_instance_norm_has_mean_zero_and_variance_one_per_sample_and_channel():
 
 def test_doubling_keeps_corners_and_doubles_voxels():
     field = np.arange(2.0, dtype="f4").reshape(1, 2, 1, 1, 1) * np.ones((1, 2, 2, 2, 3))
-    found = np.asarray(fields.refine_voxels(jnp.asarray(field, jnp.float32)))
+    found = np.asarray(fields.upsample_displacement(jnp.asarray(field, jnp.float32)))
     assert found.shape == (1, 4, 4, 4, 3)
     np.testing.assert_allclose(found[0, :, 0, 0, 0], [0, 2 / 3, 4 / 3, 2], atol=1e-6)
 

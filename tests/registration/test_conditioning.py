@@ -255,7 +255,7 @@ def test_weights_carry_their_names_and_what_they_can_be_asked_for(trained):
     ],
 )
 def test_region_and_pairing_are_told_by_name(trained, task, pairing, expected):
-    found = conditioning.tell(trained, task, pairing)
+    found = conditioning.condition(trained, task, pairing)
     assert found.model.model.config.tasks[found.number] == expected
     assert found.trained == (expected != (1, "inter"))
     pair = found.of(Pair(*images()))
@@ -266,7 +266,7 @@ def test_region_and_pairing_are_told_by_name(trained, task, pairing, expected):
 
 
 def test_weights_are_one_program_whatever_they_are_told(trained):
-    a, b = (conditioning.tell(trained, task) for task in "ab")
+    a, b = (conditioning.condition(trained, task) for task in "ab")
     assert a.number != b.number
     assert a.model.model == b.model.model
     assert hash(a.model.model) == hash(b.model.model)
@@ -283,7 +283,7 @@ def test_weights_are_one_program_whatever_they_are_told(trained):
 )
 def test_what_a_network_cannot_be_told_is_refused(trained, told, said):
     with pytest.raises(UserError, match=said):
-        conditioning.tell(trained, *told)
+        conditioning.condition(trained, *told)
 
 
 def stating(model, **preprocessing):
@@ -296,14 +296,14 @@ def stating(model, **preprocessing):
 def test_two_tasks_of_one_dataset_are_told_apart_by_pairing(trained):
     model = stating(trained, tasks=["a", "b", "a"])
     with pytest.raises(UserError, match="a within and between .* --pairing"):
-        conditioning.tell(model, "a")
+        conditioning.condition(model, "a")
     for pairing in ("inter", "intra"):
-        found = conditioning.tell(model, "a", pairing)
+        found = conditioning.condition(model, "a", pairing)
         assert (found.region, found.pairing) == ("head", pairing)
         assert found.trained
     # Two regions of one dataset: the region is the better word.
     with pytest.raises(UserError, match="several regions; name head or liver"):
-        conditioning.tell(stating(trained, tasks=["x", "a", "a"]), "a", "intra")
+        conditioning.condition(stating(trained, tasks=["x", "a", "a"]), "a", "intra")
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_two_tasks_of_one_dataset_are_told_apart_by_pairing(trained):
     ],
 )
 def test_a_pair_is_told_by_its_region_or_task(trained, task, region, word):
-    assert conditioning.word_of(trained, task, region) == word
+    assert conditioning.task_name_of(trained, task, region) == word
 
 
 RULES = [
@@ -335,12 +335,12 @@ def test_a_task_brings_its_own_intensities(trained):
     windows = {"a": (-150, 250), "b": (-9, 9), "c": (-9, 9)}
     quantiles = {"a": (0, 1), "b": (0.1, 0.9), "c": (0, 1)}
     for task, window in windows.items():
-        found = conditioning.tell(model, task).model
+        found = conditioning.condition(model, task).model
         assert found.ct_window == window
         assert found.quantile_range == quantiles[task]
-    assert conditioning.tell(model, "head", "inter").model.ct_window == (-150, 250)
+    assert conditioning.condition(model, "head", "inter").model.ct_window == (-150, 250)
     # Never trained, so that no task's are right.
-    assert conditioning.tell(model, "liver", "inter").model.ct_window == (-9, 9)
+    assert conditioning.condition(model, "liver", "inter").model.ct_window == (-9, 9)
 
 
 def test_domains_of_a_bank_bring_intensities_where_they_agree():
@@ -351,7 +351,7 @@ def test_domains_of_a_bank_bring_intensities_where_they_agree():
     bundle = bundle_lib.Bundle(variables, "promptreg", {}, stored, "", "")
     network = registry.build(PromptRegConfig(tasks=3))
     model = zoo.LoadedModel("bank", network, variables, bundle)
-    assert conditioning.tell(model, "a").model.ct_window == (-9, 9)
+    assert conditioning.condition(model, "a").model.ct_window == (-9, 9)
     model = stating(model, task_rules=rules)
     windows = {
         "a": (0, 5),
@@ -361,9 +361,9 @@ def test_domains_of_a_bank_bring_intensities_where_they_agree():
         "auto": (-9, 9),
     }
     for task, window in windows.items():
-        assert conditioning.tell(model, task).model.ct_window == window, task
+        assert conditioning.condition(model, task).model.ct_window == window, task
     alike = stating(model, task_rules=rules[:1] * 3)
-    assert conditioning.tell(alike).model.ct_window == (0, 5)
+    assert conditioning.condition(alike).model.ct_window == (0, 5)
 
 
 def test_register_scales_by_the_tasks_window_unless_told_otherwise(trained):
@@ -386,29 +386,29 @@ def test_register_scales_by_the_tasks_window_unless_told_otherwise(trained):
 def test_other_networks_are_told_nothing():
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {}, "", "")
     plain = zoo.LoadedModel("plain", registry.build(GradIconConfig()), {}, bundle)
-    assert conditioning.tell(plain).model is plain
+    assert conditioning.condition(plain).model is plain
     for told, said in (
         (("x",), "neither a prompt bank nor heads"),
         (("auto", "intra"), "--pairing is intra"),
         (("auto", None, 1.0), "--smoothness is 1"),
     ):
         with pytest.raises(UserError, match=said):
-            conditioning.tell(plain, *told)
+            conditioning.condition(plain, *told)
         with pytest.raises(UserError, match="no network takes part"):
-            conditioning.refuse(*(*told, None, None)[:3])
+            conditioning.check_unconditioned(*(*told, None, None)[:3])
 
 
 def test_smoothness_is_asked_for_by_region_and_pairing(trained):
     """What was found best, then that of the training, then the middle."""
     model = stating(trained, task_rules=RULES, smoothness={"head, intra": 4.0})
-    assert conditioning.tell(model, "c").smoothness == 4.0
-    assert conditioning.tell(model, "head", "intra").smoothness == 4.0
-    assert conditioning.tell(model, "head", "intra", 0.2).smoothness == 0.2
-    assert conditioning.tell(model, "a").smoothness == 3.0
-    assert conditioning.tell(model, "head", "inter").smoothness == 3.0
-    assert conditioning.tell(model, "b").smoothness == pytest.approx(1.0)
+    assert conditioning.condition(model, "c").smoothness == 4.0
+    assert conditioning.condition(model, "head", "intra").smoothness == 4.0
+    assert conditioning.condition(model, "head", "intra", 0.2).smoothness == 0.2
+    assert conditioning.condition(model, "a").smoothness == 3.0
+    assert conditioning.condition(model, "head", "inter").smoothness == 3.0
+    assert conditioning.condition(model, "b").smoothness == pytest.approx(1.0)
     best = stating(model, smoothness={"head, inter": 0.4})
-    assert conditioning.tell(best, "a").text == "head, inter, smoothness 0.4"
+    assert conditioning.condition(best, "a").text == "head, inter, smoothness 0.4"
 
 
 def test_of_several_tasks_of_a_region_the_named_one_is_asked_for(trained):
@@ -418,8 +418,8 @@ def test_of_several_tasks_of_a_region_the_named_one_is_asked_for(trained):
     )
     model = dataclasses.replace(trained, model=registry.build(config))
     model = stating(model, task_rules=rules)
-    assert conditioning.tell(model, "c").smoothness == 0.7
-    assert conditioning.tell(model, "head").smoothness == 3.0
+    assert conditioning.condition(model, "c").smoothness == 0.7
+    assert conditioning.condition(model, "head").smoothness == 3.0
 
 
 def test_windows_belong_to_tasks(tmp_path):
@@ -446,7 +446,7 @@ def test_windows_belong_to_tasks(tmp_path):
         (("c",), (-800.0, 400.0), (-100.0, 300.0)),
         (("liver", "inter"), (-150.0, 250.0), (-150.0, 250.0)),
     ):
-        one = conditioning.tell(model, *words).model
+        one = conditioning.condition(model, *words).model
         assert one.model.config.backbone_window == network
         assert not one.model.config.task_windows
         assert conditioning.compared_window(one) == compared
@@ -469,8 +469,8 @@ def test_checkpoints_from_before_windows_are_read(tmp_path):
     model = load.load(tmp_path / "old")
     assert model.model.config == PAPER
     for told_ in (
-        conditioning.tell(model, "a"),
-        conditioning.tell(model, "liver", "inter"),
+        conditioning.condition(model, "a"),
+        conditioning.condition(model, "liver", "inter"),
     ):
         assert told_.model.model.config.backbone_window == (-800.0, 400.0)
         assert conditioning.compared_window(told_.model) == (-800.0, 400.0)
@@ -479,7 +479,7 @@ def test_checkpoints_from_before_windows_are_read(tmp_path):
 def test_weights_without_windows_compare_what_their_network_is_shown():
     assert conditioning.compared_window(hounsfield()) == (-800.0, 400.0)
     old = hounsfield(tasks=["a", "b"], regions=["x", "y"], task_rules=[{}, {}])
-    assert conditioning.compared_window(conditioning.tell(old, "a").model) == (
+    assert conditioning.compared_window(conditioning.condition(old, "a").model) == (
         -800.0,
         400.0,
     )

@@ -215,7 +215,7 @@ def test_a_network_sees_the_orientation_of_its_training(orientation, model):
     axes, flips = ORDERS[1]
     fixed, moving = blobs(make_grid(turn=0.2)), blobs(make_grid(), (2.0, 1.0, 0.0))
     said = {} if orientation is None else {"orientation": orientation}
-    placement = network_grid.Placement(axes=model)
+    placement = network_grid.ResamplingRule(axes=model)
     weights = loaded(Leaning(), **{**placement.to_dict(), **said})
     if orientation is None:
         weights = dataclasses.replace(
@@ -294,7 +294,7 @@ def test_a_pre_alignment_sees_what_the_network_sees(monkeypatch):
 
 # --- a scan that is larger than the network's box -------------------------------------
 
-BOX = network_grid.Placement("pad_crop", "spl", 2.0)
+BOX = network_grid.ResamplingRule("pad_crop", "spl", 2.0)
 BOX_SHAPE = (12, 14, 10)
 BOXED = dataclasses.replace(OPTIONS, shape=BOX_SHAPE)
 
@@ -727,7 +727,7 @@ def test_a_worse_result_gives_way_to_its_start():
 def test_weights_that_see_nifti_order_and_aligned_corners():
     """A shift by s along the network's first axis is along NIfTI's first, i."""
     scan = blobs(make_grid())
-    stated = network_grid.Placement("aligned", "ijk").to_dict()
+    stated = network_grid.ResamplingRule("aligned", "ijk").to_dict()
     model = loaded(Shifting((0.1, 0.0, 0.0)), **stated)
     result = pair_lib.register(scan, scan, model, OPTIONS)
     np.testing.assert_allclose(  # the corners of both grids coincide

@@ -658,7 +658,10 @@ def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
     own = load.load(tmp_path / "own.pth")
     kept = load.load(tmp_path / "back")
     for name in recipe:
-        assert conditioning.tell(own, name).text == conditioning.tell(kept, name).text
+        assert (
+            conditioning.condition(own, name).text
+            == conditioning.condition(kept, name).text
+        )
     jax.tree.map(np.testing.assert_array_equal, own.variables, kept.variables)
     for wrong in (recipe[:3], (*recipe, "hip"), ("hip", *recipe[1:]), ("a",) * 6):
         torch.save({**columns, "regions": list(wrong)}, tmp_path / "own.pth")

@@ -34,9 +34,9 @@ def test_a_tied_array_waits_for_every_entry_of_the_batch():
     """The compiler may not see that nothing is added: NaN shows that it is."""
     array = jnp.ones((2, 3))
     other = jnp.array([[[1.0], [2.0]], [[jnp.nan], [jnp.nan]]])
-    tied = jax.jit(scheduling.tied)(array, other)
+    tied = jax.jit(scheduling.depends_on)(array, other)
     np.testing.assert_array_equal(np.isnan(tied), [[False] * 3, [True] * 3])
-    np.testing.assert_array_equal(scheduling.tied(array, jnp.float32(7.0)), array)
+    np.testing.assert_array_equal(scheduling.depends_on(array, jnp.float32(7.0)), array)
 
 
 def test_mapped_is_map():

@@ -1,4 +1,4 @@
-"""What is wrong with a manifest's scans."""
+"""Checks of a manifest: missing, damaged, misplaced and duplicate files."""
 
 import dataclasses
 import hashlib
@@ -139,7 +139,7 @@ def _read(path: pathlib.Path, name: str, modality: str) -> _Reading:
     if name == "image":
         try:
             # As training will, with the intensity rule that it has by default.
-            rule = preprocess.Preprocessing(modality_lib.kind(modality))
+            rule = preprocess.IntensityRule(modality_lib.kind(modality))
             preprocess.normalise(volume.array, rule, source=str(path))
         except UserError as error:
             problems += (Problem(str(path), "values", str(error)),)

@@ -1,4 +1,4 @@
-"""Which scans there are: CSV, JSON and folders to records, and what is wrong with them.
+"""Manifests from CSV, JSON and folders.
 
 A manifest names files and reads none of them; `check` reads them all.
 """

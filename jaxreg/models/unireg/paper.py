@@ -74,7 +74,7 @@ class UniRegConfig:
       features: what is correlated: "sam", "mind" (descriptors, for MR) or "none".
       matching: "correlation", or "concatenation" of the features themselves.
       feature_channels: of SAM's embeddings; only concatenation depends on it.
-      pool_norm: see `dynamic.DynamicHead`.
+      pool_norm: see `heads.DynamicHead`.
       smoothness_range: weights of the smoothness term that a dynamic head can be asked
         for; None for a network of one weight per task.
       window: the Hounsfield units of the stored 0 and 1.
@@ -108,7 +108,7 @@ class UniRegConfig:
         """Checks tasks and windows.
 
         Raises:
-          UserError: see `dynamic.check_tasks`, a window is empty, or there is another
+          UserError: see `heads.check_tasks`, a window is empty, or there is another
             number of them than of tasks.
         """
         heads.check_tasks(self.tasks, self.regions)
@@ -336,7 +336,7 @@ def _as_features(found) -> Features:
 
 @dataclasses.dataclass(frozen=True)
 class UniReg:
-    """UniReg as a `jaxreg.models.base.Registration`.
+    """UniReg as a `jaxreg.models.base.RegistrationModel`.
 
     Attributes:
       config: see `UniRegConfig`.
@@ -488,7 +488,7 @@ class UniReg:
           batching: where it is mirrored, each image's features are made once.
 
         Raises:
-          UserError: see `check_shape`, `dynamic.look_up` and `check_sam`.
+          UserError: see `check_shape`, `heads.look_up` and `check_sam`.
         """
         check_shape(moving.shape[1:4])
         known = self._known(task, smoothness)

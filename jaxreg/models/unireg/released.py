@@ -85,7 +85,7 @@ class UniRegRpnConfig:
         """Checks the tasks and the iterations.
 
         Raises:
-          UserError: see `dynamic.check_tasks`, or there is not one iteration.
+          UserError: see `heads.check_tasks`, or there is not one iteration.
         """
         heads.check_tasks(self.tasks, self.regions)
         if self.iterations < 1:
@@ -185,7 +185,7 @@ class UniRegRpnNetwork(nn.Module):
         field = None
         for level in range(LEVELS, 0, -1):
             if field is not None:
-                field = fields.refine_voxels(field)
+                field = fields.upsample_displacement(field)
             m, f = moving_features[level - 1], fixed_features[level - 1]
             field = self.step(level, m, f, known, field)
         return field  # pyright: ignore[reportReturnType]
@@ -321,7 +321,7 @@ def _rule_one(
             return network.apply(params, level, m, f, known, field, method="step")
 
         def judge(field, level=level):
-            whole = fields.refine_voxels(field, 2 ** (level - 1))
+            whole = fields.upsample_displacement(field, 2 ** (level - 1))
             warped = fields.warp_voxels(moving, whole, outside=config.outside)
             return correlation(warped, fixed)
 
@@ -329,7 +329,7 @@ def _rule_one(
         if field is None:
             repeat, start = _repeat_coarsest, step(None)
         else:
-            start = fields.refine_voxels(field)
+            start = fields.upsample_displacement(field)
         levels.append(repeat(step, judge, start, config))
         field = levels[-1].field
     steps = jnp.stack([level.steps for level in levels])
@@ -386,7 +386,7 @@ def check_shape(shape: Shape) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class UniRegRpn:
-    """The released pyramid as a `jaxreg.models.base.Registration`."""
+    """The released pyramid as a `jaxreg.models.base.RegistrationModel`."""
 
     config: UniRegRpnConfig = UniRegRpnConfig()
 
@@ -442,7 +442,7 @@ class UniRegRpn:
           "correlation_trace", see `Ruled`.
 
         Raises:
-          UserError: see `check_shape` and `dynamic.look_up`.
+          UserError: see `check_shape` and `heads.look_up`.
         """
         check_shape(moving.shape[1:4])
         known, params = self._known(task, smoothness), {"params": variables["params"]}

@@ -145,7 +145,7 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
         wide = _taps_along_w(jnp.concatenate(xs, -1), taps[2])
         return convolved((wide,), kernel.reshape(*taps[:2], 1, -1, outputs))
     shape = *result_shape(xs, kernel.shape), outputs
-    y = scheduling.filled(shape, xs[0])  # all of it is written
+    y = scheduling.empty_after(shape, xs[0])  # all of it is written
     return convolved_into(y, xs, kernel[None])
 
 

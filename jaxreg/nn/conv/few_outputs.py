@@ -72,7 +72,7 @@ def _forward(xs, kernel):
         return (_written(y, whole, first), sums), None
 
     sums = [jnp.zeros(size, SUM) for _ in range(kd - 1)]
-    y = scheduling.filled((depth, *size), xs[0])
+    y = scheduling.empty_after((depth, *size), xs[0])
     (y, sums), _ = lax.scan(one, (y, sums), jnp.arange(depth))
     for a in range(kd // 2):  # what the last planes leave
         y = _written(y, sums[a], depth - kd // 2 + a)
@@ -106,7 +106,7 @@ def _backward(saved, dy):
         total = total + jnp.matmul(rows, columns, preferred_element_type=SUM)
         dx = lax.dot_general(matrix, rows, (((0,), (0,)), ((), ())))
         # Tied, or XLA turns the product instead of its result: five times the time.
-        dx = scheduling.tied(dx, rows).T.reshape(plane.shape)
+        dx = scheduling.depends_on(dx, rows).T.reshape(plane.shape)
         parts, first = [], 0
         for whole in dxs:
             part = dx[..., first : first + whole.shape[-1]]
@@ -116,7 +116,7 @@ def _backward(saved, dy):
 
     before = [taps(index) for index in reversed(range(kd - 1))]
     carry = (
-        tuple(scheduling.filled(x.shape, dy) for x in xs),
+        tuple(scheduling.empty_after(x.shape, dy) for x in xs),
         scheduling.zeros(matrix.shape, dy).astype(SUM),
         jnp.concatenate(before),
     )

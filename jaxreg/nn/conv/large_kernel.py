@@ -119,7 +119,7 @@ def _up4_backward(saved, dy):
         gradient = lax.dynamic_update_index_in_dim(gradient, rows.T @ tap, index, 0)
         return (dx + tap @ matrix.T, gradient), None
 
-    start = scheduling.zeros(rows.shape, dy), scheduling.filled(matrices.shape, dy)
+    start = scheduling.zeros(rows.shape, dy), scheduling.empty_after(matrices.shape, dy)
     given = jnp.arange(len(matrices)), matrices, taps
     (dx, gradient), _ = lax.scan(one, start, given)
     return dx.reshape(x.shape), gradient.reshape(kernel.shape)

@@ -87,8 +87,8 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
         return (lax.dynamic_update_slice_in_dim(y, planes, begin, 1), products), None
 
     # All of both is written before it is read.
-    y = scheduling.filled((n, depth, height, width, outputs), xs[0])
-    products = scheduling.filled((n, _PRODUCTS, height, width, outputs), xs[0])
+    y = scheduling.empty_after((n, depth, height, width, outputs), xs[0])
+    products = scheduling.empty_after((n, _PRODUCTS, height, width, outputs), xs[0])
     return lax.scan(one, (y, products), jnp.arange(-(-depth // _PLANES)))[0][0]
 
 
@@ -96,7 +96,7 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
 def kernel_gradient(
     xs: Parts, dy: jax.Array, kernel_shape: tuple[int, ...], margin: Margin
 ) -> jax.Array:
-    """Returns the gradient of `convolved`, as `slabs.kernel_gradient` does."""
+    """Returns the gradient of `convolved`, as `blocked.kernel_gradient` does."""
     depth = xs[0].shape[1] - _TAPS + 1
     around = _TAPS - 1 - margin[0]
     plane = 1, *kernel_shape[1:]

@@ -1,8 +1,8 @@
-"""Instance optimisation of a map that is there already, without any network's weights.
+"""Instance optimisation of a displacement by features of both scans.
 
 Two ways, as SAME's code has them: a displacement before the map, by the features of the
 images that it brings together; or the map itself, by intensities. Each repeats one
-jitted step; as in `optimize`, the last iteration's update is dropped.
+jitted step; as in `optimization.network`, the last iteration's update is dropped.
 
 Displacements are optimised in canonical units, in which an axis has length 2: the
 published rates and weights belong to these.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.matching import points as points_lib
 from jaxreg.models import sam
 from jaxreg.models.unireg import features as features_lib
@@ -81,9 +81,9 @@ def sam_features(
       image: N D H W 1, [0, 1].
       window: the Hounsfield units of 0 and 1; SAM sees none beyond its own window.
     """
-    shown = points_lib.as_sam_sees(image, Preprocessing("ct", window))
+    shown = points_lib.as_sam_sees(image, IntensityRule("ct", window))
     ends = points_lib.as_sam_sees(
-        np.array([0.0, 1.0], np.float32), Preprocessing("ct", network.ct_window)
+        np.array([0.0, 1.0], np.float32), IntensityRule("ct", network.ct_window)
     )
     return points_lib.embed(network, shown.clip(*ends))
 

@@ -1,4 +1,4 @@
-"""Instance optimisation: a pair's own transform, by network weights or directly.
+"""Instance optimisation of a network's weights for one pair.
 
 Every optimisation repeats one jitted step. Iteration i evaluates the objective and
 updates; the last iteration's update is dropped, so that its maps and numbers are those
@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from jaxreg.losses.objective import Objective
-from jaxreg.models.base import Registration
+from jaxreg.models.base import RegistrationModel
 from jaxreg.registration.optimization import loop
 from jaxreg.registration.optimization.loop import Optimized, Progress, Report
 from jaxreg.training import step as step_lib
@@ -32,7 +32,7 @@ def _auxiliaries(model, variables, pair):
 
 
 def auxiliaries(
-    model: Registration, variables: Variables, pair: Pair
+    model: RegistrationModel, variables: Variables, pair: Pair
 ) -> dict[str, np.ndarray]:
     """Returns what the model says of moving and fixed besides their transform.
 
@@ -42,21 +42,23 @@ def auxiliaries(
     return {name: np.asarray(value) for name, value in found.items()}
 
 
-def predict(model: Registration, variables: Variables, pair: Pair) -> Optimized:
+def predict(model: RegistrationModel, variables: Variables, pair: Pair) -> Optimized:
     """Returns the model's transforms as they are, in evaluation mode."""
     return Optimized(*_predict(model, variables, pair))
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def _remember(model, variables, pair):
+def _cache_features(model, variables, pair):
     return model.remember(variables, pair.moving, pair.fixed)
 
 
-def _remembered(model: Registration, variables: Variables, pair: Pair) -> Variables:
+def _cached_features(
+    model: RegistrationModel, variables: Variables, pair: Pair
+) -> Variables:
     """Returns variables with what no step changes, from a network that can tell it."""
     if not hasattr(model, "remember"):
         return variables
-    return _remember(model, variables, pair)
+    return _cache_features(model, variables, pair)
 
 
 @jax.jit
@@ -89,7 +91,7 @@ def _network_loop(
 
 
 def optimize_network(
-    model: Registration,
+    model: RegistrationModel,
     variables: Variables,
     pair: Pair,
     objective: Objective,
@@ -121,7 +123,7 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    variables = _remembered(model, variables, pair)
+    variables = _cached_features(model, variables, pair)
     found = _network_loop(
         dict(variables),
         pair,

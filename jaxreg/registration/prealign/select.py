@@ -1,4 +1,4 @@
-"""Pre-alignment of two scans by name: what is looked for, and the map in mm.
+"""Pre-alignment by name: the method, and the map in mm that it finds.
 
 The result is an affine map in mm with, perhaps, a gentle bend of the fixed scan's space
 before it. A network then sees the moving scan over the fixed scan's network grid,
@@ -22,8 +22,8 @@ from nibabel import orientations
 from scipy import ndimage
 
 from jaxreg.data import network_grid, preprocess
-from jaxreg.data.network_grid import Placement
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.network_grid import ResamplingRule
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.matching import nearest
 from jaxreg.matching import points as points_lib
@@ -36,11 +36,11 @@ from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
 from jaxreg.typing import Field, Image
 
-Way = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
+Method = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
 """none; centres of mass; an affine map by intensities; by SAM's matches an affine map
 ("sam-affine") or a coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
-SAM_WAYS = ("sam", "sam-affine", "sam-coarse")
-WAYS = ("none", "centre", "affine", *SAM_WAYS)
+SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
+METHODS = ("none", "centre", "affine", *SAM_METHODS)
 
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
@@ -116,17 +116,17 @@ class Scan:
     """
 
     volume: Volume
-    rule: Preprocessing
+    rule: IntensityRule
     mask: Volume | None = None
 
 
 def find(
-    way: Way, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
+    way: Method, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
 ) -> Prealignment:
     """Looks for a pre-alignment of two scans.
 
     Args:
-      way: how, see `Way`.
+      way: how, see `Method`.
       moving: the scan that is warped.
       fixed: the scan that stays.
       network: for SAM's ways, which need scans of the kind that it knows.
@@ -141,15 +141,15 @@ def find(
       UserError: SAM's weights are missing, or its matches are too few or contradict
         each other; or a scan has nothing to see.
     """
-    if way not in WAYS:
-        raise UserError(f"--prealign is {way}, expected one of {', '.join(WAYS)}")
+    if way not in METHODS:
+        raise UserError(f"--prealign is {way}, expected one of {', '.join(METHODS)}")
     if way == "none":
         return Prealignment(np.eye(4))
     both = shown(fixed), shown(moving)
     if way == "affine":
         found = _by_intensities(moving, fixed, *both)
     else:
-        if way in SAM_WAYS:
+        if way in SAM_METHODS:
             given = _by_matches(way, moving, fixed, network)
         else:
             given = Prealignment(_between_centres(moving, fixed), start="centres")
@@ -252,7 +252,7 @@ def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
 
 
 def _not_worse(
-    way: Way,
+    way: Method,
     given: Prealignment,
     fixed: measure.Shown,
     moving: measure.Shown,
@@ -295,7 +295,7 @@ def _unlikeness_beyond_headers(
     found: measure.Map,
     fixed: measure.Shown,
     moving: measure.Shown,
-    way: Way,
+    way: Method,
 ) -> float:
     """By how much a map fits worse than the headers.
 
@@ -327,7 +327,7 @@ def without_sam(way: str) -> UserError:
 
 
 def _by_matches(
-    way: Way, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
+    way: Method, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
 ) -> Prealignment:
     if network is None:
         raise without_sam(way)
@@ -370,7 +370,9 @@ def _by_matches(
         )
     if field is None:
         return Prealignment(affine_mm, start="matches")
-    return Prealignment(affine_mm, _bend(field, linear), fixed_grid, "matches")
+    return Prealignment(
+        affine_mm, _residual_field(field, linear), fixed_grid, "matches"
+    )
 
 
 def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarray]:
@@ -387,7 +389,7 @@ def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarr
         body = ndimage.binary_fill_holes(body, np.ones((1, 3, 3)))
         assert body is not None
     else:
-        placement = Placement("pad_crop", "spl", network.spacing_mm)
+        placement = ResamplingRule("pad_crop", "spl", network.spacing_mm)
         mask = placement.turned(scan.mask)
         body = placement.labels(mask.array > 0, mask.grid, image.grid.shape)
     shown = points_lib.shown_to_sam(image, rule)
@@ -396,7 +398,7 @@ def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarr
     return jnp.asarray(shown.array)[None, ..., None], shown.grid, body
 
 
-def _bend(field: Transform, linear: Transform) -> Field:
+def _residual_field(field: Transform, linear: Transform) -> Field:
     """Returns what comes before an affine map to make a coarse field of it.
 
     Both are unit, and so is the result, on the field's control points: between them a

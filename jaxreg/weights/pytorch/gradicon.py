@@ -12,7 +12,7 @@ import numpy as np
 from jaxreg.errors import UserError
 from jaxreg.typing import Variables
 from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.pytorch.state import Entry, Row, State
+from jaxreg.weights.pytorch.state import Entry, State, TensorSpec
 
 _KERNEL_3 = (3, 3, 3)
 _KERNEL_4 = (4, 4, 4)
@@ -24,53 +24,59 @@ FROM_IO = (2, 3, 4, 0, 1)
 # Rows of one layer stand together, in the order in which PyTorch stores them; a layer
 # with {level} repeats for every level before the next layer begins.
 GRADICON = (
-    Row(
+    TensorSpec(
         "downConvs.{level}",
         "weight",
         ("params", "down_{level}", "kernel"),
         ("down_out", "down_in", *_KERNEL_3),
         FROM_OI,
     ),
-    Row("downConvs.{level}", "bias", ("params", "down_{level}", "bias"), ("down_out",)),
-    Row(
+    TensorSpec(
+        "downConvs.{level}", "bias", ("params", "down_{level}", "bias"), ("down_out",)
+    ),
+    TensorSpec(
         "upConvs.{level}",
         "weight",
         ("params", "up_{level}", "kernel"),
         ("up_in", "up_out", *_KERNEL_4),
         FROM_IO,
     ),
-    Row("upConvs.{level}", "bias", ("params", "up_{level}", "bias"), ("up_out",)),
-    Row(
+    TensorSpec(
+        "upConvs.{level}", "bias", ("params", "up_{level}", "bias"), ("up_out",)
+    ),
+    TensorSpec(
         "batchNorms.{level}", "weight", ("params", "norm_{level}", "scale"), ("up_out",)
     ),
-    Row("batchNorms.{level}", "bias", ("params", "norm_{level}", "bias"), ("up_out",)),
-    Row(
+    TensorSpec(
+        "batchNorms.{level}", "bias", ("params", "norm_{level}", "bias"), ("up_out",)
+    ),
+    TensorSpec(
         "batchNorms.{level}",
         "running_mean",
         ("batch_stats", "norm_{level}", "mean"),
         ("up_out",),
     ),
-    Row(
+    TensorSpec(
         "batchNorms.{level}",
         "running_var",
         ("batch_stats", "norm_{level}", "var"),
         ("up_out",),
     ),
-    Row(
+    TensorSpec(
         "batchNorms.{level}",
         "num_batches_tracked",
         ("batch_stats", "norm_{level}", "count"),
         (),
         (),
     ),
-    Row(
+    TensorSpec(
         "lastConv",
         "weight",
         ("params", "last", "kernel"),
         (3, "last_in", *_KERNEL_3),
         FROM_OI,
     ),
-    Row("lastConv", "bias", ("params", "last", "bias"), (3,)),
+    TensorSpec("lastConv", "bias", ("params", "last", "bias"), (3,)),
 )
 
 
@@ -296,7 +302,7 @@ def _channels(structure: _Structure, level: int) -> dict[str, int]:
 
 
 def _entry(
-    row: Row, step: str, prefix: str, level: int, channels: Mapping[str, int]
+    row: TensorSpec, step: str, prefix: str, level: int, channels: Mapping[str, int]
 ) -> Entry:
     collection, module, leaf = row.path
     return Entry(

@@ -206,7 +206,7 @@ def write(path: str | os.PathLike[str], variables: Variables) -> None:
       variables: {"params": ..., "batch_stats": ...}.
 
     Raises:
-      UserError: see `from_variables` and `released.write_state_dict`.
+      UserError: see `from_variables` and `state.write_state_dict`.
     """
     state = from_variables(variables)
     state_lib.write_state_dict(path, state, wrapper="state_dict", beside={"meta": {}})

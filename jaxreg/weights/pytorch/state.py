@@ -1,4 +1,4 @@
-"""Published PyTorch weights to Flax variables and back, by an explicit key table.
+"""Tables of tensors: PyTorch's state dicts to Flax variables and back.
 
 A `.trch` file is what `torch.save(net.regis_net.state_dict())` writes: one flat mapping
 of names to tensors. `GRADICON` says for every kind of tensor in it where it lives in
@@ -27,7 +27,7 @@ _Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TensorSpec:
     """One kind of tensor, here and there.
 
     Attributes:

@@ -9,8 +9,8 @@ import pytest
 from scipy import ndimage
 
 from jaxreg.data import network_grid
-from jaxreg.data.network_grid import Placement
-from jaxreg.data.preprocess import Preprocessing
+from jaxreg.data.network_grid import ResamplingRule
+from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.io import transforms
 from jaxreg.matching import nearest
@@ -127,9 +127,9 @@ def given(monkeypatch, found):
 
 
 PLACEMENTS = [
-    Placement(),
-    Placement("aligned", "ijk"),
-    Placement("pad_crop", "spl", 3.0),
+    ResamplingRule(),
+    ResamplingRule("aligned", "ijk"),
+    ResamplingRule("pad_crop", "spl", 3.0),
 ]
 
 
@@ -233,11 +233,11 @@ def test_a_pre_alignment_that_was_found_is_not_looked_for(scans, monkeypatch):
 def test_features_are_sams_on_a_grid_like_its_own_alone():
     ct = dataclasses.replace(
         OPTIONS, fixed_modality="ct", moving_modality="ct", io_iterations=2,
-        io_target="features", placement=Placement("pad_crop", "spl", 2.0),
+        io_target="features", placement=ResamplingRule("pad_crop", "spl", 2.0),
     )  # fmt: skip
     assert pair_lib._extractor(NETWORK, ct) is not features.mind_features
     assert pair_lib._extractor(None, ct) is features.mind_features
-    for placement in (None, Placement("pad_crop", "spl", 1.0), Placement()):
+    for placement in (None, ResamplingRule("pad_crop", "spl", 1.0), ResamplingRule()):
         with pytest.warns(UserWarning, match="takes MIND's descriptors in place"):
             other = dataclasses.replace(ct, placement=placement)
             assert pair_lib._extractor(NETWORK, other) is features.mind_features
@@ -259,10 +259,10 @@ def test_labels_and_masks_are_carried_along(scans, monkeypatch):
         loss_function_masking=True,
         input_masking=True,
         # Nearest voxels; other placements are up to half a voxel off.
-        placement=Placement("pad_crop", "kji", 3.0),
+        placement=ResamplingRule("pad_crop", "kji", 3.0),
     )
     over = options.placement.grid(FIXED, NETWORK_GRID)
-    carried = network_grid.Carried(over, Transform(()))
+    carried = network_grid.Resampled(over, Transform(()))
     start = dataclasses.replace(carried, transform=Prealignment(TRUTH).transform)
     pair = preparation.make_pair(*scans, options, regions, start)
     for a, b in (
@@ -283,7 +283,7 @@ def test_labels_and_masks_are_carried_along(scans, monkeypatch):
 # --- the searches ---------------------------------------------------------------------
 
 
-MRI = Preprocessing("mri")
+MRI = IntensityRule("mri")
 
 
 def error_mm(found, truth=TRUTH):
@@ -395,7 +395,7 @@ def test_a_network_that_lays_extents_over_each_other_is_spoken_of(
     pair_lib.prealigned(*scans, loaded(Known()), OPTIONS)
     assert any("with --prealign none" in str(w.message) for w in recwarn) == better
     recwarn.clear()
-    boxed = loaded(Known(), **Placement("pad_crop", "spl", 3.0).to_dict())
+    boxed = loaded(Known(), **ResamplingRule("pad_crop", "spl", 3.0).to_dict())
     pair_lib.prealigned(*scans, boxed, OPTIONS)
     assert not recwarn
 
@@ -403,7 +403,7 @@ def test_a_network_that_lays_extents_over_each_other_is_spoken_of(
 # --- by matches that are made up ------------------------------------------------------
 
 
-CT = Preprocessing("ct")
+CT = IntensityRule("ct")
 NETWORK = sam.TrainedSam(sam.SamConfig(channels=(1, 1, 1, 1), embedding=1), {})
 
 
@@ -495,7 +495,7 @@ def test_bend_and_affine_make_the_coarse_field(ct):
     matrix = np.eye(4)
     matrix[:3] += 0.1 * rng.normal(size=(3, 4))
     coarse = Transform((Displacement(field),))
-    bend = select._bend(coarse, Transform((transform_lib.Affine(matrix),)))
+    bend = select._residual_field(coarse, Transform((transform_lib.Affine(matrix),)))
     both = Transform((Displacement(bend), transform_lib.Affine(matrix)))
     points = rng.uniform(0, 1, (1, 50, 3)).astype(np.float32)
     np.testing.assert_allclose(
@@ -549,7 +549,7 @@ def test_a_window_of_sam_keeps_its_hounsfield_units_everywhere(ct, monkeypatch):
         raise UserError("asked")
 
     monkeypatch.setattr(points_lib, "embed", embed)
-    rule = Preprocessing("ct", network.ct_window)
+    rule = IntensityRule("ct", network.ct_window)
     with pytest.raises(UserError, match="asked"):
         points_lib.by_sam(ct[0].volume, rule, network)
     np.testing.assert_array_equal(asked[0], image)

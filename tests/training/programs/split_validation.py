@@ -74,7 +74,7 @@ def main() -> None:
         validate = validation.make_validation(*settings)
         assert validate is not None
         scores = dict(validate(variables).scores)
-        blamed = validation.make_blame(*settings)(variables, batch)
+        blamed = validation.make_find_bad_pairs(*settings)(variables, batch)
         found[space] = {"scores": scores, "blamed": blamed, "exchanges": exchanges[:]}
     print(json.dumps(found))
 
