@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
 
-def near_match(name: str, known: Iterable[str]) -> str:
-    """Returns " (did you mean X?)" where a known name is like this one, else ""."""
-    near = difflib.get_close_matches(name.lower(), list(known), 1)
-    return f" (did you mean {near[0]}?)" if near else ""
+def near_match(name: str, known: Iterable[str], most: int = 1) -> str:
+    """Returns " (did you mean X or Y?)" of known names like this one, else ""."""
+    near = difflib.get_close_matches(name.lower(), list(known), most)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""

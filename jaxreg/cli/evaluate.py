@@ -199,14 +199,14 @@ def evaluate_verb(  # noqa: PLR0913
     )
     chosen, names = _paired(
         listed,
+        count,
+        (fixed_modality, moving_modality),
         split=split,
         neighbours=neighbours,
         across_modalities=across_modalities,
         model=loaded,
         options=options,
     )
-    chosen = chosen[:count]
-    _warn_about_modalities(chosen, fixed_modality, moving_modality)
     with _shown(out) as progress:
         found = run.evaluate_files(
             chosen,
@@ -244,13 +244,22 @@ def _read(
     return read.read_manifest(manifest, holdout=holdout)
 
 
-def _paired(listed: "Manifest | tuple[PairSpec, ...]", **how):
-    """Returns the pairs, and a manifest's names of labels."""
+def _paired(
+    listed: "Manifest | tuple[PairSpec, ...]", count: int | None, modalities, **how
+):
+    """Returns the first pairs, and a manifest's names of labels.
+
+    Warns of pairs whose modality neither they nor the options (fixed, moving) name.
+    """
     from jaxreg.evaluation import run
 
     if isinstance(listed, tuple):
-        return listed, None
-    return run.pairs_of_manifest(listed, **how), listed.labels
+        pairs, names = listed, None
+    else:
+        pairs, names = run.pairs_of_manifest(listed, **how), listed.labels
+    pairs = pairs[:count]
+    _warn_about_modalities(pairs, *modalities)
+    return pairs, names
 
 
 def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
@@ -263,7 +272,7 @@ def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
         warnings.warn(
             f"{unknown} of {len(pairs)} pairs name no modality and count as MRI; "
             "give --fixed-modality and --moving-modality, or columns of that name",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -370,14 +379,14 @@ def tune_verb(  # noqa: PLR0913
     )
     chosen, names = _paired(
         listed,
+        count,
+        (fixed_modality, moving_modality),
         split=split,
         neighbours=neighbours,
         across_modalities=across_modalities,
         model=loaded,
         options=options,
     )
-    chosen = chosen[:count]
-    _warn_about_modalities(chosen, fixed_modality, moving_modality)
     with _shown(out) as progress:
         found = sweep.sweep(
             chosen,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxreg.data.network_grid import ResamplingRule
-from jaxreg.errors import UserError
+from jaxreg.errors import UserError, near_match
 from jaxreg.io import files
 from jaxreg.models import registry
 from jaxreg.models.sam import (
@@ -158,7 +158,7 @@ def _from_path(name: str) -> Bundle:
     looks_like_path = path.suffix.lower() in zoo.TORCH_SUFFIXES or len(path.parts) > 1
     if not os.path.exists(path) and not looks_like_path:
         raise UserError(
-            f"there is no model {name!r}{zoo.did_you_mean(name, zoo.ZOO)}; expected "
+            f"there is no model {name!r}{near_match(name, zoo.ZOO, most=2)}; expected "
             f"one of {', '.join(zoo.ZOO)}, a checkpoint folder or a PyTorch file"
         )
     if zoo.is_torch(path):

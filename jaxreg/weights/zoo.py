@@ -8,7 +8,6 @@ PyTorch's format to a checkpoint (`weights.bundle`), and read from there afterwa
 """
 
 import dataclasses
-import difflib
 import functools
 import os
 import pathlib
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxreg.data.network_grid import ANY_ORIENTATION, ResamplingRule
-from jaxreg.errors import UserError
+from jaxreg.errors import UserError, near_match
 from jaxreg.io import files
 from jaxreg.models import registry
 from jaxreg.models.base import RegistrationModel
@@ -406,15 +405,9 @@ def kind_named(model: str, source: str) -> Kind:
     if model not in KINDS:
         raise UserError(
             f"{source}: {model!r} is not a kind of network that jaxreg knows"
-            f"{did_you_mean(model, KINDS)}; expected one of {', '.join(KINDS)}"
+            f"{near_match(model, KINDS, most=2)}; expected one of {', '.join(KINDS)}"
         )
     return KINDS[model]
-
-
-def did_you_mean(word: str, choices: Mapping[str, Any]) -> str:
-    """Returns ", did you mean ...?" or nothing."""
-    near = difflib.get_close_matches(word.lower(), list(choices), n=2)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
 def published(card: ModelCard, file: pathlib.Path, source: str, origin: str) -> Bundle:

@@ -172,8 +172,8 @@ class Level:
 
     def points(self, matrix: np.ndarray, count: int) -> tuple[_Points, _Points]:
         """Points through the smaller scan, and around it through the larger one."""
-        region = self.regions[0 if self.fixed_is_smaller else 1]
-        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        side, step = self.from_smaller(matrix)
+        region = self.regions[side]
         inner = lattice(region, 1.0, count)
         around = apply(step, lattice(region, _AROUND, count))
         places = (inner, around) if self.fixed_is_smaller else (around, inner)
@@ -198,17 +198,20 @@ class Level:
             jnp.asarray(np.pad(counts, rest[0]), jnp.float32),
         )
 
+    def from_smaller(self, matrix: np.ndarray) -> tuple[int, np.ndarray]:
+        """Returns the smaller scan's side, and the 4x4 in mm from it to the other."""
+        return (0, matrix) if self.fixed_is_smaller else (1, np.linalg.inv(matrix))
+
     def fit(self, matrix: np.ndarray) -> Fit:
         """How well a map in mm fits."""
-        side = 0 if self.fixed_is_smaller else 1
-        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        side, step = self.from_smaller(matrix)
         locally = self.locally(side, functools.partial(apply, step), 1.0)
         return Fit(self.unlikeness(matrix, MANY), locally)
 
     def fit_of_places(self, found: Map) -> Fit:
         """How well a map in mm fits, by the fixed scan's points alone."""
-        step = functools.partial(apply, found) if isinstance(
-            found, np.ndarray) else found  # fmt: skip
+        matrix = isinstance(found, np.ndarray)
+        step = functools.partial(apply, found) if matrix else found
         mine, other = (volume_mm3(region) for region in self.regions)
         least = min(1.0, other / mine)
         places = lattice(self.regions[0], 1.0, MANY)
@@ -242,8 +245,7 @@ class Level:
 
     def agreement(self, matrix: np.ndarray) -> float:
         """See `agreement`, of a map in mm."""
-        side = 0 if self.fixed_is_smaller else 1
-        step = matrix if self.fixed_is_smaller else np.linalg.inv(matrix)
+        side, step = self.from_smaller(matrix)
         places = self.local_places(side)
         value = _agreement(
             self.sides[side],
