@@ -116,7 +116,7 @@ def _pair(arguments: Any, loaded: Any):
         shape=loaded.shape,
         placement=placement,
     )
-    moving, fixed = placement.turned(moving), placement.turned(scans[1])
+    moving, fixed = placement.reoriented(moving), placement.turned(scans[1])
     pair = preparation.make_pair(moving, fixed, options, options_lib.Regions())
     pair = dataclasses.replace(pair, task=jnp.zeros(1, jnp.int32))
     return pair, placement.grid(moving.grid, options.shape).unit_to_mm[:3, :3]

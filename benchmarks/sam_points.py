@@ -117,12 +117,12 @@ def size_of(record: records.Record) -> tuple[int, ...]:
     """Returns a scan's shape as `middle_of` turns it."""
     grid = volumes.read_grid(record.image)
     empty = Volume(np.broadcast_to(np.float32(0), grid.shape), grid)
-    return TURNED.turned(empty).grid.shape
+    return TURNED.reoriented(empty).grid.shape
 
 
 def middle_of(volume: Volume, shape: Shape) -> Volume:
     """Returns the middle of a scan, of one shape for all: programs compile once."""
-    turned = TURNED.turned(volume)
+    turned = TURNED.reoriented(volume)
     first = [(n - m) // 2 for n, m in zip(turned.array.shape, shape, strict=True)]
     return part(turned, first, shape)
 

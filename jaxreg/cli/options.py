@@ -293,12 +293,12 @@ def parse_iterations(text: str) -> int | None:
 
 
 def load_sam(
-    way: str, path: pathlib.Path | None, model: str | pathlib.Path | None
+    method: str, path: pathlib.Path | None, model: str | pathlib.Path | None
 ) -> "TrainedSam | None":
     """Loads a SAM network, before scans are read and other weights are fetched.
 
     Args:
-      way: of pre-alignment, one of prealignment.WAYS.
+      method: of pre-alignment, one of prealignment.WAYS.
       path: of --sam-weights.
       model: name or path of the network's weights; None for no network.
 
@@ -311,12 +311,12 @@ def load_sam(
 
     if path is not None:
         return load.load_sam(path)
-    if way in select.SAM_METHODS and not (
+    if method in select.SAM_METHODS and not (
         model is not None
         and str(model) not in zoo.ZOO
         and pathlib.Path(model).suffix.lower() not in zoo.TORCH_SUFFIXES
     ):
-        raise select.without_sam(way)
+        raise select.without_sam(method)
     return None
 
 

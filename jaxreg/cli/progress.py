@@ -73,15 +73,19 @@ class Bar:
         now = time.monotonic()
         left = self._left(now, done, total)
         if left is not None and left > _LONG_S and self._shorter:
-            self.say(f"{about(left)} left; {self._shorter}")
+            self.report(f"{about(left)} left; {self._shorter}")
             self._shorter = ""
         if not self._console.is_terminal:
             # A log wants to know that it lives, not every step.
             late = now - self._said > _LINE_S or done == total
             if late or done >= self._next * total:
                 self._next = done / total + 0.2
-                told = "" if left is None or done == total else f"{about(left)} left"
-                self.say(", ".join(filter(None, (f"{done} of {total}", text, told))))
+                remaining = (
+                    "" if left is None or done == total else f"{about(left)} left"
+                )
+                self.report(
+                    ", ".join(filter(None, (f"{done} of {total}", text, remaining)))
+                )
             return
         self._said = now
         if self._progress is None:
@@ -109,7 +113,7 @@ class Bar:
             return None
         return (now - since) / (done - first) * (total - done)
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Shows a sentence at once."""
         self._said = time.monotonic()
         if self._progress is not None:
@@ -127,7 +131,7 @@ class Bar:
             patience = _WORD_S
             text = self._waiting if self._first is None else "still at work"
             passed = about(time.monotonic() - self._start).removeprefix("about ")
-            self.say(f"{text or 'still at work'} ({passed} so far)")
+            self.report(f"{text or 'still at work'} ({passed} so far)")
 
 
 def about(seconds: float) -> str:

@@ -95,24 +95,26 @@ def train_verb(
         train = functools.partial(run.run, chosen)
     if dry_run:
         with Bar("dry run") as bar:
-            rows = dry(say=bar.say)
+            rows = dry(report=bar.report)
         print_numbers(rows)
         return
     assert out is not None
     with interrupted(
         f"what was saved is in {out}; go on with the same command and --resume"
     ):
-        outcome = train(out, resume=resume, say=_say)
-    _say(f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all")
+        outcome = train(out, resume=resume, report=_print_line)
+    _print_line(
+        f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all"
+    )
     for name, value in outcome.scores.items():
-        _say(f"validation {name}: {value:.5g}")
-    _say(f"wrote {outcome.weights}")
+        _print_line(f"validation {name}: {value:.5g}")
+    _print_line(f"wrote {outcome.weights}")
 
 
-def _dry_rows(chosen: "Experiment", *, say: Callable[[str], None]) -> dict[str, str]:
+def _dry_rows(chosen: "Experiment", *, report: Callable[[str], None]) -> dict[str, str]:
     from jaxreg.experiments import dry_run as dry_run_lib
 
-    return dry_run_lib.dry_run(chosen, say=say).rows()
+    return dry_run_lib.dry_run(chosen, report=report).rows()
 
 
 def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -149,7 +151,7 @@ def _join(coordinator: str | None, processes: int | None, process: int | None) -
     parallel.start_processes(coordinator, processes, process)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     import jax
 
     if jax.process_index() == 0:

@@ -393,7 +393,7 @@ class ScanReader:
         return cache_lib.entry_name({**fields, **settings})
 
     def _volume(self, path: pathlib.Path, kind: volumes.Kind) -> Volume:
-        return self.loading.placement.turned(volumes.read_volume(path, kind=kind))
+        return self.loading.placement.reoriented(volumes.read_volume(path, kind=kind))
 
     def _on_image_grid(
         self, path: pathlib.Path, kind: volumes.Kind, record: Record
@@ -402,7 +402,7 @@ class ScanReader:
         volume = self._volume(path, kind)
         grid = volumes.read_grid(record.image)
         header = Volume(np.broadcast_to(False, grid.shape), grid, str(record.image))
-        header = self.loading.placement.turned(header)
+        header = self.loading.placement.reoriented(header)
         what = {"labels": "label map"}.get(kind, kind)
         preprocess.check_same_grid(volume, header, what=what)
         return volume
@@ -456,11 +456,13 @@ class ReadyReader:
         return out
 
     def _check(self, pair: Batch) -> None:
-        asked = [
+        required = [
             f"{key}_labels" for key in pair_source.SIDES if self.loading.use_labels
         ]
-        asked += [f"{key}_mask" for key in pair_source.SIDES if self.loading.use_masks]
-        missing = [key for key in (*pair_source.SIDES, *asked) if key not in pair]
+        required += [
+            f"{key}_mask" for key in pair_source.SIDES if self.loading.use_masks
+        ]
+        missing = [key for key in (*pair_source.SIDES, *required) if key not in pair]
         if missing:
             raise UserError(
                 f"a pair of {type(self.source).__name__} has no "

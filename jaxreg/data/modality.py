@@ -41,7 +41,7 @@ CONTRASTS: Mapping[str, str] = MappingProxyType(
 """Names of modalities to the contrast that they mean; "mri" where that is not said."""
 
 
-def known(modality: str) -> str:
+def canonical(modality: str) -> str:
     """Returns the key of `CONTRASTS` that a free word is, else that of its `kind`."""
     word = modality.strip().lower()
     return word if word in CONTRASTS else kind(word)

@@ -122,20 +122,20 @@ class ResamplingRule:
     def to_dict(self) -> dict[str, Any]:
         """Returns what `of_weights` reads, in words."""
         nearest = "floor" if self.resize == "half_pixel" else "aligned"
-        told: dict[str, Any] = {
+        stored: dict[str, Any] = {
             "axes": _AXES_WORDS[self.axes],
             "resize": _RESIZE_WORDS[self.resize],
             "resize_labels": "nearest" + f", {nearest}" * (not self._fixed_spacing),
         }
         if self.orientation is not None:
-            told["orientation"] = self.orientation
-        return told | ({"spacing_mm": self.spacing_mm} if self._fixed_spacing else {})
+            stored["orientation"] = self.orientation
+        return stored | ({"spacing_mm": self.spacing_mm} if self._fixed_spacing else {})
 
     @property
     def _fixed_spacing(self) -> bool:
         return self.resize == "pad_crop"
 
-    def turned(self, volume: Volume) -> Volume:
+    def reoriented(self, volume: Volume) -> Volume:
         """Returns the scan with its array axes in the network's order; a view."""
         if self.axes == "spl":
             return oriented(volume, _SUPERIOR_POSTERIOR_LEFT)

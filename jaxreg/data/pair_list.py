@@ -208,7 +208,7 @@ def _pair(row: Mapping[str, str], where: str, folder: pathlib.Path) -> PairSpec:
     fields: dict[str, Any] = {}
     for name, cell in cells.items():
         if name.endswith("_modality"):
-            fields[name] = modality.known(cell)
+            fields[name] = modality.canonical(cell)
         else:
             fields[name] = cell if name in _WORDS else folder / cell
     pair = PairSpec(**fields)

@@ -246,8 +246,8 @@ def network_image(
                 f"mask {mask.source} leaves nothing of its image {volume.source} (all "
                 "voxels become 0); check that they belong together"
             )
-    beyond = 1 - rule.outside if inverted else rule.outside
-    outside = 0.0 if mask is not None else beyond
+    fill = 1 - rule.outside if inverted else rule.outside
+    outside = 0.0 if mask is not None else fill
     placed = placement.image(array, volume.grid, shape, outside=outside)
     return placed[None, ..., None]  # N D H W C
 

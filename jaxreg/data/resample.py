@@ -95,8 +95,8 @@ def _filled(
 ) -> np.ndarray:
     """Sets what lies more than half a voxel beyond the source's outer centres."""
     for axis, (position, n) in enumerate(zip(positions, source, strict=True)):
-        beyond = np.abs(position - (n - 1) / 2) > n / 2 + _ROUNDING
-        array[(slice(None),) * axis + (beyond,)] = value
+        padded = np.abs(position - (n - 1) / 2) > n / 2 + _ROUNDING
+        array[(slice(None),) * axis + (padded,)] = value
     return array
 
 

@@ -105,7 +105,7 @@ class ViewSource:
         )
         header = volumes.read_grid(path)
         empty = Volume(np.broadcast_to(np.float32(0), header.shape), header, str(path))
-        grid = _SPL.turned(empty).grid
+        grid = _SPL.reoriented(empty).grid
         array = np.empty(grid.shape, np.uint16)
         if self.cache.read(name, array) is None:
             decoded = self._decoded(path, rule)
@@ -115,6 +115,6 @@ class ViewSource:
         return Volume(scaled, grid, str(path))
 
     def _decoded(self, path: pathlib.Path, rule: preprocess.IntensityRule) -> Volume:
-        volume = _SPL.turned(volumes.read_volume(path))
+        volume = _SPL.reoriented(volumes.read_volume(path))
         array = preprocess.normalise(volume.array, rule, source=str(path))
         return Volume(array, volume.grid, str(path))

@@ -73,14 +73,14 @@ def pairs_of_manifest(
       UserError: the split leaves no pair.
     """
     chosen = [record for record in manifest.records if record.split == split]
-    told = {
+    pairings = {
         (record.dataset, record.region): _trained_pairing(record, model, options)
         for record in chosen
         if record.dataset in manifest.unpaired
     }
     chosen = [
         dataclasses.replace(record, pairing=pairing)
-        if (pairing := told.get((record.dataset, record.region))) is not None
+        if (pairing := pairings.get((record.dataset, record.region))) is not None
         else record
         for record in chosen
     ]
@@ -102,7 +102,7 @@ def pairs_of_manifest(
     pairs = []
     for fixed, moving in found:
         pair = _pair_of_records(fixed, moving)
-        if told.get((fixed.dataset, fixed.region), "") is None:
+        if pairings.get((fixed.dataset, fixed.region), "") is None:
             pair = dataclasses.replace(pair, pairing=None)
         pairs.append(pair)
     return tuple(pairs)
@@ -134,8 +134,8 @@ def _pair_of_records(fixed: records.Record, moving: records.Record) -> PairSpec:
     return PairSpec(
         fixed=fixed.image,
         moving=moving.image,
-        fixed_modality=modality_lib.known(fixed.modality),
-        moving_modality=modality_lib.known(moving.modality),
+        fixed_modality=modality_lib.canonical(fixed.modality),
+        moving_modality=modality_lib.canonical(moving.modality),
         task=fixed.dataset,
         region=fixed.region or None,
         pairing=fixed.pairing,
@@ -252,63 +252,68 @@ def evaluate(
             "optimise what it measures; leave it out"
         )
     options = preparation.with_grid(dataclasses.replace(options, inverse=False), model)
-    ways = _method_runs(
+    method_runs = _method_runs(
         model, options, with_optimisation, name, others or {}, smoothness, sam
     )
     names = pair_names(pairs)
     _check_pairs(pairs, names, options, landmarks_frame)
-    told = [f"pair {name}" for name in names]
-    rows_lib.check_conditioning(pairs, told, model, options, smoothness)
+    pairings = [f"pair {name}" for name in names]
+    rows_lib.check_conditioning(pairs, pairings, model, options, smoothness)
     rows_lib.warn_of_validation_scans(pairs, model, stacklevel=3)
     rows: list[table_lib.EvalRecord] = []
     placement = preparation.placement_of(model, options)
     for pair, called in zip(pairs, names, strict=True):
         for row in _rows_of(
-            pair, called, ways, options, placement, labels, landmarks_frame
+            pair, called, method_runs, options, placement, labels, landmarks_frame
         ):
             rows.append(row)
             if progress is not None:
-                progress(len(rows), len(pairs) * len(ways), row)
+                progress(len(rows), len(pairs) * len(method_runs), row)
         if keep is not None:
-            keep(table_lib.Result(_in_order(rows, ways)))
-    return table_lib.Result(_in_order(rows, ways))
+            keep(table_lib.Result(_in_order(rows, method_runs)))
+    return table_lib.Result(_in_order(rows, method_runs))
 
 
 def _rows_of(
     pair: PairSpec,
     name: str,
-    ways: Sequence[_MethodRun],
+    method_runs: Sequence[_MethodRun],
     options: options_lib.Options,
     placement: network_grid.ResamplingRule,
     labels: Sequence[int] | None,
     frame: Frame,
 ) -> Iterator[table_lib.EvalRecord]:
     """Yields a pair's rows; one without numbers, and a warning, where a way fails."""
-    written = next((w for w in reversed(ways) if w.compiles), None)
+    written = next((w for w in reversed(method_runs) if w.compiles), None)
     try:
         scans = _read(pair, name, options, frame)
     except UserError as error:
         warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
-        yield from (table_lib.EvalRecord(way.name, pair.table, name) for way in ways)
+        yield from (
+            table_lib.EvalRecord(method_run.name, pair.table, name)
+            for method_run in method_runs
+        )
         return
     present = _labels_of(scans, labels)
     measured = placement.measured(
-        placement.turned(scans.fixed).grid, options.grid_shape
+        placement.reoriented(scans.fixed).grid, options.grid_shape
     )
-    for way in ways:
+    for method_run in method_runs:
         try:
-            found, seconds = way.find(scans)
-            row = _measure(scans, found, way.name, present, measured)
-            if way is written:
+            found, seconds = method_run.find(scans)
+            row = _measure(scans, found, method_run.name, present, measured)
+            if method_run is written:
                 _write_outputs(scans, found, options)
-            yield dataclasses.replace(row, seconds=seconds, first=way.compiles)
+            yield dataclasses.replace(row, seconds=seconds, first=method_run.compiles)
         except UserError as error:
-            warnings.warn(f"pair {name}: {way.name} failed: {error}", stacklevel=3)
-            yield table_lib.EvalRecord(way.name, pair.table, name)
+            warnings.warn(
+                f"pair {name}: {method_run.name} failed: {error}", stacklevel=3
+            )
+            yield table_lib.EvalRecord(method_run.name, pair.table, name)
 
 
 def _in_order(
-    rows: Sequence[table_lib.EvalRecord], ways: Sequence[_MethodRun]
+    rows: Sequence[table_lib.EvalRecord], method_runs: Sequence[_MethodRun]
 ) -> tuple[table_lib.EvalRecord, ...]:
     """Orders rows by method and gives the rows of a task the same labels.
 
@@ -324,7 +329,9 @@ def _in_order(
         return {n: scores.get(n, math.nan) for n in sorted(known[row.task])}
 
     compiled: set[str] = set()
-    ordered: dict[str, list[table_lib.EvalRecord]] = {way.name: [] for way in ways}
+    ordered: dict[str, list[table_lib.EvalRecord]] = {
+        method_run.name: [] for method_run in method_runs
+    }
     for row in rows:
         ordered[row.method].append(
             dataclasses.replace(
@@ -366,8 +373,10 @@ def _method_runs(
             "displacement or --prealign, or name another tool"
         )
     start = _prealigned(model, options, sam) if prealigned else None
-    ways = _starts(model, options, start)
-    ways += [_MethodRun(other, _timed(method)) for other, method in others.items()]
+    method_runs = _starts(model, options, start)
+    method_runs += [
+        _MethodRun(other, _timed(method)) for other, method in others.items()
+    ]
     if model is not None:
         called = name or pathlib.PurePath(model.name).name
         single = dataclasses.replace(
@@ -376,30 +385,30 @@ def _method_runs(
             io_target="network",
             intensity_conservation_loss=False,
         )
-        asked = {
+        requested = {
             weight_name(called, weight): dataclasses.replace(single, smoothness=weight)
             for weight in smoothness
         } or {called: single}
-        ways += [
+        method_runs += [
             _MethodRun(row, _registered(model, each, sam, start), compiles=True)
-            for row, each in asked.items()
+            for row, each in requested.items()
         ]
         if with_optimisation and not displacement:
             optimised = _registered(model, options, sam, start)
-            ways.append(_MethodRun(f"{called} + IO", optimised, compiles=True))
+            method_runs.append(_MethodRun(f"{called} + IO", optimised, compiles=True))
     refined = model is None and with_optimisation and options.io_target != "network"
     if refined or (displacement and (model is None or with_optimisation)):
         alone = dataclasses.replace(
             options, task="auto", pairing=None, smoothness=None, level_iterations=None
         )
         found = _registered(None, alone, sam, start)
-        ways.append(_MethodRun(options.io_target, found, compiles=True))
+        method_runs.append(_MethodRun(options.io_target, found, compiles=True))
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
         )
-    _check_unlike([way.name for way in ways])
-    return ways
+    _check_unlike([method_run.name for method_run in method_runs])
+    return method_runs
 
 
 def _starts(
@@ -411,7 +420,7 @@ def _starts(
     def resized(scans):
         return _resized(scans, options, placement), math.nan
 
-    ways = [
+    method_runs = [
         _MethodRun(table_lib.INITIAL, lambda scans: (Transform(()), math.nan)),
         _MethodRun(table_lib.RESIZED, resized),
     ]
@@ -422,8 +431,8 @@ def _starts(
             return found.in_world, seconds
 
         name = f"pre-aligned, {options.prealign}"
-        ways.append(_MethodRun(name, prealigned, compiles=True))
-    return ways
+        method_runs.append(_MethodRun(name, prealigned, compiles=True))
+    return method_runs
 
 
 def _check_unlike(names: Sequence[str]) -> None:

@@ -151,13 +151,13 @@ def _signed_rank_p(differences: np.ndarray) -> float:
     # Twice the ranks: whole numbers also where the mean of two is not.
     ranks = np.rint(2 * stats.rankdata(np.abs(differences))).astype(int)
     total = int(ranks.sum())
-    ways = np.zeros(total + 1)  # signs that give each sum of positive ranks
-    ways[0] = 1.0
+    counts = np.zeros(total + 1)  # signs that give each sum of positive ranks
+    counts[0] = 1.0
     for rank in ranks:
-        ways[rank:] += ways[: total + 1 - rank].copy()
+        counts[rank:] += counts[: total + 1 - rank].copy()
     positive = int(ranks[differences > 0].sum())
-    tail = ways[: min(positive, total - positive) + 1].sum()
-    return float(min(1.0, 2 * tail / ways.sum()))
+    tail = counts[: min(positive, total - positive) + 1].sum()
+    return float(min(1.0, 2 * tail / counts.sum()))
 
 
 def _measure_of(metric: str) -> Callable[[EvalRecord], float]:

@@ -82,10 +82,13 @@ def weights_to_try(model: zoo.LoadedModel, count: int) -> tuple[float, ...]:
     Raises:
       UserError: it was trained with one weight per task, or there are too few.
     """
-    asked = _range(model)
+    smoothness_range = _range(model)
     if count < 2:
         raise UserError(f"--steps is {count}, expected at least 2 weights to try")
-    return tuple(float(w) for w in np.geomspace(asked.low, asked.high, count))
+    return tuple(
+        float(w)
+        for w in np.geomspace(smoothness_range.low, smoothness_range.high, count)
+    )
 
 
 def check_weights(model: zoo.LoadedModel, weights: Sequence[float]) -> None:
@@ -95,29 +98,30 @@ def check_weights(model: zoo.LoadedModel, weights: Sequence[float]) -> None:
       UserError: there are fewer than two, one is repeated, no number or outside of the
         network's range, or it has none.
     """
-    asked = _range(model)
+    smoothness_range = _range(model)
     given = ",".join(f"{weight:g}" for weight in weights)
     if len(weights) < 2 or len(set(weights)) < len(weights):
         raise UserError(
             f"--smoothness is {given}, expected two or more unlike weights to compare"
         )
     for weight in weights:
-        if not asked.low <= weight <= asked.high:  # nan as well
+        if not smoothness_range.low <= weight <= smoothness_range.high:  # nan as well
             raise UserError(
                 f"--smoothness has {weight:g}, but {model.name} was trained for "
-                f"{asked.low:g} to {asked.high:g}; give numbers between"
+                f"{smoothness_range.low:g} to {smoothness_range.high:g}; give numbers "
+                "between"
             )
 
 
 def _range(model: zoo.LoadedModel) -> SmoothnessRange:
     config: Any = getattr(model.model, "config", None)
-    asked = registry.smoothness_range(config)
-    if asked is None:
+    smoothness_range = registry.smoothness_range(config)
+    if smoothness_range is None:
         raise UserError(
             f"{model.name} was not trained to be asked for a smoothness; train with "
             "model.smoothness_range, or give --model of such weights"
         )
-    return asked
+    return smoothness_range
 
 
 def sweep(
@@ -155,7 +159,7 @@ def sweep(
     called = settings.get("name") or pathlib.PurePath(model.name).name
     methods = {run.weight_name(called, weight): weight for weight in weights}
     names = pair_list.pair_names(pairs)
-    told = {
+    task_of_pair = {
         (pair.table, name): rows.conditioning_of_pair(pair, model, options).key
         for pair, name in zip(pairs, names, strict=True)
     }
@@ -166,7 +170,7 @@ def sweep(
         if row.method not in methods:
             continue
         pair, weight = (row.task, row.pair), methods[row.method]
-        task = told[pair]
+        task = task_of_pair[pair]
         measured = {task: row.mean_dice}
         measured |= {(task, row.task, n): score for n, score in row.dice.items()}
         for what, score in measured.items():
@@ -177,7 +181,7 @@ def sweep(
         for what, one in scores.items()
         if (winner := _best(one, weights)) is not None
     }
-    known = list(dict.fromkeys(told.values()))
+    known = list(dict.fromkeys(task_of_pair.values()))
     best = {task: of_all[task] for task in known if task in of_all}
     structures = [
         Structure(what[0], what[1], what[2], *one)

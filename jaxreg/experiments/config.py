@@ -278,9 +278,9 @@ class Experiment:
                     f"{loaded[1]:g} HU that are loaded; mend it, or widen "
                     "loading.ct_window"
                 )
-        told = registry.tells_tasks(self.model) == "regions"
+        has_regions = registry.tells_tasks(self.model) == "regions"
         reads = registry.reads_ct_alone(self.model)
-        if task.network_window is not None and not (told and reads):
+        if task.network_window is not None and not (has_regions and reads):
             raise UserError(
                 f"task {task.dataset} has a network_window, but the network is not "
                 "told of tasks or reads no Hounsfield units; give the task a "

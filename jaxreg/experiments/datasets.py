@@ -451,12 +451,12 @@ def seen_orientation(
         return None, ""
     if experiment.data.synthetic:
         return synthetic.ORIENTATION, ""
-    asked = loading.placement.orientation
+    wanted = loading.placement.orientation
     known = None if start in (None, network_grid.ANY_ORIENTATION) else start
-    if asked is not None:
-        differs = known is not None and known != asked
-        return asked, (
-            f"the scans are turned to {asked}, but those of train.start were {known}"
+    if wanted is not None:
+        differs = known is not None and known != wanted
+        return wanted, (
+            f"the scans are turned to {wanted}, but those of train.start were {known}"
             if differs
             else ""
         )
@@ -493,24 +493,24 @@ def make_prepare(
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
         pair = addressed(pair, experiment, sources)
-        asked = registry.smoothness_range(experiment.model)
-        if asked is not None and key is not None:
-            drawn = _draw_smoothness(key, batch["index"], asked)
+        wanted = registry.smoothness_range(experiment.model)
+        if wanted is not None and key is not None:
+            drawn = _draw_smoothness(key, batch["index"], wanted)
             pair = dataclasses.replace(pair, smoothness=drawn)
         return parallel.constrain(pair, layout)
 
     return prepare
 
 
-def _draw_smoothness(key: Key, index: jax.Array, asked: SmoothnessRange) -> jax.Array:
+def _draw_smoothness(key: Key, index: jax.Array, wanted: SmoothnessRange) -> jax.Array:
     """Draws a weight for each pair of a batch, uniform in its logarithm."""
     key = jax.random.fold_in(key, _SMOOTHNESS)
 
     def draw(number):  # by the pair's number: not by its place on a device
         return jax.random.uniform(jax.random.fold_in(key, number))
 
-    span = math.log(asked.high / asked.low)
-    return asked.low * jnp.exp(span * jax.vmap(draw)(index))
+    span = math.log(wanted.high / wanted.low)
+    return wanted.low * jnp.exp(span * jax.vmap(draw)(index))
 
 
 def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
@@ -544,14 +544,14 @@ def _compared(experiment: Experiment, rule: TaskRule) -> tuple[float, float]:
 
 def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
     """Returns each task's weight of smoothness; None where objectives say it all."""
-    asked = registry.smoothness_range(experiment.model)
+    wanted = registry.smoothness_range(experiment.model)
     own = [rule.smoothness for rule in sources.rules]
-    if asked is None and not any(weight is not None for weight in own):
+    if wanted is None and not any(weight is not None for weight in own):
         return None
     several = objectives_of(experiment)
     return [
         weight if weight is not None
-        else asked.middle if asked else several[number].smoothness_weight
+        else wanted.middle if wanted else several[number].smoothness_weight
         for weight, number in zip(
             own or (None,) * len(sources.objectives), sources.objectives, strict=True
         )
@@ -567,10 +567,10 @@ def with_bank(
     or regions of heads. A known one whose data are not there keeps its place; tasks of
     one dataset, or of one region, share one.
     """
-    told = registry.tells_tasks(model)
-    if told is None:
+    kind = registry.tells_tasks(model)
+    if kind is None:
         return sources
-    names = getattr(sources, told)
+    names = getattr(sources, kind)
     bank = tuple(dict.fromkeys((*known, *names)))
     rows = tuple(bank.index(name) for name in names)
     return dataclasses.replace(sources, bank=bank, rows=rows)

@@ -32,7 +32,7 @@ from jaxreg.experiments.stage import (
     shared_out,
     trained_rows,
 )
-from jaxreg.experiments.warm_start import Say, sam_of, tasks_of_start
+from jaxreg.experiments.warm_start import Report, sam_of, tasks_of_start
 from jaxreg.io import files
 from jaxreg.models import registry, sam
 from jaxreg.models.unireg import paper
@@ -175,7 +175,7 @@ def counted(count: int, what: str) -> str:
 
 
 @compilation_cache.kept()
-def dry_run(experiment: Experiment, *, say: Say = lambda _: None) -> DryRun:
+def dry_run(experiment: Experiment, *, report: Report = lambda _: None) -> DryRun:
     """Builds all stages of an experiment and compiles their steps, as training would.
 
     The data need not be there: what their manifests would give is made up. What
@@ -185,7 +185,7 @@ def dry_run(experiment: Experiment, *, say: Say = lambda _: None) -> DryRun:
 
     Args:
       experiment: what to try.
-      say: takes a sentence before each compilation, which may take minutes.
+      report: takes a sentence before each compilation, which may take minutes.
 
     Raises:
       UserError: settings, devices or data do not fit together.
@@ -202,7 +202,7 @@ def dry_run(experiment: Experiment, *, say: Say = lambda _: None) -> DryRun:
         if program not in found:
             shape, at_once = last.experiment.loading.shape, last.at_once
             then = ", then for one" if at_once > 1 else ""
-            say(
+            report(
                 f"{last.stage.name}: compiling the training step for "
                 f"{grid_and_device(shape)}, {counted(at_once, 'pair')} at once{then}"
             )

@@ -34,7 +34,7 @@ from jaxreg.experiments.datasets import (
     stored_orientations,
 )
 from jaxreg.experiments.stage import StageRun
-from jaxreg.experiments.warm_start import Say
+from jaxreg.experiments.warm_start import Report
 from jaxreg.io import files
 from jaxreg.models import registry
 from jaxreg.models.sam import TrainedSam
@@ -68,7 +68,7 @@ def run(
     out: pathlib.Path,
     *,
     resume: bool = False,
-    say: Say = print,
+    report: Report = print,
 ) -> Outcome:
     """Trains all stages of an experiment.
 
@@ -76,7 +76,7 @@ def run(
       experiment: what to do.
       out: the folder of the run.
       resume: go on where a run in `out` ended or was killed.
-      say: takes a sentence at a time for the user.
+      report: takes a sentence at a time for the user.
 
     Raises:
       UserError: settings, data, devices or the folder do not fit together, or training
@@ -101,12 +101,12 @@ def run(
         known = before if experiment.train.start is None else started_with
         own = sam if registry.correlates_sam(changed.model) else None
         stage_runs.append(
-            stage_lib.StageRun(changed, stage, out, say, before, known, own)
+            stage_lib.StageRun(changed, stage, out, report, before, known, own)
         )
-    orientation = _orientation(experiment, stage_runs, out, say)
+    orientation = _orientation(experiment, stage_runs, out, report)
     if not (out / folder.SETTINGS).is_file():
         if resume:
-            say(f"there is no run in {out} to resume, so it starts anew")
+            report(f"there is no run in {out} to resume, so it starts anew")
         first = stage_runs[0]
         if experiment.train.start or first.sam:
             warm_start.initial_variables(
@@ -131,7 +131,7 @@ def run(
     scores: Mapping[str, float] = {}
     steps = 0
     for trainer in stage_runs:
-        say(f"stage {trainer.stage.name}: {trainer.stage.epochs} epochs")
+        report(f"stage {trainer.stage.name}: {trainer.stage.epochs} epochs")
         variables, scores, steps = trainer.run(variables, resume=resume)
     weights = out / "weights"
     if jax.process_index() == 0:
@@ -151,7 +151,7 @@ def _orientation(
     experiment: Experiment,
     stage_runs: Sequence["StageRun"],
     out: pathlib.Path,
-    say: Say,
+    report: Report,
 ) -> str | None:
     """Makes all stages see scans in one orientation; returns which.
 
@@ -168,7 +168,7 @@ def _orientation(
         said = None if start is None else load.load(start).orientation
         found, why = seen_orientation(experiment, stored, said)
     if why:
-        say(why)
+        report(why)
     for one in stage_runs:
         one.sources = dataclasses.replace(one.sources, orientation=found)
         if set(stored) - {found} and found is not None:
@@ -192,17 +192,17 @@ def bundle_of(
       sources: with the names of prompts or regions, for networks that know tasks.
       sam: the network that the variables hold for a UniReg's embeddings.
     """
-    loading, told = experiment.loading, registry.tells_tasks(experiment.model)
+    loading, kind = experiment.loading, registry.tells_tasks(experiment.model)
     named: dict[str, Any] = {}
-    if told is not None:
+    if kind is not None:
         assert sources is not None  # the caller's promise
         rules: Sequence[TaskRule] = sources.rules
-        if told == "tasks":  # one for each prompt, whose data need not be there
+        if kind == "tasks":  # one for each prompt, whose data need not be there
             of_row = dict(zip(sources.rows, sources.rules, strict=False))
             rules = [of_row.get(row, TaskRule()) for row in range(len(sources.bank))]
         named = {
             "tasks": list(sources.tasks),
-            told: list(sources.bank),
+            kind: list(sources.bank),
             "task_rules": [dataclasses.asdict(rule) for rule in rules],
         }
     if sam is not None:
@@ -246,8 +246,8 @@ def _with_validation_scans(
     """Returns the weights with what chose them, for `data.pair_list` to warn of."""
     if not scans:
         return bundle
-    told = {**bundle.preprocessing, zoo.VALIDATION_SCANS: sorted(scans)}
-    return dataclasses.replace(bundle, preprocessing=told)
+    preprocessing = {**bundle.preprocessing, zoo.VALIDATION_SCANS: sorted(scans)}
+    return dataclasses.replace(bundle, preprocessing=preprocessing)
 
 
 def _scans_of_start(experiment: Experiment, out: pathlib.Path) -> list[str]:
@@ -289,5 +289,5 @@ def line_of(stage: str, record: Record) -> str:
         # The same scans may lie elsewhere when a run goes on.
         if isinstance(value, pathlib.Path):
             values[name] = files.scan_name(value)
-    told = ", ".join(f"{name} {value}" for name, value in values.items() if value)
-    return f"{stage}: {told}"
+    text = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+    return f"{stage}: {text}"

@@ -33,7 +33,7 @@ from jaxreg.experiments import files, sam_config
 from jaxreg.experiments.folder import SCANS, SETTINGS, open_folder
 from jaxreg.experiments.run import Outcome, line_of
 from jaxreg.experiments.sam_config import SamExperiment
-from jaxreg.experiments.warm_start import Say
+from jaxreg.experiments.warm_start import Report
 from jaxreg.losses import contrastive
 from jaxreg.matching import points
 from jaxreg.models import sam
@@ -53,7 +53,7 @@ def run(
     out: pathlib.Path,
     *,
     resume: bool = False,
-    say: Say = print,
+    report: Report = print,
 ) -> Outcome:
     """Trains SAM as an experiment says.
 
@@ -61,7 +61,7 @@ def run(
       experiment: what to do.
       out: the folder of the run.
       resume: go on where a run in `out` ended or was killed.
-      say: takes a sentence at a time for the user.
+      report: takes a sentence at a time for the user.
 
     Raises:
       UserError: settings, data, devices or the folder do not fit together, or training
@@ -79,14 +79,16 @@ def run(
     train, held = sam_config.records_of(experiment)
     there = (out / SETTINGS).is_file()
     if resume and not there:
-        say(f"there is no run in {out} to resume, so it starts anew")
+        report(f"there is no run in {out} to resume, so it starts anew")
     variables = sam.init(experiment.model, _key(experiment, 0))
     if experiment.train.start is not None and not there:
-        variables = _started(experiment, variables, say)
+        variables = _started(experiment, variables, report)
     scans = [line_of(split, r) for split, records in (("train", train), ("val", held))
              for r in records]  # fmt: skip
     open_folder(experiment, out, {SCANS: scans}, resume=resume)
-    best, scores = _train(experiment, out, layout, train, held, variables, resume, say)
+    best, scores = _train(
+        experiment, out, layout, train, held, variables, resume, report
+    )
     weights = out / "weights"
     if jax.process_index() == 0:
         bundle.save_bundle(weights, bundle_of(experiment, best, train))
@@ -189,14 +191,16 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
 
 
 @compilation_cache.kept()
-def dry_run(experiment: SamExperiment, *, say: Say = lambda _: None) -> dict[str, str]:
+def dry_run(
+    experiment: SamExperiment, *, report: Report = lambda _: None
+) -> dict[str, str]:
     """Checks settings, compiles the training step, and says what it will cost.
 
     The data need not be there, and nothing is allocated.
 
     Args:
       experiment: what to try.
-      say: takes a sentence before the compilation.
+      report: takes a sentence before the compilation.
 
     Returns:
       What to print, name to value.
@@ -229,7 +233,7 @@ def dry_run(experiment: SamExperiment, *, say: Say = lambda _: None) -> dict[str
 
     where = dry_run_lib.grid_and_device(size)
     volumes = dry_run_lib.counted(share, "volume")
-    say(f"compiling the training step for {where}, 2 views of each of {volumes}")
+    report(f"compiling the training step for {where}, 2 views of each of {volumes}")
     began = time.perf_counter()
     # Its negatives come from other volumes.
     memory = dry_run_lib.memory_of(lower, start, share, fewest=2)
@@ -265,7 +269,7 @@ def _fresh(experiment: SamExperiment, variables: Variables) -> state.TrainState:
     return state.start(variables, rule, _key(experiment, 1), ema=train.ema > 0)
 
 
-def _started(experiment: SamExperiment, fresh: Variables, say: Say) -> Variables:
+def _started(experiment: SamExperiment, fresh: Variables, report: Report) -> Variables:
     """Returns the weights of `train.start`, which must fit to the last array."""
     start = experiment.train.start
     assert start is not None
@@ -278,7 +282,7 @@ def _started(experiment: SamExperiment, fresh: Variables, say: Say) -> Variables
             f"train.start {start} does not fit the network ({', '.join(wrong[:3])}); "
             "give --model.channels and --model.embedding the sizes of the weights"
         )
-    say(f"started from {start}: {len(merged.loaded)} arrays loaded")
+    report(f"started from {start}: {len(merged.loaded)} arrays loaded")
     return merged.variables
 
 
@@ -367,7 +371,7 @@ def _train(
     held: Sequence[Record],
     variables: Variables,
     resume: bool,  # noqa: FBT001
-    say: Say,
+    report: Report,
 ) -> tuple[Variables, Mapping[str, float]]:
     """Trains to the end; returns the best variables and the last scores."""
     keep, settings = experiment.loop, experiment.train
@@ -385,8 +389,8 @@ def _train(
         if resume and kept.latest_step() is not None:
             restored = kept.restore(state.to_tree(start))
             for sentence in restored.skipped:
-                say(sentence)
-            say(f"resumed at step {restored.step} of {settings.steps}")
+                report(sentence)
+            report(f"resumed at step {restored.step} of {settings.steps}")
             start, record = state.from_tree(restored.state), restored.record
         scores = dict(record.get("scores", {}))
 
@@ -425,7 +429,7 @@ def _train(
                     steps_per_epoch=settings.steps_per_epoch,
                     learning_rate=rule,
                     validate=None if validate is None else remembered,
-                    blame=_find_bad_scans,
+                    find_bad_pairs=_find_bad_scans,
                     checkpoints=kept,
                     log=log,
                     record={},
@@ -435,5 +439,5 @@ def _train(
                 loop.run(parallel.place_state(start, layout), job, experiment.loop)
         found = kept.restore(state.to_tree(start), best=True)
     for sentence in found.skipped:
-        say(sentence)
+        report(sentence)
     return state.averaged(state.from_tree(found.state)), scores

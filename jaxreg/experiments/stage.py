@@ -27,7 +27,7 @@ from jaxreg.experiments.datasets import (
     with_tasks,
 )
 from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
-from jaxreg.experiments.warm_start import Say
+from jaxreg.experiments.warm_start import Report
 from jaxreg.models import registry
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import TrainedSam
@@ -193,13 +193,13 @@ class StageRun:
         experiment: Experiment,
         stage: Stage,
         out: pathlib.Path,
-        say: Say,
+        report: Report,
         before: Sequence[str],
         known: Sequence[str],
         sam: TrainedSam | None,
     ):
         """Builds data, network and step of a stage; nothing runs yet."""
-        self.stage, self.say, self.before, self.sam = stage, say, before, sam
+        self.stage, self.report, self.before, self.sam = stage, report, before, sam
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
         registry.check_grid(experiment.model, experiment.loading.shape)
@@ -247,9 +247,9 @@ class StageRun:
                 scores = self._train(start, kept, record)
             found = kept.restore(state.to_tree(start), best=True)
         for sentence in found.skipped:
-            self.say(sentence)
+            self.report(sentence)
         if found.skipped:
-            self.say(f"the weights are those of step {found.step} of {self.steps}")
+            self.report(f"the weights are those of step {found.step} of {self.steps}")
         held = state.frozen(start.variables)
         best = state.from_tree(found.state, held)
         return state.averaged(best), scores, self.steps
@@ -277,7 +277,7 @@ class StageRun:
                 self.experiment,
                 self.model,
                 before,
-                self.say,
+                self.report,
                 self.sources.bank,
                 self.before,
                 self.sam,
@@ -293,8 +293,8 @@ class StageRun:
             return fresh, {}
         restored = kept.restore(state.to_tree(fresh))
         for sentence in restored.skipped:
-            self.say(sentence)
-        self.say(f"resumed at step {restored.step} of {self.steps}")
+            self.report(sentence)
+        self.report(f"resumed at step {restored.step} of {self.steps}")
         held = state.frozen(variables)
         return state.from_tree(restored.state, held), restored.record
 
@@ -340,7 +340,9 @@ class StageRun:
                 steps_per_epoch=self.per_epoch,
                 learning_rate=self.learning_rate,
                 validate=None if validate is None else remembered,
-                blame=make_find_bad_pairs(experiment, self.sources, self.model, layout),
+                find_bad_pairs=make_find_bad_pairs(
+                    experiment, self.sources, self.model, layout
+                ),
                 checkpoints=kept,
                 log=log,
                 record={"stage": self.stage.name},

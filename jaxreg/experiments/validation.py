@@ -200,7 +200,7 @@ def make_find_bad_pairs(
 
     compiled = parallel.compile_step(loss, one, donate=False)
 
-    def blame(variables, batch):
+    def find_bad_pairs(variables, batch):
         found, placed = [], parallel.place_state(variables, one)
         for i in range(len(batch["index"])):
             pair = {name: array[i : i + 1] for name, array in batch.items()}
@@ -211,4 +211,4 @@ def make_find_bad_pairs(
                 found.append(i)
         return found
 
-    return blame
+    return find_bad_pairs

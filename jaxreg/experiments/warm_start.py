@@ -19,7 +19,7 @@ from jaxreg.training import checkpoints, state
 from jaxreg.typing import Key, Variables
 from jaxreg.weights import bundle, load, zoo
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 def weights_key(seed: int) -> Key:
@@ -35,17 +35,17 @@ def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
         or it has another number of names.
     """
     start, names = experiment.train.start, experiment.train.start_tasks
-    told = registry.tells_tasks(experiment.model)
-    if start is None or told is None:
+    kind = registry.tells_tasks(experiment.model)
+    if start is None or kind is None:
         return ()
     loaded = load.load(start)
     config = registry.config_of(loaded.bundle.model, loaded.bundle.config)
     count = registry.names_in(config, loaded.variables)
     if not count:
         return ()
-    names = names or tuple(loaded.bundle.preprocessing.get(told, ()))
+    names = names or tuple(loaded.bundle.preprocessing.get(kind, ()))
     if len(set(names)) != count:
-        what = "prompts" if told == "tasks" else "regions"
+        what = "prompts" if kind == "tasks" else "regions"
         raise UserError(
             f"{start} has {count} {what}, but their names are "
             f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
@@ -58,7 +58,7 @@ def initial_variables(
     experiment: Experiment,
     model: Any,
     before: Variables | None,
-    say: Say,
+    report: Report,
     bank: Sequence[str] = (),
     known: Sequence[str] = (),
     sam: TrainedSam | None = None,
@@ -69,7 +69,7 @@ def initial_variables(
       experiment: with the model and, for the first stage, `train.start`.
       model: the network.
       before: of the previous stage, or None.
-      say: takes a sentence about what was loaded.
+      report: takes a sentence about what was loaded.
       bank: names of the network's prompts or regions.
       known: those of the weights to start from.
       sam: the network for a UniReg's embeddings, see `sam_of`.
@@ -88,7 +88,7 @@ def initial_variables(
         assert train.start is not None
         loaded = load.load(train.start)
         source, name = loaded.variables, f"train.start {train.start}"
-        _compare_meaning(experiment, loaded, say)
+        _compare_meaning(experiment, loaded, report)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
     source = state.changing(source)  # SAM joins at the end
     source = registry.fitted(experiment.model, source, shape, fresh, rows, len(known))
@@ -106,7 +106,7 @@ def initial_variables(
             "would stay untrained; start from weights of the same network, or give "
             "--train.only all"
         )
-    say(
+    report(
         f"started from {name}: {len(merged.loaded)} arrays loaded, "
         f"{len(merged.missing)} fresh, {len(merged.unexpected)} not used"
     )
@@ -117,7 +117,7 @@ def initial_variables(
             if registry.tells_tasks(experiment.model) == "tasks"
             else "regions"
         )
-        say(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
+        report(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
     return with_sam(merged.variables, sam)
 
 
@@ -183,7 +183,7 @@ def bundle_of_sam(sam: TrainedSam) -> bundle.Bundle:
     )
 
 
-def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
+def _compare_meaning(experiment: Experiment, loaded: Any, report: Report) -> None:
     """Says what makes the same weights mean something else; refuses it for frozen ones.
 
     Raises:
@@ -193,11 +193,11 @@ def _compare_meaning(experiment: Experiment, loaded: Any, say: Say) -> None:
     if not other:
         return
     start = experiment.train.start
-    told = ", ".join(f"{name} {value}" for name, value in other.items())
+    text = ", ".join(f"{name} {value}" for name, value in other.items())
     if experiment.train.only != "all":
         options = " ".join(f"--model.{name} {value}" for name, value in other.items())
         raise UserError(
-            f"{start} was trained with {told}, so its frozen part would mean something "
+            f"{start} was trained with {text}, so its frozen part would mean something "
             f"else here; give {options}"
         )
-    say(f"{start} was trained with {told}; this run differs")
+    report(f"{start} was trained with {text}; this run differs")

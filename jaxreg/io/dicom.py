@@ -129,20 +129,20 @@ def read_voxels(series: Series) -> np.ndarray:
         reason = f"its headers claim {claimed} bytes of voxels, its files have {stored}"
         raise files.damaged(path, EOFError(reason))
     files.check_memory(path, 2 * claimed)  # there and here
-    asked = {
+    request = {
         "voxels": [os.path.abspath(name) for name in series.names],
         "bytes": _COPIES * (claimed + stored) + _SPARE,
     }
 
-    def receive(told: dict[str, Any], stream: IO[bytes]) -> np.ndarray | str:
-        if "error" in told:
-            return told["error"]
-        found = np.dtype(told["dtype"])
-        flat = workers.receive_array(stream, found, math.prod(told["shape"]))
-        return flat.reshape(told["shape"])
+    def receive(reply: dict[str, Any], stream: IO[bytes]) -> np.ndarray | str:
+        if "error" in reply:
+            return reply["error"]
+        found = np.dtype(reply["dtype"])
+        flat = workers.receive_array(stream, found, math.prod(reply["shape"]))
+        return flat.reshape(reply["shape"])
 
     try:
-        found = _WORKER.ask(asked, receive, size=claimed + stored)
+        found = _WORKER.ask(request, receive, size=claimed + stored)
     except workers.Ended as error:
         raise files.damaged(path, ValueError("GDCM gave up on it")) from error
     except MemoryError as error:
@@ -173,12 +173,12 @@ def _may_be_dicom(path: pathlib.Path) -> bool:
 
 def _header(path: pathlib.Path) -> dict[str, Any]:
     size = path.stat().st_size
-    asked = {
+    request = {
         "header": str(path.absolute()),
         "bytes": _COPIES * size + _SPARE,
     }
     try:
-        return _WORKER.ask(asked, lambda told, _: told, size=size)
+        return _WORKER.ask(request, lambda reply, _: reply, size=size)
     except workers.Ended:
         return {"error": "GDCM gave up on it"}
 

@@ -84,21 +84,21 @@ def main() -> None:
     limited = hasattr(signal, "setitimer")
     out = sys.stdout.buffer
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
+        request = json.loads(line)
         if limited:  # the default action of SIGPROF ends the process, in any C code
-            signal.setitimer(signal.ITIMER_PROF, asked["cpu_s"])
-        _limit_memory(asked["bytes"])
+            signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])
+        _limit_memory(request["bytes"])
         array = None
         try:
-            if "header" in asked:
-                told = _header(asked["header"])
+            if "header" in request:
+                reply = _header(request["header"])
             else:
-                array = _voxels(asked["voxels"])
-                told = {"dtype": array.dtype.str, "shape": array.shape}
+                array = _voxels(request["voxels"])
+                reply = {"dtype": array.dtype.str, "shape": array.shape}
         except (RuntimeError, MemoryError) as error:
             text = str(error).strip().splitlines() or [type(error).__name__]
-            told = {"error": text[-1].strip()}
-        out.write(json.dumps(told).encode() + b"\n")
+            reply = {"error": text[-1].strip()}
+        out.write(json.dumps(reply).encode() + b"\n")
         if array is not None:
             out.write(np.ascontiguousarray(array).data.cast("B"))
         out.flush()

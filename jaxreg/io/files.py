@@ -164,8 +164,8 @@ def available_bytes() -> float:
     """Returns how much memory a process may still take; infinite where unknown."""
     found = math.inf
     with contextlib.suppress(OSError, ValueError, IndexError):
-        told = pathlib.Path("/proc/meminfo").read_text("ascii")
-        found = 1024.0 * int(told.split("MemAvailable:")[1].split()[0])
+        meminfo = pathlib.Path("/proc/meminfo").read_text("ascii")
+        found = 1024.0 * int(meminfo.split("MemAvailable:")[1].split()[0])
     with contextlib.suppress(OSError, ValueError):  # a container's; "max" if none
         found = min(found, float(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
     return found

@@ -54,13 +54,13 @@ def volume(scan: Scan, name: str = "scan", *, kind: volumes.Kind = "image") -> V
     source = f"the {name}"
     with tempfile.TemporaryDirectory() as folder:
         path = _written(scan, pathlib.Path(folder, name), source)
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 found = volumes.read_volume(path, kind=kind)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), source)) from error
-    for one in told:
+    for one in caught:
         sentence = str(one.message).replace(str(path), source)
         warnings.warn(sentence, one.category, stacklevel=2)
     return dataclasses.replace(found, source=source)

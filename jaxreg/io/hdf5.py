@@ -43,15 +43,15 @@ def read_transforms(
 
 
 def _received(
-    told: dict[str, Any], stream: IO[bytes]
+    reply: dict[str, Any], stream: IO[bytes]
 ) -> list[tuple[str, np.ndarray, np.ndarray]] | str:
-    if "error" in told:
-        return told["error"]
+    if "error" in reply:
+        return reply["error"]
     return [
         (
             one["kind"],
             workers.receive_array(stream, _FLOAT, one["parameters"]),
             workers.receive_array(stream, _FLOAT, one["fixed"]),
         )
-        for one in told["transforms"]
+        for one in reply["transforms"]
     ]

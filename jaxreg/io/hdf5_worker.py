@@ -84,11 +84,11 @@ def _answer(path: str) -> Iterator[bytes]:
         text = str(error).strip("'\"").splitlines() or [type(error).__name__]
         yield json.dumps({"error": text[0]}).encode() + b"\n"
         return
-    told = [
+    described = [
         {"kind": kind, "parameters": parameters.size, "fixed": fixed.size}
         for kind, parameters, fixed in found
     ]
-    yield json.dumps({"transforms": told}).encode() + b"\n"
+    yield json.dumps({"transforms": described}).encode() + b"\n"
     for _, *arrays in found:
         yield from (array.tobytes() for array in arrays)
 
@@ -97,10 +97,10 @@ def main() -> None:
     """Answers until stdin ends."""
     limited = hasattr(signal, "setitimer")
     for line in sys.stdin.buffer:
-        asked = json.loads(line)
+        request = json.loads(line)
         if limited:  # the default action of SIGPROF ends the process, in any C code
-            signal.setitimer(signal.ITIMER_PROF, asked["cpu_s"])
-        for part in _answer(asked["path"]):
+            signal.setitimer(signal.ITIMER_PROF, request["cpu_s"])
+        for part in _answer(request["path"]):
             sys.stdout.buffer.write(part)
         sys.stdout.buffer.flush()
         if limited:

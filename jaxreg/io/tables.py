@@ -232,13 +232,13 @@ def _fcsv_text(table: Table, points_mm: np.ndarray, more: Mapping, frame: Frame)
     if own and not more and table.header is not None:
         rows = _replaced(table, places)
         return markups.fcsv_text(table.header, rows, frame, table.kept)
-    told = zip(places, _labels(table), _notes(table, more), strict=True)
+    entries = zip(places, _labels(table), _notes(table, more), strict=True)
     rows = [
         [
             *(str(n), *(f"{x:.6f}" for x in place), "0", "0", "0", "1", "1", "1", "0"),
             *(label, note, ""),
         ]
-        for n, (place, label, note) in enumerate(told, start=1)
+        for n, (place, label, note) in enumerate(entries, start=1)
     ]
     return markups.fcsv_text(markups.FCSV_COLUMNS, rows, frame, None)
 
@@ -283,10 +283,10 @@ def outside(
       option: the option that says the frame.
       grid: the scan's, where voxels are a frame too.
     """
-    beyond = count(points_mm(table, frame, grid))
-    if not beyond:
+    outlying = count(points_mm(table, frame, grid))
+    if not outlying:
         return None
-    said = f"{beyond} of {len(table.places)} points of {points} lie outside {scan}"
+    said = f"{outlying} of {len(table.places)} points of {points} lie outside {scan}"
     if table.frame is not None:
         return f"{said}, in the frame {table.frame} that the file says; check the file"
     known: list[Frame] = ["lps", "ras", *(["voxel"] if grid is not None else [])]

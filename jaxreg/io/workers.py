@@ -53,7 +53,7 @@ class Worker:
 
     def ask(
         self,
-        asked: dict[str, Any],
+        request: dict[str, Any],
         receive: Callable[[dict[str, Any], IO[bytes]], Any],
         *,
         size: int,
@@ -61,7 +61,7 @@ class Worker:
         """Sends one request and returns what `receive` makes of the answer.
 
         Args:
-          asked: the request; "cpu_s" is added, the processor time that it may take.
+          request: the request; "cpu_s" is added, the processor time that it may take.
           receive: is given the line of JSON and the stream of what follows it.
           size: bytes that are to be read, by which the time is limited.
 
@@ -75,13 +75,13 @@ class Worker:
             stop = threading.Timer(_WALL_S + size_s, process.kill)
             stop.start()
             try:
-                line = json.dumps(asked | {"cpu_s": _CPU_S + size_s}).encode()
+                line = json.dumps(request | {"cpu_s": _CPU_S + size_s}).encode()
                 process.stdin.write(line + b"\n")
                 process.stdin.flush()
-                told = process.stdout.readline()
-                if not told.endswith(b"\n"):
+                reply = process.stdout.readline()
+                if not reply.endswith(b"\n"):
                     raise EOFError
-                return receive(json.loads(told), process.stdout)
+                return receive(json.loads(reply), process.stdout)
             except (EOFError, BrokenPipeError) as error:
                 self.close()
                 raise Ended from error

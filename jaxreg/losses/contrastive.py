@@ -260,7 +260,7 @@ def _coarse_of_pair(features, distant, places, keys, config: ContrastiveConfig):
     losses, weights = [], []
     for view in (0, 1):
         similar = _products(features[view], both)
-        beyond = _products(features[view], distant[view])
+        distant_products = _products(features[view], distant[view])
         ignored = _near(places[view], both_places, config.coarse_ignore_mm)
         pool, index = jax.lax.top_k(jnp.where(ignored, 0.0, similar), pool_size)
         columns = jnp.broadcast_to(jnp.arange(pool_size), index.shape)
@@ -271,7 +271,9 @@ def _coarse_of_pair(features, distant, places, keys, config: ContrastiveConfig):
         positives = jnp.sum(features[view] * features[1 - view][nearest[view]], -1)
         top = jax.lax.top_k(similar, top_size)[0]
         with_key, with_self = (
-            _cross_entropy(p, jnp.concatenate([n, beyond], 1), config.temperature)
+            _cross_entropy(
+                p, jnp.concatenate([n, distant_products], 1), config.temperature
+            )
             for p, n in ((positives, negatives), (top[:, 0], top[:, 1:]))
         )
         losses.append(jnp.where(found, with_key, with_self))

@@ -121,12 +121,12 @@ def placed(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
       UserError: see `preprocess.normalise`.
     """
     placement = network_grid.ResamplingRule("pad_crop", "spl", spacing_mm)
-    turned = placement.turned(volume)
-    array = preprocess.normalise(turned.array, rule, source=volume.source)
-    extent = turned.grid.spacing_mm * turned.grid.shape
+    reoriented = placement.reoriented(volume)
+    array = preprocess.normalise(reoriented.array, rule, source=volume.source)
+    extent = reoriented.grid.spacing_mm * reoriented.grid.shape
     d, h, w = (max(round(float(mm) / spacing_mm), 1) for mm in extent)
-    grid = placement.grid(turned.grid, (d, h, w))
-    array = placement.image(array, turned.grid, (d, h, w), outside=rule.outside)
+    grid = placement.grid(reoriented.grid, (d, h, w))
+    array = placement.image(array, reoriented.grid, (d, h, w), outside=rule.outside)
     return Volume(array, grid, volume.source)
 
 
@@ -298,8 +298,8 @@ def _peaks(queries: jax.Array, keys: jax.Array, inside: jax.Array):
             at = jnp.clip(at, 0, jnp.asarray(shape) - 1)
             there[-1] &= inside[tuple(at.T)]
             values.append(jnp.sum(keys[tuple(at.T)] * queries, -1))
-        bend = values[0] + values[1] - 2 * similarity
-        curved = there[0] & there[1] & (bend < 0)
-        top = 0.5 * (values[0] - values[1]) / jnp.where(curved, bend, -1.0)
+        curvature = values[0] + values[1] - 2 * similarity
+        curved = there[0] & there[1] & (curvature < 0)
+        top = 0.5 * (values[0] - values[1]) / jnp.where(curved, curvature, -1.0)
         offsets.append(jnp.where(curved, jnp.clip(top, -0.5, 0.5), 0.0))
     return index, jnp.stack(offsets, -1), similarity

@@ -154,7 +154,7 @@ def _with_regions(
     known: int,
 ) -> Variables:
     # The paper's condition has the regions before the two types, the release after.
-    behind = config.known - config.regions
+    behind = config.conditioning_size - config.regions
     if isinstance(config, UniRegRpnConfig):
         behind -= len(released.TYPES)
 

@@ -76,17 +76,17 @@ def look_up(
     Raises:
       UserError: no task is given, or one that is known to be beyond the table.
     """
-    known = ", ".join(f"{i}: region {r} {p}" for i, (r, p) in enumerate(tasks))
+    listed = ", ".join(f"{i}: region {r} {p}" for i, (r, p) in enumerate(tasks))
     if task is None:
         raise UserError(
             "UniReg makes its head for a task and was given none; give each pair's "
-            f"task number ({known})"
+            f"task number ({listed})"
         )
     if not isinstance(task, Tracer):
         numbers = np.asarray(task)
         if numbers.size and not (0 <= numbers.min() <= numbers.max() < len(tasks)):
             raise UserError(
-                f"the task numbers are {numbers.tolist()}, UniReg knows {known}; give "
+                f"the task numbers are {numbers.tolist()}, UniReg knows {listed}; give "
                 "one of these for each pair"
             )
     return jnp.take(jnp.asarray(table), task, axis=0, mode="fill", fill_value=jnp.nan)
@@ -144,16 +144,16 @@ class SmoothnessRange:
 
 
 def with_smoothness(
-    known: Float[Array, "N K"],
+    conditioning: Float[Array, "N K"],
     weight: Float[Array, " N"] | None,
-    asked: SmoothnessRange | None,
+    smoothness_range: SmoothnessRange | None,
 ) -> Float[Array, "N K"]:
     """Returns what is known of a task, followed by the smoothness asked for, if any."""
-    if asked is None:
-        return known
+    if smoothness_range is None:
+        return conditioning
     if weight is None:
-        weight = jnp.full(len(known), asked.middle)
-    return jnp.concatenate([known, asked.encode(weight)], -1)
+        weight = jnp.full(len(conditioning), smoothness_range.middle)
+    return jnp.concatenate([conditioning, smoothness_range.encode(weight)], -1)
 
 
 def take_regions(
@@ -329,12 +329,12 @@ class DynamicHead(nn.Module):
     pool_norm: bool = False
 
     @nn.compact
-    def __call__(self, features: Image, known: Float[Array, "N K"]) -> Image:
+    def __call__(self, features: Image, conditioning: Float[Array, "N K"]) -> Image:
         """Maps N D H W inputs, and what is known of the task, to N D H W outputs."""
         pooled = features
         if self.pool_norm:
             pooled = jax.nn.relu(GroupNorm(name="norm")(features))
-        condition = jnp.concatenate([pooled.mean((1, 2, 3)), known], -1)
+        condition = jnp.concatenate([pooled.mean((1, 2, 3)), conditioning], -1)
         channels = widths(self.inputs, self.hidden, self.outputs)
         parameters = Controller(channels, name="controller")(condition)
         return apply_head(features, parameters, channels)

@@ -178,10 +178,10 @@ class PromptGenerator(nn.Module):
         weighted = jnp.einsum(
             "nz,zdhwc->ndhwc", weights, bank, precision=jax.lax.Precision.HIGHEST
         )
-        known = weighted
+        static = weighted
         if config.static_block:
-            known = block(api.conv3, c, "static")(weighted)
-        joined = block(api.conv3, 2 * c, "join_0")((dynamic, known))
+            static = block(api.conv3, c, "static")(weighted)
+        joined = block(api.conv3, 2 * c, "join_0")((dynamic, static))
         joined = block(api.conv1, c, "join_1")(joined)
         prompt = joined
         if config.readout == "pooled_attention":
@@ -193,6 +193,6 @@ class PromptGenerator(nn.Module):
             "orthogonality": orthogonality(bank, config.orthogonality),
         }
         if task is not None:
-            compared = known if config.task_loss_on == "processed" else weighted
+            compared = static if config.task_loss_on == "processed" else weighted
             aux["task_similarity"] = task_distance(compared, bank, task)
         return prompt, aux

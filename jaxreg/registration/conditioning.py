@@ -41,8 +41,8 @@ class TaskValues:
         """Returns the pairs with what the network is to know of them."""
         n = len(pair.fixed)
         task = None if self.number is None else jnp.full(n, self.number, jnp.int32)
-        asked = None if self.smoothness is None else jnp.full(n, self.smoothness)
-        return dataclasses.replace(pair, task=task, smoothness=asked)
+        requested = None if self.smoothness is None else jnp.full(n, self.smoothness)
+        return dataclasses.replace(pair, task=task, smoothness=requested)
 
 
 UNCONDITIONED = TaskValues()
@@ -95,7 +95,7 @@ def condition(
     pairing: Pairing | None = None,
     smoothness: float | None = None,
     *,
-    said: str = "--task",
+    source: str = "--task",
 ) -> Conditioning:
     """Returns the network as it serves one task.
 
@@ -106,27 +106,27 @@ def condition(
       pairing: two subjects or one; that of the named task if None.
       smoothness: weight of the smoothness term; if None the one that was found best for
         the task, or its own in training, or the middle of the range.
-      said: where the task stands, for the errors.
+      source: where the task stands, for the errors.
 
     Raises:
       UserError: the network does not know the task, is not told of any, or cannot be
         asked for a smoothness.
     """
     config = _config(model)
-    asked = registry.smoothness_range(config)
+    requested = registry.smoothness_range(config)
     if smoothness is not None:
-        _check_smoothness(model, asked, smoothness)
-    told = registry.tells_tasks(config)
-    if told == "regions":
-        return _of_region(model, _found(model, task, pairing, said), smoothness)
+        _check_smoothness(model, requested, smoothness)
+    kind = registry.tells_tasks(config)
+    if kind == "regions":
+        return _of_region(model, _found(model, task, pairing, source), smoothness)
     if pairing is not None:
         raise UserError(
             f"--pairing is {pairing}, but {model.name} is not told of it; leave it out"
         )
     if task == "auto":
-        whole = model if told is None else _with_rule(model, _rules(model))
+        whole = model if kind is None else _with_rule(model, _rules(model))
         return Conditioning(model=whole)
-    if told is None:
+    if kind is None:
         raise UserError(
             f"--task is {task}, but {model.name} has neither a prompt bank nor heads "
             "for tasks; leave it out"
@@ -220,8 +220,8 @@ def _with_domains(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
     rows = [known.index(name) for name in names]
     rules = _rules(model)
     kept = [rules[row] for row in rows] if len(rules) == len(known) else []
-    told = _with_rule(model, kept)
-    preprocessing = {**told.bundle.preprocessing, "tasks": names, "task_rules": kept}
+    kind = _with_rule(model, kept)
+    preprocessing = {**kind.bundle.preprocessing, "tasks": names, "task_rules": kept}
     return dataclasses.replace(
         model,
         variables=choose_rows(model.variables, rows),
@@ -260,7 +260,7 @@ def _rules(model: zoo.LoadedModel) -> list[Mapping[str, Any]]:
 
 
 def _found(
-    model: zoo.LoadedModel, task: str, pairing: Pairing | None, said: str
+    model: zoo.LoadedModel, task: str, pairing: Pairing | None, source: str
 ) -> _Task:
     """Returns the task that is meant, with its rule where training had it.
 
@@ -282,7 +282,7 @@ def _found(
     else:
         known = ", ".join(dict.fromkeys((*names, *regions)))
         raise UserError(
-            f"{said} is {task}, but {model.name} makes its heads for one of {known}; "
+            f"{source} is {task}, but {model.name} makes its heads for one of {known}; "
             "name that, or for another part of the body the nearest one"
         )
     if pairing is not None:
@@ -297,7 +297,7 @@ def _found(
     if len(meant) > 1:
         several = " or ".join(regions[r] for r, _ in sorted(meant))
         raise UserError(
-            f"{said} is {task}, which {model.name} knows in several regions; name "
+            f"{source} is {task}, which {model.name} knows in several regions; name "
             f"{several} instead"
         )
     region, own = next(iter(meant))
@@ -319,12 +319,12 @@ def _of_region(
         pairing=task.pairing,
         trained=(task.region, task.pairing) in config.tasks,
     )
-    asked = registry.smoothness_range(config)
-    if asked is None:
+    requested = registry.smoothness_range(config)
+    if requested is None:
         return dataclasses.replace(found, text=found.key)
     best = model.bundle.preprocessing.get("smoothness", {}).get(found.key)
-    prior = best or task.rule.get("smoothness") or asked.middle
-    weight = min(max(float(smoothness or prior), asked.low), asked.high)
+    prior = best or task.rule.get("smoothness") or requested.middle
+    weight = min(max(float(smoothness or prior), requested.low), requested.high)
     text = f"{found.key}, smoothness {weight:.3g}"
     return dataclasses.replace(found, smoothness=weight, text=text)
 
@@ -352,23 +352,23 @@ def _with_rule(
         ("mri_quantiles", "quantile_range"),
         ("similarity_window", "similarity_window"),
     ):
-        said = {tuple(rule.get(name) or ()) for rule in rules}
-        if len(said) == 1 and (own := said.pop()):
+        source = {tuple(rule.get(name) or ()) for rule in rules}
+        if len(source) == 1 and (own := source.pop()):
             preprocessing[stored] = list(own)
     bundle = dataclasses.replace(model.bundle, preprocessing=preprocessing)
     return dataclasses.replace(model, bundle=bundle)
 
 
 def _check_smoothness(
-    model: zoo.LoadedModel, asked: SmoothnessRange | None, given: float
+    model: zoo.LoadedModel, requested: SmoothnessRange | None, given: float
 ) -> None:
-    if asked is None:
+    if requested is None:
         raise UserError(
             f"--smoothness is {given:g}, but {model.name} was not trained to be "
             "asked for one; leave it out"
         )
-    if not asked.low <= given <= asked.high:
+    if not requested.low <= given <= requested.high:
         raise UserError(
             f"--smoothness is {given:g}, but {model.name} was trained for "
-            f"{asked.low:g} to {asked.high:g}; give a number between"
+            f"{requested.low:g} to {requested.high:g}; give a number between"
         )

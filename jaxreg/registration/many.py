@@ -254,8 +254,8 @@ def register_all(
 
     def read_on(count: int) -> None:
         for row, pair in itertools.islice(to_read, count):
-            asked = _options_of_row(pair, options, model)
-            future = reader.submit(_read, pair, asked, fill)
+            row_options = _options_of_row(pair, options, model)
+            future = reader.submit(_read, pair, row_options, fill)
             reading.append((row, pair, future))
 
     try:
@@ -290,8 +290,8 @@ def register_all(
 def _options_of_row(
     pair: PairSpec, options: options_lib.Options, model: zoo.LoadedModel | None
 ) -> options_lib.Options:
-    asked = rows_lib.options_of(pair, options, model)
-    return dataclasses.replace(asked, inverse=pair.inverse_out is not None)
+    row_options = rows_lib.options_of(pair, options, model)
+    return dataclasses.replace(row_options, inverse=pair.inverse_out is not None)
 
 
 def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> _Scans:

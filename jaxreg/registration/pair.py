@@ -80,7 +80,7 @@ def register(
     moving, fixed, regions = preparation.as_volumes(moving, fixed, regions)
     options_lib.check_regions(options, vars(regions))
     preparation.check_volumes(moving, fixed, regions)
-    model, told = preparation.conditioning_of(model, options, sam)
+    model, conditioned = preparation.conditioning_of(model, options, sam)
     preparation.warn_of_orientation(fixed, model, options)
     options = preparation.with_rule_of(model, preparation.with_grid(options, model))
     placement = preparation.placement_of(model, options)
@@ -91,7 +91,7 @@ def register(
     seconds: dict[str, float] = {}
 
     def shown(pair: Pair) -> Pair:
-        return preparation.with_range(told.of(pair), model, options)
+        return preparation.with_range(conditioned.of(pair), model, options)
 
     with _Clock(seconds, "preprocess"):
         grids = (
@@ -99,26 +99,29 @@ def register(
             placement.grid(moving.grid, options.grid_shape),
         )
         pair = shown(preparation.make_pair(moving, fixed, options, regions))
-    apart, bend = (pair, grids), None
+    apart, residual_field = (pair, grids), None
     if options.prealign != "none":
         with _Clock(seconds, "prealign"):
             if start is None:
                 start = _prealigned(moving, fixed, model, options, regions, sam)
-            carried = network_grid.Resampled(grids[0], start.transform)
+            resampled = network_grid.Resampled(grids[0], start.transform)
             pair = shown(
-                preparation.make_pair(moving, fixed, options, regions, carried)
+                preparation.make_pair(moving, fixed, options, regions, resampled)
             )
-            grids, bend = (grids[0], start.carried(grids[0])), start.bend_on(grids[0])
+            grids, residual_field = (
+                (grids[0], start.moved_grid(grids[0])),
+                start.residual_on(grids[0]),
+            )
     with _Clock(seconds, "register"):
         # The network's products only: sampling and losses ask for full precision.
         with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
             scans = without_network.Scans(moving, fixed, regions, grids, start)
             found, options = _optimised(pair, model, options, scans, progress, sam)
             domains = {} if model is None else conditioning.domains(model, pair)
-        there, back = _with_residual_field(found, bend, options.grid_shape)
+        there, back = _with_residual_field(found, residual_field, options.grid_shape)
         forward = transform_lib.flatten(there, options.grid_shape)
         # What the pair's moving image, which is bent already, lacks.
-        rest = forward if bend is None else found.forward
+        rest = forward if residual_field is None else found.forward
         _check_finite(forward, options)
     with _Clock(seconds, "score"):
         headers = without_network.unit_matrix(np.eye(4), *apart[1])
@@ -142,7 +145,7 @@ def register(
             over = (
                 None
                 if options.prealign == "none" or start is None
-                else start.carried(fixed.grid)
+                else start.moved_grid(fixed.grid)
             )
             inverse = inverse_lib.inverse_of(forward, back, grids, moving.grid, over)
             # Of what is returned: a field is read linearly between its voxels.
@@ -167,7 +170,7 @@ def register(
         fixed_image=np.asarray(preparation.as_compared(pair).fixed[0, ..., 0]),
         warped_before=warped_before,
         warped_after=warped_after,
-        told=told.text,
+        conditioning=conditioned.text,
         prealigned_from=start.start if start else "",
         started_from="" if start else found.start,
     )
@@ -255,14 +258,14 @@ def _prealigned(
 
 
 def _with_residual_field(
-    found: loop.Optimized, bend: transform_lib.Transform | None, shape: Shape
+    found: loop.Optimized, residual_field: transform_lib.Transform | None, shape: Shape
 ) -> tuple[transform_lib.Transform, transform_lib.Transform]:
     """Returns forward and backward with the bend that the network did not see."""
-    if bend is None:
+    if residual_field is None:
         return found.forward, found.backward
-    back = inverse_lib.solve_inverse(bend, jnp.zeros((1, *shape, 3)))
+    back = inverse_lib.solve_inverse(residual_field, jnp.zeros((1, *shape, 3)))
     undone = transform_lib.Transform((transform_lib.Displacement(back),))
-    return found.forward.then(bend), undone.then(found.backward)
+    return found.forward.then(residual_field), undone.then(found.backward)
 
 
 def _beyond_the_box(

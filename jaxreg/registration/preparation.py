@@ -76,8 +76,8 @@ def conditioning_of(
                 "takes part; leave it out"
             )
         return None, conditioning.UNCONDITIONED
-    told = conditioning.condition(_repeating(model, options), *words)
-    return _with_sam(told.model, sam), told
+    conditioned = conditioning.condition(_repeating(model, options), *words)
+    return _with_sam(conditioned.model, sam), conditioned
 
 
 def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
@@ -88,16 +88,16 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
         could be optimised.
     """
     config: Any = getattr(model.model, "config", None)
-    asked = options.level_iterations
+    level_iterations = options.level_iterations
     if not isinstance(config, UniRegRpnConfig):
-        if asked is not None:
+        if level_iterations is not None:
             raise UserError(
-                f"--level-iterations is {asked}, but {model.name} is no UniReg-RPN; "
-                "leave it out"
+                f"--level-iterations is {level_iterations}, but {model.name} is no "
+                "UniReg-RPN; leave it out"
             )
         return model
-    if asked is not None:
-        config = dataclasses.replace(config, iterations=asked)
+    if level_iterations is not None:
+        config = dataclasses.replace(config, iterations=level_iterations)
     optimised = options.io_iterations is not None and options.io_target == "network"
     if config.iterations > 1 and optimised:
         raise UserError(
@@ -145,8 +145,8 @@ def reoriented(
         regions = options_lib.map_regions(
             regions, turn, ("moving_mask", "moving_segmentation")
         )
-    regions = options_lib.map_regions(regions, placement.turned)
-    return placement.turned(moving), placement.turned(fixed), regions
+    regions = options_lib.map_regions(regions, placement.reoriented)
+    return placement.reoriented(moving), placement.reoriented(fixed), regions
 
 
 def warn_of_orientation(

@@ -37,8 +37,8 @@ class RegistrationResult:
       warped_before: the moving scan on the fixed network grid by the headers, D H W.
       warped_after: the same through the transform.
       sdlogj: standard deviation of the determinant's logarithm at the same voxels.
-      told: what the network was told of the pair: region, pairing and, where it can be
-        asked for one, the smoothness; empty for other networks.
+      conditioning: what the network is conditioned on: region, pairing and, where it
+        takes one, the weight of smoothness; empty for other networks.
       prealigned_from: what the pre-alignment came from, `Prealignment.start`; empty
         without one.
       started_from: what fitted best before a registration without a network:
@@ -62,7 +62,7 @@ class RegistrationResult:
     warped_before: np.ndarray
     warped_after: np.ndarray
     sdlogj: float
-    told: str = ""
+    conditioning: str = ""
     prealigned_from: str = ""
     started_from: str = ""
 
@@ -83,8 +83,8 @@ def summary(result: RegistrationResult) -> dict[str, str]:
     rows = {name: text for name, text in rows.items() if text}
     if result.started_from:
         rows = {"started from": result.started_from, **rows}
-    if result.told:
-        rows = {"told": result.told, **rows}
+    if result.conditioning:
+        rows = {"told": result.conditioning, **rows}
     if result.domains:
         nearest = sorted(result.domains.items(), key=lambda item: -item[1])[:3]
         text = ", ".join(f"{name} {100 * share:.0f} %" for name, share in nearest)

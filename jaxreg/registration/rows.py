@@ -23,13 +23,13 @@ def conditioning_of_pair(
     Raises:
       UserError: see `conditioning.condition`; it names the column.
     """
-    chosen, said = options_of(pair, options, model), "--task"
+    chosen, source = options_of(pair, options, model), "--task"
     if options.task == "auto" and conditioning.needs_region(model):
         columns = {"region": pair.region, "task": pair.task}
         column = next((n for n, word in columns.items() if word == chosen.task), None)
-        said = f"the column {column}" if column else "without a column task, --task"
+        source = f"the column {column}" if column else "without a column task, --task"
     return conditioning.condition(
-        model, chosen.task, chosen.pairing, chosen.smoothness, said=said
+        model, chosen.task, chosen.pairing, chosen.smoothness, source=source
     )
 
 
@@ -135,9 +135,9 @@ def check_conditioning(
         try:
             for weight in smoothness or (options.smoothness,):
                 asking = dataclasses.replace(options, smoothness=weight)
-                told = conditioning_of_pair(pair, model, asking)
+                conditioned = conditioning_of_pair(pair, model, asking)
                 shown = options_of(pair, options, model)
-                preparation.check_units(told.model, shown)
+                preparation.check_units(conditioned.model, shown)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         if not conditioning.needs_region(model):
@@ -147,11 +147,11 @@ def check_conditioning(
                 f"{pair.table} is {pair.pairing} in the list, but --pairing is "
                 f"{options.pairing}, which the network is told"
             ] = None
-        elif not told.trained:
+        elif not conditioned.trained:
             doubts[
-                f"{pair.table} is told to {model.name} as {told.key}, which training "
-                "did not have; correct the column pairing, or give --pairing, if the "
-                "pairs are of the other type"
+                f"{pair.table} is told to {model.name} as {conditioned.key}, which "
+                "training did not have; correct the column pairing, or give --pairing, "
+                "if the pairs are of the other type"
             ] = None
     for doubt in doubts:
         warnings.warn(doubt, stacklevel=3)

@@ -106,8 +106,10 @@ def find_displacement(
         report = report and report.after(2 * steps)
         histories.append(history)
         world = grids[1].unit_to_mm @ matrix @ np.linalg.inv(grids[0].unit_to_mm)
-        ways = transform_lib.Affine(world), transform_lib.Affine(first)
-        if affine_lib.plausible(world) and affine_lib.no_worse_in_common(*shown, *ways):
+        candidates = transform_lib.Affine(world), transform_lib.Affine(first)
+        if affine_lib.plausible(world) and affine_lib.no_worse_in_common(
+            *shown, *candidates
+        ):
             maps[f"{name} by {similar}"] = world
             came[f"{name} by {similar}"] = name
     found = {name: maps[name] for name in maps if name not in starts}
@@ -145,7 +147,7 @@ def _possible(options: Options) -> tuple[str, ...]:
     modalities = options.fixed_modality, options.moving_modality
     if not modality.same_contrast(*modalities):
         return ("nmi",)
-    contrasts = {modality.CONTRASTS[modality.known(name)] for name in modalities}
+    contrasts = {modality.CONTRASTS[modality.canonical(name)] for name in modalities}
     return ("lncc", "nmi") if "mri" in contrasts else ("lncc",)
 
 
@@ -237,8 +239,8 @@ def _parts_that_meet(
     }
     cut = {name: network_grid.cut(volumes[name], part) for name, part in parts.items()}
     same = all(cut[name].grid.shape == volumes[name].grid.shape for name in cut)
-    bent = scans.start is not None and scans.start.bend is not None
-    if bent or placement.resize == "pad_crop":
+    has_residual = scans.start is not None and scans.start.residual_field is not None
+    if has_residual or placement.resize == "pad_crop":
         return pair, objective, scans.grids
     met = (
         network_grid.part_near(fixed, moving, np.linalg.inv(start), margin=0.0),
@@ -306,7 +308,7 @@ def _not_worse(
     """
     if options.dice_loss_weight > 0 or options.intensity_conservation_loss:
         return found  # which intensities as they are do not judge
-    if scans.start is not None and scans.start.bend is not None:
+    if scans.start is not None and scans.start.residual_field is not None:
         return found  # between scans that are bent already
     fixed, moving = scans.grids
 
@@ -316,10 +318,10 @@ def _not_worse(
         ends = np.asarray(_led(found.forward, unit[None])[0], np.float64)
         return np.asarray(transform_lib.Affine(moving.unit_to_mm)(ends))
 
-    ways = {"start": transform_lib.Affine(start), "found": led}
-    compared = affine_lib.compare(*shown, ways)
+    candidates = {"start": transform_lib.Affine(start), "found": led}
+    compared = affine_lib.compare(*shown, candidates)
     fits = {name: fit.globally for name, fit in compared.items()}
-    common = affine_lib.no_worse_in_common(*shown, led, ways["start"])
+    common = affine_lib.no_worse_in_common(*shown, led, candidates["start"])
     if common and affine_lib.as_good(fits["found"], fits["start"]):
         return found
     where = "" if common else " where both results place them on each other"

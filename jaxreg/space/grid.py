@@ -137,8 +137,8 @@ class Grid:
             ends = np.stack([np.full(3, -half), np.asarray(other.shape) - 1 + half])
             bits = np.array(list(np.ndindex(2, 2, 2)))
             corners = ends[bits, np.arange(3)] @ to_index[:3, :3].T + to_index[:3, 3]
-            beyond = np.stack([-corners.min(0), corners.max(0) - last], -1) - 0.5
-            lacking.append(beyond)
+            overhang = np.stack([-corners.min(0), corners.max(0) - last], -1) - 0.5
+            lacking.append(overhang)
         if (lacking[0] < -_ROUNDING).all():
             return np.zeros((3, 2), int)
         return np.maximum(np.ceil(lacking[1] - _ROUNDING), 0).astype(int)

@@ -249,10 +249,10 @@ def _index_gradient(values, index, dy, *, zeros: bool):
         return [stacked[:, i] for i in range(len(corners))]
 
     def gradient(products, values, at, dy):
-        low, way = _cell(at, values.shape, zeros=zeros)
+        low, fraction = _cell(at, values.shape, zeros=zeros)
         corners = [_corner(low, o, values.shape, zeros=zeros) for o in _OFFSETS]
-        ways = [way[:, axis] for axis in range(3)]
-        weights = [(1.0 - w, w) for w in ways]
+        fractions = [fraction[:, axis] for axis in range(3)]
+        weights = [(1.0 - w, w) for w in fractions]
         # Of the four corners of a face across an axis.
         faces = [
             {
@@ -295,11 +295,11 @@ def _values_gradient(values, index, dy, *, zeros: bool):
 
     def added(total, points, unroll=1):
         at, dy = points
-        low, way = _cell(at, shape, zeros=zeros)
+        low, fraction = _cell(at, shape, zeros=zeros)
 
         def add(total, offset):
             flat, inside = _corner(low, offset, shape, zeros=zeros)
-            along = jnp.where(offset == 1, way, 1.0 - way)
+            along = jnp.where(offset == 1, fraction, 1.0 - fraction)
             weight = along[:, 0] * along[:, 1] * along[:, 2]
             weight = jnp.where(inside, weight, 0.0) if zeros else weight
             scaled = weight[:, None] * dy

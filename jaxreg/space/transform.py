@@ -398,16 +398,18 @@ def _read_float64(array: np.ndarray, at: np.ndarray) -> np.ndarray:
         np.ravel(array),
         (array.shape[1] * array.shape[2], array.shape[2], 1),
     )
-    first, ways, steps = np.zeros(len(at), np.intp), [], []
+    first, fractions, steps = np.zeros(len(at), np.intp), [], []
     for axis, (n, stride) in enumerate(zip(array.shape, strides, strict=True)):
         low = np.minimum(at[:, axis].astype(np.intp), max(n - 2, 0))
         first += low * stride
-        way = at[:, axis].astype(np.float64) - low
-        ways.append((1.0 - way, way))
+        fraction = at[:, axis].astype(np.float64) - low
+        fractions.append((1.0 - fraction, fraction))
         steps.append((0, stride * (n > 1)))
     total = np.zeros(len(at))
     for corner in np.ndindex(2, 2, 2):
-        d, h, w = (way[end] for way, end in zip(ways, corner, strict=True))
+        d, h, w = (
+            fraction[end] for fraction, end in zip(fractions, corner, strict=True)
+        )
         place = first + sum(s[end] for s, end in zip(steps, corner, strict=True))
         total += d * h * w * flat[place]
     return total
@@ -466,34 +468,34 @@ def warp_volume(
     return grid_lib.Volume(found, fixed, moving.source)
 
 
-def _nearest(array: np.ndarray, beyond: background.Background):
+def _nearest(array: np.ndarray, fill_rule: background.Background):
     """Returns what reads D H W of any type at unit points 1 P 3: 1 P, in its type."""
     shape = np.asarray(array.shape, np.int32)
-    fill = _as_type(np.asarray(beyond.fill, np.float64), array.dtype)
+    fill = _as_type(np.asarray(fill_rule.fill, np.float64), array.dtype)
 
     def read(points):
         voxel, inside = jax.tree.map(np.asarray, _nearest_slab(points, shape))
         found = array[voxel]
-        if beyond.padding is not None:
-            inside = inside & (found > beyond.padding)
+        if fill_rule.padding is not None:
+            inside = inside & (found > fill_rule.padding)
         return np.where(inside, found, fill)[None]
 
     return read
 
 
-def _linear(array: np.ndarray, beyond: background.Background):
+def _linear(array: np.ndarray, fill_rule: background.Background):
     """Returns what interpolates D H W at unit points 1 P 3: 1 P, real."""
     shape = np.asarray(array.shape, np.int32)
     if _is_wide(array):
 
         def exact(points):
             at, inside = map(np.asarray, _place_slab(points, shape))
-            return np.where(inside, _read_float64(array, at), beyond.fill)[None]
+            return np.where(inside, _read_float64(array, at), fill_rule.fill)[None]
 
         return exact
 
-    on_device = jnp.asarray(_padded(array, beyond.padding))
-    fill = np.float32(beyond.fill)
+    on_device = jnp.asarray(_padded(array, fill_rule.padding))
+    fill = np.float32(fill_rule.fill)
     return lambda points: _read_slab(on_device, points, shape, fill)
 
 
@@ -575,8 +577,8 @@ def _departure_slab(steps, start, shape, *, count: int):
     departure = jnp.zeros_like(points)
     for step in steps:
         if isinstance(step, Affine):
-            turned = Affine(jnp.asarray(step.matrix).at[:3, 3].set(0.0))
-            points, departure = step(points), turned(departure)
+            rotated = Affine(jnp.asarray(step.matrix).at[:3, 3].set(0.0))
+            points, departure = step(points), rotated(departure)
         else:
             field = jnp.asarray(step.field)
             moved = sampling.sample(field, jnp.asarray(points), outside=step.outside)

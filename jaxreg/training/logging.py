@@ -277,12 +277,12 @@ def device_memory(devices: Iterable[Any] | None = None) -> DeviceMemory | None:
       devices: JAX devices; those of this process if None.
     """
     devices = jax.local_devices() if devices is None else devices
-    told = [stats for device in devices if (stats := device.memory_stats())]
-    if not told:
+    reported = [stats for device in devices if (stats := device.memory_stats())]
+    if not reported:
         return None
     return DeviceMemory(
-        in_use=max(stats.get("bytes_in_use", 0) for stats in told),
-        peak=max(stats.get("peak_bytes_in_use", 0) for stats in told),
+        in_use=max(stats.get("bytes_in_use", 0) for stats in reported),
+        peak=max(stats.get("peak_bytes_in_use", 0) for stats in reported),
     )
 
 

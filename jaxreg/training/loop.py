@@ -122,8 +122,8 @@ class Job:
       steps_per_epoch: for what happens once an epoch.
       learning_rate: as a function of the step, for the log.
       validate: variables to scores, or None.
-      blame: (variables, batch) to the positions of pairs that alone give a loss that is
-        not finite.
+      find_bad_pairs: (variables, batch) to the positions of pairs that alone give a
+        loss that is not finite.
       checkpoints: where states are kept, or None.
       log: where numbers go.
       record: kept in each checkpoint beside the state.
@@ -139,7 +139,7 @@ class Job:
     steps_per_epoch: int
     learning_rate: Callable[[int], Any]
     validate: Callable[[Variables], Validation] | None
-    blame: Callable[[Variables, Mapping[str, np.ndarray]], list[int]]
+    find_bad_pairs: Callable[[Variables, Mapping[str, np.ndarray]], list[int]]
     checkpoints: RunCheckpoints | None
     log: RunLog
     record: Mapping[str, Any]
@@ -388,7 +388,7 @@ class _Loop:
         """Says which pair spoiled a step; the state has not taken it."""
         job = self.job
         one = parallel.fetch_state(self.state, job.layout)
-        at_fault = job.blame(jax.device_get(one.variables), batch)
+        at_fault = job.find_bad_pairs(jax.device_get(one.variables), batch)
         indices = np.asarray(batch["index"])
         suspects = at_fault or range(len(indices))
         names = "; ".join(job.batches.named(int(indices[i])) for i in suspects)

@@ -64,15 +64,15 @@ def kept() -> Iterator[None]:
     decorator.
     """
     keep()
-    show, told = warnings.showwarning, False
+    show, warned = warnings.showwarning, False
 
     def repairing(message, category, *rest, **more):
-        nonlocal told
+        nonlocal warned
         found = _UNREADABLE.search(str(message))
         if found is None or not _remove_damaged(found[1]):
             show(message, category, *rest, **more)
-        elif not told:
-            told = True
+        elif not warned:
+            warned = True
             show(
                 UserWarning("damaged compiled programs are removed and compiled anew"),
                 UserWarning, *rest, **more,
@@ -144,6 +144,6 @@ def _machine() -> str:
     except OSError:  # not Linux
         lines = [platform.processor()]
     kinds = ("flags", "Features", "model name")
-    told = sorted({line for line in lines if line.startswith(kinds)} or set(lines))
-    digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
+    warned = sorted({line for line in lines if line.startswith(kinds)} or set(lines))
+    digest = hashlib.sha256("\n".join(warned).encode()).hexdigest()
     return f"{platform.machine()}-{digest[:8]}"

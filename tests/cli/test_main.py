@@ -736,7 +736,7 @@ def curved(monkeypatch):
             similarity_before=0.0, similarity_after=0.0, similarity_prealigned=None,
             folding_percent=0.0, sdlogj=0.0, domains={}, seconds={},
             fixed_image=np.zeros(shape), warped_before=np.zeros(shape),
-            warped_after=np.zeros(shape), told="",
+            warped_after=np.zeros(shape), conditioning="",
         )  # fmt: skip
 
     monkeypatch.setattr(pair, "register", answer)

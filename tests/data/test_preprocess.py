@@ -383,7 +383,7 @@ def test_network_voxels_lie_where_they_were_read(resize, axes):
     index = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)
     world = index @ affine[:3, :3].T + affine[:3, 3]
     placement = network_grid.ResamplingRule(resize, axes, spacing_mm=0.9)
-    volume = placement.turned(Volume(world[..., 0].astype("f4"), grid))
+    volume = placement.reoriented(Volume(world[..., 0].astype("f4"), grid))
     shape = (6, 5, 7)
     found = placement.image(volume.array, volume.grid, shape)
     network = placement.grid(volume.grid, shape)
@@ -503,7 +503,7 @@ def test_names_of_modalities(name):
     """Whose intensity rule holds for each, in lists, for a scan and beyond it."""
     rule = NAMES[name]
     assert modality.kind(name) == rule
-    assert modality.kind(modality.known(name)) == rule
+    assert modality.kind(modality.canonical(name)) == rule
     scan = volume(np.linspace(-3000, 3000, 60).reshape(3, 4, 5))
     # Nothing is common at the border: air, or for other scans the minimum.
     expected = background.Background(-1000 if rule == "ct" else -3000)
@@ -524,7 +524,7 @@ def test_options_and_lists_know_the_same_names():
     }  # fmt: skip
     words = ("CT", "T2w ", "swi", "MR", "CBCT", "CT_venous", "TRUS")
     known = ["ct", "t2w", "mri", "mr", "cbct", "ct", "trus"]
-    assert [modality.known(word) for word in words] == known
+    assert [modality.canonical(word) for word in words] == known
 
 
 @pytest.mark.parametrize("orientation", ["RAS", "LPS", "PIR", "ASL"])
@@ -536,7 +536,7 @@ def test_scans_are_turned_to_an_orientation_and_nothing_moves(orientation, axes)
     ))  # fmt: skip
     array = np.random.default_rng(0).normal(size=grid.shape)
     placement = network_grid.ResamplingRule(axes=axes, orientation=orientation)
-    got = placement.turned(Volume(array, grid))
+    got = placement.reoriented(Volume(array, grid))
     image = nib.Nifti1Image(array.T, grid.transposed().affine_mm)
     change = nib.orientations.ornt_transform(
         nib.orientations.io_orientation(image.affine),

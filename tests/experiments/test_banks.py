@@ -173,7 +173,7 @@ def test_a_domain_is_added_to_a_trained_bank(tmp_path):
     )
     chosen = overrides.override(chosen, [("train.ema", "0.9")])
     said = []
-    new = run.run(chosen, tmp_path / "new", say=said.append)
+    new = run.run(chosen, tmp_path / "new", report=said.append)
     assert any("new: inter_multi" in sentence for sentence in said)
     after = load.load(new.weights)
     assert after.tasks == ("inter_mono", "intra_mono", "inter_multi")
@@ -202,10 +202,10 @@ def test_a_bank_run_goes_on_without_what_it_started_from(tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run.run(chosen, tmp_path / "run", say=stop)
+        run.run(chosen, tmp_path / "run", report=stop)
     start.rename(tmp_path / "elsewhere")
     said = []
-    done = run.run(chosen, tmp_path / "run", resume=True, say=said.append)
+    done = run.run(chosen, tmp_path / "run", resume=True, report=said.append)
     after = load.load(done.weights)
     assert after.tasks == ("brain", "hip", "inter_mono")
     np.testing.assert_array_equal(promptreg.bank_of(after.variables)[:2], old)

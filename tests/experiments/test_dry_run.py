@@ -50,7 +50,7 @@ def test_memory_is_of_the_program_that_training_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop, "run", planned)
     with pytest.raises(Found) as raised:
-        run.run(TINY, tmp_path / "run", say=lambda _: None)
+        run.run(TINY, tmp_path / "run", report=lambda _: None)
     (plan,) = raised.value.args
     needed = plan.argument_size_in_bytes + plan.temp_size_in_bytes
     needed += plan.output_size_in_bytes - plan.alias_size_in_bytes
@@ -87,7 +87,7 @@ def test_what_cannot_be_compiled_is_said_and_not_guessed(monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
-    found = dry_run.dry_run(TINY, say=said.append)
+    found = dry_run.dry_run(TINY, report=said.append)
     rows = found.rows()
     for name in ("device", "pair"):
         assert rows[f"memory of a step per {name}"] == (
@@ -106,7 +106,9 @@ def test_each_stage_has_its_own_memory():
         Stage("large", 1, (("loading.shape", (32, 32, 32)),)),
     )
     said = []
-    found = dry_run.dry_run(dataclasses.replace(TINY, stages=stages), say=said.append)
+    found = dry_run.dry_run(
+        dataclasses.replace(TINY, stages=stages), report=said.append
+    )
     small, same, large = (found.memory[stage.name] for stage in stages)
     assert small is same and (large.total or 0) > 4 * (small.total or 0)
     assert [text.split(":")[0] for text in said] == ["small", "large"]

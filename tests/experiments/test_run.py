@@ -457,7 +457,7 @@ def brief(tmp_path_factory):
     out = tmp_path_factory.mktemp("brief") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "_means", scoring(*DICE["one"], *DICE["two"]))
-        run_lib.run(chosen, out, say=lambda _: None)
+        run_lib.run(chosen, out, report=lambda _: None)
     return chosen, out
 
 
@@ -503,7 +503,7 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next(brief, tmp_path):
     largest = max(files, key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     said = []
-    run_lib.run(chosen, out, resume=True, say=said.append)
+    run_lib.run(chosen, out, resume=True, report=said.append)
     assert any(str(best) in text and "skipped" in text for text in said)
     assert "the weights are those of step 1 of 3" in said
     assert_weights_of(out, state_of(out, "two", 1))
@@ -526,17 +526,17 @@ def test_an_interrupted_last_validation_is_made_up_for(brief, tmp_path, monkeypa
     # The second stage runs to its end, but for its last score.
     monkeypatch.setattr(validation, "_means", scoring(*DICE["two"][:-1], None))
     with pytest.raises(KeyboardInterrupt):
-        run_lib.run(chosen, out, resume=True, say=lambda _: None)
+        run_lib.run(chosen, out, resume=True, report=lambda _: None)
     assert saved(out, "two") == [1, 2, 3]
     monkeypatch.setattr(validation, "_means", scoring(0.95))
-    outcome = run_lib.run(chosen, out, resume=True, say=lambda _: None)
+    outcome = run_lib.run(chosen, out, resume=True, report=lambda _: None)
     assert outcome.scores["dice"] == 0.95
     assert log_of(out, "two")[-1]["validation_dice"] == "0.95"
     # It is the best by now.
     assert_weights_of(out, state_of(whole, "two", 3))
     # Nothing is scored a second time.
     monkeypatch.setattr(validation, "_means", scoring())
-    run_lib.run(chosen, out, resume=True, say=lambda _: None)
+    run_lib.run(chosen, out, resume=True, report=lambda _: None)
 
 
 # --- validation -----------------------------------------------------------------------

@@ -64,7 +64,7 @@ def small(data, **changes):
 def trained(data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     said = []
-    outcome = sam_lib.run(small(data), out, say=said.append)
+    outcome = sam_lib.run(small(data), out, report=said.append)
     return out, outcome
 
 
@@ -125,9 +125,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(trained, data, tmp_path, monkeyp
     with monkeypatch.context() as patched:
         patched.setattr(sam_lib.parallel, "compile_step", compile_step)
         with pytest.raises(Stop):
-            sam_lib.run(whole, tmp_path / "run", say=lambda _: None)
+            sam_lib.run(whole, tmp_path / "run", report=lambda _: None)
     said = []
-    sam_lib.run(whole, tmp_path / "run", resume=True, say=said.append)
+    sam_lib.run(whole, tmp_path / "run", resume=True, report=said.append)
     assert any(text.startswith("resumed at step") for text in said)
     a, b = (load.load_sam(o / "weights").variables for o in (out, tmp_path / "run"))
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):

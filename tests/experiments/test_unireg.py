@@ -76,7 +76,7 @@ def embeddings(tmp_path_factory):
 def trained(embeddings, tmp_path_factory):
     chosen = tiny(UniRegConfig(form="native"), sam=str(embeddings), ema=0.5)
     out = tmp_path_factory.mktemp("runs") / "whole"
-    return chosen, out, run.run(chosen, out, say=lambda _: None)
+    return chosen, out, run.run(chosen, out, report=lambda _: None)
 
 
 def test_sam_is_frozen_and_travels_with_the_weights(trained, embeddings):
@@ -105,7 +105,7 @@ def test_a_resumed_run_needs_no_sam_but_its_own(trained, embeddings, tmp_path):
     embeddings.rename(hidden)
     said = []
     try:
-        again = run.run(chosen, copy, resume=True, say=said.append)
+        again = run.run(chosen, copy, resume=True, report=said.append)
     finally:
         hidden.rename(embeddings)
     assert "resumed at step 2 of 4" in said

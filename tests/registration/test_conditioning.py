@@ -624,5 +624,5 @@ def test_what_tune_lambda_stores_is_what_register_asks_for(tmp_path, capsys):
 def test_only_networks_that_are_told_something_say_so(trained):
     result = registered_result(trained, task="b")
     assert result_lib.summary(result)["told"] == "liver, intra, smoothness 3"
-    silent = dataclasses.replace(result, told="")
+    silent = dataclasses.replace(result, conditioning="")
     assert "told" not in result_lib.summary(silent)

@@ -306,7 +306,7 @@ def test_a_bad_pair_is_named_and_the_last_good_checkpoint_kept(tmp_path):
 
     log = Log()
     with RunCheckpoints(tmp_path, keep_latest=9) as kept:
-        work = job(log, step=breaking_at(5), blame=blame, checkpoints=kept)
+        work = job(log, step=breaking_at(5), find_bad_pairs=blame, checkpoints=kept)
         with pytest.raises(UserError) as caught:
             loop.run(fresh(), work, LoopConfig(checkpoint_every=2, log_every=1))
         assert list(kept.steps()) == [2, 4]

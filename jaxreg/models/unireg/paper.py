@@ -131,10 +131,14 @@ class UniRegConfig:
             )
 
     @property
-    def known(self) -> int:
-        """Numbers that say what is known of a task."""
-        asked = self.smoothness_range
-        return self.regions + len(TYPES) + (asked.knots if asked else 0)
+    def conditioning_size(self) -> int:
+        """How many numbers condition the head on a task."""
+        smoothness_range = self.smoothness_range
+        return (
+            self.regions
+            + len(TYPES)
+            + (smoothness_range.knots if smoothness_range else 0)
+        )
 
     @property
     def matched(self) -> int:
@@ -231,7 +235,7 @@ class UniRegNetwork(nn.Module):
         fixed: Image,
         source: Features | None = None,
         target: Features | None = None,
-        known: Float[Array, "N K"] | None = None,
+        conditioning: Float[Array, "N K"] | None = None,
     ) -> Image:
         """Returns the head's output, N D H W 3 in voxels; not integrated.
 
@@ -240,7 +244,7 @@ class UniRegNetwork(nn.Module):
           fixed: N D H W 1, [-1, 1].
           source: features of the moving image; None if the config has none.
           target: features of the fixed image.
-          known: region and type of each pair's task, for a dynamic head.
+          conditioning: region and type of each pair's task, for a dynamic head.
         """
         config = self.config
         matched = None
@@ -255,9 +259,9 @@ class UniRegNetwork(nn.Module):
             return flow(x) * (0.5 * jnp.asarray(unit_scale(x.shape[1:4]), x.dtype))
         x = Layer(16, EMBEDDING, form=config.form, name="embedding")(x)
         if config.head == "dynamic":
-            assert known is not None
+            assert conditioning is not None
             head = DynamicHead(EMBEDDING, pool_norm=config.pool_norm, name="head")
-            return head(x, known)
+            return head(x, conditioning)
         for index, init in enumerate((_kaiming(), _kaiming(), _near_zero())):
             width = EMBEDDING if index < 2 else 3
             name = f"head_{index}"
@@ -346,7 +350,7 @@ class UniReg:
     config: UniRegConfig = UniRegConfig()
     features: FeatureNetwork | None = None
 
-    def _known(
+    def _conditioning(
         self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
     ) -> Float[Array, "N K"] | None:
         """Region, type and smoothness of each pair, in the order of the paper."""
@@ -354,8 +358,8 @@ class UniReg:
         if config.head != "dynamic":
             return None
         rows = heads.one_hot_tasks(config.tasks, config.regions, TYPES)
-        known = heads.look_up(np.concatenate(rows, -1), task, config.tasks)
-        return heads.with_smoothness(known, smoothness, config.smoothness_range)
+        conditioning = heads.look_up(np.concatenate(rows, -1), task, config.tasks)
+        return heads.with_smoothness(conditioning, smoothness, config.smoothness_range)
 
     def _features(
         self, variables: Variables, moving: Image, fixed: Image, batching: Batching
@@ -389,10 +393,10 @@ class UniReg:
                 sam_features, form=self.config.form
             )
             frozen = variables.get(SAM, {})
-            known = self.config.sam_window or HU_RANGE
+            window = self.config.sam_window or HU_RANGE
             found = one_by_one(
                 lambda image: _as_features(extract(frozen, image)),
-                to_sam_range(images, self.config.window, known),
+                to_sam_range(images, self.config.window, window),
             )
         # The networks that make features are frozen.
         found = jax.lax.stop_gradient(found)
@@ -402,7 +406,9 @@ class UniReg:
         )
         return source, target
 
-    def remember(self, variables: Variables, moving: Image, fixed: Image) -> Variables:
+    def cache_features(
+        self, variables: Variables, moving: Image, fixed: Image
+    ) -> Variables:
         """Returns variables with these images' features in place of SAM's network.
 
         For many calls on one batch: the embeddings cost more than all the rest.
@@ -454,14 +460,14 @@ class UniReg:
             return jax.ShapeDtypeStruct((1, *sizes, channels), jnp.float32)
 
         image = struct((1, 1, 1), 1)
-        known = jax.ShapeDtypeStruct((1, config.known), jnp.float32)
+        conditioning = jax.ShapeDtypeStruct((1, config.conditioning_size), jnp.float32)
         features = None
         if config.features != "none":
             mind = config.features == "mind"
             channels = MIND_CHANNELS if mind else config.feature_channels
             features = Features(struct(FINE, channels), struct(COARSE, channels))
         network = UniRegNetwork(config)
-        return network.lazy_init(key, image, image, features, features, known)
+        return network.lazy_init(key, image, image, features, features, conditioning)
 
     def apply(
         self,
@@ -478,7 +484,7 @@ class UniReg:
 
         Args:
           variables: {"params": ...} as from `init`, and "sam" where embeddings are
-            SAM's, see `with_sam`; or as from `remember` for the same images.
+            SAM's, see `with_sam`; or as from `cache_features` for the same images.
           moving: N D H W 1, [0, 1], see `UniRegConfig.window`.
           fixed: N D H W 1, [0, 1].
           task: each pair's number in `config.tasks`; a dynamic head needs it.
@@ -491,7 +497,7 @@ class UniReg:
           UserError: see `check_shape`, `heads.look_up` and `check_sam`.
         """
         check_shape(moving.shape[1:4])
-        known = self._known(task, smoothness)
+        conditioning = self._conditioning(task, smoothness)
         source, target = self._features(variables, moving, fixed, batching)
         field = UniRegNetwork(self.config).apply(
             {"params": variables["params"]},
@@ -499,7 +505,7 @@ class UniReg:
             self._backbone(fixed, task),
             source,
             target,
-            known,
+            conditioning,
         )
         field = jnp.asarray(field)
         if self.config.integrate_steps:

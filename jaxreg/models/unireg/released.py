@@ -92,10 +92,14 @@ class UniRegRpnConfig:
             raise UserError(f"iterations is {self.iterations}, expected 1 or more")
 
     @property
-    def known(self) -> int:
-        """Numbers that say what is known of a task."""
-        asked = self.smoothness_range
-        return len(TYPES) + self.regions + (asked.knots if asked else 0)
+    def conditioning_size(self) -> int:
+        """How many numbers condition the head on a task."""
+        smoothness_range = self.smoothness_range
+        return (
+            len(TYPES)
+            + self.regions
+            + (smoothness_range.knots if smoothness_range else 0)
+        )
 
     @property
     def outside(self) -> Literal["edge", "zeros"]:
@@ -137,14 +141,14 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, moving: Image, fixed: Image, known: Float[Array, "N K"] | None
+        self, moving: Image, fixed: Image, conditioning: Float[Array, "N K"] | None
     ) -> Image:
         """Returns N D H W 3.
 
         Args:
           moving: N D H W C, warped.
           fixed: N D H W C.
-          known: of each pair's task; not looked at by a static head.
+          conditioning: of each pair's task; not looked at by a static head.
         """
         config = self.config
         features, width = config.widths(self.level)
@@ -159,9 +163,9 @@ class Decoder(nn.Module):
         x = layer(width, width // 2, 4)(x)
         if config.head == "static":
             return layer(width // 2, 3, 5, kernel_init=nn.initializers.zeros)(x)
-        assert known is not None
+        assert conditioning is not None
         head = DynamicHead(width // 2, config.hidden, pool_norm=True, name="head")
-        return head(x, known)
+        return head(x, conditioning)
 
 
 class UniRegRpnNetwork(nn.Module):
@@ -178,7 +182,10 @@ class UniRegRpnNetwork(nn.Module):
         self.decoder_1 = Decoder(self.config, 1)
 
     def __call__(
-        self, moving: Image, fixed: Image, known: Float[Array, "N K"] | None = None
+        self,
+        moving: Image,
+        fixed: Image,
+        conditioning: Float[Array, "N K"] | None = None,
     ) -> Image:
         """Returns the field, N D H W 3 in voxels, of one pass."""
         moving_features, fixed_features = self.encode(moving), self.encode(fixed)
@@ -187,29 +194,31 @@ class UniRegRpnNetwork(nn.Module):
             if field is not None:
                 field = fields.upsample_displacement(field)
             m, f = moving_features[level - 1], fixed_features[level - 1]
-            field = self.step(level, m, f, known, field)
+            field = self.step(level, m, f, conditioning, field)
         return field  # pyright: ignore[reportReturnType]
 
     def encode(self, image: Image) -> tuple[Image, ...]:
         """Returns an image's features, see `Encoder`."""
         return self.encoder(image)
 
-    def step(self, level: int, moving, fixed, known, field: jax.Array | None = None):
+    def step(
+        self, level: int, moving, fixed, conditioning, field: jax.Array | None = None
+    ):
         """Returns a level's field after one more displacement.
 
         Args:
           level: 4 is the coarsest.
           moving: features of that level, N D H W C.
           fixed: the same of the fixed image.
-          known: of each pair's task.
+          conditioning: of each pair's task.
           field: so far, N D H W 3; the displacement alone is returned if None.
         """
         decode = getattr(self, f"decoder_{level}")
         if field is None:
-            return decode(moving, fixed, known)
+            return decode(moving, fixed, conditioning)
         outside = self.config.outside
         moved = fields.warp_voxels(moving, field, outside=outside)
-        displacement = decode(moved, fixed, known)
+        displacement = decode(moved, fixed, conditioning)
         return fields.compose_voxels(field, displacement, outside=outside)
 
 
@@ -308,7 +317,7 @@ def _rule_one(
     params: Variables,
     moving: Image,
     fixed: Image,
-    known: Float[Array, "1 K"] | None,
+    conditioning: Float[Array, "1 K"] | None,
 ) -> Ruled:
     """Repeats the levels for one pair; all arrays have a batch of 1."""
     config = network.config
@@ -318,7 +327,9 @@ def _rule_one(
         m, f = (features[level - 1] for features in encoded)
 
         def step(field, level=level, m=m, f=f):
-            return network.apply(params, level, m, f, known, field, method="step")
+            return network.apply(
+                params, level, m, f, conditioning, field, method="step"
+            )
 
         def judge(field, level=level):
             whole = fields.upsample_displacement(field, 2 ** (level - 1))
@@ -342,7 +353,7 @@ def rule(
     params: Variables,
     moving: Image,
     fixed: Image,
-    known: Float[Array, "N K"] | None = None,
+    conditioning: Float[Array, "N K"] | None = None,
 ) -> Ruled:
     """Returns the field of levels that are repeated as long as it helps.
 
@@ -355,16 +366,16 @@ def rule(
       params: its {"params": ...}.
       moving: N D H W C.
       fixed: N D H W C.
-      known: of each pair's task, N K; None for static heads.
+      conditioning: of each pair's task, N K; None for static heads.
     """
     network = UniRegRpnNetwork(config)
 
     def one(pair) -> Ruled:
-        moving, fixed, known = jax.tree.map(lambda x: x[None], pair)
-        found = _rule_one(network, params, moving, fixed, known)
+        moving, fixed, conditioning = jax.tree.map(lambda x: x[None], pair)
+        found = _rule_one(network, params, moving, fixed, conditioning)
         return Ruled(*(x[0] for x in found))
 
-    return lax.map(one, (moving, fixed, known))
+    return lax.map(one, (moving, fixed, conditioning))
 
 
 # --- the model ------------------------------------------------------------------------
@@ -390,7 +401,7 @@ class UniRegRpn:
 
     config: UniRegRpnConfig = UniRegRpnConfig()
 
-    def _known(
+    def _conditioning(
         self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
     ) -> Float[Array, "N K"] | None:
         """Type, region and smoothness of each pair, in the order of the release."""
@@ -399,8 +410,8 @@ class UniRegRpn:
             return None
         region, pairing = heads.one_hot_tasks(config.tasks, config.regions, TYPES)
         table = np.concatenate([pairing, region], -1)
-        known = heads.look_up(table, task, config.tasks)
-        return heads.with_smoothness(known, smoothness, config.smoothness_range)
+        conditioning = heads.look_up(table, task, config.tasks)
+        return heads.with_smoothness(conditioning, smoothness, config.smoothness_range)
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
         """Returns fresh variables; they do not depend on the grid's shape.
@@ -411,8 +422,8 @@ class UniRegRpn:
         check_shape(shape)
         config = self.config
         image = jax.ShapeDtypeStruct((1, *shape, config.image_channels), jnp.float32)
-        known = jax.ShapeDtypeStruct((1, config.known), jnp.float32)
-        return UniRegRpnNetwork(config).lazy_init(key, image, image, known)
+        conditioning = jax.ShapeDtypeStruct((1, config.conditioning_size), jnp.float32)
+        return UniRegRpnNetwork(config).lazy_init(key, image, image, conditioning)
 
     def apply(
         self,
@@ -445,12 +456,15 @@ class UniRegRpn:
           UserError: see `check_shape` and `heads.look_up`.
         """
         check_shape(moving.shape[1:4])
-        known, params = self._known(task, smoothness), {"params": variables["params"]}
+        conditioning, params = (
+            self._conditioning(task, smoothness),
+            {"params": variables["params"]},
+        )
         if train or self.config.iterations == 1:
             network = UniRegRpnNetwork(self.config)
-            field = network.apply(params, moving, fixed, known)
+            field = network.apply(params, moving, fixed, conditioning)
             return Prediction(as_transform(jnp.asarray(field))), variables
-        found = rule(self.config, params, moving, fixed, known)
+        found = rule(self.config, params, moving, fixed, conditioning)
         aux = {
             "level_steps": found.steps,
             "correlation_trace": found.correlation,

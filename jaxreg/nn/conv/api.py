@@ -99,8 +99,8 @@ def _slab_gradients(
     sizes = kernel.shape[:3]
     around = [k - 1 - m for k, m in zip(sizes, margin, strict=True)]
     dy = _pad(dy, *((m, m) for m in around))
-    turned = jnp.swapaxes(jnp.flip(kernel, (0, 1, 2)), 3, 4)
-    dx = _slab((dy,), turned)
+    flipped = jnp.swapaxes(jnp.flip(kernel, (0, 1, 2)), 3, 4)
+    dx = _slab((dy,), flipped)
     edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
     dxs = tuple(jnp.split(dx, edges, axis=-1))
     own = winograd if winograd.suits_gradient(xs, kernel.shape) else blocked

@@ -80,18 +80,18 @@ def repeat(
     Returns:
       (result, history): the last result, and the parts by name, steps + 1.
     """
-    told, parts, result = [], {}, None
+    recorded, parts, result = [], {}, None
     for index in range(steps + 1):
         before = parts
         result = None  # a second one would take its memory beside the next
         state, parts, result = step(state, index)
         # One step behind, so that the device has work while the host waits and tells.
         if index > 0:
-            told.append(jax.device_get(before))
+            recorded.append(jax.device_get(before))
             if report is not None:
-                report(index - 1, told[-1])
-    told.append(jax.device_get(parts))
-    return result, {name: np.stack([p[name] for p in told]) for name in parts}
+                report(index - 1, recorded[-1])
+    recorded.append(jax.device_get(parts))
+    return result, {name: np.stack([p[name] for p in recorded]) for name in parts}
 
 
 def draw_noise(key: Key, step, shape: Shape, given):

@@ -49,14 +49,14 @@ def predict(model: RegistrationModel, variables: Variables, pair: Pair) -> Optim
 
 @functools.partial(jax.jit, static_argnames="model")
 def _cache_features(model, variables, pair):
-    return model.remember(variables, pair.moving, pair.fixed)
+    return model.cache_features(variables, pair.moving, pair.fixed)
 
 
 def _cached_features(
     model: RegistrationModel, variables: Variables, pair: Pair
 ) -> Variables:
     """Returns variables with what no step changes, from a network that can tell it."""
-    if not hasattr(model, "remember"):
+    if not hasattr(model, "cache_features"):
         return variables
     return _cache_features(model, variables, pair)
 

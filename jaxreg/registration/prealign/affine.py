@@ -313,10 +313,10 @@ def part_of(fixed: Grid, moving: Grid) -> float:
 def apart(grid: Grid, one: np.ndarray, other: np.ndarray) -> float:
     """Returns how far apart two maps take the corners of a scan, in half diagonals."""
     corners = measure.apply(grid.unit_to_mm, np.array(list(np.ndindex(2, 2, 2)), float))
-    ways = np.linalg.norm(
+    shifts = np.linalg.norm(
         measure.apply(one, corners) - measure.apply(other, corners), axis=1
     )
-    return float(ways.max() / _half_diagonal(grid))
+    return float(shifts.max() / _half_diagonal(grid))
 
 
 def as_good(one: float, other: float) -> bool:
@@ -494,8 +494,8 @@ def _adam(unlike: Callable[[jax.Array], jax.Array], base, descent: measure.Desce
         rows = ([a, d, e], [d, b, f], [e, f, c])
         strain = strained + jnp.stack([jnp.stack(row) for row in rows])
         square = jnp.sum(strain**2)
-        beyond = jax.nn.relu(jnp.sqrt(square + 1e-12) - _FREE_STRAIN)
-        return unlike(_map(numbers, radius, base)) + stiffness * square + beyond**2
+        excess = jax.nn.relu(jnp.sqrt(square + 1e-12) - _FREE_STRAIN)
+        return unlike(_map(numbers, radius, base)) + stiffness * square + excess**2
 
     optimizer = optax.scale_by_adam(b2=0.99)
 

@@ -362,13 +362,13 @@ def read(side: _Side, places: jax.Array) -> tuple[jax.Array, jax.Array]:
     reach = jnp.clip(jnp.minimum(index, last - index) + 1.0, 0.0, 1.0)
     at = jnp.clip(index, 0.0, last)
     low = jnp.floor(at)
-    way = at - low
+    fraction = at - low
     corner = low.astype(jnp.int32)
     total: Any = 0.0
     for offset in np.ndindex(2, 2, 2):
         voxel = jnp.minimum(corner + np.array(offset), side.shape - 1)
         flat = (voxel[:, 0] * side.shape[1] + voxel[:, 1]) * side.shape[2] + voxel[:, 2]
-        share = jnp.prod(jnp.where(np.array(offset) == 1, way, 1 - way), -1)
+        share = jnp.prod(jnp.where(np.array(offset) == 1, fraction, 1 - fraction), -1)
         total += share[:, None] * side.values[flat]
     return total[:, 0], jnp.prod(reach, -1) * total[:, 1]
 
@@ -475,6 +475,6 @@ class Descent(NamedTuple):
 
 def _log_strain(matrix: np.ndarray, base: np.ndarray) -> np.ndarray:
     """The logarithm of the strain that a map has beyond another, 3x3."""
-    beyond = matrix[:3, :3] @ np.linalg.inv(base[:3, :3])
-    values, vectors = np.linalg.eigh(beyond.T @ beyond)
+    change = matrix[:3, :3] @ np.linalg.inv(base[:3, :3])
+    values, vectors = np.linalg.eigh(change.T @ change)
     return vectors @ np.diag(np.log(values) / 2) @ vectors.T

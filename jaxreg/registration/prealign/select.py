@@ -55,9 +55,9 @@ class Prealignment:
 
     Attributes:
       affine_mm: 4x4, float64.
-      bend: what comes before it, 1 D H W 3 in unit coordinates of `grid`; None for
-        nothing.
-      grid: over the fixed scan, whose unit cube the bend lives in.
+      residual_field: applied before the affine map, 1 D H W 3 in unit coordinates of
+        `grid`; None for an affine map alone.
+      grid: over the fixed scan, whose unit cube the residual field lives in.
       start: what it came from: "headers", "centres", "centres of mass", "stretched
         extents", "a place beside" the first of these or "matches"; "" where nothing
         was looked for.
@@ -66,7 +66,7 @@ class Prealignment:
     """
 
     affine_mm: np.ndarray
-    bend: Field | None = None
+    residual_field: Field | None = None
     grid: Grid | None = None
     start: str = ""
     extents_fit: bool = False
@@ -75,29 +75,31 @@ class Prealignment:
     def transform(self) -> Transform:
         """Fixed mm to moving mm."""
         last = Affine(self.affine_mm)
-        if self.bend is None or self.grid is None:
+        if self.residual_field is None or self.grid is None:
             return Transform((last,))
         enter, leave = np.linalg.inv(self.grid.unit_to_mm), self.grid.unit_to_mm
-        bend = Displacement(self.bend)
-        return Transform((Affine(enter), bend, Affine(leave), last))
+        residual_field = Displacement(self.residual_field)
+        return Transform((Affine(enter), residual_field, Affine(leave), last))
 
     @property
     def in_world(self) -> Transform:
         """The same as files hold it: beyond half a voxel of the bend there is none."""
-        if self.bend is None or self.grid is None:
+        if self.residual_field is None or self.grid is None:
             return self.transform
-        bend = Transform((Displacement(self.bend),))
-        return transform_lib.in_world(bend, self.grid, self.carried(self.grid))
+        residual_field = Transform((Displacement(self.residual_field),))
+        return transform_lib.in_world(
+            residual_field, self.grid, self.moved_grid(self.grid)
+        )
 
-    def bend_on(self, fixed: Grid) -> Transform | None:
+    def residual_on(self, fixed: Grid) -> Transform | None:
         """Returns the bend in unit coordinates of a grid over the fixed scan."""
-        if self.bend is None or self.grid is None:
+        if self.residual_field is None or self.grid is None:
             return None
         enter = np.linalg.inv(self.grid.unit_to_mm) @ fixed.unit_to_mm
-        bend = Displacement(self.bend)
-        return Transform((Affine(enter), bend, Affine(np.linalg.inv(enter))))
+        residual_field = Displacement(self.residual_field)
+        return Transform((Affine(enter), residual_field, Affine(np.linalg.inv(enter))))
 
-    def carried(self, fixed: Grid) -> Grid:
+    def moved_grid(self, fixed: Grid) -> Grid:
         """Returns a grid over the fixed scan, moved into the moving scan's space.
 
         By the affine part: between both grids' unit cubes it is the identity.
@@ -121,12 +123,12 @@ class Scan:
 
 
 def find(
-    way: Method, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
+    method: Method, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
 ) -> Prealignment:
     """Looks for a pre-alignment of two scans.
 
     Args:
-      way: how, see `Method`.
+      method: how, see `Method`.
       moving: the scan that is warped.
       fixed: the scan that stays.
       network: for SAM's ways, which need scans of the kind that it knows.
@@ -141,19 +143,19 @@ def find(
       UserError: SAM's weights are missing, or its matches are too few or contradict
         each other; or a scan has nothing to see.
     """
-    if way not in METHODS:
-        raise UserError(f"--prealign is {way}, expected one of {', '.join(METHODS)}")
-    if way == "none":
+    if method not in METHODS:
+        raise UserError(f"--prealign is {method}, expected one of {', '.join(METHODS)}")
+    if method == "none":
         return Prealignment(np.eye(4))
     both = shown(fixed), shown(moving)
-    if way == "affine":
+    if method == "affine":
         found = _by_intensities(moving, fixed, *both)
     else:
-        if way in SAM_METHODS:
-            given = _by_matches(way, moving, fixed, network)
+        if method in SAM_METHODS:
+            given = _by_matches(method, moving, fixed, network)
         else:
             given = Prealignment(_between_centres(moving, fixed), start="centres")
-        found = _not_worse(way, given, *both)
+        found = _not_worse(method, given, *both)
     if affine_lib.mirrored_fits(*both, found.affine_mm):
         warnings.warn(
             f"{moving.volume.source} mirrored, left for right, fits "
@@ -189,7 +191,7 @@ def shown(scan: Scan) -> measure.Shown:
 def _by_intensities(
     moving: Scan, fixed: Scan, here: measure.Shown, there: measure.Shown
 ) -> Prealignment:
-    turned = network_grid.oriented(
+    reoriented = network_grid.oriented(
         moving.volume, orientations.io_orientation(fixed.volume.grid.affine_mm)
     )
     grids = fixed.volume.grid, moving.volume.grid
@@ -197,7 +199,7 @@ def _by_intensities(
         "headers": np.eye(4),  # first: what the others have to beat
         "centres": affine.to_mm(affine.centres(*grids), *grids),
         "centres of mass": _between_centres(moving, fixed),
-        _EXTENTS: affine_lib.stretched(grids[0], turned.grid),
+        _EXTENTS: affine_lib.stretched(grids[0], reoriented.grid),
     }
     starts = {k: v for k, v in starts.items() if affine_lib.plausible(v)}
     found = affine_lib.search(here, there, starts)
@@ -252,7 +254,7 @@ def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
 
 
 def _not_worse(
-    way: Method,
+    method: Method,
     given: Prealignment,
     fixed: measure.Shown,
     moving: measure.Shown,
@@ -261,20 +263,20 @@ def _not_worse(
 
     A coarse field that fits no better than the headers is left out first.
     """
-    if given.bend is not None:
-        if _unlikeness_beyond_headers(_as_function(given), fixed, moving, way) < 0:
+    if given.residual_field is not None:
+        if _unlikeness_beyond_headers(_as_function(given), fixed, moving, method) < 0:
             return given
         warnings.warn(
-            f"--prealign {way}: the coarse field fits no better than the scans' "
+            f"--prealign {method}: the coarse field fits no better than the scans' "
             "headers; it is left out",
             stacklevel=3,
         )
         given = Prealignment(given.affine_mm, start=given.start)
-    worse = _unlikeness_beyond_headers(given.affine_mm, fixed, moving, way)
+    worse = _unlikeness_beyond_headers(given.affine_mm, fixed, moving, method)
     if worse <= 0:
         return given
     warnings.warn(
-        f"--prealign {way} fits worse than the scans' headers (NMI loss more by "
+        f"--prealign {method} fits worse than the scans' headers (NMI loss more by "
         f"{worse:.4f}); the headers are kept",
         stacklevel=3,
     )
@@ -295,15 +297,15 @@ def _unlikeness_beyond_headers(
     found: measure.Map,
     fixed: measure.Shown,
     moving: measure.Shown,
-    way: Method,
+    method: Method,
 ) -> float:
     """By how much a map fits worse than the headers.
 
     By one measure, which no way that is asked here has made small itself.
     """
-    maps = {"headers": np.eye(4), way: found}
+    maps = {"headers": np.eye(4), method: found}
     fits = affine_lib.compare(fixed, moving, maps)
-    return fits[way].globally - fits["headers"].globally
+    return fits[method].globally - fits["headers"].globally
 
 
 def _scaled(scan: Scan) -> np.ndarray:
@@ -315,11 +317,11 @@ def _scaled(scan: Scan) -> np.ndarray:
     return array
 
 
-def without_sam(way: str) -> UserError:
-    """Returns what to say where a way needs a SAM network and there is none."""
+def without_sam(method: str) -> UserError:
+    """Returns the error of a method that needs a SAM network where there is none."""
     return UserError(
-        f"--prealign {way} needs a SAM network; give --sam-weights PATH (a checkpoint "
-        "folder or .pth), or pass --prealign affine"
+        f"--prealign {method} needs a SAM network; give --sam-weights PATH (a "
+        "checkpoint folder or .pth), or pass --prealign affine"
     )
 
 
@@ -327,15 +329,17 @@ def without_sam(way: str) -> UserError:
 
 
 def _by_matches(
-    way: Method, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
+    method: Method, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
 ) -> Prealignment:
     if network is None:
-        raise without_sam(way)
+        raise without_sam(method)
     try:
         for scan in (moving, fixed):
             points_lib.check_known(network, scan.rule, scan.volume.source)
     except UserError as error:
-        raise UserError(f"--prealign {way}: {error}; pass --prealign affine") from error
+        raise UserError(
+            f"--prealign {method}: {error}; pass --prealign affine"
+        ) from error
     (there, moving_grid, moving_body), (here, fixed_grid, fixed_body) = (
         _for_sam(scan, network) for scan in (moving, fixed)
     )
@@ -352,20 +356,20 @@ def _by_matches(
         linear = from_matches.matched_affine(matches, *shapes)
         field = (
             None
-            if way == "sam-affine"
+            if method == "sam-affine"
             else from_matches.matched_field(matches, *shapes)
         )
     except UserError as error:
-        raise UserError(f"--prealign {way}: {error}; or pass --prealign affine") from (
-            error
-        )
+        raise UserError(
+            f"--prealign {method}: {error}; or pass --prealign affine"
+        ) from (error)
     affine_mm = affine.to_mm(linear, fixed_grid, moving_grid)
     change = float(np.linalg.det(affine_mm[:3, :3]))
     if not 1 / _LARGEST_CHANGE < change < _LARGEST_CHANGE:
         raise UserError(
-            f"--prealign {way}: the {len(matches)} matches of {moving.volume.source} "
-            f"and {fixed.volume.source} ask for a map that changes volume by a factor "
-            f"of {change:.3g}; check that both show the same part of the body, or pass "
+            f"--prealign {method}: the {len(matches)} matches of "
+            f"{moving.volume.source} and {fixed.volume.source} ask for a map that "
+            f"changes volume by a factor of {change:.3g}; check that both show the same part of the body, or pass "
             "--prealign affine"
         )
     if field is None:
@@ -390,7 +394,7 @@ def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarr
         assert body is not None
     else:
         placement = ResamplingRule("pad_crop", "spl", network.spacing_mm)
-        mask = placement.turned(scan.mask)
+        mask = placement.reoriented(scan.mask)
         body = placement.labels(mask.array > 0, mask.grid, image.grid.shape)
     shown = points_lib.shown_to_sam(image, rule)
     sizes = zip(image.array.shape, shown.array.shape, strict=True)
@@ -409,5 +413,5 @@ def _residual_field(field: Transform, linear: Transform) -> Field:
     shape = step.field.shape[1:4]
     here = np.asarray(sampling.identity(shape), np.float64)
     back = Affine(np.linalg.inv(np.asarray(last.matrix, np.float64)))
-    bent = back(here + np.asarray(step.field, np.float64)) - here
-    return jnp.asarray(bent, jnp.float32)
+    residual = back(here + np.asarray(step.field, np.float64)) - here
+    return jnp.asarray(residual, jnp.float32)

@@ -250,7 +250,7 @@ def from_variables(
       UserError: leaves are unknown, missing, misshapen or of the wrong type, or the
         network can be asked for a smoothness, which the released code cannot.
     """
-    if _asked(config):
+    if _smoothness_knots(config):
         raise UserError(
             f"{source} has a smoothness_range, which the released code cannot hold; "
             "train without one to export"
@@ -313,8 +313,8 @@ def check_variables(
     """
     sizes = variable_sizes(variables, source=source)
     state_lib.check_tree(variables, entries(sizes), source=source, network=_NAME)
-    if asked := _asked(config):  # its knots follow the regions
-        sizes = dataclasses.replace(sizes, regions=sizes.regions - asked["knots"])
+    if smoothness := _smoothness_knots(config):  # its knots follow the regions
+        sizes = dataclasses.replace(sizes, regions=sizes.regions - smoothness["knots"])
     got = {name: value for name, value in dataclasses.asdict(sizes).items() if value}
     said = {name: (config or {}).get(name, value) for name, value in got.items()}
     if said != got:
@@ -324,7 +324,7 @@ def check_variables(
         )
 
 
-def _asked(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _smoothness_knots(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Returns the range of smoothness that dynamic heads can be asked for."""
     fields = config or {}
     dynamic = fields.get("head", "dynamic") == "dynamic"

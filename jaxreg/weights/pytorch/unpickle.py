@@ -267,22 +267,22 @@ class Machine:
             raise ValueError("a name that is no text")
         self._push(_known(_Name(module, name)))
 
-    def _storage(self, told: Any) -> Storage:
+    def _storage(self, persistent_id: Any) -> Storage:
         """Returns what a persistent id says: kind, type, key, device, elements."""
-        if not isinstance(told, tuple) or told[:1] != ("storage",):
+        if not isinstance(persistent_id, tuple) or persistent_id[:1] != ("storage",):
             raise Foreign("an object that is no storage")
-        if len(told) not in (5, 6):
+        if len(persistent_id) not in (5, 6):
             raise ValueError("a storage with other parts")
-        _, name, key, _, count = told[:5]
+        _, name, key, _, count = persistent_id[:5]
         if not isinstance(name, _Name) or name not in _STORAGE_NAMES:
             raise ValueError("a storage without a type")
         if not isinstance(key, str) or not _whole(count):
             raise ValueError("a storage without name or size")
         whole = Storage(key, _STORAGE_NAMES[name], count)
         self._check(whole)
-        if len(told) == 5 or told[5] is None:
+        if len(persistent_id) == 5 or persistent_id[5] is None:
             return whole
-        match told[5]:
+        match persistent_id[5]:
             case (str(), start, part) if _whole(start) and _whole(part):
                 if start + part > count:
                     raise ValueError("a part of a storage beyond its end")
@@ -375,12 +375,14 @@ def _tensor(arguments: tuple[Any, ...], *, typed: bool) -> Tensor:
     # Of an empty one NumPy, too, wants the other axes to be countable.
     if math.prod(filter(None, shape)) * dtype.itemsize >= 1 << 62:
         raise Refused("a tensor with a size beyond measure")
-    told = rest[0] if rest and isinstance(rest[0], dict) else {}
-    if told.keys() - {"conj", "neg"} or (told.get("neg") and dtype == np.bool_):
+    persistent_id = rest[0] if rest and isinstance(rest[0], dict) else {}
+    if persistent_id.keys() - {"conj", "neg"} or (
+        persistent_id.get("neg") and dtype == np.bool_
+    ):
         raise Refused("a tensor with attributes that are not known")
     return Tensor(
         storage, dtype, offset, shape, strides,
-        bool(told.get("conj")), bool(told.get("neg")),
+        bool(persistent_id.get("conj")), bool(persistent_id.get("neg")),
     )  # fmt: skip
 
 

@@ -362,7 +362,7 @@ def test_each_image_is_embedded_once(with_sam, predicted, monkeypatch):
 def test_remembered_features_are_those_of_the_images(with_sam, predicted):
     model, variables = with_sam
     pair, run, both = predicted
-    known = jax.jit(model.remember)(variables, pair.moving, pair.fixed)
+    known = jax.jit(model.cache_features)(variables, pair.moving, pair.fixed)
     assert set(known) == {"params", "features"}
     check(run(known).backward.steps[0].field, both.backward.steps[0].field)
 

@@ -81,7 +81,7 @@ def test_what_happens_between(golden):
             variables, *images, capture_intermediates=True, mutable=["intermediates"]
         )
     )
-    _, seen = run(*images_of(g), model._known(task, None))
+    _, seen = run(*images_of(g), model._conditioning(task, None))
     seen = seen["intermediates"]
     for level in (4, 3, 2, 1):
         decoder = seen[f"decoder_{level}"]

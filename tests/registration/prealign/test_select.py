@@ -326,7 +326,7 @@ def test_headers_that_fit_better_are_kept(scans, monkeypatch, bent):
     with pytest.warns(UserWarning, match=said):
         kept = select.find("sam", fixed, fixed)
     np.testing.assert_array_equal(kept.affine_mm, np.eye(4))
-    assert kept.bend is None
+    assert kept.residual_field is None
     assert kept.start == ("matches" if bent else "headers")
 
 
@@ -462,7 +462,7 @@ def ct():
 def test_matches_to_an_affine_map_in_mm(ct, matched):
     matched(lambda p: apply(TRUTH, p))
     found = select.find("sam-affine", *ct, network=NETWORK)
-    assert found.bend is None
+    assert found.residual_field is None
     assert error_mm(found) < 0.7  # voxels of 2 mm were rounded to
 
 
@@ -480,7 +480,7 @@ def test_matches_to_a_coarse_field_in_mm(ct, matched, monkeypatch):
     linear = select.find("sam-affine", *ct, network=NETWORK)
     for way in ("sam", "sam-coarse"):
         found = select.find(way, *ct, network=NETWORK)
-        assert found.bend is not None and found.grid is not None
+        assert found.residual_field is not None and found.grid is not None
         wrong = [
             np.linalg.norm(f.transform.map_points(POINTS) - curved(POINTS), axis=-1)
             for f in (linear, found)
