@@ -369,8 +369,8 @@ def _by_matches(
         raise UserError(
             f"--prealign {method}: the {len(matches)} matches of "
             f"{moving.volume.source} and {fixed.volume.source} ask for a map that "
-            f"changes volume by a factor of {change:.3g}; check that both show the same part of the body, or pass "
-            "--prealign affine"
+            f"changes volume by a factor of {change:.3g}; check that both "
+            "show the same part of the body, or pass --prealign affine"
         )
     if field is None:
         return Prealignment(affine_mm, start="matches")
