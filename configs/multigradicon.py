@@ -22,7 +22,8 @@ a.csv,b.csv.
 
 from jaxreg.data.augment import Augmentation
 from jaxreg.data.loading import Loading
-from jaxreg.data.pairs import Task, region_weights
+from jaxreg.data.pairs import Task
+from jaxreg.data.sampler import region_weights
 from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIconConfig

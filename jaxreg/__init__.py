@@ -18,7 +18,8 @@ if typing.TYPE_CHECKING:
     from jaxreg.registration.pair import register
     from jaxreg.registration.result import RegistrationResult, summary
     from jaxreg.space.grid import Grid, Volume
-    from jaxreg.space.transform import Transform, warp_volume
+    from jaxreg.space.transform import Transform
+    from jaxreg.space.warping import warp_volume
     from jaxreg.weights.load import load
 
 __version__ = "0.1.0"

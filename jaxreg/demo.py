@@ -24,6 +24,7 @@ from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import report
 from jaxreg.registration import result as result_lib
 from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.grid import Shape, Volume
 from jaxreg.weights import load as load_lib
 
@@ -226,7 +227,7 @@ def run(
     transforms.write_transform(written[1], result.transform, pair.fixed.grid)
     mapping = transforms.as_written(written[0], result.transform)
     stored = Volume(_small(pair.moving.array), pair.moving.grid, pair.moving.source)
-    warped = transform_lib.warp_volume(stored, mapping, pair.fixed.grid)
+    warped = warping.warp_volume(stored, mapping, pair.fixed.grid)
     volumes.write_volume(written[2], warped)
     report.write_report(
         written[4], pair.moving, pair.fixed, result,
@@ -247,7 +248,7 @@ def _tissue_numbers(pair: DemoPair, found: transform_lib.Transform) -> dict[str,
     """Returns the overlap before and after, with one pair of thresholds for both."""
     nothing = transform_lib.Transform(())
     before, after = (
-        transform_lib.warp_volume(pair.moving, mapping, pair.fixed.grid)
+        warping.warp_volume(pair.moving, mapping, pair.fixed.grid)
         for mapping in (nothing, found)
     )
     cuts = three_means(pair.moving.array[pair.moving_mask.array > 0])

@@ -3,7 +3,7 @@
 Label maps are D H W arrays of integers on one grid; distances are in mm; points are
 world coordinates in mm. `cell_determinant` turns a map in unit coordinates into the
 determinants that the folding measures count; a determinant map in mm
-(`space.transform.jacobian_map`) serves them as well.
+(`space.warping.jacobian_map`) serves them as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from scipy import ndimage
 
-from jaxreg.space import fields
+from jaxreg.space import fields, warping
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid
 
@@ -161,7 +161,7 @@ def regularity(transform: transform_lib.Transform, grid: Grid) -> tuple[float, f
       transform: fixed mm to moving mm.
       grid: of the fixed scan, see `network_grid.Placement.measured`.
     """
-    determinant = transform_lib.jacobian_map(transform, grid)
+    determinant = warping.jacobian_map(transform, grid)
     return folding_fraction(determinant), sdlogj(determinant)
 
 

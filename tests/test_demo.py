@@ -10,7 +10,7 @@ from jaxreg.cli import main
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
 from jaxreg.space.grid import Grid, Volume
-from jaxreg.space.transform import warp_volume
+from jaxreg.space.warping import warp_volume
 
 SHAPE = (24, 28, 26)
 

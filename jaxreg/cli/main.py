@@ -378,7 +378,7 @@ def _register(
     from jaxreg.registration import options as options_lib
     from jaxreg.registration import pair, preparation
     from jaxreg.registration import result as result_lib
-    from jaxreg.space import transform as transform_lib
+    from jaxreg.space import warping
 
     for name, path in scans.items():
         if path is not None:
@@ -424,7 +424,7 @@ def _register(
     result, mapping = _write_transforms(outputs, result, fixed.grid, moving.grid)
     numbers = result_lib.summary(result)
     if outputs["--warped-moving-out"]:
-        warped = transform_lib.warp_volume(stored, mapping, fixed.grid, fill=outside)
+        warped = warping.warp_volume(stored, mapping, fixed.grid, fill=outside)
         volumes.write_volume(outputs["--warped-moving-out"], warped)
     if outputs["--report"]:
         from jaxreg.registration import (
@@ -446,7 +446,7 @@ def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
     another map than that in memory.
     """
     from jaxreg.io import transforms
-    from jaxreg.space import transform as transform_lib
+    from jaxreg.space import warping
 
     maps = {"transform": result.transform, "inverse": result.inverse}
     for name, grid in (("transform", fixed), ("inverse", moving)):
@@ -456,7 +456,7 @@ def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
             maps[name] = transforms.as_written(path, mapping)
     if result.inverse is None:
         return result, maps["transform"]
-    residual = transform_lib.round_trip_mm(**maps, fixed=fixed, moving=moving)
+    residual = warping.round_trip_mm(**maps, fixed=fixed, moving=moving)
     return dataclasses.replace(result, inverse_residual_mm=residual), maps["transform"]
 
 
@@ -614,11 +614,11 @@ def _warped(
     """Resamples a scan or label map as stored; what is doubtful is warned about."""
     from jaxreg.data import modality as modality_lib
     from jaxreg.io import volumes
-    from jaxreg.space import transform as transform_lib
+    from jaxreg.space import warping
 
     outside = modality_lib.background_of(modality, moving, fill, nearest=nearest)
     volumes.check_storable(outside.fill, moving)
-    warped = transform_lib.warp_volume(
+    warped = warping.warp_volume(
         moving, mapping, fixed, order=0 if nearest else 1, fill=outside
     )
     empty, blank = ((v.array == outside.fill).all() for v in (warped, moving))
@@ -679,13 +679,13 @@ def jacobian_verb(
 
     from jaxreg import metrics
     from jaxreg.io import transforms, volumes
-    from jaxreg.space import transform as transform_lib
+    from jaxreg.space import warping
     from jaxreg.space.grid import Volume
 
     grid = volumes.read_grid(fixed)
     mapping = transforms.read_transform(transform)
     _warn_beyond(mapping, transform, grid, fixed)
-    determinant = transform_lib.jacobian_map(mapping, grid)
+    determinant = warping.jacobian_map(mapping, grid)
     if jacob is not None:
         volumes.write_volume(jacob, Volume(determinant, grid))
     if log_jacob is not None:

@@ -11,7 +11,7 @@ from nibabel import orientations
 
 from jaxreg.data import resample
 from jaxreg.errors import UserError
-from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.space.transform import Transform
 
@@ -230,7 +230,7 @@ class Resampled:
         if tuple(shape) != tuple(self.grid.shape):
             raise ValueError(f"shape {shape} is not that of the grid {self.grid.shape}")
         scan = Volume(array, grid)
-        return transform_lib.warp_volume(
+        return warping.warp_volume(
             scan, self.transform, self.grid, order=order, fill=fill
         ).array
 

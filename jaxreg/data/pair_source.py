@@ -20,7 +20,7 @@ SIDES = ("moving", "fixed")
 
 
 class Plans(Protocol):
-    """What `PairSource` needs of a sampler; see `pairs.Sampler`."""
+    """What `PairSource` needs of a sampler; see `sampler.Sampler`."""
 
     @property
     def tasks(self) -> Sequence[Task]:

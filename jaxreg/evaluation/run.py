@@ -35,6 +35,7 @@ from jaxreg.registration import rows as rows_lib
 from jaxreg.registration.prealign import select
 from jaxreg.registration.rows import conditioning_of_pair
 from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 from jaxreg.weights import zoo
@@ -634,7 +635,7 @@ def _measure(
     if scans.labels is not None:
         fixed, moving = scans.labels
         grid = scans.fixed.grid
-        warped = transform_lib.warp_volume(moving, found, grid, order=0, fill=0.0)
+        warped = warping.warp_volume(moving, found, grid, order=0, fill=0.0)
         dice = metrics.dice(warped.array, fixed.array, labels=labels)
         hd95 = metrics.hd95_mm(
             warped.array, fixed.array, spacing_mm=grid.spacing_mm, labels=labels
@@ -676,7 +677,7 @@ def _write_outputs(
         stored = volumes.read_volume(pair.moving, kind="stored")
         modality = rows_lib.options_of(pair, options).moving_modality
         fill = modality_lib.background_of(modality, stored)
-        warped = transform_lib.warp_volume(stored, found, scans.fixed.grid, fill=fill)
+        warped = warping.warp_volume(stored, found, scans.fixed.grid, fill=fill)
         volumes.write_volume(pair.warped_out, warped)
 
 

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from jaxreg.data import synthetic
 from jaxreg.data.augment import Augmentation
 from jaxreg.data.loading import Loading
-from jaxreg.data.pairs import Schedule, Task
+from jaxreg.data.pairs import Task
+from jaxreg.data.sampler import Schedule
 from jaxreg.errors import UserError
 from jaxreg.experiments import fields
 from jaxreg.losses.objective import Objective
@@ -41,7 +42,7 @@ class DataConfig:
       tasks: how each dataset is trained on; one task per dataset if empty.
       exclude: datasets, or kinds of synthetic pair, that take no part: a domain left
         out to see how the others serve it.
-      schedule: see `pairs.sampler`.
+      schedule: see `sampler.sampler`.
       pairs_per_epoch: of all tasks together.
       classes: label values of the Dice term; all of a manifest's list if empty.
         Validation scores every label that it finds.

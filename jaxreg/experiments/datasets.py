@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxreg.data import augment, modality, network_grid, pair_source, pairs, synthetic
 from jaxreg.data import loading as loading_lib
+from jaxreg.data import sampler as sampler_lib
 from jaxreg.data.manifest import neighbours, read
 from jaxreg.data.manifest.records import Manifest, Pairing, Record
 from jaxreg.errors import UserError
@@ -172,7 +173,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
     )
     names = ["default", *(name for name, _ in experiment.objectives)]
     train = whole.of_split("train")
-    sampler = pairs.sampler(
+    sampler = sampler_lib.sampler(
         train,
         tasks,
         pairs_per_epoch=data.pairs_per_epoch,
@@ -321,7 +322,7 @@ def _validation_plans(
     if experiment.data.validation_pairs:
         _warn_of_unpaired(held_out, {tasks[i].dataset for i in by_task}, tasks)
     counts = [len(several) for several in by_task.values()]
-    shares = pairs.equal_shares(counts, experiment.data.validation_pairs)
+    shares = sampler_lib.equal_shares(counts, experiment.data.validation_pairs)
     plans: list[pairs.PairPlan] = []
     for several, share in zip(by_task.values(), shares, strict=True):
         chosen = np.linspace(0, len(several), share, endpoint=False).astype(int)

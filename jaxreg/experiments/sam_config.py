@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxreg.data import modality as modality_lib
-from jaxreg.data import pairs, preprocess
+from jaxreg.data import preprocess, sampler
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest import read
 from jaxreg.data.manifest.records import Record
@@ -267,7 +267,7 @@ def _spread(records: Sequence[Record], count: int) -> list[Record]:
     for record in records:
         by_dataset.setdefault(record.dataset, []).append(record)
     several = list(by_dataset.values())
-    shares = pairs.equal_shares([len(found) for found in several], count)
+    shares = sampler.equal_shares([len(found) for found in several], count)
     chosen = [
         found[i * len(found) // share]
         for found, share in zip(several, shares, strict=True)

@@ -25,7 +25,7 @@ from jaxreg.io import (
     text_headers,
     volumes,
 )
-from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.grid import Grid, unit_to_voxel
 from jaxreg.space.transform import Affine, Displacement, Step, Transform
 
@@ -196,7 +196,7 @@ def write_displacement_nifti(
     Raises:
       UserError: the path cannot be written.
     """
-    displacement = transform_lib.displacement_mm(transform, fixed) @ _FLIP[:3, :3]
+    displacement = warping.displacement_mm(transform, fixed) @ _FLIP[:3, :3]
     image = volumes.nifti_image(displacement.astype(np.float32)[..., None, :], fixed)
     image.header.set_intent("vector")
     with files.atomic_path(path) as temporary:

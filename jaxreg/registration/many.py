@@ -28,7 +28,7 @@ from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import preparation, result
 from jaxreg.registration import rows as rows_lib
-from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.background import Background
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.weights import zoo
@@ -323,7 +323,7 @@ def _write(
     if pair.inverse_out is not None and found.inverse is not None:
         transforms.write_transform(pair.inverse_out, found.inverse, scans.moving.grid)
     if pair.warped_out is not None and scans.stored and scans.fill:
-        warped = transform_lib.warp_volume(
+        warped = warping.warp_volume(
             scans.stored, mapping, scans.fixed.grid, fill=scans.fill
         )
         volumes.write_volume(pair.warped_out, warped)

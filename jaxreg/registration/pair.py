@@ -31,7 +31,7 @@ from jaxreg.registration.optimization import network as network_lib
 from jaxreg.registration.options import Options, Progress, Regions
 from jaxreg.registration.prealign import select
 from jaxreg.registration.result import RegistrationResult
-from jaxreg.space import fields, sampling
+from jaxreg.space import fields, sampling, warping
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.typing import Pair
@@ -149,7 +149,7 @@ def register(
             )
             inverse = inverse_lib.inverse_of(forward, back, grids, moving.grid, over)
             # Of what is returned: a field is read linearly between its voxels.
-            residual = transform_lib.round_trip_mm(
+            residual = warping.round_trip_mm(
                 transform, inverse, fixed.grid, moving.grid
             )
     return RegistrationResult(

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from nibabel import orientations
 
 from jaxreg.io import files
-from jaxreg.space import background
+from jaxreg.space import background, warping
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 
@@ -383,7 +383,7 @@ def write_report(
       fixed: the fixed scan.
       result: what registering them gave.
       numbers: rows of the table, see `result.summary`.
-      fill: outside the moving scan, see `transform.warp_volume`.
+      fill: outside the moving scan, see `warping.warp_volume`.
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
       notes: sentences below the table.
@@ -392,15 +392,15 @@ def write_report(
       UserError: a file cannot be written.
     """
     before, after = (
-        transform_lib.warp_volume(moving, mapping, fixed.grid, fill=fill)
+        warping.warp_volume(moving, mapping, fixed.grid, fill=fill)
         for mapping in (transform_lib.Transform(()), result.transform)
     )
     data = before_after_figure(
         fixed,
         before,
         after,
-        displacement_mm=transform_lib.displacement_mm(result.transform, fixed.grid),
-        determinant=transform_lib.jacobian_map(result.transform, fixed.grid),
+        displacement_mm=warping.displacement_mm(result.transform, fixed.grid),
+        determinant=warping.jacobian_map(result.transform, fixed.grid),
     )
     if picture is not None:
         with files.atomic_path(picture) as unfinished:

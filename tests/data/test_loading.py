@@ -20,7 +20,8 @@ from jaxreg.data.batches import Batches
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest.records import Record
 from jaxreg.data.pair_source import PairSource
-from jaxreg.data.pairs import ImageRef, PairPlan, Task, sampler
+from jaxreg.data.pairs import ImageRef, PairPlan, Task
+from jaxreg.data.sampler import sampler
 from jaxreg.errors import UserError
 from jaxreg.io import volumes
 

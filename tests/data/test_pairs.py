@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from jaxreg.data import pairs
+from jaxreg.data import sampler as sampler_lib
 from jaxreg.data.manifest.records import Record
-from jaxreg.data.pairs import INVERTED_CT, ImageRef, PairPlan, Task, sampler
+from jaxreg.data.pairs import INVERTED_CT, ImageRef, PairPlan, Task
+from jaxreg.data.sampler import sampler
 from jaxreg.errors import UserError
 
 
@@ -437,7 +438,7 @@ def multigradicon():
 
 def test_modality_weights_are_the_papers():
     records, tasks = multigradicon()
-    weights = pairs.modality_weights(records, tasks)
+    weights = sampler_lib.modality_weights(records, tasks)
     assert weights == (1, 10, 3, 3, 3, 3, 6, 18)
     made = sampler(records, tasks, pairs_per_epoch=4000, schedule="weighted")
     percent = 100 * np.array(made.shares)
@@ -461,7 +462,7 @@ def test_region_weights_are_the_papers():
         "MRCT": ["abdomen"],
         "UKB": ["abdomen", "lung", "knee"],
     }
-    weights = pairs.region_weights(anatomies)
+    weights = sampler_lib.region_weights(anatomies)
     third = 4 / 3
     expected = [1, third, third, third, third, 1, third, 2, 1, 13 / 3]
     assert list(weights) == list(anatomies)
@@ -471,9 +472,9 @@ def test_region_weights_are_the_papers():
         percent[[0, 1, 7, 9]], [6.25, 8.33, 12.5, 27.08], atol=0.01
     )
     with pytest.raises(UserError, match="'X' has no anatomy"):
-        pairs.region_weights({"X": []})
+        sampler_lib.region_weights({"X": []})
     with pytest.raises(TypeError):
-        pairs.region_weights({"X": "lung"})
+        sampler_lib.region_weights({"X": "lung"})
 
 
 def test_given_weights_replace_the_formula():

@@ -15,7 +15,7 @@ import pytest
 from jaxreg.errors import UserError
 from jaxreg.evaluation import baselines
 from jaxreg.io import transforms, volumes
-from jaxreg.space import transform as transform_lib
+from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
 
@@ -228,7 +228,7 @@ def test_syn_transform_warps_as_ants_does(tmp_path):
         **images, transformlist=answer["fwdtransforms"], interpolator="linear"
     ).numpy()
     found = transforms.read_itk(tmp_path / "Composite.h5")
-    ours = transform_lib.warp_volume(moving, found, fixed.grid).array
+    ours = warping.warp_volume(moving, found, fixed.grid).array
     np.testing.assert_allclose(ours, theirs.T, atol=0.05)
     assert np.abs(theirs.T - moving.array).max() > 50
 
@@ -251,11 +251,11 @@ def test_greedy_transform_warps_as_greedy_does(tmp_path):
     theirs = volumes.read_volume(out).array
     matrix = Transform((Affine(np.loadtxt(affine)),))
     found = transforms.read_displacement_nifti(warp).then(matrix)
-    ours = transform_lib.warp_volume(moving, found, fixed.grid).array
+    ours = warping.warp_volume(moving, found, fixed.grid).array
     # Greedy fades to 0 beyond the last voxel's centre, ITK and jaxreg half a voxel on.
     inner = np.zeros(SHAPE, np.uint8)
     inner[1:-1, 1:-1, 1:-1] = 1
-    inside = transform_lib.warp_volume(Volume(inner, moving.grid), found, fixed.grid)
+    inside = warping.warp_volume(Volume(inner, moving.grid), found, fixed.grid)
     inside = inside.array == 1
     assert inside.mean() > 0.5
     np.testing.assert_allclose(ours[inside], theirs[inside], atol=0.05)

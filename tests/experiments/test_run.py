@@ -26,7 +26,7 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from jaxreg.cli import main
-from jaxreg.data import batches, pair_source, pairs, synthetic
+from jaxreg.data import batches, pair_source, pairs, sampler, synthetic
 from jaxreg.data.loading import Loading
 from jaxreg.data.manifest.records import Manifest, Record
 from jaxreg.errors import UserError
@@ -632,7 +632,7 @@ def test_validation_pairs_are_of_all_modalities_of_a_task():
     ],
 )
 def test_datasets_have_equal_shares(counts, total, expected):
-    assert pairs.equal_shares(counts, total) == expected
+    assert sampler.equal_shares(counts, total) == expected
 
 
 def held_out(**subjects):

@@ -21,11 +21,9 @@ from jaxreg.space.transform import (
     Displacement,
     Transform,
     beyond_percent,
-    displacement_mm,
     in_world,
-    jacobian_map,
-    warp_volume,
 )
+from jaxreg.space.warping import displacement_mm, jacobian_map, warp_volume
 
 LPS = np.array([-1.0, -1.0, 1.0])
 ITK_FORMATS = [".h5", ".hdf5", ".tfm", ".txt"]

@@ -22,7 +22,7 @@ from jaxreg.registration import preparation, without_network
 from jaxreg.registration import result as result_lib
 from jaxreg.registration.optimization import displacement as displacement_lib
 from jaxreg.registration.prealign import select
-from jaxreg.space import sampling
+from jaxreg.space import sampling, warping
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
@@ -114,7 +114,7 @@ def test_identity_of_one_scan_is_perfect():
     assert result.history == {}
     assert result.inverse_residual_mm is not None
     assert result.inverse_residual_mm[1] < 1e-3
-    displacement = transform_lib.displacement_mm(result.transform, scan.grid)
+    displacement = warping.displacement_mm(result.transform, scan.grid)
     np.testing.assert_allclose(displacement, 0.0, atol=1e-3)
     np.testing.assert_allclose(result.fixed_image, result.warped_after, atol=1e-4)
     assert set(result.seconds) == {"preprocess", "register", "score", "inverse"}
@@ -233,7 +233,7 @@ def test_a_network_sees_the_orientation_of_its_training(orientation, model):
         ]
     text = "does not say how the scans of its training were oriented"
     assert any(text in str(w.message) for w in heard) == (orientation is None)
-    maps = [transform_lib.displacement_mm(r.transform, fixed.grid) for r in results]
+    maps = [warping.displacement_mm(r.transform, fixed.grid) for r in results]
     if orientation in ("RAS", "LPS"):
         np.testing.assert_allclose(maps[1], maps[0], atol=1e-4)
         assert results[1].folding_percent == results[0].folding_percent
@@ -263,7 +263,7 @@ def test_without_weights_the_order_of_storage_decides_nothing(axes, flips):
         OPTIONS, io_target="displacement", io_iterations=4, io_sim="mse", inverse=False
     )
     maps = [
-        transform_lib.displacement_mm(
+        warping.displacement_mm(
             pair_lib.register(moving, scan, None, options).transform, fixed.grid
         )
         for scan in (fixed, reorder(fixed, axes, flips))
@@ -320,13 +320,13 @@ def test_a_shift_is_a_shift_beyond_the_box(shape):
     scan = large(shape)
     model = loaded(Shifting((0.15, -0.1, 0.2)), **BOX.to_dict())
     result = pair_lib.register(scan, scan, model, BOXED)
-    got = transform_lib.displacement_mm(result.transform, scan.grid)
+    got = warping.displacement_mm(result.transform, scan.grid)
     expected = result.fixed_grid.unit_to_mm[:3, :3] @ [0.15, -0.1, 0.2]
     np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-3)
     assert result.folding_percent == 0
     assert result.sdlogj < 1e-6
     assert result.inverse is not None
-    back = transform_lib.displacement_mm(result.inverse, scan.grid)
+    back = warping.displacement_mm(result.inverse, scan.grid)
     np.testing.assert_allclose(back, np.broadcast_to(-expected, back.shape), atol=1e-3)
 
 
@@ -336,7 +336,7 @@ def test_what_is_written_maps_as_the_result_does_all_over_the_scan(tmp_path):
     fixed, moving = large(), large(turn=0.1)
     model = loaded(Shifting((0.05, -0.1, 0.08), bend=0.04), **BOX.to_dict())
     result = pair_lib.register(moving, fixed, model, BOXED)
-    expected = transform_lib.warp_volume(moving, result.transform, fixed.grid)
+    expected = warping.warp_volume(moving, result.transform, fixed.grid)
     voxels = np.indices(fixed.grid.shape).reshape(3, -1).T
     places = voxels @ fixed.grid.affine_mm[:3, :3].T + fixed.grid.affine_mm[:3, 3]
     mapped = result.transform.map_points(places[None])
@@ -346,7 +346,7 @@ def test_what_is_written_maps_as_the_result_does_all_over_the_scan(tmp_path):
         read = transforms.read_transform(path)
         found = read.map_points(places[None])
         np.testing.assert_allclose(found, mapped, atol=tolerance_mm)
-        warped = transform_lib.warp_volume(moving, read, fixed.grid)
+        warped = warping.warp_volume(moving, read, fixed.grid)
         # 1000 brightnesses over a few mm.
         np.testing.assert_allclose(warped.array, expected.array, atol=1.0)
     resampled = itk.Resample(
@@ -375,11 +375,11 @@ def test_the_map_does_not_tear_at_the_box():
     scan = large()
     model = loaded(Shifting((0.15, -0.1, 0.2), bend=0.04), **BOX.to_dict())
     result = pair_lib.register(scan, scan, model, BOXED)
-    moved = transform_lib.displacement_mm(result.transform, scan.grid)
+    moved = warping.displacement_mm(result.transform, scan.grid)
     for axis in range(3):
         jump = np.linalg.norm(np.diff(moved, axis=axis), axis=-1).max()
         assert jump < 0.3 * scan.grid.spacing_mm[axis]
-    determinant = transform_lib.jacobian_map(result.transform, scan.grid)
+    determinant = warping.jacobian_map(result.transform, scan.grid)
     assert determinant.min() > 0.5
 
 
@@ -571,7 +571,7 @@ def test_folding_is_that_of_the_written_file_and_warned_about(tmp_path, capsys):
     with pytest.warns(UserWarning, match="folds: .* % of the fixed scan's voxels"):
         result = pair_lib.register(scan, scan, loaded(Shifting(bend=0.5)), OPTIONS)
     assert 1 < result.folding_percent < 99
-    displacement = transform_lib.displacement_mm(result.transform, scan.grid)
+    displacement = warping.displacement_mm(result.transform, scan.grid)
     spacing = scan.grid.spacing_mm
     # Along the array's axes in mm, and those reversed: x is the last.
     along = displacement @ (scan.grid.affine_mm[:3, :3] / spacing)
@@ -579,7 +579,7 @@ def test_folding_is_that_of_the_written_file_and_warned_about(tmp_path, capsys):
     image.SetSpacing(spacing[::-1].tolist())
     found = sitk.DisplacementFieldJacobianDeterminant(image)
     determinant = sitk.GetArrayFromImage(found)[1:-1, 1:-1, 1:-1]
-    own = transform_lib.jacobian_map(result.transform, scan.grid)
+    own = warping.jacobian_map(result.transform, scan.grid)
     np.testing.assert_allclose(own[1:-1, 1:-1, 1:-1], determinant, atol=2e-3)
     assert result.folding_percent == pytest.approx(100 * (own < 0).mean())
 
@@ -733,7 +733,7 @@ def test_weights_that_see_nifti_order_and_aligned_corners():
     np.testing.assert_allclose(  # the corners of both grids coincide
         result.fixed_grid.affine_mm[:3, 3], scan.grid.affine_mm[:3, 3], atol=1e-9
     )
-    moved = transform_lib.displacement_mm(result.transform, scan.grid)
+    moved = warping.displacement_mm(result.transform, scan.grid)
     # i is the last axis of our arrays; 0.1 of the way from its first to last centre.
     step = scan.grid.affine_mm[:3, 2]
     expected = 0.1 * (SHAPE[2] - 1) * step

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from jaxreg.space import background, sampling, transform
+from jaxreg.space import background, sampling, transform, warping
 from jaxreg.space.background import Background
 from jaxreg.space.grid import Grid, Volume, unit_scale
 from jaxreg.space.transform import Affine, Displacement, Transform
@@ -178,7 +178,7 @@ def test_warp_with_the_identity_on_the_own_grid():
     for dtype in (np.float32, np.float64, np.int16, np.uint16):
         moving = Volume(np.abs(image().array).astype(dtype), MOVING)
         for order in (0, 1):
-            got = transform.warp_volume(moving, still, MOVING, order=order)
+            got = warping.warp_volume(moving, still, MOVING, order=order)
             assert got.array.dtype == dtype
             assert got.grid is MOVING
             np.testing.assert_allclose(got.array, moving.array, rtol=1e-4, atol=1e-3)
@@ -191,7 +191,7 @@ def test_warp_of_a_linear_ramp_is_exact():
     at = index @ MOVING.voxel_to_mm[:3, :3].T + MOVING.voxel_to_mm[:3, 3]
     moving = Volume((at @ slope).astype(np.float32), MOVING)
     turn = Affine(matrix(rotation(0.1, 0.05, -0.1), (0.5, 1, -0.5)))
-    warped = transform.warp_volume(moving, Transform((turn,)), FIXED, fill=np.nan)
+    warped = warping.warp_volume(moving, Transform((turn,)), FIXED, fill=np.nan)
     index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
     at = turn(index @ FIXED.voxel_to_mm[:3, :3].T + FIXED.voxel_to_mm[:3, 3])
     voxel = (at - MOVING.voxel_to_mm[:3, 3]) @ np.linalg.inv(
@@ -212,10 +212,10 @@ def test_integers_are_rounded_and_clipped():
     array[1] = [[3, 3], [255, 255]]
     moving = Volume(array, Grid((2, 2, 2), np.eye(4)))
     half = Transform((Affine(matrix(shift=(0.5, 0, 0))),))
-    got = transform.warp_volume(moving, half, moving.grid).array
+    got = warping.warp_volume(moving, half, moving.grid).array
     np.testing.assert_array_equal(got[0], [[2, 2], [128, 128]])  # 1.5, 127.5 to even
     far = Transform((Affine(matrix(shift=(9, 0, 0))),))
-    got = transform.warp_volume(moving, far, moving.grid, fill=300).array
+    got = warping.warp_volume(moving, far, moving.grid, fill=300).array
     np.testing.assert_array_equal(got, 255)
 
 
@@ -225,10 +225,10 @@ def test_large_labels_survive(dtype):
     array = np.array([0, high, high - 1, 7], dtype).reshape(2, 2, 1).repeat(2, -1)
     moving = Volume(array, Grid((2, 2, 2), np.eye(4)))
     still = Transform((Affine(np.eye(4)),))
-    got = transform.warp_volume(moving, still, moving.grid, order=0).array
+    got = warping.warp_volume(moving, still, moving.grid, order=0).array
     np.testing.assert_array_equal(got, array)
     far = Transform((Affine(matrix(shift=(9, 0, 0))),))
-    got = transform.warp_volume(moving, far, moving.grid, order=0, fill=5).array
+    got = warping.warp_volume(moving, far, moving.grid, order=0, fill=5).array
     np.testing.assert_array_equal(got, np.full_like(array, 5))
 
 
@@ -236,7 +236,7 @@ def test_large_labels_survive(dtype):
 def test_integers_at_the_limit_of_their_type_do_not_wrap_around(dtype):
     where = grid((4, 5, 6))
     moving = Volume(np.full((4, 5, 6), np.iinfo(dtype).max, dtype), where)
-    warped = transform.warp_volume(moving, Transform(()), where)
+    warped = warping.warp_volume(moving, Transform(()), where)
     # float32 in between: the top of the range, but for its last digits.
     assert warped.array.dtype == dtype
     assert np.all(warped.array >= np.iinfo(dtype).max * 0.999)
@@ -252,7 +252,7 @@ def test_nearest_values_are_exact_in_any_type(dtype):
     step = 2**29 + 1 if np.dtype(dtype).itemsize == 8 else 1
     moving = Volume(np.arange(257**3, dtype=dtype).reshape(shape) * dtype(step), GRID_1)
     corner = Transform((Affine(matrix(shift=(253, 252, 251))),))
-    got = transform.warp_volume(moving, corner, Grid((4, 4, 4), np.eye(4)), order=0)
+    got = warping.warp_volume(moving, corner, Grid((4, 4, 4), np.eye(4)), order=0)
     assert got.array.dtype == dtype
     np.testing.assert_array_equal(got.array, moving.array[253:, 252:256, 251:255])
 
@@ -265,13 +265,13 @@ def test_integers_too_large_for_float32_are_interpolated_in_float64(dtype):
     generator = np.random.default_rng(0)
     top = 2**50 if dtype == np.int64 else 2**30
     moving = Volume(generator.integers(0, top, MOVING.shape).astype(dtype), MOVING)
-    still = transform.warp_volume(moving, Transform(()), MOVING)
+    still = warping.warp_volume(moving, Transform(()), MOVING)
     # Float32 places are off by up to 1e-5 of a voxel.
     np.testing.assert_allclose(still.array, moving.array, atol=1e-5 * top)
     half = Transform((Affine(matrix(shift=(0, 0, 0.5))),))
     where = Grid((4, 4, 4), np.eye(4))
     moving = Volume(moving.array[:4, :4, :4], where)
-    got = transform.warp_volume(moving, half, where).array[..., :3]
+    got = warping.warp_volume(moving, half, where).array[..., :3]
     real = moving.array.astype(np.float64)
     expected = np.rint((real[..., :3] + real[..., 1:]) / 2).astype(dtype)
     np.testing.assert_array_equal(got, expected)
@@ -293,7 +293,7 @@ def circle(value, dtype=np.int16, where=MOVING):
 def test_padding_does_not_bleed_into_what_is_interpolated(dtype):
     moving = circle(-3024, dtype)
     turn = Affine(matrix(rotation(0.1, 0.05, -0.1), (0.5, 1, -0.5)))
-    got = transform.warp_volume(moving, Transform((turn,)), FIXED).array
+    got = warping.warp_volume(moving, Transform((turn,)), FIXED).array
     assert background.find(moving) == Background(-1000, -3024)
 
     index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
@@ -322,20 +322,20 @@ def test_padding_does_not_bleed_into_what_is_interpolated(dtype):
 def test_a_scan_with_padding_stays_itself_but_for_the_padding():
     moving = circle(-2048)
     for order in (0, 1):
-        got = transform.warp_volume(moving, Transform(()), MOVING, order=order)
+        got = warping.warp_volume(moving, Transform(()), MOVING, order=order)
         expected = np.where(moving.array == -2048, -1000, moving.array)
         np.testing.assert_array_equal(got.array, expected)
     # A plain number knows of no padding: ITK's resampling.
-    got = transform.warp_volume(moving, Transform(()), MOVING, fill=0.0)
+    got = warping.warp_volume(moving, Transform(()), MOVING, fill=0.0)
     np.testing.assert_array_equal(got.array, moving.array)
 
 
 def test_slabs_join_without_a_seam():
     steps = world(Displacement(field())).steps
-    whole = transform._by_slabs(steps, FIXED.shape, lambda p: p)
+    whole = warping._by_slabs(steps, FIXED.shape, lambda p: p)
     voxels = FIXED.shape[1] * FIXED.shape[2]
     for per_slab in (1, 2 * voxels, 4 * voxels + 1):
-        parts = transform._by_slabs(steps, FIXED.shape, lambda p: p, per_slab)
+        parts = warping._by_slabs(steps, FIXED.shape, lambda p: p, per_slab)
         np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
@@ -348,12 +348,12 @@ def test_warp_far_from_the_world_origin():
         fixed.resized(NETWORK),
         moving.resized(NETWORK),
     )
-    near = transform.warp_volume(image(), world(Displacement(field())), FIXED)
-    far = transform.warp_volume(Volume(image().array, moving), shifted, fixed)
+    near = warping.warp_volume(image(), world(Displacement(field())), FIXED)
+    far = warping.warp_volume(Volume(image().array, moving), shifted, fixed)
     np.testing.assert_allclose(far.array, near.array, atol=1e-3)
     np.testing.assert_allclose(
-        transform.displacement_mm(shifted, fixed),
-        transform.displacement_mm(world(Displacement(field())), FIXED),
+        warping.displacement_mm(shifted, fixed),
+        warping.displacement_mm(world(Displacement(field())), FIXED),
         atol=1e-3,
     )
 
@@ -363,7 +363,7 @@ def test_warp_far_from_the_world_origin():
 
 def test_displacement_is_target_minus_place():
     t = world(Displacement(field()))
-    got = transform.displacement_mm(t, FIXED)
+    got = warping.displacement_mm(t, FIXED)
     assert got.shape == (*FIXED.shape, 3)
     assert got.dtype == np.float32
     index = np.stack(np.meshgrid(*map(np.arange, FIXED.shape), indexing="ij"), -1)
@@ -376,39 +376,37 @@ def test_jacobian_counts_the_direction(flip):
     # The case in which the original reports 0.891: scaling by 1.1 on a flipped grid.
     where = Grid((5, 6, 7), np.diag([-2.0, flip * -3.0, 1.0, 1.0])[:, [2, 1, 0, 3]])
     scaled = Transform((Affine(np.diag([1.1, 1.1, 1.1, 1.0])),))
-    got = transform.jacobian_map(scaled, where)
+    got = warping.jacobian_map(scaled, where)
     np.testing.assert_allclose(got, 1.331, rtol=1e-4)  # corners too
     sheared = matrix([[1.1, 0.2, 0], [-0.1, 0.9, 0.3], [0, 0.1, 1.2]], (1, 2, 3))
     for grid_ in (where, FIXED, MOVING):
-        got = transform.jacobian_map(Transform((Affine(sheared),)), grid_)
+        got = warping.jacobian_map(Transform((Affine(sheared),)), grid_)
         np.testing.assert_allclose(got, np.linalg.det(sheared[:3, :3]), rtol=1e-3)
 
 
 def test_jacobian_of_a_fold_is_negative():
     mirror = Transform((Affine(np.diag([1.0, -1.0, 1.0, 1.0])),))
-    np.testing.assert_allclose(transform.jacobian_map(mirror, FIXED), -1, rtol=1e-4)
+    np.testing.assert_allclose(warping.jacobian_map(mirror, FIXED), -1, rtol=1e-4)
 
 
 def test_jacobian_on_a_grid_of_one_slice():
     where = grid((1, 6, 7))
     shift = Transform((Affine(matrix(shift=(1, 2, 3))),))
-    got = transform.jacobian_map(shift, where)
+    got = warping.jacobian_map(shift, where)
     assert got.shape == where.shape
     np.testing.assert_allclose(got, 1, atol=1e-5)
 
 
 def test_jacobian_slabs_join_without_a_seam(monkeypatch):
     t = world(Displacement(field()))
-    whole = transform.jacobian_map(t, FIXED)
+    whole = warping.jacobian_map(t, FIXED)
     # By another road: the full 3x3 matrices.
-    displacement = transform.displacement_mm(t, FIXED).astype(np.float64)
+    displacement = warping.displacement_mm(t, FIXED).astype(np.float64)
     gradient = np.stack([np.gradient(displacement, axis=a) for a in range(3)], -1)
     matrices = np.eye(3) + gradient @ np.linalg.inv(FIXED.voxel_to_mm[:3, :3])
     np.testing.assert_allclose(whole, np.linalg.det(matrices), rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(
-        transform, "_JACOBIAN_SLAB", 2 * FIXED.shape[1] * FIXED.shape[2]
-    )
-    np.testing.assert_allclose(transform.jacobian_map(t, FIXED), whole, atol=1e-6)
+    monkeypatch.setattr(warping, "_JACOBIAN_SLAB", 2 * FIXED.shape[1] * FIXED.shape[2])
+    np.testing.assert_allclose(warping.jacobian_map(t, FIXED), whole, atol=1e-6)
 
 
 # --- a network's box that is smaller than the scan ------------------------------------
@@ -439,9 +437,9 @@ def test_a_shift_goes_on_beyond_the_box(shape, box, far):
     field = np.broadcast_to(shift, (1, *box, 3))
     world = placed(Transform((Displacement(field),)), where, padding)
     expected = where.unit_to_mm[:3, :3] @ shift
-    got = transform.displacement_mm(world, scan)
+    got = warping.displacement_mm(world, scan)
     np.testing.assert_allclose(got, np.broadcast_to(expected, got.shape), atol=1e-3)
-    determinant = transform.jacobian_map(world, scan).astype(np.float64)
+    determinant = warping.jacobian_map(world, scan).astype(np.float64)
     assert np.std(np.log(determinant)) < 1e-6
     np.testing.assert_allclose(determinant, 1, atol=2e-6)
 
@@ -489,11 +487,11 @@ def test_a_stretch_has_one_determinant_within_the_box():
     world = placed(Transform((Displacement(unit),)), box, padding)
     part = scan.within(box)
     assert 8 <= min(part.shape) and part.shape < scan.shape
-    determinant = transform.jacobian_map(world, part).astype(np.float64)
+    determinant = warping.jacobian_map(world, part).astype(np.float64)
     np.testing.assert_allclose(determinant, np.prod(1 + stretch), rtol=3e-6)
     assert np.std(np.log(determinant)) < 1e-6
     # Beyond it the map goes on without a jump: along the edge as it was there.
-    beyond = transform.jacobian_map(world, scan)
+    beyond = warping.jacobian_map(world, scan)
     assert beyond.min() > 0.8
     assert beyond.max() < 1.3
 
@@ -509,7 +507,7 @@ def test_round_trip_of_a_map_and_what_is_not_quite_its_inverse():
     there = Transform((Affine(matrix(linear, (1, -2, 0.5))),))
     exact = np.linalg.inv(matrix(linear, (1, -2, 0.5)))
     off = Transform((Affine(matrix(shift=(0.3, 0, -0.4)) @ exact),))
-    mean, largest = transform.round_trip_mm(there, off, FIXED, MOVING)
+    mean, largest = warping.round_trip_mm(there, off, FIXED, MOVING)
     np.testing.assert_allclose([mean, largest], 0.5, atol=1e-4)
     far = Transform((Affine(matrix(shift=(500, 0, 0))),))
-    assert np.isnan(transform.round_trip_mm(there, far, FIXED, MOVING)).all()
+    assert np.isnan(warping.round_trip_mm(there, far, FIXED, MOVING)).all()

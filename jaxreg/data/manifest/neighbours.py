@@ -13,7 +13,7 @@ def neighbour_pairs(
     Sorted by name, each subject is fixed image for the next three, cyclically, within
     its dataset, region, modality and session (its first image there, if it has
     several). Intra pairs stay within subject and region, sorted by session; as in
-    `pairs.sampler`, images of one session are aligned and no pair, unless the subject
+    `sampler.sampler`, images of one session are aligned and no pair, unless the subject
     has that session only.
 
     Args:
