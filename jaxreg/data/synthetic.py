@@ -26,15 +26,14 @@ from typing import Any, Literal
 import numpy as np
 from scipy import ndimage
 
+from jaxreg.data import synthetic_anatomy as anatomy
+from jaxreg.data import synthetic_fields as fields
 from jaxreg.errors import UserError
 from jaxreg.io import files, volumes
 from jaxreg.space.grid import Grid, Shape, Volume
 
 MAX_LABELS = 16
 MIN_SIZE = 8
-_LATTICE = 32  # voxels per axis at which smooth fields are made; finer adds nothing
-_SQUARINGS = 5
-_AIR = 0.02
 _COLUMNS = (
     "image", "label", "subject", "dataset", "region", "modality", "pairing", "split",
     "session",
@@ -193,10 +192,10 @@ def subject(
       modalities: the contrasts to paint; all if None.
     """
     template = _template(config)
-    to_template = _exponential(_subject_velocity(config, template, seed, index))
+    to_template = fields.exponential(_subject_velocity(config, template, seed, index))
     if scan:
-        motion = _exponential(_scan_velocity(config, template, seed, index, scan))
-        to_template = _compose(to_template, motion)
+        motion = fields.exponential(_scan_velocity(config, template, seed, index, scan))
+        to_template = fields.compose(to_template, motion)
     chosen = range(config.modalities) if modalities is None else modalities
     return _scan(config, template, to_template, (seed, index, scan), chosen)
 
@@ -216,15 +215,16 @@ def pair(config: SyntheticConfig, seed: int, index: int) -> SyntheticPair:
     if config.pairing == "inter":
         moving_id, fixed_id = (seed, 2 * index, 0), (seed, 2 * index + 1, 0)
         velocity = _subject_velocity(config, template, *moving_id[:2])
-        fixed_to = _exponential(_subject_velocity(config, template, *fixed_id[:2]))
-        moving_to = _exponential(velocity)
-        known = _compose(_exponential(-velocity), fixed_to)
     else:
         moving_id, fixed_id = (seed, index, 1), (seed, index, 0)
         velocity = _scan_velocity(config, template, *moving_id)
-        fixed_to = _exponential(_subject_velocity(config, template, *fixed_id[:2]))
-        moving_to = _compose(fixed_to, _exponential(velocity))
-        known = _exponential(-velocity)
+    moving_to, known = fields.exponential(velocity), fields.exponential(-velocity)
+    fixed_velocity = _subject_velocity(config, template, *fixed_id[:2])
+    fixed_to = fields.exponential(fixed_velocity)
+    if config.pairing == "inter":
+        known = fields.compose(known, fixed_to)
+    else:
+        moving_to = fields.compose(fixed_to, moving_to)
     chosen = _pair_modalities(config, seed, index)
     moving, fixed = (
         _scan(config, template, to, identity, [modality])
@@ -237,7 +237,7 @@ def pair(config: SyntheticConfig, seed: int, index: int) -> SyntheticPair:
         fixed=fixed.images[chosen[1]],
         moving_labels=moving.labels,
         fixed_labels=fixed.labels,
-        displacement_voxel=_resample(known, config),
+        displacement_voxel=fields.on_grid(known, config.shape),
         moving_modality=chosen[0],
         fixed_modality=chosen[1],
         task=config.name,
@@ -387,119 +387,54 @@ def _scanner_grid(shape: Shape) -> Grid:
     return Grid(shape, affine)
 
 
-# --- random numbers and smooth fields -------------------------------------------------
-#
-# Fields live on a lattice of at most 32 voxels per axis, whatever the grid: they are
-# smooth, and integrating them on a fine grid would take most of the time.
-
-
 def _generator(purpose: int, *identity: int) -> np.random.Generator:
     # Philox mixes what SeedSequence spreads: neighbouring indices are unrelated.
     sequence = np.random.SeedSequence([purpose, *identity])
     return np.random.Generator(np.random.Philox(sequence))
 
 
-def _lattice(shape: Shape) -> Shape:
-    return tuple(min(n, _LATTICE) for n in shape)
-
-
-def _places(shape: Shape) -> np.ndarray:
-    """Voxel indices of an array, D H W 3, float32."""
-    axes = [np.arange(n, dtype=np.float32) for n in shape]
-    return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)
-
-
-def _read(values: np.ndarray, voxel: np.ndarray) -> np.ndarray:
-    """D H W C at voxel indices ... 3, linear: ... C."""
-    at = np.moveaxis(voxel, -1, 0)
-    channels = [
-        ndimage.map_coordinates(values[..., c], at, order=1, mode="nearest")
-        for c in range(values.shape[-1])
-    ]
-    return np.stack(channels, axis=-1)
-
-
-def _spline_weights(n: int, cells: int) -> np.ndarray:
-    """Weights of the cubic B-splines over `cells` intervals: n (cells + 3)."""
-    position = np.linspace(0, cells, n)[:, None] - np.arange(-1, cells + 2)
-    far = np.abs(position)
-    near = 2 / 3 - far**2 + far**3 / 2
-    return np.where(far < 1, near, np.clip(2 - far, 0, None) ** 3 / 6)
-
-
-def _smooth(
-    rng: np.random.Generator, shape: Shape, cells: int, channels: int
-) -> np.ndarray:
-    """Smooth Gaussian noise, D H W C, of standard deviation about 1.
-
-    A cubic B-spline with random coefficients; `cells` of them span each axis.
-    """
-    field = rng.standard_normal((*(cells + 3,) * 3, channels))
-    for axis, n in enumerate(shape):
-        weights = _spline_weights(n, cells)
-        weights /= np.sqrt((weights**2).sum(1, keepdims=True))
-        field = np.moveaxis(np.tensordot(weights, field, (1, axis)), 0, axis)
-    return field.astype(np.float32)
-
-
-def _compose(outer: np.ndarray, inner: np.ndarray) -> np.ndarray:
-    """The displacement of ``x -> outer(inner(x))``, in lattice voxels."""
-    return inner + _read(outer, _places(inner.shape[:3]) + inner)
-
-
-def _exponential(velocity: np.ndarray) -> np.ndarray:
-    """The displacement after unit time, by scaling and squaring.
-
-    That of ``-velocity`` is the inverse.
-
-    References:
-      Arsigny et al., A log-Euclidean framework for statistics on diffeomorphisms,
-      MICCAI 2006.
-    """
-    displacement = velocity / 2**_SQUARINGS
-    for _ in range(_SQUARINGS):
-        displacement = _compose(displacement, displacement)
-    return displacement
-
-
-def _voxel_per_lattice(config: SyntheticConfig) -> np.ndarray:
-    lattice = np.asarray(_lattice(config.shape))
-    return ((np.asarray(config.shape) - 1) / (lattice - 1)).astype(np.float32)
-
-
-def _resample(field: np.ndarray, config: SyntheticConfig) -> np.ndarray:
-    """A displacement from lattice to grid, both in their own voxels."""
-    if field.shape[:3] == config.shape:
-        return field
-    ratio = _voxel_per_lattice(config)
-    return _read(field, _places(config.shape) / ratio) * ratio
+def _template(config: SyntheticConfig) -> anatomy.Template:
+    return anatomy.make_template(
+        _generator(_TEMPLATE, config.anatomy, config.labels),
+        labels=config.labels,
+        modalities=config.modalities,
+        shape=config.shape,
+    )
 
 
 def _subject_velocity(
-    config: SyntheticConfig, template: "_Template", seed: int, index: int
+    config: SyntheticConfig, template: anatomy.Template, seed: int, index: int
 ) -> np.ndarray:
     rng = _generator(_SUBJECT, config.anatomy, seed, index)
     return _velocity(config, template, rng)
 
 
 def _scan_velocity(
-    config: SyntheticConfig, template: "_Template", seed: int, index: int, scan: int
+    config: SyntheticConfig,
+    template: anatomy.Template,
+    seed: int,
+    index: int,
+    scan: int,
 ) -> np.ndarray:
     rng = _generator(_SCAN, config.anatomy, seed, index, scan)
     return _velocity(config, template, rng)
 
 
 def _velocity(
-    config: SyntheticConfig, template: "_Template", rng: np.random.Generator
+    config: SyntheticConfig,
+    template: anatomy.Template,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """A stationary velocity on the lattice, in lattice voxels, 0 at the border."""
-    lattice = _lattice(config.shape)
+    lattice = fields.lattice_shape(config.shape)
     largest = config.deformation_voxel
     if largest is None:
         largest = min(config.shape) / 8
-    field = _smooth(rng, lattice, 3, 3) + 0.3 * _smooth(rng, lattice, 6, 3)
+    field = fields.smooth_noise(rng, lattice, 3, 3) + 0.3 * fields.smooth_noise(
+        rng, lattice, 6, 3
+    )
     field *= largest * rng.uniform(0.5, 1.0) / np.linalg.norm(field, axis=-1).max()
-    unit = _places(lattice) / (np.asarray(lattice, np.float32) - 1)
+    unit = fields.voxel_indices(lattice) / (np.asarray(lattice, np.float32) - 1)
     size = np.asarray(config.shape, np.float32) - 1
     for organ in template.organs:
         growth = config.organ_change * rng.standard_normal()
@@ -507,120 +442,7 @@ def _velocity(
         field += growth * near * (unit - organ.centre) * size
     ramp = np.clip(np.minimum(unit, 1 - unit) / 0.15, 0, 1)
     field *= np.prod(ramp**2 * (3 - 2 * ramp), axis=-1, keepdims=True)
-    return (field / _voxel_per_lattice(config)).astype(np.float32)
-
-
-# --- the template and how it is painted -----------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ellipsoid:
-    """A solid in unit coordinates: ``|axes (x - centre)|`` is 1 on its surface."""
-
-    centre: np.ndarray
-    axes: np.ndarray
-
-    def distance2(self, unit: np.ndarray) -> np.ndarray:
-        """The squared distance from the centre in radii, of points ... 3."""
-        return (((unit - self.centre) @ self.axes.T) ** 2).sum(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Template:
-    """What all subjects of an anatomy share.
-
-    Attributes:
-      body: the outermost surface.
-      organs: labels 2, 3, ...
-      cores: the share of each organ's squared radius that its core fills, or 0.
-      roughness: displacement in unit coordinates that bends the ellipsoids, on a
-        lattice.
-      texture: one channel per modality, on a lattice.
-      contrast: intensities, modality by structure: air, wall, body, organs, cores.
-    """
-
-    body: _Ellipsoid
-    organs: tuple[_Ellipsoid, ...]
-    cores: np.ndarray
-    roughness: np.ndarray
-    texture: np.ndarray
-    contrast: np.ndarray
-
-
-def _template(config: SyntheticConfig) -> _Template:
-    rng = _generator(_TEMPLATE, config.anatomy, config.labels)
-    half = rng.uniform(0.37, 0.43, 3)
-    body = _Ellipsoid(np.full(3, 0.5, np.float32), np.diag(1 / half).astype(np.float32))
-    organs = _organs(rng, config.labels - 1, half)
-    lattice = _lattice(config.shape)
-    return _Template(
-        body=body,
-        organs=organs,
-        cores=rng.uniform(0.25, 0.4, len(organs)) * (rng.random(len(organs)) < 0.5),
-        roughness=0.025 * _smooth(rng, lattice, 6, 3),
-        contrast=_contrasts(rng, config.modalities, len(organs)),
-        texture=_smooth(rng, lattice, 10, config.modalities),
-    )
-
-
-def _organs(
-    rng: np.random.Generator, count: int, half: np.ndarray
-) -> tuple[_Ellipsoid, ...]:
-    """Places ellipsoids in the body, each as far from the others as 64 tries find."""
-    size = min((0.5 / max(count, 1)) ** (1 / 3), 0.5)
-    centres: list[np.ndarray] = []
-    organs = []
-    for _ in range(count):
-        tries = rng.standard_normal((64, 3))
-        tries *= (rng.random((64, 1)) ** (1 / 3)) / np.linalg.norm(
-            tries, axis=1, keepdims=True
-        )
-        tries *= 0.82 - 0.6 * size
-        if centres:
-            gaps = np.linalg.norm(tries[:, None] - np.stack(centres), axis=-1)
-            centre = tries[gaps.min(1).argmax()]
-        else:
-            centre = tries[0]
-        centres.append(centre)
-        stretch = np.exp(0.25 * rng.standard_normal(3))
-        radii = size * rng.uniform(0.85, 1.15) * stretch / np.prod(stretch) ** (1 / 3)
-        rotation = np.linalg.qr(rng.standard_normal((3, 3)))[0]
-        axes = (rotation / radii[:, None]) / half
-        organs.append(
-            _Ellipsoid(
-                (0.5 + centre * half).astype(np.float32), axes.astype(np.float32)
-            )
-        )
-    return tuple(organs)
-
-
-def _contrasts(rng: np.random.Generator, modalities: int, organs: int) -> np.ndarray:
-    """Intensities, modality by structure.
-
-    Evenly spaced, shuffled per modality: of 64 orders the one least correlated with the
-    earlier modalities, and rather inverted than alike.
-    """
-    structures = 2 + organs
-    levels = np.linspace(0.25, 0.9, structures)
-    chosen: list[np.ndarray] = []
-    for _ in range(modalities):
-        orders = [rng.permutation(levels) for _ in range(64)]
-        likeness = [
-            max((abs(c) + 0.1 * c for c in (_correlation(o, e) for e in chosen)),
-                default=0.0)
-            for o in orders
-        ]  # fmt: skip
-        chosen.append(orders[int(np.argmin(likeness))])
-    tissue = np.stack(chosen)
-    sign = np.where(tissue[:, 2:] > 0.55, -1, 1)
-    cores = tissue[:, 2:] + sign * rng.uniform(0.12, 0.3, sign.shape)
-    air = np.full((modalities, 1), _AIR)
-    return np.concatenate([air, tissue, cores], axis=1).astype(np.float32)
-
-
-def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+    return (field / fields.voxel_per_lattice(config.shape)).astype(np.float32)
 
 
 def _pair_modalities(config: SyntheticConfig, seed: int, index: int) -> tuple[int, int]:
@@ -634,60 +456,46 @@ def _pair_modalities(config: SyntheticConfig, seed: int, index: int) -> tuple[in
 
 def _scan(
     config: SyntheticConfig,
-    template: _Template,
+    template: anatomy.Template,
     lattice_to_template: np.ndarray,
     identity: tuple[int, int, int],
     modalities: Sequence[int],
 ) -> SyntheticSubject:
     """Paints the template as seen through a displacement on the lattice."""
-    lattice = _lattice(config.shape)
-    to_template = _resample(lattice_to_template, config)
-    place = (_places(config.shape) + to_template) / _voxel_per_lattice(config)
+    lattice = fields.lattice_shape(config.shape)
+    to_template = fields.on_grid(lattice_to_template, config.shape)
+    place = (
+        fields.voxel_indices(config.shape) + to_template
+    ) / fields.voxel_per_lattice(config.shape)
     last = np.asarray(lattice, np.float32) - 1
-    structures, labels = _structures(
-        template, place / last + _read(template.roughness, place)
+    structures, labels = anatomy.structures_at(
+        template,
+        place / last + fields.sample_linear(template.roughness, place),
     )
     seed, index, _ = identity
     own = _generator(_SUBJECT, config.anatomy, seed, index, 1)
-    own_texture = _read(_smooth(own, lattice, 10, 1), place)[..., 0]
+    own_texture = fields.sample_linear(fields.smooth_noise(own, lattice, 10, 1), place)[
+        ..., 0
+    ]
     images = {}
     for m in modalities:
         rng = _generator(_IMAGE, config.anatomy, *identity, m)
-        texture = _read(template.texture[..., m : m + 1], place)[..., 0]
+        texture = fields.sample_linear(template.texture[..., m : m + 1], place)[..., 0]
         texture = config.texture * (0.8 * texture + 0.6 * own_texture)
         levels = template.contrast[m] + 0.02 * rng.standard_normal(
             template.contrast.shape[1]
         )
-        levels[0] = _AIR
+        levels[0] = anatomy.AIR
         image = levels.astype(np.float32)[structures] + np.where(labels, texture, 0)
         images[m] = _acquired(config, rng, image)[..., None]
     return SyntheticSubject(images, labels[..., None], to_template)
-
-
-def _structures(template: _Template, unit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which structure and which label is at each place ... 3 of the template."""
-    body = template.body.distance2(unit)
-    structures = np.select([body < 0.78, body < 1], [2, 1], 0)
-    labels = (body < 1).astype(np.int32)
-    nearest = np.where(body < 0.9, np.float32(1), np.float32(0))
-    count = len(template.organs)
-    for number, (organ, core) in enumerate(
-        zip(template.organs, template.cores, strict=True)
-    ):
-        distance = organ.distance2(unit)
-        inside = distance < nearest
-        nearest[inside] = distance[inside]
-        labels[inside] = number + 2
-        structures[inside] = number + 3
-        structures[inside & (distance < core)] = number + 3 + count
-    return structures, labels
 
 
 def _acquired(
     config: SyntheticConfig, rng: np.random.Generator, image: np.ndarray
 ) -> np.ndarray:
     """What a scanner adds: bias, blur and noise; float32 in [0, 1]."""
-    bias = config.bias * _smooth(rng, config.shape, 2, 1)[..., 0]
+    bias = config.bias * fields.smooth_noise(rng, config.shape, 2, 1)[..., 0]
     sigma = config.blur_voxel * rng.uniform(0.5, 1.0)
     blurred = ndimage.gaussian_filter(image * np.exp(bias), sigma, truncate=3.0)
     noise = rng.standard_normal(image.shape, np.float32)
