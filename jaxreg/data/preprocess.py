@@ -8,7 +8,6 @@ grid whatever the spacing and orientation. Host side: NumPy in, NumPy float32 ou
 import dataclasses
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -81,22 +80,6 @@ class IntensityRule:
             "quantile_range": self.quantile_range and list(self.quantile_range),
             **({"foreground": True} if self.foreground else {}),
         }
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "IntensityRule":
-        """Returns the rule that `to_dict` wrote; absent fields take their defaults.
-
-        Raises:
-          UserError: a field is unknown or its value does not fit.
-        """
-        names = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(fields) - set(names))
-        if unknown:
-            raise UserError(
-                f"preprocessing has unknown fields {', '.join(unknown)}, expected "
-                f"{', '.join(names)}; were the weights written by a newer jaxreg?"
-            )
-        return cls(**fields)
 
 
 def _two_numbers(name: str, values: Any) -> tuple[float, float]:

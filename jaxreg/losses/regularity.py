@@ -4,7 +4,6 @@ All derivatives are finite differences in unit coordinates: displacement and pos
 both run over [0, 1], so the numbers do not depend on the resolution.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import jax
@@ -122,27 +121,3 @@ def smoothness(displacement: Field, *, cropped: bool = False) -> jax.Array:
             difference = difference[:, *(slice(end) for end in ends)]
         per_axis.append(jnp.mean(difference**2))
     return jnp.mean(jnp.stack(per_axis))
-
-
-def bending(field: Field) -> jax.Array:
-    """Returns the mean squared second derivative of a displacement field.
-
-    The sum over the nine pairs of axes of the mean over batch, voxels and components of
-    the squared second difference in unit coordinates (mixed ones counted twice), that
-    is a third of the thin-plate energy density. Zero for every affine displacement. A
-    pair whose axes are too short adds nothing.
-
-    Args:
-      field: N D H W 3, unit.
-
-    References:
-      Rueckert et al., Nonrigid registration using free-form deformations, IEEE TMI
-      1999, equation 7.
-    """
-    total = jnp.zeros((), field.dtype)
-    for a, b in itertools.combinations_with_replacement((1, 2, 3), 2):
-        scale = max(field.shape[a] - 1, 1) * max(field.shape[b] - 1, 1)
-        second = jnp.diff(jnp.diff(field, axis=a), axis=b) * scale
-        if second.size:
-            total += (1 if a == b else 2) * jnp.mean(second**2)
-    return total

@@ -164,7 +164,6 @@ def test_diffusion_of_a_linear_field():
     field = sampling.identity(SHAPE) @ jnp.asarray(matrix.T, jnp.float32)
     expected = np.sum(matrix**2) / 3
     np.testing.assert_allclose(regularity.diffusion(field), expected, rtol=1e-5)
-    np.testing.assert_allclose(regularity.bending(field), 0.0, atol=1e-8)
 
 
 def test_diffusion_averages_over_the_batch():
@@ -173,23 +172,9 @@ def test_diffusion_averages_over_the_batch():
     np.testing.assert_allclose(regularity.diffusion(both), 2.5, rtol=1e-5)
 
 
-def test_bending_of_a_quadratic_field():
-    rng = np.random.default_rng(9)
-    hessian = rng.standard_normal((3, 3, 3))
-    hessian += np.swapaxes(hessian, 1, 2)  # component, axis, axis
-    x = np.asarray(sampling.identity(SHAPE), np.float64)
-    field = np.einsum("...i,cij,...j->...c", x, hessian, x) / 2
-    np.testing.assert_allclose(
-        regularity.bending(jnp.asarray(field, jnp.float32)),
-        np.sum(hessian**2) / 3,
-        rtol=1e-4,
-    )
-
-
 def test_an_axis_of_one_voxel_adds_nothing():
     x = np.asarray(sampling.identity((6, 1, 7)), np.float32)
     np.testing.assert_allclose(regularity.diffusion(x), 2 / 3, rtol=1e-5)
-    assert np.isfinite(regularity.bending(x**2))
 
 
 @pytest.mark.golden

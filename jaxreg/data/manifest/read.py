@@ -89,42 +89,6 @@ def read_manifest(path: files.PathLike, *, holdout: int | None = None) -> Manife
     )
 
 
-def write_manifest(path: files.PathLike, manifest: Manifest) -> None:
-    """Writes a manifest so that `read_manifest` reads the same records.
-
-    Files below the manifest's folder are named relative to it.
-
-    Args:
-      path: .csv, or .json, which alone keeps the names of labels.
-      manifest: what to write.
-
-    Raises:
-      UserError: the path has another extension or cannot be written.
-    """
-    path = pathlib.Path(path)
-    suffix = path.suffix.lower()
-    if suffix not in (".csv", ".json"):
-        raise UserError(
-            f"manifest {path} has the extension {suffix or '(none)'}, expected .csv or "
-            ".json; rename it"
-        )
-    folder = pathlib.Path(os.path.abspath(path.parent))
-    rows = [records_lib.row_of(record, folder) for record in manifest.records]
-    for row in rows:
-        if row["dataset"] in manifest.unpaired:
-            row["pairing"] = ""
-    with files.atomic_path(path) as temporary:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            if suffix == ".csv":
-                writer = csv.DictWriter(file, records_lib.FIELDS)
-                writer.writeheader()
-                writer.writerows(rows)
-            else:
-                data = [{k: v for k, v in row.items() if v} for row in rows]
-                labels = {name: dict(v) for name, v in manifest.labels.items()}
-                json.dump({"labels": labels, "data": data}, file, indent=1)
-
-
 # --- reading manifests ----------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
 """Records of scans and manifests of records."""
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Literal, get_args
@@ -130,16 +129,3 @@ def hold_out(manifest: Manifest, every: int = 5) -> Manifest:
         for record in manifest.records
     )
     return dataclasses.replace(manifest, records=records)
-
-
-def row_of(record: Record, folder: pathlib.Path) -> dict[str, str]:
-    """Returns a record's fields as text, its paths relative to `folder` if below."""
-    row = {}
-    for name in FIELDS:
-        value = getattr(record, name)
-        if isinstance(value, pathlib.Path):
-            path = pathlib.Path(os.path.abspath(value))
-            value = path.relative_to(folder) if path.is_relative_to(folder) else path
-            value = value.as_posix()
-        row[name] = value or ""
-    return row

@@ -1,5 +1,6 @@
 """Manifests of every kind, and what `check` finds in them."""
 
+import csv
 import dataclasses
 import gzip
 import json
@@ -214,18 +215,18 @@ def test_written_manifest_reads_back(folder, data, count, suffix):
     names = {records[0].dataset: {1: "liver", 5: "spleen"}} if suffix == "json" else {}
     path = folder / f"out.{suffix}"
     written = Manifest(records, str(path), names)
-    read_lib.write_manifest(path, written)
+    rows = [
+        {k: "" if v is None else str(v) for k, v in dataclasses.asdict(r).items()}
+        for r in records
+    ]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        if suffix == "csv":
+            writer = csv.DictWriter(file, records_lib.FIELDS)
+            writer.writeheader()
+            writer.writerows(rows)
+        else:
+            json.dump({"labels": names, "data": rows}, file)
     assert read_manifest(path) == written
-
-
-def test_files_below_are_written_relative(tmp_path):
-    records = (Record(tmp_path / "images" / "a.nii", "a", "d"),)
-    path = tmp_path / "out.csv"
-    read_lib.write_manifest(path, Manifest(records, "x"))
-    assert "\nimages/a.nii," in path.read_text().replace("\r", "")
-    with pytest.raises(UserError, match="extension .txt"):
-        read_lib.write_manifest(tmp_path / "out.txt", Manifest(records, "x"))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.csv"]
 
 
 # --- JSON -----------------------------------------------------------------------------
@@ -1033,7 +1034,3 @@ def test_a_manifest_knows_where_it_says_no_pairing(tmp_path, name, text, unpaire
     path.write_text(text)
     found = read_manifest(path)
     assert found.unpaired == unpaired
-    again = tmp_path / "again.csv"
-    read_lib.write_manifest(again, found)
-    assert read_manifest(again).unpaired == unpaired
-    assert read_manifest(again).records == found.records
