@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxreg.models.sam import normalise
 from jaxreg.space import sampling
 from jaxreg.typing import Image, Key, Labels
 
 Rows = Float[Array, "V C"]
-_SMALLEST_SQUARE = 1e-24
 _SLACK_MM = 0.5
 _AT_ONCE = 64  # queries whose distances to a whole view exist at a time
 
@@ -127,7 +127,7 @@ def fine_loss(
     coarse = jax.lax.stop_gradient(sampling.resize_half_pixel(coarse, shape))
     views = (
         _pairs(fine),
-        _pairs(_unit_length(coarse)),
+        _pairs(normalise(coarse)),
         _pairs(sampling.resize_half_pixel(places_mm, shape)),
         _pairs(sampling.resize_nearest_floor(valid, shape))[..., 0] != 0,
         jax.random.split(key, fine.shape[0] // 2),
@@ -284,11 +284,6 @@ def _coarse_of_pair(features, distant, places, keys, config: ContrastiveConfig):
 def _pairs(image: jax.Array) -> jax.Array:
     """N D H W C to pairs of views of flat voxels, N/2 2 V C."""
     return image.reshape(image.shape[0] // 2, 2, -1, image.shape[-1])
-
-
-def _unit_length(x: jax.Array) -> jax.Array:
-    square = jnp.sum(x**2, -1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_SQUARE))
 
 
 def _lowest(valid: jax.Array, places: Rows) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxreg.data.preprocess import IntensityRule
 from jaxreg.errors import UserError
 from jaxreg.matching import nearest
 from jaxreg.models import sam
+from jaxreg.nn import correlation
 from jaxreg.space import filters, sampling
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.typing import Image
@@ -205,7 +206,9 @@ def find(points_mm: np.ndarray, query: Described, key: Described) -> Found:
         return Found(points_mm, np.zeros(0, np.float32))
     at = _voxels(points_mm, query.grid)
     index, offset, similarity = _peaks(
-        _unit(_at(query.vectors, at)), key.vectors, jnp.asarray(key.inside)
+        correlation.normalised(_at(query.vectors, at)),
+        key.vectors,
+        jnp.asarray(key.inside),
     )
     where = np.stack(np.unravel_index(np.asarray(index), key.inside.shape), -1)
     where = where + np.asarray(offset, np.float64)
@@ -234,11 +237,6 @@ def cycle_mm(
 def _at(vectors: jax.Array, at: np.ndarray) -> jax.Array:
     """Vectors D H W C at voxels P 3, linear, edges repeated: P C."""
     return sampling.sample_voxels(vectors[None], jnp.asarray(at, jnp.float32)[None])[0]
-
-
-def _unit(vectors: jax.Array) -> jax.Array:
-    norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / jnp.maximum(norm, 1e-12)
 
 
 def _voxels(points_mm: np.ndarray, grid: Grid) -> np.ndarray:

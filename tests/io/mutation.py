@@ -8,6 +8,7 @@ back, fails one test and not the session, and peaks of memory are those of the f
 import faulthandler
 import gzip
 import json
+import os
 import pathlib
 import random
 import re
@@ -20,8 +21,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
+
 from jaxreg.errors import UserError
 
+SEED = int(os.environ.get("JAXREG_FUZZ_SEED", "0"))
 LIMIT_S = 5.0
 """Of processor time, for one file."""
 _HANGS_S = 120.0
@@ -245,10 +249,28 @@ def main(
 
 def run(script: str, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Runs a module of tests as a script; returns its outcomes by name, and its end."""
+    pytest.importorskip("resource")
     command = [sys.executable, "-P", script, str(folder)]
-    ended = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    # As pytest has it: the folder of this module, from which the script imports it.
+    path = os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)])
+    ended = subprocess.run(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
     found = json.loads((folder / "outcomes.json").read_text("utf-8"))
     if ended.returncode:
         end = f"ended with {ended.returncode} behind {list(found)}: {ended.stderr}"
         found["process"] = {"trouble": end}
     return found
+
+
+def check(outcome: dict[str, Any], count: int) -> None:
+    """Checks that so many damaged copies were read or refused, soon and in bounds."""
+    assert "trouble" not in outcome, outcome["trouble"]
+    assert outcome["slowest_s"] < LIMIT_S
+    assert outcome["bytes"] < LIMIT_BYTES
+    assert outcome["refused"]
+    assert outcome["read"] + outcome["refused"] == count
+    print(outcome)
