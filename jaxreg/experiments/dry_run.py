@@ -32,13 +32,15 @@ from jaxreg.experiments.stage import (
     shared_out,
     trained_rows,
 )
-from jaxreg.experiments.warm_start import Report, sam_of, tasks_of_start
+from jaxreg.experiments.warm_start import Read, sam_of, tasks_of_start
 from jaxreg.io import files
 from jaxreg.models import registry, sam
 from jaxreg.models.unireg import paper
 from jaxreg.space.grid import Shape
 from jaxreg.training import optimizer, parallel, state
 from jaxreg.training.parallel import Layout
+from jaxreg.training.stage import Report
+from jaxreg.weights import load
 from jaxreg.xla import compilation_cache
 
 _SOME_TASKS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
@@ -191,8 +193,9 @@ def dry_run(experiment: Experiment, *, report: Report = lambda _: None) -> DryRu
       UserError: settings, devices or data do not fit together.
     """
     # What is quickly found comes before what takes minutes.
-    known = tasks_of_start(experiment)
-    data = tuple(_quick_checks(experiment, known))
+    read = functools.cache(load.load)
+    known = tasks_of_start(experiment, read)
+    data = tuple(_quick_checks(experiment, known, read))
     began = time.perf_counter()
     memory: dict[str, StepMemory] = {}
     found: dict[str, StepMemory] = {}  # by program: stages may differ in data alone
@@ -406,7 +409,9 @@ def _check_cache(folder: pathlib.Path) -> None:
     files.check_writable(there / "entry", "loading.cache_dir")
 
 
-def _quick_checks(experiment: Experiment, known: Sequence[str]) -> list[str]:
+def _quick_checks(
+    experiment: Experiment, known: Sequence[str], read: Read
+) -> list[str]:
     """Checks each stage as training does before it starts, as far as its data exist.
 
     Returns:
@@ -417,7 +422,7 @@ def _quick_checks(experiment: Experiment, known: Sequence[str]) -> list[str]:
     if needed and experiment.train.sam is None and experiment.train.start is None:
         said.append("SAM weights are not given yet; training will need --train.sam")
     else:
-        sam_of(experiment)
+        sam_of(experiment, read=read)
     for stage, changed in config.stages(experiment):
         registry.build(changed.model)
         per_epoch, *_ = shared_out(changed)

@@ -1,5 +1,6 @@
 """The folder of a run: its settings, and what it was started with."""
 
+import dataclasses
 import itertools
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxreg.data.manifest.records import Record
 from jaxreg.errors import UserError
 from jaxreg.experiments import files as files_lib
 from jaxreg.io import files
@@ -25,14 +27,30 @@ def read_lines(path: pathlib.Path) -> list[str]:
     return path.read_text("utf-8").splitlines() if path.is_file() else []
 
 
+def holds_run(out: pathlib.Path) -> bool:
+    """Whether a run was started in the folder."""
+    return (out / SETTINGS).is_file()
+
+
 def recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
     """Returns what a run in the folder started from; None if there is no run.
 
     What it started from need not be there any more when it goes on.
     """
-    if not (out / SETTINGS).is_file():
+    if not holds_run(out):
         return None
     return tuple(read_lines(out / START_TASKS))
+
+
+def line_of(stage: str, record: Record) -> str:
+    """Returns what is kept of a scan, to tell whether a run goes on with the same."""
+    values = dataclasses.asdict(record)
+    for name, value in values.items():
+        # The same scans may lie elsewhere when a run goes on.
+        if isinstance(value, pathlib.Path):
+            values[name] = files.scan_name(value)
+    text = ", ".join(f"{name} {value}" for name, value in values.items() if value)
+    return f"{stage}: {text}"
 
 
 def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
@@ -81,7 +99,7 @@ def _folder_problem(
 ) -> str | None:
     settings = out / SETTINGS
     try:
-        if settings.is_file():
+        if holds_run(out):
             if not resume:
                 return (
                     f"--out {out} holds a run already; pass --resume to go on with it, "

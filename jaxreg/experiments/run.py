@@ -11,21 +11,16 @@ OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxreg.data import pair_source
-from jaxreg.data.manifest.records import Record
-from jaxreg.errors import UserError
-from jaxreg.experiments import config, folder, warm_start
-from jaxreg.experiments import files as files_lib
-from jaxreg.experiments import stage as stage_lib
+from jaxreg.experiments import config, folder, warm_start, workflow
 from jaxreg.experiments.config import Experiment
 from jaxreg.experiments.datasets import (
     Sources,
@@ -33,36 +28,18 @@ from jaxreg.experiments.datasets import (
     seen_orientation,
     stored_orientations,
 )
-from jaxreg.experiments.stage import StageRun
-from jaxreg.experiments.warm_start import Report
+from jaxreg.experiments.stage import PairStage
+from jaxreg.experiments.warm_start import Read
+from jaxreg.experiments.workflow import Outcome, RunPlan
 from jaxreg.io import files
 from jaxreg.models import registry
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training import parallel
+from jaxreg.training.stage import Report
 from jaxreg.typing import Variables
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import load, zoo
-from jaxreg.xla import compilation_cache
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a finished run leaves.
-
-    Attributes:
-      weights: folder of the best weights.
-      scores: of the last validation, by name; empty without validation.
-      steps: of the last stage.
-      seconds: of the whole run, since it was last started.
-    """
-
-    weights: pathlib.Path
-    scores: Mapping[str, float]
-    steps: int
-    seconds: float
-
-
-@compilation_cache.kept()
 def run(
     experiment: Experiment,
     out: pathlib.Path,
@@ -70,106 +47,69 @@ def run(
     resume: bool = False,
     report: Report = print,
 ) -> Outcome:
-    """Trains all stages of an experiment.
+    """Trains all stages of an experiment; see `workflow.train`."""
+    return workflow.train(experiment, out, _plan, resume=resume, report=report)
 
-    Args:
-      experiment: what to do.
-      out: the folder of the run.
-      resume: go on where a run in `out` ended or was killed.
-      report: takes a sentence at a time for the user.
 
-    Raises:
-      UserError: settings, data, devices or the folder do not fit together, or training
-        cannot go on; every checkpoint written so far is kept.
-    """
-    began = time.perf_counter()
-    settings = [files_lib.to_dict(experiment), str(out), resume]
-    if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
-        raise UserError(
-            "the processes were started with different settings; give each the same "
-            "command but for --process"
-        )
-    # All before the folder: a mistake in the last stage must not leave half a run.
+def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
+    """Returns the checked stages of an experiment."""
+    read = functools.cache(load.load)
     started_with = folder.recorded_tasks(out)
     if started_with is None:
-        started_with = warm_start.tasks_of_start(experiment)
-    sam = warm_start.sam_of(experiment, out)
-    stage_runs: list[stage_lib.StageRun] = []
+        started_with = warm_start.tasks_of_start(experiment, read)
+    sam = warm_start.sam_of(experiment, out, read)
+    stages: list[PairStage] = []
     for stage, changed in config.stages(experiment):
-        before = stage_runs[-1].sources.bank if stage_runs else started_with
+        before = stages[-1].sources.bank if stages else started_with
         # New is what the weights of the run's start do not know, in every stage.
         known = before if experiment.train.start is None else started_with
         own = sam if registry.correlates_sam(changed.model) else None
-        stage_runs.append(
-            stage_lib.StageRun(changed, stage, out, report, before, known, own)
-        )
-    orientation = _orientation(experiment, stage_runs, out, report)
-    if not (out / folder.SETTINGS).is_file():
-        if resume:
-            report(f"there is no run in {out} to resume, so it starts anew")
-        first = stage_runs[0]
-        if experiment.train.start or first.sam:
-            warm_start.initial_variables(
-                first.experiment,
-                first.model,
-                None,
-                lambda _: None,
-                first.sources.bank,
-                started_with,
-                first.sam,
-            )
-    records = {
-        folder.SCANS: _scans_of(stage_runs),
-        folder.START_TASKS: list(started_with),
-        folder.VALIDATION_SCANS: _scans_of_start(experiment, out),
-        folder.ORIENTATION: [orientation] if orientation else [],
-    }
-    folder.open_folder(experiment, out, records, resume=resume)
-    if sam is not None and jax.process_index() == 0 and not (out / folder.SAM).is_dir():
-        bundle_lib.save_bundle(out / folder.SAM, warm_start.bundle_of_sam(sam))
-    variables: Variables | None = None
-    scores: Mapping[str, float] = {}
-    steps = 0
-    for trainer in stage_runs:
-        report(f"stage {trainer.stage.name}: {trainer.stage.epochs} epochs")
-        variables, scores, steps = trainer.run(variables, resume=resume)
-    weights = out / "weights"
-    if jax.process_index() == 0:
-        assert variables is not None  # an experiment has a stage
-        last = stage_runs[-1]
+        stages.append(PairStage(changed, stage, out, before, known, own, read))
+    orientation = _orientation(experiment, stages, out, report, read)
+
+    def stored(variables: Variables) -> bundle_lib.Bundle:
+        last = stages[-1]
         bundle = bundle_of(last.experiment, variables, last.sources, last.sam)
         chosen_on = {
             *folder.read_lines(out / folder.VALIDATION_SCANS),
-            *validation_scans(stage_runs),
+            *validation_scans(stages),
         }
-        bundle_lib.save_bundle(weights, _with_validation_scans(bundle, chosen_on))
-    parallel.barrier("weights written")
-    return Outcome(weights, scores, steps, time.perf_counter() - began)
+        return _with_validation_scans(bundle, chosen_on)
+
+    records = {
+        folder.SCANS: _scans_of(stages),
+        folder.START_TASKS: list(started_with),
+        folder.VALIDATION_SCANS: _scans_of_start(experiment, out, read),
+        folder.ORIENTATION: [orientation] if orientation else [],
+    }
+    kept_sam = None if sam is None else warm_start.bundle_of_sam(sam)
+    return RunPlan(records, [stage.plan() for stage in stages], stored, kept_sam)
 
 
 def _orientation(
     experiment: Experiment,
-    stage_runs: Sequence["StageRun"],
+    stages: Sequence[PairStage],
     out: pathlib.Path,
     report: Report,
+    read: Read,
 ) -> str | None:
     """Makes all stages see scans in one orientation; returns which.
 
     A run that goes on keeps to its own. One of an older jaxreg saw scans as stored.
     """
     spl = experiment.loading.axes == "spl"  # turned anyhow: no header need be read
-    stored = {} if spl else stored_orientations(one.sources for one in stage_runs)
-    if (out / folder.SETTINGS).is_file():
+    stored = {} if spl else stored_orientations(one.sources for one in stages)
+    if folder.holds_run(out):
         text = "".join(folder.read_lines(out / folder.ORIENTATION))
         only = next(iter(stored)) if len(stored) == 1 else None
         found, why = None if spl else text or only, ""
     else:
         start = experiment.train.start
-        said = None if start is None else load.load(start).orientation
-        found, why = seen_orientation(experiment, stored, said)
+        meant = None if start is None else read(start).orientation
+        found, why = seen_orientation(experiment, stored, meant)
     if why:
         report(why)
-    for one in stage_runs:
+    for one in stages:
         one.sources = dataclasses.replace(one.sources, orientation=found)
         if set(stored) - {found} and found is not None:
             loading = one.experiment.loading
@@ -230,13 +170,13 @@ def bundle_of(
     )
 
 
-def _scans_of(stage_runs: Sequence["StageRun"]) -> list[str]:
+def _scans_of(stages: Sequence[PairStage]) -> list[str]:
     """Returns a line for each scan of each stage: their order decides the pairs."""
     found = []
-    for trainer in stage_runs:
-        for source in (trainer.sources.train, trainer.sources.validation):
+    for one in stages:
+        for source in (one.sources.train, one.sources.validation):
             if isinstance(source, pair_source.PairSource):
-                found += [line_of(trainer.stage.name, r) for r in source.records]
+                found += [folder.line_of(one.stage.name, r) for r in source.records]
     return found
 
 
@@ -250,26 +190,26 @@ def _with_validation_scans(
     return dataclasses.replace(bundle, preprocessing=preprocessing)
 
 
-def _scans_of_start(experiment: Experiment, out: pathlib.Path) -> list[str]:
+def _scans_of_start(experiment: Experiment, out: pathlib.Path, read: Read) -> list[str]:
     """Returns on which scans the weights to start a new run from were chosen."""
     start = experiment.train.start
-    if start is None or (out / folder.SETTINGS).is_file():
+    if start is None or folder.holds_run(out):
         return []
-    return sorted(load.load(start).validation_scans)
+    return sorted(read(start).validation_scans)
 
 
-def validation_scans(stage_runs: Sequence["StageRun"]) -> list[str]:
+def validation_scans(stages: Sequence[PairStage]) -> list[str]:
     """Returns the scans of the subjects whose scores choose the weights of a stage.
 
     They are named as `files.scan_name` does. All scans of such a subject count, even
     one that was in no validation pair.
     """
     found: set[str] = set()
-    for trainer in stage_runs:
-        source = trainer.sources.validation
-        if trainer.metric is None or not isinstance(source, pair_source.PairSource):
+    for one in stages:
+        source = one.sources.validation
+        if one.metric is None or not isinstance(source, pair_source.PairSource):
             continue
-        plans = map(source.plan, range(trainer.sources.validation_count))
+        plans = map(source.plan, range(one.sources.validation_count))
         shown = [
             source.records[view.record] for p in plans for view in (p.moving, p.fixed)
         ]
@@ -280,14 +220,3 @@ def validation_scans(stage_runs: Sequence["StageRun"]) -> list[str]:
             if (record.dataset, record.subject) in subjects
         }
     return sorted(found)
-
-
-def line_of(stage: str, record: Record) -> str:
-    """Returns what is kept of a scan, to tell whether a run goes on with the same."""
-    values = dataclasses.asdict(record)
-    for name, value in values.items():
-        # The same scans may lie elsewhere when a run goes on.
-        if isinstance(value, pathlib.Path):
-            values[name] = files.scan_name(value)
-    text = ", ".join(f"{name} {value}" for name, value in values.items() if value)
-    return f"{stage}: {text}"

@@ -12,15 +12,14 @@ References:
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxreg.data import batches as batches_lib
 from jaxreg.data import cache as cache_lib
@@ -29,17 +28,16 @@ from jaxreg.data.manifest.records import Record
 from jaxreg.data.sam_source import ViewSource
 from jaxreg.errors import UserError
 from jaxreg.experiments import dry_run as dry_run_lib
-from jaxreg.experiments import files, sam_config
-from jaxreg.experiments.folder import SCANS, SETTINGS, open_folder
-from jaxreg.experiments.run import Outcome, line_of
+from jaxreg.experiments import folder, sam_config, workflow
 from jaxreg.experiments.sam_config import SamExperiment
-from jaxreg.experiments.warm_start import Report
+from jaxreg.experiments.warm_start import merge_variables
+from jaxreg.experiments.workflow import Outcome, RunPlan
 from jaxreg.losses import contrastive
 from jaxreg.matching import points
 from jaxreg.models import sam
-from jaxreg.training import checkpoints, loop, optimizer, parallel, state, step
-from jaxreg.training.logging import RunLog
+from jaxreg.training import loop, optimizer, parallel, state, step
 from jaxreg.training.parallel import Layout
+from jaxreg.training.stage import Report, StagePlan
 from jaxreg.typing import Batching, Variables
 from jaxreg.weights import bundle, load, zoo
 from jaxreg.xla import compilation_cache
@@ -47,7 +45,6 @@ from jaxreg.xla import compilation_cache
 _VALIDATION_SEED = 0
 
 
-@compilation_cache.kept()
 def run(
     experiment: SamExperiment,
     out: pathlib.Path,
@@ -55,46 +52,58 @@ def run(
     resume: bool = False,
     report: Report = print,
 ) -> Outcome:
-    """Trains SAM as an experiment says.
+    """Trains SAM as an experiment says; see `workflow.train`."""
+    return workflow.train(experiment, out, _plan, resume=resume, report=report)
 
-    Args:
-      experiment: what to do.
-      out: the folder of the run.
-      resume: go on where a run in `out` ended or was killed.
-      report: takes a sentence at a time for the user.
 
-    Raises:
-      UserError: settings, data, devices or the folder do not fit together, or training
-        cannot go on; every checkpoint written so far is kept.
-    """
-    began = time.perf_counter()
-    settings = [files.to_dict(experiment), str(out), resume]
-    if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
-        raise UserError(
-            "the processes were started with different settings; give each the same "
-            "command but for --process"
-        )
-    # All before the folder: a mistake must not leave half a run.
+def _plan(experiment: SamExperiment, out: pathlib.Path, _: Report) -> RunPlan:
+    """Returns the one stage of an experiment; its folder is that of the run."""
+    settings = experiment.train
     layout = layout_of(experiment)
     train, held = sam_config.records_of(experiment)
-    there = (out / SETTINGS).is_file()
-    if resume and not there:
-        report(f"there is no run in {out} to resume, so it starts anew")
-    variables = sam.init(experiment.model, _key(experiment, 0))
-    if experiment.train.start is not None and not there:
-        variables = _started(experiment, variables, report)
-    scans = [line_of(split, r) for split, records in (("train", train), ("val", held))
-             for r in records]  # fmt: skip
-    open_folder(experiment, out, {SCANS: scans}, resume=resume)
-    best, scores = _train(
-        experiment, out, layout, train, held, variables, resume, report
+    scans = [folder.line_of(split, r) for split, records in (("train", train),
+             ("val", held)) for r in records]  # fmt: skip
+
+    def fresh() -> Variables:
+        variables = sam.init(experiment.model, _key(experiment, 0))
+        return jax.tree.map(np.asarray, variables)
+
+    def initial(_: Variables | None, report: Report) -> Variables:
+        if settings.start is None:
+            return fresh()
+        return _started(experiment, fresh(), report)
+
+    steps = settings.steps, settings.steps_per_epoch
+    stage = StagePlan(
+        title="",
+        folder=out,
+        source=_source(experiment, train, held=False),
+        loading=experiment.loading.of_views(experiment.views.shape),
+        layout=layout,
+        batch=settings.batch,
+        steps=settings.steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        optimizer=_optimizer(experiment),
+        learning_rate=optimizer.make_schedule(experiment.optimizer, *steps),
+        key=_key(experiment, 1),
+        ema=settings.ema > 0,
+        loop=experiment.loop,
+        metric="loss" if held and experiment.loop.metric != "last" else None,
+        record={},
+        validates=bool(held),
+        fresh=fresh,
+        initial=initial,
+        make_step=lambda: parallel.compile_step(
+            make_train_step(experiment, layout.axis), layout
+        ),
+        make_validation=lambda: make_validation(experiment, held),
+        make_find_bad_pairs=lambda: _find_bad_scans,
     )
-    weights = out / "weights"
-    if jax.process_index() == 0:
-        bundle.save_bundle(weights, bundle_of(experiment, best, train))
-    parallel.barrier("weights written")
-    seconds = time.perf_counter() - began
-    return Outcome(weights, scores, experiment.train.steps, seconds)
+
+    def stored(variables: Variables) -> bundle.Bundle:
+        return bundle_of(experiment, variables, train)
+
+    return RunPlan({folder.SCANS: scans}, (stage,), stored)
 
 
 def bundle_of(
@@ -185,9 +194,7 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
             gradient, parts = jax.lax.pmean((gradient, parts), axis)
         return gradient, parts, after
 
-    train, rule = experiment.train, experiment.optimizer
-    update = optimizer.make_optimizer(rule, train.steps, train.steps_per_epoch)
-    return step.guarded_step(parts_of, update, train.ema)
+    return step.guarded_step(parts_of, _optimizer(experiment), experiment.train.ema)
 
 
 @compilation_cache.kept()
@@ -215,7 +222,12 @@ def dry_run(
     layout = layout_of(experiment)
     share = experiment.train.batch // layout.data
     start = jax.eval_shape(
-        lambda key: _fresh(experiment, sam.init(experiment.model, key)),
+        lambda key: state.start(
+            sam.init(experiment.model, key),
+            _optimizer(experiment),
+            key,
+            ema=experiment.train.ema > 0,
+        ),
         _key(experiment, 0),
     )
     size = experiment.views.shape
@@ -261,21 +273,18 @@ def _key(experiment: SamExperiment, purpose: int) -> jax.Array:
     return jax.random.split(jax.random.key(experiment.train.seed))[purpose]
 
 
-def _fresh(experiment: SamExperiment, variables: Variables) -> state.TrainState:
+def _optimizer(experiment: SamExperiment) -> optax.GradientTransformation:
     train = experiment.train
-    rule = optimizer.make_optimizer(
+    return optimizer.make_optimizer(
         experiment.optimizer, train.steps, train.steps_per_epoch
     )
-    return state.start(variables, rule, _key(experiment, 1), ema=train.ema > 0)
 
 
 def _started(experiment: SamExperiment, fresh: Variables, report: Report) -> Variables:
     """Returns the weights of `train.start`, which must fit to the last array."""
     start = experiment.train.start
     assert start is not None
-    merged = checkpoints.merge_variables(
-        jax.tree.map(np.asarray, fresh), load.load_sam(start).variables
-    )
+    merged = merge_variables(fresh, load.load_sam(start).variables)
     wrong = (*merged.misshapen, *merged.missing, *merged.unexpected)
     if wrong:
         raise UserError(
@@ -361,83 +370,3 @@ def _find_bad_scans(_: Variables, batch: Mapping[str, np.ndarray]) -> list[int]:
         for i in range(len(batch["index"]))
         if not all(np.isfinite(array[i]).all() for array in batch.values())
     ]
-
-
-def _train(
-    experiment: SamExperiment,
-    out: pathlib.Path,
-    layout: Layout,
-    train: Sequence[Record],
-    held: Sequence[Record],
-    variables: Variables,
-    resume: bool,  # noqa: FBT001
-    report: Report,
-) -> tuple[Variables, Mapping[str, float]]:
-    """Trains to the end; returns the best variables and the last scores."""
-    keep, settings = experiment.loop, experiment.train
-    metric = "loss" if held and experiment.loop.metric != "last" else None
-    validate = make_validation(experiment, held)
-    with checkpoints.RunCheckpoints(
-        out / "checkpoints",
-        keep_latest=keep.keep_latest,
-        keep_best=keep.keep_best,
-        metric=metric,
-        larger_is_better=False,
-    ) as kept:
-        start = _fresh(experiment, jax.tree.map(np.asarray, variables))
-        record: Mapping[str, Any] = {}
-        if resume and kept.latest_step() is not None:
-            restored = kept.restore(state.to_tree(start))
-            for sentence in restored.skipped:
-                report(sentence)
-            report(f"resumed at step {restored.step} of {settings.steps}")
-            start, record = state.from_tree(restored.state), restored.record
-        scores = dict(record.get("scores", {}))
-
-        def remembered(now: Variables) -> loop.Validation:
-            assert validate is not None
-            found = validate(now)
-            scores.clear()
-            scores.update(found.scores)
-            return found
-
-        first = int(start.step)
-        if first < settings.steps or (validate is not None and not scores):
-            rule = optimizer.make_schedule(
-                experiment.optimizer, settings.steps, settings.steps_per_epoch
-            )
-            with (
-                batches_lib.Batches(
-                    _source(experiment, train, held=False),
-                    experiment.loading.of_views(experiment.views.shape),
-                    batch_size=settings.batch,
-                    process_index=jax.process_index(),
-                    process_count=jax.process_count(),
-                    start=first,
-                    stop=settings.steps,
-                ) as batches,
-                RunLog(out, start_step=first, enabled=jax.process_index() == 0) as log,
-            ):
-                job = loop.Job(
-                    step=parallel.compile_step(
-                        make_train_step(experiment, layout.axis), layout
-                    ),
-                    layout=layout,
-                    batches=batches,
-                    batch_size=settings.batch,
-                    steps=settings.steps,
-                    steps_per_epoch=settings.steps_per_epoch,
-                    learning_rate=rule,
-                    validate=None if validate is None else remembered,
-                    find_bad_pairs=_find_bad_scans,
-                    checkpoints=kept,
-                    log=log,
-                    record={},
-                    metric=metric,
-                    resumed=record,
-                )
-                loop.run(parallel.place_state(start, layout), job, experiment.loop)
-        found = kept.restore(state.to_tree(start), best=True)
-    for sentence in found.skipped:
-        report(sentence)
-    return state.averaged(state.from_tree(found.state)), scores

@@ -1,17 +1,14 @@
-"""One stage of a training run."""
+"""A stage of training on pairs: its data, network, devices, optimiser and score."""
 
 import dataclasses
 import functools
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 import optax
 
-from jaxreg.data import batches as batches_lib
 from jaxreg.data import pair_source
 from jaxreg.errors import UserError
 from jaxreg.experiments import warm_start
@@ -27,13 +24,13 @@ from jaxreg.experiments.datasets import (
     with_tasks,
 )
 from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
-from jaxreg.experiments.warm_start import Report
+from jaxreg.experiments.warm_start import Read
 from jaxreg.models import registry
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training import checkpoints, loop, optimizer, parallel, state, step
-from jaxreg.training.logging import RunLog
+from jaxreg.training import optimizer, parallel, step
 from jaxreg.training.parallel import Layout
+from jaxreg.training.stage import Report, StagePlan
 from jaxreg.typing import Key, Variables
 
 
@@ -185,21 +182,21 @@ def _labelled_datasets(sources: Sources) -> dict[str, bool]:
     return found
 
 
-class StageRun:
-    """One stage: builds what the loop needs, runs it, and reads the best state back."""
+class PairStage:
+    """A stage that trains on pairs: its data, network, devices and optimiser."""
 
     def __init__(
         self,
         experiment: Experiment,
         stage: Stage,
         out: pathlib.Path,
-        report: Report,
         before: Sequence[str],
         known: Sequence[str],
         sam: TrainedSam | None,
+        read: Read,
     ):
-        """Builds data, network and step of a stage; nothing runs yet."""
-        self.stage, self.report, self.before, self.sam = stage, report, before, sam
+        """Builds data, network and optimiser of a stage; nothing runs yet."""
+        self.stage, self.before, self.sam, self.read = stage, before, sam, read
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
         registry.check_grid(experiment.model, experiment.loading.shape)
@@ -210,144 +207,54 @@ class StageRun:
             model = registry.with_sam_window(experiment.model, sam.ct_window)
             experiment = dataclasses.replace(experiment, model=model)
         self.experiment, self.model = experiment, registry.build(experiment.model)
-        self.per_epoch, self.layout, shares = shared_out(experiment)
-        self.shares = shares
+        self.per_epoch, self.layout, self.shares = shared_out(experiment)
         self.steps = self.per_epoch * stage.epochs
-        self.learning_rate = optimizer.make_schedule(
-            experiment.optimizer, self.steps, self.per_epoch
-        )
         rows = None
         if experiment.train.only != "all":
             rows = trained_rows(experiment, self.sources, known, first=self.number == 0)
         self.optimizer = make_optimizer(experiment, self.steps, self.per_epoch, rows)
         self.metric = metric_of(experiment, self.sources)
 
-    def run(
-        self, before: Variables | None, *, resume: bool
-    ) -> tuple[Variables, Mapping[str, float], int]:
-        """Returns the best variables, the last validation's scores, and the steps.
-
-        Args:
-          before: variables of the stage before, None for the first.
-          resume: go on from the last checkpoint, if there is one.
-        """
-        keep = self.experiment.loop
-        with checkpoints.RunCheckpoints(
-            self.out / "checkpoints",
-            keep_latest=keep.keep_latest,
-            keep_best=keep.keep_best,
+    def plan(self) -> StagePlan:
+        """Returns what `training.stage.run` works on."""
+        experiment, train = self.experiment, self.experiment.train
+        common = experiment, self.sources, self.model, self.layout
+        return StagePlan(
+            title=f"stage {self.stage.name}: {self.stage.epochs} epochs",
+            folder=self.out,
+            source=self.sources.train,
+            loading=loading_of(experiment, validation=False),
+            layout=self.layout,
+            batch=train.batch,
+            steps=self.steps,
+            steps_per_epoch=self.per_epoch,
+            optimizer=self.optimizer,
+            learning_rate=optimizer.make_schedule(
+                experiment.optimizer, self.steps, self.per_epoch
+            ),
+            key=_steps_key(train.seed, self.number),
+            ema=train.ema > 0,
+            loop=experiment.loop,
             metric=self.metric,
-            larger_is_better=self.metric == "dice",
-        ) as kept:
-            start, record = self._start(kept, before, resume=resume)
-            scores = record.get("scores", {})
-            # A run may have been stopped in its last validation.
-            unscored = self.sources.validation is not None and not scores
-            if int(start.step) < self.steps or unscored:
-                scores = self._train(start, kept, record)
-            found = kept.restore(state.to_tree(start), best=True)
-        for sentence in found.skipped:
-            self.report(sentence)
-        if found.skipped:
-            self.report(f"the weights are those of step {found.step} of {self.steps}")
-        held = state.frozen(start.variables)
-        best = state.from_tree(found.state, held)
-        return state.averaged(best), scores, self.steps
-
-    def _start(
-        self,
-        kept: checkpoints.RunCheckpoints,
-        before: Variables | None,
-        *,
-        resume: bool,
-    ) -> tuple[state.TrainState, Mapping[str, Any]]:
-        """Returns the state to go on from, and the record of its checkpoint."""
-        seed, shape = self.experiment.train.seed, self.experiment.loading.shape
-        going_on = resume and kept.latest_step() is not None
-        # What a run started from need not be there any more when it goes on.
-        variables = (
-            warm_start.with_sam(
-                jax.tree.map(
-                    np.asarray, self.model.init(warm_start.weights_key(seed), shape)
-                ),
-                self.sam,
-            )
-            if going_on
-            else warm_start.initial_variables(
-                self.experiment,
-                self.model,
-                before,
-                self.report,
-                self.sources.bank,
-                self.before,
-                self.sam,
-            )
+            record={"stage": self.stage.name},
+            validates=self.sources.validation is not None,
+            fresh=lambda: warm_start.fresh_variables(experiment, self.model, self.sam),
+            initial=self._initial,
+            make_step=lambda: make_step(
+                experiment, self.sources, self.optimizer, self.layout, self.shares
+            ),
+            make_validation=lambda: make_validation(*common),
+            make_find_bad_pairs=lambda: make_find_bad_pairs(*common),
         )
-        fresh = state.start(
-            variables,
-            self.optimizer,
-            _steps_key(seed, self.number),
-            ema=self.experiment.train.ema > 0,
+
+    def _initial(self, before: Variables | None, report: Report) -> Variables:
+        return warm_start.initial_variables(
+            self.experiment,
+            self.model,
+            before,
+            report,
+            self.sources.bank,
+            self.before,
+            self.sam,
+            self.read,
         )
-        if not going_on:
-            return fresh, {}
-        restored = kept.restore(state.to_tree(fresh))
-        for sentence in restored.skipped:
-            self.report(sentence)
-        self.report(f"resumed at step {restored.step} of {self.steps}")
-        held = state.frozen(variables)
-        return state.from_tree(restored.state, held), restored.record
-
-    def _train(
-        self,
-        start: state.TrainState,
-        kept: checkpoints.RunCheckpoints,
-        resumed: Mapping[str, Any],
-    ) -> Mapping[str, float]:
-        """Trains to the end of the stage; returns the last validation's scores."""
-        experiment, layout = self.experiment, self.layout
-        train, first = experiment.train, int(start.step)
-        last: dict[str, float] = {}
-        validate = make_validation(experiment, self.sources, self.model, layout)
-
-        def remembered(variables):
-            assert validate is not None
-            found = validate(variables)
-            last.clear()
-            last.update(found.scores)
-            return found
-
-        with (
-            batches_lib.Batches(
-                self.sources.train,
-                loading_of(experiment, validation=False),
-                batch_size=train.batch,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                start=first,
-                stop=self.steps,
-            ) as batches,
-            RunLog(self.out, start_step=first, enabled=jax.process_index() == 0) as log,
-        ):
-            job = loop.Job(
-                step=make_step(
-                    experiment, self.sources, self.optimizer, layout, self.shares
-                ),
-                layout=layout,
-                batches=batches,
-                batch_size=train.batch,
-                steps=self.steps,
-                steps_per_epoch=self.per_epoch,
-                learning_rate=self.learning_rate,
-                validate=None if validate is None else remembered,
-                find_bad_pairs=make_find_bad_pairs(
-                    experiment, self.sources, self.model, layout
-                ),
-                checkpoints=kept,
-                log=log,
-                record={"stage": self.stage.name},
-                metric=self.metric,
-                resumed=resumed,
-            )
-            loop.run(parallel.place_state(start, layout), job, experiment.loop)
-        return last

@@ -185,8 +185,8 @@ def _means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def make_find_bad_pairs(
     experiment: Experiment, sources: Sources, model: Any, layout: Layout
-) -> Callable[[Variables, Mapping[str, np.ndarray]], list[int]]:
-    """Returns ``blame(variables, batch)``: which pairs alone give no finite loss."""
+) -> loop.FindBadPairs:
+    """Returns ``find_bad_pairs(variables, batch)`` of an experiment's loss."""
     objective, one = loss_of(experiment), _one_volume(layout)
     prepare = make_prepare(dataclasses.replace(experiment, augment=None), sources, one)
 

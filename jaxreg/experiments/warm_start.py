@@ -15,11 +15,33 @@ from jaxreg.experiments.config import Experiment
 from jaxreg.models import registry
 from jaxreg.models.sam import TrainedSam
 from jaxreg.models.unireg import paper
-from jaxreg.training import checkpoints, state
+from jaxreg.training import state
+from jaxreg.training.checkpoint_files import named_leaves
+from jaxreg.training.stage import Report
 from jaxreg.typing import Key, Variables
 from jaxreg.weights import bundle, load, zoo
 
-Report = Callable[[str], None]
+Read = Callable[[str], zoo.LoadedModel]
+"""Reads weights by name or path: `load.load`, or one that reads no file twice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """Variables of a network, some of them from another one.
+
+    Attributes:
+      variables: the target's tree.
+      loaded: names of the leaves that come from the source, "params/step_1/...".
+      missing: names of the target's that the source lacks; they stay as they were.
+      unexpected: names of the source's that the target lacks.
+      misshapen: names of both whose shapes differ; they stay as they were.
+    """
+
+    variables: Variables
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    misshapen: tuple[str, ...]
 
 
 def weights_key(seed: int) -> Key:
@@ -27,8 +49,12 @@ def weights_key(seed: int) -> Key:
     return jax.random.split(jax.random.key(seed))[0]
 
 
-def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
+def tasks_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str, ...]:
     """Returns the names of the prompts, or regions, of the weights to start from.
+
+    Args:
+      experiment: with `train.start` and `train.start_tasks`.
+      read: reads the weights.
 
     Raises:
       UserError: the weights do not name them and `train.start_tasks` does not either,
@@ -38,7 +64,7 @@ def tasks_of_start(experiment: Experiment) -> tuple[str, ...]:
     kind = registry.tells_tasks(experiment.model)
     if start is None or kind is None:
         return ()
-    loaded = load.load(start)
+    loaded = read(start)
     config = registry.config_of(loaded.bundle.model, loaded.bundle.config)
     count = registry.names_in(config, loaded.variables)
     if not count:
@@ -62,6 +88,7 @@ def initial_variables(
     bank: Sequence[str] = (),
     known: Sequence[str] = (),
     sam: TrainedSam | None = None,
+    read: Read = load.load,
 ) -> Variables:
     """Returns the variables that a stage starts with.
 
@@ -73,26 +100,27 @@ def initial_variables(
       bank: names of the network's prompts or regions.
       known: those of the weights to start from.
       sam: the network for a UniReg's embeddings, see `sam_of`.
+      read: reads the weights of `train.start`.
 
     Raises:
       UserError: the weights to start from have other sizes, nothing in common, or,
         where only prompts are trained, not all that the network needs.
     """
     train, shape = experiment.train, experiment.loading.shape
-    fresh = jax.tree.map(np.asarray, model.init(weights_key(train.seed), shape))
     if before is None and train.start is None:
-        return with_sam(fresh, sam)
+        return fresh_variables(experiment, model, sam)
+    fresh = fresh_variables(experiment, model)
     if before is not None:
         source, name = before, "the previous stage"
     else:
         assert train.start is not None
-        loaded = load.load(train.start)
+        loaded = read(train.start)
         source, name = loaded.variables, f"train.start {train.start}"
         _compare_meaning(experiment, loaded, report)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
     source = state.changing(source)  # SAM joins at the end
     source = registry.fitted(experiment.model, source, shape, fresh, rows, len(known))
-    merged = checkpoints.merge_variables(fresh, source)
+    merged = merge_variables(fresh, source)
     if merged.misshapen or not merged.loaded:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
         raise UserError(
@@ -118,20 +146,36 @@ def initial_variables(
             else "regions"
         )
         report(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
-    return with_sam(merged.variables, sam)
+    return _with_sam(merged.variables, sam)
 
 
-def with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
+def fresh_variables(
+    experiment: Experiment, model: Any, sam: TrainedSam | None = None
+) -> Variables:
+    """Returns variables that nothing was trained of, but for those of `sam`."""
+    key = weights_key(experiment.train.seed)
+    fresh = jax.tree.map(np.asarray, model.init(key, experiment.loading.shape))
+    return _with_sam(fresh, sam)
+
+
+def _with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
     """Returns UniReg's variables with those of SAM's network."""
     return variables if sam is None else paper.with_sam(variables, sam.variables)
 
 
 def sam_of(
-    experiment: Experiment, out: pathlib.Path | None = None
+    experiment: Experiment,
+    out: pathlib.Path | None = None,
+    read: Read = load.load,
 ) -> TrainedSam | None:
     """Returns the SAM network that a UniReg of the experiment correlates.
 
     That of the run in `out`, of `train.sam`, or of `train.start`, in this order.
+
+    Args:
+      experiment: with all its stages.
+      out: folder of the run, None before there is one.
+      read: reads the weights of `train.start`.
 
     Raises:
       UserError: it is needed and there is none, or given and no stage needs it, or it
@@ -153,7 +197,7 @@ def sam_of(
     elif named is not None:
         found = load.load_sam(named)
     elif start is not None:
-        found = zoo.sam_of(load.load(start))
+        found = zoo.sam_of(read(start))
     if found is None:
         raise UserError(
             "model.features is sam, but there are no SAM weights; give --train.sam "
@@ -201,3 +245,34 @@ def _compare_meaning(experiment: Experiment, loaded: Any, report: Report) -> Non
             f"else here; give {options}"
         )
     report(f"{start} was trained with {text}; this run differs")
+
+
+def merge_variables(target: Variables, source: Variables) -> Merged:
+    """Replaces leaves of one tree by those of the same name and shape of another.
+
+    A warm start: the first stage's network gives step_1 to step_3 of the second's, and
+    step_4 stays fresh.
+
+    Args:
+      target: variables of the network to be trained.
+      source: variables of another network.
+
+    Returns:
+      The variables, in the target's types, and what became of each name.
+    """
+    wanted, given = named_leaves(target), named_leaves(source)
+    shared = [name for name in wanted if name in given]
+    fitting = {n for n in shared if np.shape(given[n]) == np.shape(wanted[n])}
+    merged = [
+        np.asarray(given[name]).astype(np.asarray(leaf).dtype)
+        if name in fitting
+        else leaf
+        for name, leaf in wanted.items()
+    ]
+    return Merged(
+        variables=jax.tree.unflatten(jax.tree.structure(target), merged),
+        loaded=tuple(name for name in shared if name in fitting),
+        missing=tuple(name for name in wanted if name not in given),
+        unexpected=tuple(name for name in given if name not in wanted),
+        misshapen=tuple(name for name in shared if name not in fitting),
+    )

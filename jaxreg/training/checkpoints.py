@@ -1,7 +1,6 @@
 """Checkpoints of a training run: all that it needs to go on as if never stopped.
 
-    FOLDER/STEP/state/            the arrays, an Orbax checkpoint, one array per leaf
-    FOLDER/STEP/record/metadata   JSON: the caller's record, names, shapes, checksums
+    FOLDER/STEP/   one checkpoint, see `training.checkpoint_files`
 
 A checkpoint appears under its step when it is complete. It is written in the background
 from a copy in host memory, and read into host memory, whatever the devices were. With
@@ -11,7 +10,6 @@ and all read from the same disk.
 
 import contextlib
 import dataclasses
-import gc
 import json
 import logging
 import math
@@ -20,10 +18,8 @@ import pathlib
 import re
 import shutil
 import sys
-import time
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,18 +27,10 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxreg.errors import UserError
-from jaxreg.io.files import atomic_path
-from jaxreg.typing import Variables
-from jaxreg.weights.bundle import this_process, tree_checksum
-
-FORMAT = "jaxreg run"
-VERSION = 1
-STATE = "state"
-RECORD = "record"
+from jaxreg.training import checkpoint_files as files
+from jaxreg.weights.bundle import this_process
 
 _UNFINISHED = ".orbax-checkpoint-tmp"
-# What Orbax and TensorStore raise on files that are cut or changed.
-_READ_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,25 +49,6 @@ class Restored:
     state: Any
     record: dict[str, Any]
     skipped: tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Merged:
-    """Variables of a network, some of them from another one.
-
-    Attributes:
-      variables: the target's tree.
-      loaded: names of the leaves that come from the source, "params/step_1/...".
-      missing: names of the target's that the source lacks; they stay as they were.
-      unexpected: names of the source's that the target lacks.
-      misshapen: names of both whose shapes differ; they stay as they were.
-    """
-
-    variables: Variables
-    loaded: tuple[str, ...]
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    misshapen: tuple[str, ...]
 
 
 class RunCheckpoints:
@@ -190,8 +159,8 @@ class RunCheckpoints:
         self._metrics[step] = self._metric_in(fields)
         problem = None
         if jax.process_index() == 0:
-            arrays = _host_copy(state)
-            content = _describe(step, fields, arrays)
+            arrays = files.host_copy(state)
+            content = files.describe(step, fields, arrays)
             # Orbax stores no empty arrays; the shape in the record is all they are.
             arrays = {name: leaf for name, leaf in arrays.items() if leaf.size}
             with self._writing(step) as problems:
@@ -200,8 +169,8 @@ class RunCheckpoints:
                     step,
                     args=ocp.args.Composite(
                         **{
-                            STATE: ocp.args.PyTreeSave(arrays),
-                            RECORD: ocp.args.JsonSave(content),
+                            files.STATE: ocp.args.PyTreeSave(arrays),
+                            files.RECORD: ocp.args.JsonSave(content),
                         }
                     ),
                     force=True,
@@ -233,10 +202,10 @@ class RunCheckpoints:
         problem = None
         if jax.process_index() == 0:
             try:
-                content = _read_description(path)
+                content = files.read_description(path)
                 content |= {"record": dict(record), "metrics": dict(metrics or {})}
-                _write_description(path, content)
-            except (_DamagedError, UserError) as error:
+                files.write_description(path, content)
+            except (files.DamagedError, UserError) as error:
                 problem = str(error)
         self._agree(problem)
         # Asked for anew from the file.
@@ -312,12 +281,12 @@ class RunCheckpoints:
             )
         path = self.folder / str(step)
         try:
-            arrays, record = _read(path)
-        except _DamagedError as error:
+            arrays, record = files.read(path)
+        except files.DamagedError as error:
             raise UserError(
                 f"{error}; choose another step than {step}: {self._what_there_is()}"
             ) from error
-        state = _fit(arrays, like, path)
+        state = files.fit(arrays, like, path)
         self._course = step
         self._abandoned = {later for later in self.steps() if later > step}
         return Restored(step, state, record, tuple(skipped))
@@ -401,10 +370,12 @@ class RunCheckpoints:
                 ),
                 item_handlers={
                     # Weights hardly compress, and the data loader needs the cores.
-                    STATE: ocp.PyTreeCheckpointHandler(
+                    files.STATE: ocp.PyTreeCheckpointHandler(
                         use_compression=False, multiprocessing_options=alone
                     ),
-                    RECORD: ocp.JsonCheckpointHandler(multiprocessing_options=alone),
+                    files.RECORD: ocp.JsonCheckpointHandler(
+                        multiprocessing_options=alone
+                    ),
                 },
             )
         return self._manager
@@ -425,7 +396,7 @@ class RunCheckpoints:
                 with contextlib.suppress(OSError, ValueError):
                     manager.close()
                     manager = None
-            _settle()
+            files.settle()
             # Half a checkpoint would keep a full disk full.
             self._remove_unfinished()
             problems.append(
@@ -466,8 +437,8 @@ class RunCheckpoints:
             # Each once, at its first place.
             for step in dict.fromkeys((*damaged, *ranked, *latest)):
                 try:
-                    _read(self.folder / str(step))
-                except _DamagedError as error:
+                    files.read(self.folder / str(step))
+                except files.DamagedError as error:
                     skipped.append(f"{error}, so it is skipped")
                 else:
                     found = step
@@ -487,8 +458,8 @@ class RunCheckpoints:
 
     def _is_described(self, step: int) -> bool:
         try:
-            _read_description(self.folder / str(step))
-        except _DamagedError:
+            files.read_description(self.folder / str(step))
+        except files.DamagedError:
             return False
         return True
 
@@ -505,9 +476,9 @@ class RunCheckpoints:
         for step in steps:
             if step not in self._metrics:
                 try:
-                    fields = _read_description(self.folder / str(step))
+                    fields = files.read_description(self.folder / str(step))
                     self._metrics[step] = self._metric_in(fields)
-                except _DamagedError:
+                except files.DamagedError:
                     self._metrics[step] = None
             value = self._metrics[step]
             if value is not None:
@@ -519,48 +490,6 @@ class RunCheckpoints:
         course = sorted(set(steps) - self._abandoned)
         best = self._best_first(course)[: self._keep_best]
         return {*course[-self._keep_latest :], *best}
-
-
-def merge_variables(target: Variables, source: Variables) -> Merged:
-    """Replaces leaves of one tree by those of the same name and shape of another.
-
-    A warm start: the first stage's network gives step_1 to step_3 of the second's, and
-    step_4 stays fresh.
-
-    Args:
-      target: variables of the network to be trained.
-      source: variables of another network.
-
-    Returns:
-      The variables, in the target's types, and what became of each name.
-    """
-    leaves, structure = jax.tree_util.tree_flatten_with_path(target)
-    given = _named(source)
-    names = [_name(path) for path, _ in leaves]
-    shared = {name for name in names if name in given}
-    fitting = {
-        name
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-        if name in shared and np.shape(given[name]) == np.shape(leaf)
-    }
-    merged = [
-        np.asarray(given[name]).astype(_kind(leaf)[0]) if name in fitting else leaf
-        for name, (_, leaf) in zip(names, leaves, strict=True)
-    ]
-    return Merged(
-        variables=jax.tree.unflatten(structure, merged),
-        loaded=tuple(name for name in names if name in fitting),
-        missing=tuple(name for name in names if name not in shared),
-        unexpected=tuple(name for name in given if name not in shared),
-        misshapen=tuple(name for name in names if name in shared - fitting),
-    )
-
-
-class _DamagedError(Exception):
-    """A checkpoint that cannot be used; the message names its folder and the reason."""
-
-    def __init__(self, path: pathlib.Path, reason: str):
-        super().__init__(f"the checkpoint {path} is unfinished or damaged ({reason})")
 
 
 class _Retention:
@@ -611,159 +540,12 @@ def _quiet() -> Iterator[None]:
             sys.unraisablehook = hook
 
 
-def _settle() -> None:
-    """Lets what fails late fail while it is quiet."""
-    time.sleep(0.1)
-    gc.collect()
-
-
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _is_step(name: str) -> bool:
     return name.isascii() and name.isdigit() and str(int(name)) == name
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """Returns the leaves by name: "params/step_1/down_0/kernel"."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {_name(path): leaf for path, leaf in leaves}
-    if len(named) < len(leaves):
-        raise ValueError("two leaves of the tree have the same name")
-    return named
-
-
-def _host_copy(tree: Any) -> dict[str, np.ndarray]:
-    """Returns copies, never views: on the CPU a view would share a donated buffer."""
-    return {name: np.array(leaf) for name, leaf in _named(jax.device_get(tree)).items()}
-
-
-def _kind(leaf: Any) -> tuple[str, tuple[int, ...]]:
-    """Returns type and shape of an array, an abstract one or a number."""
-    leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
-    return str(leaf.dtype), tuple(leaf.shape)
-
-
-def _describe(
-    step: int, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """Returns the JSON content, with a checksum of itself."""
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "step": step,
-        **fields,
-        "leaves": {name: list(_kind(leaf)) for name, leaf in arrays.items()},
-        "arrays_checksum": tree_checksum(arrays),
-    }
-    return content | {"checksum": _text_checksum(content)}
-
-
-def _write_description(path: pathlib.Path, content: dict[str, Any]) -> None:
-    """Replaces the JSON content of a checkpoint, all at once or not at all."""
-    # As it will be read: JSON knows no tuples, and the checksum is of its text.
-    content = json.loads(json.dumps(content))
-    text = json.dumps(content | {"checksum": _text_checksum(content)})
-    with atomic_path(path / RECORD / "metadata") as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def _text_checksum(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _read_description(path: pathlib.Path) -> dict[str, Any]:
-    """Reads the JSON content of a checkpoint and checks it against its checksum."""
-    file = path / RECORD / "metadata"
-    short = f"{RECORD}/{file.name}"
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _DamagedError(path, f"{short} is missing") from error
-    except (OSError, ValueError) as error:
-        raise _DamagedError(path, f"{short} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise _DamagedError(path, f"{short} does not describe a training run")
-    checksum = content.pop("checksum", None)
-    if checksum != _text_checksum(content):
-        raise _DamagedError(
-            path, f"{short} does not have the checksum it was saved with"
-        )
-    if content["version"] > VERSION:
-        raise UserError(
-            f"the checkpoint {path} is of format version {content['version']}, this "
-            f"jaxreg reads up to {VERSION}; install a newer jaxreg"
-        )
-    if path.name != str(content["step"]):
-        raise _DamagedError(path, f"it was saved at step {content['step']}")
-    return content
-
-
-def _read(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads and checks a checkpoint; returns its arrays by name and its record."""
-    content = _read_description(path)
-    leaves = content["leaves"]
-    on_host = {
-        name: ocp.RestoreArgs(restore_type=np.ndarray)
-        for name, (_, shape) in leaves.items()
-        if math.prod(shape)
-    }
-    alone = this_process()
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            stored = checkpointer.restore(
-                path / STATE, args=ocp.args.PyTreeRestore(restore_args=on_host)
-            )
-        arrays = {
-            name: stored[name] if name in on_host else np.zeros(shape, kind)
-            for name, (kind, shape) in leaves.items()
-        }
-        checksum = tree_checksum(arrays)
-    except _READ_ERRORS as error:
-        _settle()
-        reason = str(error).split("\n", maxsplit=1)[0][:160]
-        raise _DamagedError(path, f"{STATE} cannot be read: {reason}") from error
-    if checksum != content["arrays_checksum"]:
-        raise _DamagedError(
-            path, "its arrays do not have the checksum they were saved with"
-        )
-    return arrays, content["record"]
-
-
-def _fit(arrays: Mapping[str, np.ndarray], like: Any, path: pathlib.Path) -> Any:
-    """Returns the arrays in the structure of `like`."""
-    wanted = _named(like)
-    differing = [
-        f"{name} is {_text(arrays.get(name))} there, {_text(wanted.get(name))} here"
-        for name in {**wanted, **arrays}
-        if name not in arrays
-        or name not in wanted
-        or _kind(arrays[name]) != _kind(wanted[name])
-    ]
-    if differing:
-        _refuse(path, differing)
-    return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
-
-
-def _refuse(path: pathlib.Path, differing: Sequence[str]) -> NoReturn:
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise UserError(
-        f"the checkpoint {path} does not fit this run: {'; '.join(differing[:3])}{more}"
-        "; use the configuration that it was saved with"
-    )
-
-
-def _text(leaf: Any) -> str:
-    if leaf is None:
-        return "missing"
-    kind, shape = _kind(leaf)
-    return f"{kind} {shape}"
 
 
 def _machine_reason(error: Exception) -> str | None:

@@ -70,6 +70,9 @@ class LoopConfig:
             )
 
 
+FindBadPairs = Callable[[Variables, Mapping[str, np.ndarray]], list[int]]
+"""(variables, batch) to the positions of pairs that alone give no finite loss."""
+
 _SHOWN = ("dice", "loss", "folding_percent")
 _OF_DATASET = ("dice", "loss")
 
@@ -122,8 +125,7 @@ class Job:
       steps_per_epoch: for what happens once an epoch.
       learning_rate: as a function of the step, for the log.
       validate: variables to scores, or None.
-      find_bad_pairs: (variables, batch) to the positions of pairs that alone give a
-        loss that is not finite.
+      find_bad_pairs: see `FindBadPairs`.
       checkpoints: where states are kept, or None.
       log: where numbers go.
       record: kept in each checkpoint beside the state.
@@ -139,7 +141,7 @@ class Job:
     steps_per_epoch: int
     learning_rate: Callable[[int], Any]
     validate: Callable[[Variables], Validation] | None
-    find_bad_pairs: Callable[[Variables, Mapping[str, np.ndarray]], list[int]]
+    find_bad_pairs: FindBadPairs
     checkpoints: RunCheckpoints | None
     log: RunLog
     record: Mapping[str, Any]

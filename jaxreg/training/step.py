@@ -353,14 +353,3 @@ def _accumulated(model, objective: Loss, prepare, config: StepConfig):
         return gradient, parts, after
 
     return accumulated
-
-
-def make_validation(
-    model: RegistrationModel, objective: Loss
-) -> Callable[[Variables, Pair, Any], Parts]:
-    """Returns ``validate(variables, pair, noise) -> parts``, in evaluation mode."""
-
-    def validate(variables, pair, noise):
-        return evaluate(model, variables, pair, noise, objective=objective)[1][0]
-
-    return validate

@@ -44,7 +44,7 @@ from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
 from jaxreg.weights import bundle as bundle_lib
-from jaxreg.weights import load, zoo
+from jaxreg.weights import zoo
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "programs" / "two_stages.py"
@@ -778,19 +778,20 @@ def scans_stored_as(folder, *codes) -> datasets.Sources:
     ],
 )
 def test_training_shows_scans_in_one_orientation_and_keeps_it(
-    tmp_path, monkeypatch, codes, start, changes, seen, turned
+    tmp_path, codes, start, changes, seen, turned
 ):
     data, train = DataConfig(manifests=("scans.csv",)), TrainConfig(start="weights")
     chosen = tiny(data=data, loading=Loading(shape=(8, 8, 8), **changes), train=train)
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {"orientation": start}, "", "")
     bundle = bundle if start else dataclasses.replace(bundle, preprocessing={})
     known = zoo.LoadedModel("weights", GradIcon(), {}, bundle)
-    monkeypatch.setattr(load, "load", lambda _: known)
     stage = types.SimpleNamespace(
         sources=scans_stored_as(tmp_path, *codes), experiment=chosen
     )
     said = []
-    found = run_lib._orientation(chosen, [stage], tmp_path / "out", said.append)
+    found = run_lib._orientation(
+        chosen, [stage], tmp_path / "out", said.append, lambda _: known
+    )
     assert found == seen
     assert stage.experiment.loading.orientation == (
         turned or changes.get("orientation")
@@ -802,8 +803,8 @@ def test_training_shows_scans_in_one_orientation_and_keeps_it(
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / folder_lib.SETTINGS).write_text("{}")
     (tmp_path / "out" / "orientation.txt").write_text(f"{seen or ''}\n")
-    monkeypatch.setattr(load, "load", None)
-    assert run_lib._orientation(chosen, [stage], tmp_path / "out", print) == seen
+    again = run_lib._orientation(chosen, [stage], tmp_path / "out", print, None)
+    assert again == seen
 
 
 def test_validation_pairs_are_those_of_the_task():
