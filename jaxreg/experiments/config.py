@@ -47,8 +47,8 @@ class DataConfig:
       classes: label values of the Dice term; all of a manifest's list if empty.
         Validation scores every label that it finds.
       validation_pairs: so many of all datasets together, fewer if there are no more;
-        0 for none. Each dataset has an equal share, at least one where it has any, and
-        gives what it lacks to the others; within a dataset they are spread over the
+        0 for none. Each dataset has an equal share, at least one where it has any; what
+        it cannot fill, the others do. Within a dataset they are spread over the
         validation split. The best weights are those of the best mean over datasets.
       neighbours: each validation subject is fixed image for the next few, cyclically.
     """
@@ -98,7 +98,7 @@ class TrainConfig:
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
       start_tasks: names of the prompts, or regions, of `start`, in their order, where
-        the weights do not tell (PyTorch files) or call the datasets otherwise.
+        the weights do not name them (PyTorch files) or call the datasets otherwise.
       sam: SAM weights whose embeddings a UniReg correlates; those of `start` if None.
       only: which parameters change: all, a bank's static prompts, or those of tasks
         that the weights to start from do not know.
@@ -265,7 +265,7 @@ class Experiment:
                 )
 
     def _check_windows_of(self, task: Task) -> None:
-        """Checks what a task says of who is shown which Hounsfield units."""
+        """Checks the windows of Hounsfield units of one task."""
         loaded = task.ct_window or self.loading.ct_window
         for name in ("network_window", "similarity_window"):
             window = getattr(task, name)

@@ -36,7 +36,7 @@ _SMOOTHNESS = 0x5300  # what a stream of random numbers is for
 
 @dataclasses.dataclass(frozen=True)
 class TaskRule:
-    """What weights tell of a task besides its name, for those who use them.
+    """Settings of a task that travel with the weights, besides its name.
 
     Attributes:
       ct_window: the task's own, None for that of all.
@@ -163,7 +163,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         )
     data = experiment.data
     whole = read_manifests(experiment)
-    tasks = _left(
+    tasks = _without_excluded(
         data.tasks
         or tuple(
             pairs.Task(name) for name in sorted({r.dataset for r in whole.records})
@@ -205,7 +205,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
 
 
 def rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
-    """Returns what weights tell of a task; it is compared as the network sees it."""
+    """Returns the settings of a task; the similarity compares what the network sees."""
     shown = task.network_window or registry.network_window(experiment.model)
     return TaskRule(
         task.ct_window,
@@ -217,12 +217,14 @@ def rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
 
 
 def _region(records: Sequence[Record], task: pairs.Task) -> str:
-    """Returns what a network is told of a task's place in the body."""
-    said = {r.region for r in records if r.dataset == task.dataset and r.region}
-    return task.region or (said.pop() if len(said) == 1 else task.dataset)
+    """Returns the region of a task, by which networks may be conditioned."""
+    stated = {r.region for r in records if r.dataset == task.dataset and r.region}
+    return task.region or (stated.pop() if len(stated) == 1 else task.dataset)
 
 
-def _left(items: Sequence[T], exclude: Sequence[str], name: Callable[[T], str]):
+def _without_excluded(
+    items: Sequence[T], exclude: Sequence[str], name: Callable[[T], str]
+):
     """Returns the items without the excluded ones.
 
     Raises:
@@ -262,7 +264,7 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
             labels=data.synthetic_labels,
             deformation_voxel=data.synthetic_deformation,
         )
-        for name in _left(data.synthetic, data.exclude, str)
+        for name in _without_excluded(data.synthetic, data.exclude, str)
     ]
     train, validation = (
         synthetic.SyntheticPairs(configs, seed, data.pairs_per_epoch)
@@ -432,7 +434,7 @@ def stored_orientations(several: Iterable[Sources]) -> dict[str, int]:
 def seen_orientation(
     experiment: Experiment, stored: Mapping[str, int], start: str | None
 ) -> tuple[str | None, str]:
-    """Returns the orientation in which a network is to see scans, and a word on it.
+    """Returns the orientation in which a network sees scans, and a sentence on it.
 
     That which the settings name; else that of the weights to start from; else the one
     in which all scans are stored. Where they are stored in several, RAS: a network
@@ -441,7 +443,7 @@ def seen_orientation(
     Args:
       experiment: what to train.
       stored: number of scans by orientation, of `stored_orientations`.
-      start: what the weights to start from say.
+      start: that of the weights to start from.
 
     Returns:
       (orientation, sentence); None where the placement turns scans anyhow, and the
@@ -487,13 +489,13 @@ def loading_of(experiment: Experiment, *, validation: bool) -> loading_lib.Loadi
 def make_prepare(
     experiment: Experiment, sources: Sources, layout: Layout
 ) -> Callable[[step.Batch, Any], Pair]:
-    """Returns the device side of the data, for `step.make_train_step`."""
+    """Returns ``prepare(batch, key) -> pair``, the part of loading that devices do."""
     supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
     classes = sources.classes if supervised else ()
 
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
-        pair = addressed(pair, experiment, sources)
+        pair = with_task_settings(pair, experiment, sources)
         wanted = registry.smoothness_range(experiment.model)
         if wanted is not None and key is not None:
             drawn = _draw_smoothness(key, batch["index"], wanted)
@@ -514,10 +516,10 @@ def _draw_smoothness(key: Key, index: jax.Array, wanted: SmoothnessRange) -> jax
     return wanted.low * jnp.exp(span * jax.vmap(draw)(index))
 
 
-def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
-    """Returns the pair with what its task says: objective, smoothness, window, row.
+def with_task_settings(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
+    """Returns the pair with its task's objective, smoothness, window and prompt.
 
-    A network that is told of regions keeps the task's own number.
+    For a network conditioned on regions the task keeps its number.
     """
     if len(objectives_of(experiment)) > 1:
         objectives = jnp.asarray(sources.objectives, jnp.int32)
@@ -527,7 +529,9 @@ def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
         of_task = jnp.asarray(weights, jnp.float32)
         pair = dataclasses.replace(pair, smoothness=of_task[pair.task])
     if any(rule.similarity_window for rule in sources.rules):
-        of_task = jnp.asarray([_compared(experiment, r) for r in sources.rules], "f4")
+        of_task = jnp.asarray(
+            [_similarity_range(experiment, r) for r in sources.rules], "f4"
+        )
         pair = dataclasses.replace(pair, similarity_range=of_task[pair.task])
     if sources.rows and registry.tells_tasks(experiment.model) == "tasks":
         rows = jnp.asarray(sources.rows, jnp.int32)
@@ -535,7 +539,7 @@ def addressed(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
     return pair
 
 
-def _compared(experiment: Experiment, rule: TaskRule) -> tuple[float, float]:
+def _similarity_range(experiment: Experiment, rule: TaskRule) -> tuple[float, float]:
     """Returns the part of a task's images, [0, 1], that the similarity compares."""
     if rule.similarity_window is None:
         return 0.0, 1.0
@@ -544,7 +548,7 @@ def _compared(experiment: Experiment, rule: TaskRule) -> tuple[float, float]:
 
 
 def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
-    """Returns each task's weight of smoothness; None where objectives say it all."""
+    """Returns each task's weight of smoothness; None where its objective has it."""
     wanted = registry.smoothness_range(experiment.model)
     own = [rule.smoothness for rule in sources.rules]
     if wanted is None and not any(weight is not None for weight in own):

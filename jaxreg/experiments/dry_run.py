@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import optax
 
 from jaxreg.data import loading as loading_lib
 from jaxreg.data import pair_source, pairs
-from jaxreg.data.manifest import read
+from jaxreg.data.manifest import read as read_lib
 from jaxreg.experiments import config
 from jaxreg.experiments.config import DataConfig, Experiment, Stage
 from jaxreg.experiments.datasets import (
@@ -26,13 +26,13 @@ from jaxreg.experiments.datasets import (
     with_tasks,
 )
 from jaxreg.experiments.stage import (
+    batch_layout,
     make_optimizer,
     make_step,
     metric_of,
-    shared_out,
     trained_rows,
 )
-from jaxreg.experiments.warm_start import Read, sam_of, tasks_of_start
+from jaxreg.experiments.warm_start import Read, names_of_start, sam_of
 from jaxreg.io import files
 from jaxreg.models import registry, sam
 from jaxreg.models.unireg import paper
@@ -163,7 +163,7 @@ class DryRun:
             },
             "compiled for": self.compiled_for,
             "seconds to compile": f"{self.seconds:.1f}",
-            **{f"data {i + 1}": text for i, text in enumerate(self.data)},
+            **numbered(self.data),
         }
 
 
@@ -194,7 +194,7 @@ def dry_run(experiment: Experiment, *, report: Report = lambda _: None) -> DryRu
     """
     # What is quickly found comes before what takes minutes.
     read = functools.cache(load.load)
-    known = tasks_of_start(experiment, read)
+    known = names_of_start(experiment, read)
     data = tuple(_quick_checks(experiment, known, read))
     began = time.perf_counter()
     memory: dict[str, StepMemory] = {}
@@ -234,7 +234,7 @@ def traced_steps(
       known: names of the prompts or regions of the weights to start from.
     """
     for stage, changed in config.stages(experiment):
-        per_epoch, layout, shares = shared_out(changed)
+        per_epoch, layout, shares = batch_layout(changed)
         during, sources = _with_sources(changed, known)
         rows = None
         if during.train.only != "all":  # which prompts change, changes no size
@@ -250,7 +250,7 @@ def memory_of(
     pairs: int,
     fewest: int = 1,
 ) -> StepMemory:
-    """Compiles a step and returns what it needs; says why where it cannot be known.
+    """Compiles a step and returns its memory, or why that cannot be known.
 
     Args:
       lower: pairs at once on a device to the step, for the shapes of a state and batch.
@@ -325,7 +325,7 @@ def _with_sources(
 
 
 def _likely_sources(experiment: Experiment) -> Sources:
-    """Returns what manifests that are not there yet may give; their pairs are empty."""
+    """Returns sources without pairs, in place of manifests that are not there yet."""
     data = experiment.data
     named = data.tasks or tuple(pairs.Task(name) for name in _SOME_TASKS)
     tasks = tuple(task for task in named if task.dataset not in data.exclude)
@@ -417,17 +417,19 @@ def _quick_checks(
     Returns:
       A sentence about each manifest, and about SAM weights that are still missing.
     """
-    said: list[str] = []
+    sentences: list[str] = []
     needed = registry.correlates_sam(experiment.model)
     if needed and experiment.train.sam is None and experiment.train.start is None:
-        said.append("SAM weights are not given yet; training will need --train.sam")
+        sentences.append(
+            "SAM weights are not given yet; training will need --train.sam"
+        )
     else:
         sam_of(experiment, read=read)
     for stage, changed in config.stages(experiment):
         registry.build(changed.model)
-        per_epoch, *_ = shared_out(changed)
+        per_epoch, *_ = batch_layout(changed)
         optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
-        said.extend(_data_sentences(changed))
+        sentences.extend(_data_sentences(changed))
         registry.check_grid(changed.model, changed.loading.shape)
         if _is_there(changed.data):
             sources = with_bank(make_sources(changed), known, changed.model)
@@ -436,19 +438,34 @@ def _quick_checks(
                 first = stage == experiment.stages[0]
                 trained_rows(changed, sources, known, first=first)
     # Most stages share their data.
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(sentences))
 
 
-def _data_sentences(experiment: Experiment) -> Iterator[str]:
-    if experiment.data.synthetic:
-        yield f"synthetic: {', '.join(experiment.data.synthetic)}"
-    for path in experiment.data.manifests:
+def manifest_sentences(paths: Sequence[str], holdout: int | None) -> Iterator[str]:
+    """Yields how many scans each manifest has in each split.
+
+    Args:
+      paths: of manifests; they need not be there.
+      holdout: see `DataConfig`.
+    """
+    for path in paths:
         if not pathlib.Path(path).exists():
             yield f"{path} is not there yet; training will need it"
             continue
-        found = read.read_manifest(path, holdout=experiment.data.holdout)
+        found = read_lib.read_manifest(path, holdout=holdout)
         counts = [f"{len(found.of_split(s))} {s}" for s in ("train", "val", "test")]
         yield f"{path}: {', '.join(counts)}"
-    cache = experiment.loading.cache_dir
+
+
+def _data_sentences(experiment: Experiment) -> Iterator[str]:
+    data, cache = experiment.data, experiment.loading.cache_dir
+    if data.synthetic:
+        yield f"synthetic: {', '.join(data.synthetic)}"
+    yield from manifest_sentences(data.manifests, data.holdout)
     if cache is not None:
         _check_cache(pathlib.Path(cache).absolute())
+
+
+def numbered(sentences: Iterable[str]) -> dict[str, str]:
+    """Returns sentences about the data as rows to print, name to value."""
+    return {f"data {i}": text for i, text in enumerate(sentences, start=1)}

@@ -32,8 +32,8 @@ def holds_run(out: pathlib.Path) -> bool:
     return (out / SETTINGS).is_file()
 
 
-def recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
-    """Returns what a run in the folder started from; None if there is no run.
+def recorded_names(out: pathlib.Path) -> tuple[str, ...] | None:
+    """Returns the prompts or regions that a run started from; None without a run.
 
     What it started from need not be there any more when it goes on.
     """
@@ -43,10 +43,10 @@ def recorded_tasks(out: pathlib.Path) -> tuple[str, ...] | None:
 
 
 def line_of(stage: str, record: Record) -> str:
-    """Returns what is kept of a scan, to tell whether a run goes on with the same."""
+    """Returns the line of a scan, by which a resumed run is compared with its start."""
     values = dataclasses.asdict(record)
     for name, value in values.items():
-        # The same scans may lie elsewhere when a run goes on.
+        # The same scans may lie elsewhere when a run is resumed.
         if isinstance(value, pathlib.Path):
             values[name] = files.scan_name(value)
     text = ", ".join(f"{name} {value}" for name, value in values.items() if value)
@@ -77,7 +77,7 @@ def open_folder(
       experiment: any tree of settings.
       out: folder of the run.
       records: lines of text by name of file.
-      resume: whether an old run goes on.
+      resume: whether an old run is resumed.
 
     Raises:
       UserError: the folder does not fit, or cannot be written.

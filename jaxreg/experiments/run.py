@@ -54,9 +54,9 @@ def run(
 def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
     """Returns the checked stages of an experiment."""
     read = functools.cache(load.load)
-    started_with = folder.recorded_tasks(out)
+    started_with = folder.recorded_names(out)
     if started_with is None:
-        started_with = warm_start.tasks_of_start(experiment, read)
+        started_with = warm_start.names_of_start(experiment, read)
     sam = warm_start.sam_of(experiment, out, read)
     stages: list[PairStage] = []
     for stage, changed in config.stages(experiment):
@@ -67,14 +67,14 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
         stages.append(PairStage(changed, stage, out, before, known, own, read))
     orientation = _orientation(experiment, stages, out, report, read)
 
-    def stored(variables: Variables) -> bundle_lib.Bundle:
+    def bundle(variables: Variables) -> bundle_lib.Bundle:
         last = stages[-1]
-        bundle = bundle_of(last.experiment, variables, last.sources, last.sam)
+        weights = bundle_of(last.experiment, variables, last.sources, last.sam)
         chosen_on = {
             *folder.read_lines(out / folder.VALIDATION_SCANS),
             *validation_scans(stages),
         }
-        return _with_validation_scans(bundle, chosen_on)
+        return _with_validation_scans(weights, chosen_on)
 
     records = {
         folder.SCANS: _scans_of(stages),
@@ -83,7 +83,7 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
         folder.ORIENTATION: [orientation] if orientation else [],
     }
     kept_sam = None if sam is None else warm_start.bundle_of_sam(sam)
-    return RunPlan(records, [stage.plan() for stage in stages], stored, kept_sam)
+    return RunPlan(records, [stage.plan() for stage in stages], bundle, kept_sam)
 
 
 def _orientation(
@@ -93,9 +93,9 @@ def _orientation(
     report: Report,
     read: Read,
 ) -> str | None:
-    """Makes all stages see scans in one orientation; returns which.
+    """Sets the orientation in which all stages see scans; returns it.
 
-    A run that goes on keeps to its own. One of an older jaxreg saw scans as stored.
+    A resumed run keeps its own. One of an older jaxreg saw scans as stored.
     """
     spl = experiment.loading.axes == "spl"  # turned anyhow: no header need be read
     stored = {} if spl else stored_orientations(one.sources for one in stages)
@@ -129,7 +129,7 @@ def bundle_of(
     Args:
       experiment: as it was during the last stage.
       variables: of the network.
-      sources: with the names of prompts or regions, for networks that know tasks.
+      sources: with the names of prompts or regions, for conditioned networks.
       sam: the network that the variables hold for a UniReg's embeddings.
     """
     loading, kind = experiment.loading, registry.tells_tasks(experiment.model)
@@ -183,7 +183,7 @@ def _scans_of(stages: Sequence[PairStage]) -> list[str]:
 def _with_validation_scans(
     bundle: bundle_lib.Bundle, scans: Collection[str]
 ) -> bundle_lib.Bundle:
-    """Returns the weights with what chose them, for `data.pair_list` to warn of."""
+    """Returns the weights with the scans that chose them; evaluation warns of these."""
     if not scans:
         return bundle
     preprocessing = {**bundle.preprocessing, zoo.VALIDATION_SCANS: sorted(scans)}

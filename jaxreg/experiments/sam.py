@@ -100,10 +100,11 @@ def _plan(experiment: SamExperiment, out: pathlib.Path, _: Report) -> RunPlan:
         make_find_bad_pairs=lambda: _find_bad_scans,
     )
 
-    def stored(variables: Variables) -> bundle.Bundle:
-        return bundle_of(experiment, variables, train)
-
-    return RunPlan({folder.SCANS: scans}, (stage,), stored)
+    return RunPlan(
+        {folder.SCANS: scans},
+        (stage,),
+        lambda variables: bundle_of(experiment, variables, train),
+    )
 
 
 def bundle_of(
@@ -112,9 +113,9 @@ def bundle_of(
     """Returns trained weights as they are stored.
 
     Args:
-      experiment: what was done.
-      variables: what came out.
-      records: the scans that it was done with: the weights know MR scans if some are.
+      experiment: of the training.
+      variables: of the network.
+      records: the scans that trained; the weights serve MR if some of them are MR.
     """
     loading = experiment.loading
     mri = any(modality.kind(record.modality) == "mri" for record in records)
@@ -201,7 +202,7 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
 def dry_run(
     experiment: SamExperiment, *, report: Report = lambda _: None
 ) -> dict[str, str]:
-    """Checks settings, compiles the training step, and says what it will cost.
+    """Checks settings, compiles the training step, and returns what it needs.
 
     The data need not be there, and nothing is allocated.
 
@@ -215,34 +216,14 @@ def dry_run(
     Raises:
       UserError: settings, devices or data do not fit together.
     """
-    data = sam_config.data_sentences(experiment)
-    manifests = experiment.data.manifests
-    if manifests and all(pathlib.Path(path).exists() for path in manifests):
+    data = experiment.data
+    sentences = list(dry_run_lib.manifest_sentences(data.manifests, data.holdout))
+    if data.manifests and all(pathlib.Path(path).exists() for path in data.manifests):
         sam_config.records_of(experiment)
     layout = layout_of(experiment)
     share = experiment.train.batch // layout.data
-    start = jax.eval_shape(
-        lambda key: state.start(
-            sam.init(experiment.model, key),
-            _optimizer(experiment),
-            key,
-            ema=experiment.train.ema > 0,
-        ),
-        _key(experiment, 0),
-    )
+    start, lower = _traced(experiment, layout)
     size = experiment.views.shape
-    step_of = parallel.compile_step(make_train_step(experiment, layout.axis), layout)
-
-    def lower(volumes):
-        batch = {
-            f"{side}{suffix}": jax.ShapeDtypeStruct(
-                (volumes * layout.data, *size, channels), jnp.float32
-            )
-            for side in ("moving", "fixed")
-            for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
-        }
-        return step_of.lower(*parallel.placed_shapes(start, batch, layout))
-
     where = dry_run_lib.grid_and_device(size)
     volumes = dry_run_lib.counted(share, "volume")
     report(f"compiling the training step for {where}, 2 views of each of {volumes}")
@@ -258,8 +239,36 @@ def dry_run(
         **memory.rows(what="volume"),
         "compiled for": where,
         "seconds to compile": f"{seconds:.1f}",
-        **data,
+        **dry_run_lib.numbered(sentences),
     }
+
+
+def _traced(
+    experiment: SamExperiment, layout: Layout
+) -> tuple[state.TrainState, Callable[[int], jax.stages.Lowered]]:
+    """Returns the shapes of a state, and volumes on a device to the lowered step."""
+    start = jax.eval_shape(
+        lambda key: state.start(
+            sam.init(experiment.model, key),
+            _optimizer(experiment),
+            key,
+            ema=experiment.train.ema > 0,
+        ),
+        _key(experiment, 0),
+    )
+    step_of = parallel.compile_step(make_train_step(experiment, layout.axis), layout)
+
+    def lower(volumes):
+        batch = {
+            f"{side}{suffix}": jax.ShapeDtypeStruct(
+                (volumes * layout.data, *experiment.views.shape, channels), jnp.float32
+            )
+            for side in ("moving", "fixed")
+            for suffix, channels in (("", 1), ("_places", 3), ("_valid", 1))
+        }
+        return step_of.lower(*parallel.placed_shapes(start, batch, layout))
+
+    return start, lower
 
 
 def _interleaved(batch: Mapping[str, jax.Array], suffix: str) -> jax.Array:
@@ -364,7 +373,7 @@ def make_validation(
 
 
 def _find_bad_scans(_: Variables, batch: Mapping[str, np.ndarray]) -> list[int]:
-    """The volumes whose views are not finite; a loss needs several volumes."""
+    """Returns the volumes with a non-finite view; no loss is of one volume alone."""
     return [
         i
         for i in range(len(batch["index"]))

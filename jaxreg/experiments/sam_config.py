@@ -8,8 +8,7 @@ The defaults are those of the released code (its configuration for several data 
 
 import dataclasses
 import os
-import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxreg.data import modality as modality_lib
@@ -217,8 +216,8 @@ def records_of(
     """Returns the scans that train, and those that validate.
 
     Raises:
-      UserError: there is no manifest, one cannot be read, or fewer scans train than a
-        batch holds, or some but fewer validate.
+      UserError: there is no manifest, one cannot be read, or fewer scans train than
+        make a batch, or fewer validate, but some.
     """
     data, batch = experiment.data, experiment.train.batch
     if not data.manifests:
@@ -246,19 +245,6 @@ def records_of(
             "or --data.validation_volumes 0"
         )
     return tuple(train), tuple(chosen)
-
-
-def data_sentences(experiment: SamExperiment) -> Mapping[str, str]:
-    """Returns what a dry run says about each manifest."""
-    said = {}
-    for number, path in enumerate(experiment.data.manifests, start=1):
-        if not pathlib.Path(path).exists():
-            said[f"data {number}"] = f"{path} is not there yet; training will need it"
-            continue
-        found = read.read_manifest(path, holdout=experiment.data.holdout)
-        counts = [f"{len(found.of_split(s))} {s}" for s in ("train", "val", "test")]
-        said[f"data {number}"] = f"{path}: {', '.join(counts)}"
-    return said
 
 
 def _spread(records: Sequence[Record], count: int) -> list[Record]:

@@ -42,12 +42,12 @@ def _steps_key(seed: int, number: int) -> Key:
 def trained_rows(
     experiment: Experiment, sources: Sources, known: Sequence[str], *, first: bool
 ) -> tuple[int, ...]:
-    """Returns the prompts that change where `train.only` restricts training.
+    """Returns the rows of the bank that change where `train.only` restricts training.
 
     Args:
       experiment: as it is during the stage.
       sources: with their bank.
-      known: tasks of the bank that training starts from.
+      known: names in the bank of the weights to start from.
       first: whether no stage came before.
 
     Raises:
@@ -76,7 +76,7 @@ def trained_rows(
     return rows
 
 
-def shared_out(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
+def batch_layout(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
     """Returns steps per epoch, the devices, and what `parallel.check_batch` does."""
     train, pairs_per_epoch = experiment.train, experiment.data.pairs_per_epoch
     if pairs_per_epoch < train.batch:
@@ -207,7 +207,7 @@ class PairStage:
             model = registry.with_sam_window(experiment.model, sam.ct_window)
             experiment = dataclasses.replace(experiment, model=model)
         self.experiment, self.model = experiment, registry.build(experiment.model)
-        self.per_epoch, self.layout, self.shares = shared_out(experiment)
+        self.per_epoch, self.layout, self.shares = batch_layout(experiment)
         self.steps = self.per_epoch * stage.epochs
         rows = None
         if experiment.train.only != "all":

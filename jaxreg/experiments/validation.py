@@ -16,12 +16,12 @@ from jaxreg.experiments.config import Experiment
 from jaxreg.experiments.datasets import (
     Source,
     Sources,
-    addressed,
     dataset_names,
     loading_of,
     loss_of,
     make_prepare,
     objectives_of,
+    with_task_settings,
 )
 from jaxreg.space import fields, sampling
 from jaxreg.training import loop, parallel, step
@@ -54,30 +54,10 @@ def make_validation(
     if source is None:
         return None
     loading = loading_of(experiment, validation=True)
-    objective = loss_of(experiment)
-    supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
-    noise = jax.random.normal(jax.random.key(0), (1, *loading.shape, 3))
     one = _one_volume(layout)
-
-    def score(variables, batch):
-        classes = sources.classes if supervised else ()
-        pair = augment.to_pair(batch, None, None, classes=classes)
-        pair = parallel.constrain(addressed(pair, experiment, sources), one)
-        _, (parts, maps, _) = step.evaluate(
-            model, variables, pair, noise, objective=objective
-        )
-        points = maps.forward.on_grid(loading.shape)
-        # The Dice term's part is a loss; the score below is the overlap.
-        if "dice" in parts:
-            parts["dice_loss"] = parts.pop("dice")
-        labels = batch.get("moving_labels")
-        if labels is not None:
-            labels = sampling.sample(labels.astype(jnp.float32), points, order=0)
-        shown = {"fixed": pair.fixed, "moving": pair.moving}
-        shown["warped"] = fields.warp(pair.moving, points)
-        return parts, (points, labels, shown)
-
-    compiled = parallel.compile_step(score, one, donate=False)
+    compiled = parallel.compile_step(
+        _make_score(experiment, sources, model, one), one, donate=False
+    )
     mine = _own_share(sources.validation_count)
     names = dataset_names(sources)
 
@@ -107,6 +87,39 @@ def make_validation(
         return loop.Validation(_means(found), images, found)
 
     return validate
+
+
+def _make_score(
+    experiment: Experiment, sources: Sources, model: Any, one: Layout
+) -> Callable:
+    """Returns ``score(variables, batch)`` of one pair.
+
+    It gives the objective's parts, and (points of the forward transform, warped labels,
+    images to show).
+    """
+    objective, shape = loss_of(experiment), experiment.loading.shape
+    supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
+    noise = jax.random.normal(jax.random.key(0), (1, *shape, 3))
+
+    def score(variables, batch):
+        classes = sources.classes if supervised else ()
+        pair = augment.to_pair(batch, None, None, classes=classes)
+        pair = parallel.constrain(with_task_settings(pair, experiment, sources), one)
+        _, (parts, maps, _) = step.evaluate(
+            model, variables, pair, noise, objective=objective
+        )
+        points = maps.forward.on_grid(shape)
+        # The Dice term's part is a loss; the score of that name is the overlap.
+        if "dice" in parts:
+            parts["dice_loss"] = parts.pop("dice")
+        labels = batch.get("moving_labels")
+        if labels is not None:
+            labels = sampling.sample(labels.astype(jnp.float32), points, order=0)
+        shown = {"fixed": pair.fixed, "moving": pair.moving}
+        shown["warped"] = fields.warp(pair.moving, points)
+        return parts, (points, labels, shown)
+
+    return score
 
 
 def _own_share(count: int) -> range:
@@ -186,7 +199,7 @@ def _means(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def make_find_bad_pairs(
     experiment: Experiment, sources: Sources, model: Any, layout: Layout
 ) -> loop.FindBadPairs:
-    """Returns ``find_bad_pairs(variables, batch)`` of an experiment's loss."""
+    """Returns ``find_bad_pairs(variables, batch)``, see `loop.FindBadPairs`."""
     objective, one = loss_of(experiment), _one_volume(layout)
     prepare = make_prepare(dataclasses.replace(experiment, augment=None), sources, one)
 

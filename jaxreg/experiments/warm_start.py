@@ -32,9 +32,9 @@ class Merged:
     Attributes:
       variables: the target's tree.
       loaded: names of the leaves that come from the source, "params/step_1/...".
-      missing: names of the target's that the source lacks; they stay as they were.
-      unexpected: names of the source's that the target lacks.
-      misshapen: names of both whose shapes differ; they stay as they were.
+      missing: names of the target alone; they stay as they were.
+      unexpected: names of the source alone.
+      misshapen: names of both, with other shapes; they stay as they were.
     """
 
     variables: Variables
@@ -45,11 +45,11 @@ class Merged:
 
 
 def weights_key(seed: int) -> Key:
-    """Returns the key of fresh weights; layers tell themselves apart by their names."""
+    """Returns the key of fresh weights, from which each layer's key follows by name."""
     return jax.random.split(jax.random.key(seed))[0]
 
 
-def tasks_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str, ...]:
+def names_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str, ...]:
     """Returns the names of the prompts, or regions, of the weights to start from.
 
     Args:
@@ -121,19 +121,7 @@ def initial_variables(
     source = state.changing(source)  # SAM joins at the end
     source = registry.fitted(experiment.model, source, shape, fresh, rows, len(known))
     merged = merge_variables(fresh, source)
-    if merged.misshapen or not merged.loaded:
-        wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
-        raise UserError(
-            f"{name} does not fit the network ({wrong}); give the model's section "
-            "(such as --model.channels_down or --model.channels) the sizes of the "
-            "weights"
-        )
-    if train.only != "all" and merged.missing:
-        raise UserError(
-            f"train.only is {train.only}, but {name} lacks {merged.missing[0]}, which "
-            "would stay untrained; start from weights of the same network, or give "
-            "--train.only all"
-        )
+    _check_merged(merged, name, train.only)
     report(
         f"started from {name}: {len(merged.loaded)} arrays loaded, "
         f"{len(merged.missing)} fresh, {len(merged.unexpected)} not used"
@@ -152,10 +140,33 @@ def initial_variables(
 def fresh_variables(
     experiment: Experiment, model: Any, sam: TrainedSam | None = None
 ) -> Variables:
-    """Returns variables that nothing was trained of, but for those of `sam`."""
+    """Returns untrained variables, and those of `sam`."""
     key = weights_key(experiment.train.seed)
     fresh = jax.tree.map(np.asarray, model.init(key, experiment.loading.shape))
     return _with_sam(fresh, sam)
+
+
+def _check_merged(merged: Merged, name: str, only: str) -> None:
+    """Checks that the weights to start from fit the network.
+
+    Args:
+      merged: the network's variables with those weights.
+      name: of the weights.
+      only: `TrainConfig.only`.
+    """
+    if merged.misshapen or not merged.loaded:
+        wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
+        raise UserError(
+            f"{name} does not fit the network ({wrong}); give the model's section "
+            "(such as --model.channels_down or --model.channels) the sizes of the "
+            "weights"
+        )
+    if only != "all" and merged.missing:
+        raise UserError(
+            f"train.only is {only}, but {name} lacks {merged.missing[0]}, which "
+            "would stay untrained; start from weights of the same network, or give "
+            "--train.only all"
+        )
 
 
 def _with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
@@ -228,7 +239,7 @@ def bundle_of_sam(sam: TrainedSam) -> bundle.Bundle:
 
 
 def _compare_meaning(experiment: Experiment, loaded: Any, report: Report) -> None:
-    """Says what makes the same weights mean something else; refuses it for frozen ones.
+    """Reports settings with which the weights to start from mean something else.
 
     Raises:
       UserError: only prompts are trained, in a network of another form.

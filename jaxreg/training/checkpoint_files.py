@@ -39,7 +39,7 @@ class DamagedError(Exception):
 
 
 def settle() -> None:
-    """Lets what fails late fail while it is quiet."""
+    """Waits for late failures of a read or write, while nothing is printed of them."""
     time.sleep(0.1)
     gc.collect()
 
@@ -58,7 +58,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def host_copy(tree: Any) -> dict[str, np.ndarray]:
-    """Returns copies, never views: on the CPU a view would share a donated buffer."""
+    """Returns copies by name: on the CPU a view would share a donated buffer."""
     return {
         name: np.array(leaf)
         for name, leaf in named_leaves(jax.device_get(tree)).items()
@@ -74,7 +74,7 @@ def _kind(leaf: Any) -> tuple[str, tuple[int, ...]]:
 def describe(
     step: int, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Returns the JSON content, with a checksum of itself."""
+    """Returns the JSON content of a checkpoint, with its checksum."""
     content = {
         "format": FORMAT,
         "version": VERSION,

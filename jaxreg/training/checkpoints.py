@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: all that it needs to go on as if never stopped.
+"""Checkpoints of a training run: all that is needed to resume it to the bit.
 
     FOLDER/STEP/   one checkpoint, see `training.checkpoint_files`
 
@@ -40,7 +40,7 @@ class Restored:
     Attributes:
       step: the step that it was saved at.
       state: NumPy arrays in the structure that was asked for.
-      record: what was stored beside it; tuples have become lists.
+      record: what was stored with it; tuples have become lists.
       skipped: a sentence for each newer checkpoint that could not be used. Empty on
         all processes but the first.
     """
@@ -77,7 +77,7 @@ class RunCheckpoints:
           folder: where the checkpoints are; nothing else should be in it.
           keep_latest: how many of the latest stay, at least 1.
           keep_best: how many of the best stay besides.
-          metric: which of the metrics given to `save` tells the best; without it no
+          metric: by which of the metrics given to `save` one is best; without it no
             checkpoint is best.
           larger_is_better: how the metric is read.
           read_only: creates and removes nothing, for a look at a run that goes on.
@@ -121,7 +121,7 @@ class RunCheckpoints:
         except UserError as failure:
             if error is None:
                 raise
-            # The first error is the one to be told.
+            # The first error is the one to be reported.
             error.add_note(str(failure))
 
     def save(
@@ -185,7 +185,7 @@ class RunCheckpoints:
         *,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Replaces what stands beside the arrays of a checkpoint; every process calls.
+        """Replaces the record and metrics of a checkpoint; every process calls it.
 
         Args:
           step: of a complete checkpoint.
@@ -493,7 +493,7 @@ class RunCheckpoints:
 
 
 class _Retention:
-    """Tells Orbax which checkpoints stay; its own policies know no NaN, no course."""
+    """Which checkpoints stay; Orbax's policies know no NaN and no abandoned course."""
 
     def __init__(self, owner: RunCheckpoints):
         self._owner = owner
@@ -515,7 +515,7 @@ class _WithoutOrbax(logging.Filter):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's own account off stderr: what matters is raised or returned.
+    """Silences Orbax on stderr: what matters is raised or returned.
 
     After a failure it closes its event loop, and each read or write that ends later,
     or whose failure nobody asks for, would print a traceback.
@@ -549,7 +549,7 @@ def _is_step(name: str) -> bool:
 
 
 def _machine_reason(error: Exception) -> str | None:
-    """Returns what the machine says in an error, None if it is a defect of ours."""
+    """Returns the operating system's reason for an error, None if it is a defect."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     # TensorStore raises ValueError for a failed write, with the number in its text.

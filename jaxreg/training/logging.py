@@ -1,4 +1,4 @@
-"""What a training run tells: TensorBoard and CSV, a progress line, device memory.
+"""The log of a training run: TensorBoard, CSV, a progress line, device memory.
 
     FOLDER/log.csv              one row a step, a column for each name
     FOLDER/events.out.tfevents  the same and pictures, for TensorBoard
@@ -47,7 +47,7 @@ class DeviceMemory:
 class RunLog:
     """Scalars and pictures of one run; every call takes the step that they belong to.
 
-    Steps do not go down. What is told of one step in several calls is one row.
+    Steps do not go down. Several calls of one step make one row.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._table = _Table(folder / "log.csv", start_step)
             if writer is not None:
-                # TensorBoard hides what an earlier run has told from there on.
+                # TensorBoard hides what an earlier run has written from there on.
                 purged = start_step + 1 if start_step else 0
                 self._events = writer(
                     str(folder), purge_step=purged, flush_secs=_FLUSH_S
@@ -209,7 +209,7 @@ class ProgressLine:
         self._console = console or Console(stderr=True)
         self._clock = clock
         self._live: Any = None
-        # The first step compiles, so it tells no rate.
+        # The first step compiles, so its time is no rate.
         self._first: tuple[int, float] | None = None
         self._printed: int | None = None
 
@@ -271,7 +271,7 @@ class ProgressLine:
 
 
 def device_memory(devices: Iterable[Any] | None = None) -> DeviceMemory | None:
-    """Returns the memory of the fullest device, None where the backend tells none.
+    """Returns the memory of the fullest device, None if the backend does not say.
 
     Args:
       devices: JAX devices; those of this process if None.

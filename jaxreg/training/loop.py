@@ -1,4 +1,4 @@
-"""The loop: batches in, checkpoints, logs and trained variables out.
+"""The training loop: batches in; checkpoints, logs and trained variables out.
 
 Everything that a step computes is in `training.step`; this is the host's side. A run
 that was killed and resumed goes through the same states as one that was not: the state
@@ -128,7 +128,7 @@ class Job:
       find_bad_pairs: see `FindBadPairs`.
       checkpoints: where states are kept, or None.
       log: where numbers go.
-      record: kept in each checkpoint beside the state.
+      record: stored in each checkpoint with the state.
       metric: a name in the scores, or None.
       resumed: the record of the checkpoint that the state comes from.
     """
@@ -153,7 +153,7 @@ def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
     """Trains from a state to the end of the stage; returns the last state, placed.
 
     Ctrl-C, SIGTERM and data that cannot be read keep a checkpoint of the last complete
-    step before they go on their way; where several processes train, that cannot be
+    step before they are raised; where several processes train, that cannot be
     agreed on, and the last regular checkpoint counts.
 
     Args:
@@ -172,7 +172,7 @@ def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
 
 @contextlib.contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Lets SIGTERM, by which batch systems end a job, do what Ctrl-C does."""
+    """Turns SIGTERM, by which batch systems end a job, into a KeyboardInterrupt."""
     mine = (
         threading.current_thread() is threading.main_thread()
         # Several processes have JAX's own handler, and nothing to save in it.
@@ -216,7 +216,7 @@ class _Meter:
 
 
 class _Loop:
-    """One run of the loop; the state lives here because the step reuses its buffers."""
+    """One run of the loop; it owns the state, whose buffers each step reuses."""
 
     def __init__(self, state: TrainState, job: Job, config: LoopConfig):
         self.state, self.job, self.config = state, job, config
@@ -268,7 +268,7 @@ class _Loop:
             ) from error
 
     def _keep(self) -> bool:
-        """Saves the last complete step of a run that ends early; says if it could."""
+        """Saves the last complete step of a run that ends early; returns if it did."""
         job = self.job
         if job.checkpoints is None or jax.process_count() > 1:
             return False
@@ -286,7 +286,7 @@ class _Loop:
             self._save(scores)
 
     def _validation_due(self) -> bool:
-        """Says whether the step that was done last is one to be scored."""
+        """Whether the latest step is to be validated."""
         job, every = self.job, self.config.validate_every
         if job.validate is None:
             return False
@@ -387,7 +387,7 @@ class _Loop:
         )
 
     def _stop(self, step: int, numbers: Mapping[str, float], batch) -> None:
-        """Says which pair spoiled a step; the state has not taken it."""
+        """Raises an error that names the pairs with a non-finite loss."""
         job = self.job
         one = parallel.fetch_state(self.state, job.layout)
         at_fault = job.find_bad_pairs(jax.device_get(one.variables), batch)

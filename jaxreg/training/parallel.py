@@ -1,4 +1,4 @@
-"""One pure step function on one device, on a mesh of devices and hosts, or by pmap.
+"""Parallel training: a step on one device, on a mesh of devices and hosts, or by pmap.
 
 The step of `training.step` sees one device's share of the batch and the name of the
 axis over which the batch is split. Here that axis is bound:
@@ -230,7 +230,7 @@ def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, An
 
 
 def placed_shapes(state: Any, batch: Any, layout: Layout) -> tuple[Any, Any]:
-    """Returns what a step is lowered for, where no state and no batch is there yet.
+    """Returns the shapes and shardings for which a step is lowered.
 
     Args:
       state: tree of `jax.ShapeDtypeStruct`, or of arrays.
@@ -301,7 +301,7 @@ def barrier(name: str) -> None:
 
 
 def same_everywhere(text: str) -> bool:
-    """Says whether all processes have the same text; every one calls it."""
+    """Whether all processes have the same text; every one calls it."""
     if jax.process_count() == 1:
         return True
     digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)

@@ -47,7 +47,7 @@ class StagePlan:
       ema: whether a moving average of the variables is kept.
       loop: when to log, validate and save.
       metric: the score by which a checkpoint is best, None for the latest.
-      record: kept in each checkpoint beside the state.
+      record: stored in each checkpoint with the state.
       validates: whether there is anything to validate on.
       fresh: returns variables of the right structure, for a stage that is resumed.
       initial: (variables of the stage before or None, report) to the first variables.

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it starts."""
+"""The state of training, from step to step and in a checkpoint."""
 
 import dataclasses
 import functools

@@ -40,7 +40,7 @@ class Loss(Protocol):
 
 
 class Maps(NamedTuple):
-    """What a model says about a batch of pairs.
+    """Transforms that a model predicts for a batch of pairs.
 
     Attributes:
       forward: fixed to moving points, unit.
@@ -68,7 +68,7 @@ def predict(
 
     One call of the network on both directions, end to end in the batch: moving onto
     fixed, then fixed onto moving. In training mode each direction has its own batch
-    statistics, and the running ones move twice, as in the original's two calls.
+    statistics, and the running ones are updated twice, as in the original's two calls.
 
     Args:
       model: the network.
@@ -87,7 +87,7 @@ def predict(
         variables,
         moving,
         fixed,
-        **_told(pair, calls),
+        **_conditions(pair, calls),
         train=train,
         batching=Batching(
             calls=calls,
@@ -109,8 +109,8 @@ def predict(
     return Maps(forward, backward[0] if backward else None, aux), variables
 
 
-def _told(pair: Pair, calls: int) -> dict[str, jax.Array]:
-    """Returns what a network is told of each pair besides the images."""
+def _conditions(pair: Pair, calls: int) -> dict[str, jax.Array]:
+    """Returns what the network is conditioned on, for each pair and direction."""
     given = {"task": pair.task, "smoothness": pair.smoothness}
     return {
         n: jnp.tile(value, calls) for n, value in given.items() if value is not None
@@ -169,7 +169,7 @@ def make_step(
 
     The step returns (variables, opt_state, parts, maps); parts and maps are those
     before the update. All parameters are trained; in training
-    mode the running statistics move twice.
+    mode the running statistics are updated twice.
     """
 
     def step(variables, opt_state, pair, noise):
@@ -195,7 +195,7 @@ def make_step(
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How one training step is carried out.
+    """How one training step is computed.
 
     Attributes:
       accumulate: the batch is worked off in this many parts, one after the other, and
@@ -226,7 +226,7 @@ def make_train_step(
     A pure function, to be compiled by `parallel.compile_step`, which binds the axis.
     Parts are of the global batch, before the update: those of the objective,
     "gradient_norm", and "finite". Where the loss or the gradient is not finite the
-    state comes back as it was, but for its step: no parameter is spoiled.
+    state comes back as it was, but for its step: no parameter changes.
 
     Args:
       model: the network.

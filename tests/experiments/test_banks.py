@@ -87,7 +87,7 @@ def test_known_tasks_keep_their_rows_whether_their_data_are_there_or_not():
     assert sources.bank == ("b", "brain", "liver")
     assert sources.rows == (2, 1, 2)
     pair = Pair(jnp.zeros((3, 1)), jnp.zeros((3, 1)), task=jnp.array([0, 1, 2]))
-    pair = datasets.addressed(pair, chosen, sources)
+    pair = datasets.with_task_settings(pair, chosen, sources)
     np.testing.assert_array_equal(pair.task, [2, 1, 2])
 
 
@@ -95,7 +95,7 @@ def test_a_bank_to_start_from_keeps_all_its_prompts(tmp_path):
     start = tmp_path / "old"
     chosen = prompted("inter_mono", start=str(start))
     old = promptreg.bank_of(saved_bank(start, chosen, ("brain", "inter_mono")))
-    known = warm_start.tasks_of_start(chosen)
+    known = warm_start.names_of_start(chosen)
     assert known == ("brain", "inter_mono")
     # The brain's data are elsewhere, and another domain is new.
     found, said = started(chosen, known, ["a new one", "inter_mono"])
@@ -117,10 +117,10 @@ def test_prompts_without_names_are_named_by_the_user(tmp_path):
         run.run(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     named = overrides.override(chosen, [("train.start_tasks", "a,b")])
-    assert warm_start.tasks_of_start(named) == ("a", "b")
+    assert warm_start.names_of_start(named) == ("a", "b")
     wrong = overrides.override(chosen, [("train.start_tasks", "a")])
     with pytest.raises(UserError, match="2 prompts"):
-        warm_start.tasks_of_start(wrong)
+        warm_start.names_of_start(wrong)
 
 
 def test_frozen_weights_are_complete_and_mean_what_they_meant(tmp_path):
@@ -135,7 +135,7 @@ def test_frozen_weights_are_complete_and_mean_what_they_meant(tmp_path):
     # Weights of RDP have no bank, whose frozen blocks would stay as they were drawn.
     rdp = dataclasses.replace(free, model=RdpConfig(channels=1), objective=PLAIN)
     saved_bank(start, rdp, ())
-    assert warm_start.tasks_of_start(chosen) == ()
+    assert warm_start.names_of_start(chosen) == ()
     with pytest.raises(UserError, match="lacks .*bottleneck.* would stay untrained"):
         started(chosen, (), ["a"])
 

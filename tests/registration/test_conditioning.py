@@ -127,7 +127,7 @@ def test_a_network_gets_a_region_for_each_name(model):
     assert found.regions == 3
     assert found.tasks == ((2, "inter"), (1, "intra"), (2, "intra"))
     pair = Pair(jnp.zeros((3, 1)), jnp.zeros((3, 1)), task=jnp.array([2, 0, 1]))
-    pair = datasets.addressed(pair, told(model), sources)
+    pair = datasets.with_task_settings(pair, told(model), sources)
     np.testing.assert_array_equal(pair.task, [2, 0, 1])  # the task's own number
 
 
@@ -162,10 +162,10 @@ def test_smoothness_is_the_tasks_own_or_its_objectives():
         objective=dataclasses.replace(Objective(), smoothness_weight=0.5),
     )
     pair = Pair(jnp.zeros((3, 1)), jnp.zeros((3, 1)), task=jnp.array([1, 0, 2]))
-    found = datasets.addressed(pair, chosen, sources_of())
+    found = datasets.with_task_settings(pair, chosen, sources_of())
     np.testing.assert_allclose(found.smoothness, [3.0, 0.5, 0.5])
     plain = sources_of(smoothness=(None, None, None))
-    assert datasets.addressed(pair, chosen, plain).smoothness is None
+    assert datasets.with_task_settings(pair, chosen, plain).smoothness is None
 
 
 def test_smoothness_is_drawn_by_a_pairs_number_within_the_range():
@@ -187,7 +187,7 @@ def test_smoothness_is_drawn_by_a_pairs_number_within_the_range():
     assert not np.array_equal(drawn([7, 3], key=1), many[[7, 3]])
     # Without a key, as in validation: the task's own, or the middle.
     pair = Pair(jnp.zeros((2, 1)), jnp.zeros((2, 1)), task=jnp.array([1, 0]))
-    pair = datasets.addressed(pair, chosen, sources_of())
+    pair = datasets.with_task_settings(pair, chosen, sources_of())
     np.testing.assert_allclose(pair.smoothness, [3.0, 1.0], rtol=1e-6)
 
 
@@ -200,7 +200,7 @@ def test_a_grown_network_answers_as_before_for_old_regions(tmp_path, model):
     )
     old = saved(tmp_path / "old", model, sources)
     chosen = told(model, train=config_lib.TrainConfig(start=str(tmp_path / "old")))
-    known = warm_start.tasks_of_start(chosen)
+    known = warm_start.names_of_start(chosen)
     assert known == ("head", "liver")
     grown = datasets.with_bank(
         sources_of(("k", "b"), ("knee", "liver"), ("inter", "intra"), (None, None)),
@@ -434,7 +434,7 @@ def test_windows_belong_to_tasks(tmp_path):
     rules = tuple(datasets.rule_of(experiment_, task) for task in given)
     named = dataclasses.replace(sources_of(), rules=rules)
     pair = Pair(*images(), task=jnp.array([2, 1, 0]))
-    found = datasets.addressed(pair, experiment_, named).similarity_range
+    found = datasets.with_task_settings(pair, experiment_, named).similarity_range
     expected = [[0.45, 0.65], [0.425, 0.625], [0.1, 0.7]]
     np.testing.assert_allclose(found, expected, rtol=1e-6)
     model = saved(tmp_path / "weights", config, named)
