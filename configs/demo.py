@@ -1,13 +1,18 @@
-"""A network for synthetic anatomies: no data needed, minutes on a laptop.
+"""A network for synthetic anatomies, from which an own configuration may start.
 
-Four kinds of pair take turns: two subjects or one, in one contrast or in two, under
-deformations of up to a quarter of the image. The similarity is LNCC^2, which bears a
-change of contrast, and labels are compared besides, as SynthMorph does. The log shows
-Dice of 16 pairs of other subjects, on which nothing was trained and which choose
-nothing, since the last weights are kept: 0.604 before training and 0.705 after its 320
-steps, in one run of about 3 minutes of processor time.
+Paper: data in the manner of Hoffmann et al., SynthMorph, IEEE TMI 2022. Four kinds of
+pair take turns: two subjects or one, in one contrast or in two, under deformations of
+up to a quarter of the image. The similarity is LNCC^2, which bears a change of
+contrast, and labels are compared besides, as SynthMorph does.
+Data: none needed; the anatomies are drawn.
 
     python train.py --config configs/demo.py --out runs/demo
+
+Memory: not measured; the same command with --dry-run prints that of a step.
+Time: about 3 minutes of processor time (one run).
+Metric: validation Dice 0.705 after 320 steps, 0.604 before (that run), of 16 pairs of
+other subjects, on which nothing was trained and which choose nothing, since the last
+weights are kept.
 
 Another start for an own configuration: `configs/finetune.py`, with own scans.
 """

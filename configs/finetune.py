@@ -3,14 +3,18 @@
 Paper: Demir et al., multiGradICON, WBIR 2024, section 3 (further training: 100 epochs,
 learning rate 5e-5); settings otherwise those of `unigradicon-finetune`, whose JSON
 manifests are read as they are; each dataset has as many pairs, its weight there being
-1. Unlike there, where training images validate, every fifth subject is held out if the
-manifest has no split (--data.holdout None: nobody). These, the split val, choose the
-best weights; scores to report are of the split test, which a manifest gives in its
-column split and `jaxreg evaluate --split test` reads. A manifest or a folder of scans
-is all that is needed:
+1.
+Data: a manifest or a folder of scans. Unlike there, where training images validate,
+every fifth subject is held out if the manifest has no split (--data.holdout None:
+nobody). These, the split val, choose the best weights; scores to report are of the
+split test, which a manifest gives in its column split and `jaxreg evaluate --split
+test` reads.
 
     python train.py --config configs/finetune.py --out runs/finetuned \
         --data.manifests my_scans.csv --train.start unigradicon
+
+Memory: not measured; the same command with --dry-run prints that of a step.
+Time and metric: not measured; they depend on the scans.
 
 With label maps in the manifest add a Dice term, --objective.dice_weight 0.5
 --data.classes 1,2,3; for scans of several modalities take --objective.similarity lncc2

@@ -1,16 +1,23 @@
 """GradICON on the hippocampus set of the Medical Segmentation Decathlon (Task04).
 
-Method: Tian et al., GradICON, CVPR 2023, section 3; a network of 733,514 parameters
-for grids of 32 x 48 x 32 voxels, which two CPU cores can train. Every fifth subject is
-held out (split val), and is the fixed image for the next three. 41 of these 123 pairs
-choose the best weights, so that scores of the split val are a little too good: with
---loop.metric last nothing is chosen and they are held out, or give a manifest whose
-column split has train, val and test, and report `jaxreg evaluate --split test`.
+Paper: Tian et al., GradICON, CVPR 2023, section 3; a network of 733,514 parameters for
+grids of 32 x 48 x 32 voxels, which two CPU cores can train.
+Data: the folder Task04_Hippocampus. Every fifth subject is held out (split val), and is
+the fixed image for the next three. 41 of these 123 pairs choose the best weights, so
+that scores of the split val are a little too good: with --loop.metric last nothing is
+chosen and they are held out, or give a manifest whose column split has train, val and
+test, and report `jaxreg evaluate --split test`.
 
     python train.py --config configs/hippocampus_gradicon.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus
 
-With labels, from the weights of the first run:
+Memory: not measured; the same command with --dry-run prints that of a step.
+Time: 44 minutes for 2400 steps on two CPU cores with other jobs beside it.
+Metric: Dice 72.5 % over the 123 pairs of the split val, 59.6 % where
+scans are only resized.
+
+With labels, from the weights of the first run (with one more run, of a network with a
+refinement, Dice 81.7 %; see benchmarks/README.md):
 
     python train.py --config configs/hippocampus_gradicon.py \
         --data.manifests Task04_Hippocampus --out runs/hippocampus_dice \

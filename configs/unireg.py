@@ -1,13 +1,20 @@
 """UniReg: one network whose head is made for the region and the type of each task.
 
-Method: Li et al., UniReg, 2025, section 3: SGD with momentum 0.99 at 5e-5, 120,000
+Paper: Li et al., UniReg, 2025, section 3: SGD with momentum 0.99 at 5e-5, 120,000
 iterations of one pair, tasks drawn alike, NCC + lambda * diffusion + Dice with lambda
 0.05 (head and neck), 1 (chest), 0.1 (abdomen) and 10 (liver, within subjects), moving
 onto fixed alone; 2 mm, 192 x 192 x 160 voxels, -800 to 400 HU. The weight of Dice is
 not in the paper.
+Data: one manifest per task, CT with labels, and SAM weights. Nobody is held out and the
+last weights are kept, unless a manifest has a column split: train trains, val chooses
+the best weights, test (the paper's test pairs) does neither and is what `jaxreg
+evaluate --split test` may report.
 
     python train.py --config configs/unireg.py --train.sam runs/sam/weights \
         --data.manifests headneck.csv,chest.csv,abdomen.csv,liver.csv --out runs/unireg
+
+Memory: not measured; the same command with --dry-run prints that of a step.
+Time: not measured. Metric: not measured.
 
 Without SAM: --model.features mind, which correlates descriptors; and for MR, whose
 intensities are no Hounsfield units, --model.backbone_window None as well.
@@ -20,12 +27,8 @@ Scans are taken as they are stored. The paper aligns those of two subjects first
 once for each, onto one of them, by `jaxreg register --prealign affine --model none
 --io-iterations None --warped-moving-out ...`, and with --prealign in use.
 
-Nobody is held out and the last weights are kept, unless a manifest has a column split:
-train trains, val chooses the best weights, test (the paper's test pairs) does neither
-and is what `jaxreg evaluate --split test` may report.
-
 A user's own tasks are a copy of this file with other TASKS; each may have a similarity
-and labels of its own. A network that is asked for lambda at registration has
+and labels of its own. A network that is conditional on lambda at registration has
 smoothness_range=SmoothnessRange(0.05, 10.0) in its UniRegConfig.
 """
 

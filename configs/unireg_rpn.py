@@ -1,22 +1,26 @@
 """UniReg-RPN: the released form of UniReg, a residual pyramid with heads for each task.
 
-Method: Li et al., UniReg, 2025; network and numbers of the released code. First the
+Paper: Li et al., UniReg, 2025; network and numbers of the released code. First the
 pyramid with static heads on brain MR alone: Adam, 1e-4, 80,000 steps. Then, from these
 weights, with heads made for the task on six tasks: 1e-5, 150,000 steps, the gradient's
 norm at most 1, tasks by weight. Batch 1, LNCC in boxes of 9 voxels, moving onto fixed
 alone, no labels; CT from -150 to 250 HU, MR between the quantiles 0.005 and 0.995 of
 the voxels above 0.
+Data: one manifest per task. Nobody is held out and the last weights are kept, unless a
+manifest has a column split: train trains, val chooses the best weights by the mean Dice
+over tasks, as the release does, test does neither and is what `jaxreg evaluate --split
+test` may report.
 
     python train.py --config configs/unireg_rpn.py --out runs/unireg_rpn \
         --data.manifests acdc.csv,liver.csv,head.csv,abdomen.csv,chest.csv,brain.csv
+
+Memory: not measured; the same command with --dry-run prints that of a step.
+Time: not measured. Metric: not measured.
 
 Unlike the release: one grid of 160 x 192 x 192 for all tasks, where it has grids of
 their own for the heart (16 x 128 x 128, boxes of 3 x 9 x 9) and the brain (192 x 224 x
 160); single precision; tasks drawn by weight, not in a fixed cycle; scans as they are
 stored, not pre-aligned (see configs/unireg.py).
-Nobody is held out and the last weights are kept, unless a manifest has a column split:
-train trains, val chooses the best weights by the mean Dice over tasks, as the release
-does, test does neither and is what `jaxreg evaluate --split test` may report.
 UniReg-IIRPN is the same network in use: jaxreg register --level-iterations 10.
 """
 
