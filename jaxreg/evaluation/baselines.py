@@ -77,7 +77,7 @@ def register_syn(
             )
         except (RuntimeError, ValueError) as error:
             raise _failed("SyN", moving, fixed, error) from error
-        return transforms.read_itk(folder / "synComposite.h5")
+        return transforms.read_transform(folder / "synComposite.h5")
 
 
 def register_greedy(
@@ -124,7 +124,7 @@ def register_greedy(
             raise _failed("greedy", moving, fixed, error) from error
         # The field is in LPS mm as ITK's, the matrix in RAS mm; the field acts first.
         last = Transform((Affine(np.loadtxt(affine)),))
-        return transforms.read_displacement_nifti(warp).then(last)
+        return transforms.read_transform(warp).then(last)
 
 
 TOOLS: Mapping[str, Callable[[Volume, Volume], Transform]] = MappingProxyType(

@@ -1,64 +1,55 @@
-"""Transforms on disk: ITK's composite files and NIfTI displacement fields.
+"""Transform files, by extension.
 
-In memory a transform maps fixed to moving points in RAS+ mm. ITK and ANTs count LPS mm,
-the first two axes with the other sign, and list components as x, y, z where arrays have
-d, h, w. Both turns happen here and nowhere else.
+In memory a transform maps fixed to moving points in RAS+ mm. ITK, ANTs and 3D Slicer
+count LPS mm; the modules of the formats turn one into the other.
 """
 
 import dataclasses
 import pathlib
-import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
-import h5py
 import numpy as np
-import SimpleITK as sitk
-from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import (
-    files,
-    hdf5,
-    itk_fields,
-    itk_images,
-    itk_linear,
-    matlab,
-    text_headers,
-    volumes,
-)
-from jaxreg.space import warping
-from jaxreg.space.grid import Grid, unit_to_voxel
-from jaxreg.space.transform import Affine, Displacement, Step, Transform
-
-HDF5 = (".h5", ".hdf5")
-TEXT = (".tfm", ".txt")
-MATLAB = (".mat",)
-EXTENSIONS = (*HDF5, *TEXT, *volumes.NIFTI)
-"""What is written."""
-READ_EXTENSIONS = (*EXTENSIONS, *MATLAB, *volumes.ITK_READ)
-"""What is read."""
-
-_FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
-_REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
-_COMPOSITE = "CompositeTransform"
-_FIELD = "DisplacementFieldTransform"
-_TYPE_ENDING = "_double_3_3"
+from jaxreg.io import displacements, files, itk_transforms, volumes
+from jaxreg.space.grid import Grid
+from jaxreg.space.transform import Transform
 
 
 @dataclasses.dataclass(frozen=True)
-class _Record:
-    """One transform of an ITK file.
+class _Format:
+    """One file format of transforms.
 
     Attributes:
-      kind: ITK's class name without precision and dimensions.
-      parameters: float64, what ITK calls transform parameters.
-      fixed: float64, fixed parameters.
-      order: of a B-spline.
+      read: of a path.
+      write: to a path a transform and the fixed grid; None if it is only read.
+      as_written: see `as_written`; None to read the file.
     """
 
-    kind: str
-    parameters: np.ndarray
-    fixed: np.ndarray
-    order: int = 3
+    read: Callable[[pathlib.Path], Transform]
+    write: Callable[[pathlib.Path, Transform, Grid], None] | None = None
+    as_written: Callable[[pathlib.Path, Transform], Transform] | None = None
+
+
+_ITK = _Format(
+    itk_transforms.read,
+    lambda path, transform, _: itk_transforms.write(path, transform),
+    itk_transforms.as_written,
+)
+_NIFTI = _Format(displacements.read_nifti, displacements.write_nifti)
+
+FORMATS: Mapping[str, _Format] = MappingProxyType(
+    {
+        **dict.fromkeys((*itk_transforms.HDF5, *itk_transforms.TEXT), _ITK),
+        **dict.fromkeys(volumes.NIFTI, _NIFTI),
+        **dict.fromkeys(itk_transforms.MATLAB, _Format(itk_transforms.read)),
+        **dict.fromkeys(volumes.ITK_READ, _Format(displacements.read_itk)),
+    }
+)
+"""By extension in small letters."""
+EXTENSIONS = tuple(suffix for suffix, known in FORMATS.items() if known.write)
+"""What is written."""
 
 
 def check_transform_path(
@@ -71,7 +62,12 @@ def check_transform_path(
         refuses.
     """
     path = pathlib.Path(path)
-    _check_extension(path, option)
+    if path.suffix.lower() in itk_transforms.MATLAB:
+        raise UserError(
+            f"{option} {path} is a .mat file, which cannot hold a displacement field; "
+            "use .h5"
+        )
+    _format_of(path, option, EXTENSIONS)
     return files.check_writable(path, option)
 
 
@@ -86,13 +82,12 @@ def write_transform(path: files.PathLike, transform: Transform, fixed: Grid) -> 
 
     Raises:
       UserError: the path cannot be written.
-      ValueError: see `write_itk_composite`.
+      ValueError: see `itk_transforms.write`.
     """
     path = check_transform_path(path)
-    if files.full_suffix(path).lower() in volumes.NIFTI:
-        write_displacement_nifti(path, transform, fixed)
-    else:
-        write_itk_composite(path, transform)
+    write = _format_of(path, "transform", EXTENSIONS).write
+    assert write is not None
+    write(path, transform, fixed)
 
 
 def as_written(path: files.PathLike, transform: Transform) -> Transform:
@@ -107,484 +102,31 @@ def as_written(path: files.PathLike, transform: Transform) -> Transform:
       transform: what was written.
     """
     path = pathlib.Path(path)
-    if files.full_suffix(path).lower() in volumes.NIFTI:
-        return read_displacement_nifti(path)
-    return _from_records(_to_records(transform), path)
+    known = _format_of(path, "transform", EXTENSIONS)
+    return known.as_written(path, transform) if known.as_written else known.read(path)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # refused below, as what it became
 def read_transform(path: files.PathLike) -> Transform:
-    """Reads a transform file of any format in `READ_EXTENSIONS`.
+    """Reads a transform file of any format in `FORMATS`.
 
     Returns:
       Fixed mm to moving mm.
 
     Raises:
-      UserError: see `read_itk`, `read_displacement_nifti` and `read_displacement_itk`.
+      UserError: the file is missing, damaged or holds no transform that can be read;
+        see `itk_transforms.read`, `displacements.read_nifti` and
+        `displacements.read_itk`.
     """
     path = files.check_readable(path, "transform")
-    _check_extension(path, "transform", known=READ_EXTENSIONS)
+    return _format_of(path, "transform", tuple(FORMATS)).read(path)
+
+
+def _format_of(path: pathlib.Path, option: str, known: tuple[str, ...]) -> _Format:
     suffix = files.full_suffix(path).lower()
-    if suffix in volumes.NIFTI:
-        return read_displacement_nifti(path)
-    if suffix in volumes.ITK_READ:
-        return read_displacement_itk(path)
-    return read_itk(path)
-
-
-def write_itk_composite(path: files.PathLike, transform: Transform) -> None:
-    """Writes ITK's composite: affine, displacement, affine, in double precision.
-
-    Steps are kept, not resampled: affine matrices between two fields are multiplied
-    into one, every field stays on its own grid in voxel units.
-
-    Args:
-      path: .h5, .hdf5, .tfm or .txt.
-      transform: fixed mm to moving mm; fields with outside="half_voxel" and batch 1.
-
-    Raises:
-      UserError: the path cannot be written.
-      ValueError: a field has a batch, or another rule outside its grid than ITK's.
-
-    References:
-      ITK, itkHDF5TransformIO and itkTxtTransformIO; the same parts in the same order
-      as icon_registration 1.1.9, itk_wrapper.py.
-    """
-    path = pathlib.Path(path)
-    write = _write_hdf5 if files.full_suffix(path).lower() in HDF5 else _write_text
-    # A composite lists what acts last first.
-    records = _to_records(transform)[::-1]
-    with files.atomic_path(path) as temporary:
-        write(temporary, records)
-
-
-def read_itk(path: files.PathLike) -> Transform:
-    """Reads an ITK transform, single or composite.
-
-    Args:
-      path: .h5, .hdf5, .tfm, .txt or .mat, written by ITK, ANTs, Slicer, elastix,
-        unigradicon or `write_itk_composite`.
-
-    Returns:
-      Fixed mm to moving mm (RAS+); fields have outside="half_voxel", as in ITK. A
-      B-spline becomes a displacement field, see `itk_fields.spline`.
-
-    Raises:
-      UserError: the file is missing, damaged, or holds a kind of transform that is
-        neither one of `itk_linear.KINDS` nor a displacement field nor a B-spline.
-    """
-    path = files.check_readable(path, "transform")
-    _check_extension(path, "transform", known=(*HDF5, *TEXT, *MATLAB))
-    suffix = files.full_suffix(path).lower()
-    if suffix in HDF5:
-        records = _read_hdf5(path)
-    elif suffix in MATLAB:
-        records = _read_matlab(path)
-    else:
-        records = _read_text(path)
-    return _from_records(_members(records, path), path)
-
-
-def write_displacement_nifti(
-    path: files.PathLike, transform: Transform, fixed: Grid
-) -> None:
-    """Writes ``T(x) - x`` on the fixed grid, as ITK and ANTs apply it.
-
-    A NIfTI of shape (X, Y, Z, 1, 3), intent "vector", components in LPS mm, float32.
-    Outside its grid such a file says nothing: readers take the identity there.
-
-    Raises:
-      UserError: the path cannot be written.
-    """
-    displacement = warping.displacement_mm(transform, fixed) @ _FLIP[:3, :3]
-    image = volumes.nifti_image(displacement.astype(np.float32)[..., None, :], fixed)
-    image.header.set_intent("vector")
-    with files.atomic_path(path) as temporary:
-        nifti1.save(image, temporary)
-
-
-def read_displacement_nifti(path: files.PathLike) -> Transform:
-    """Reads a NIfTI displacement field.
-
-    Args:
-      path: shape (X, Y, Z, 1, 3), mm. Components count in LPS with the intent
-        "vector", as ANTs writes it, and in RAS with NIfTI's intent "displacement
-        vector", as ITK has it; in LPS with any other, which is warned about.
-
-    Returns:
-      Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
-
-    Raises:
-      UserError: the file is missing, damaged or no such field.
-    """
-    path = files.check_readable(path, "transform")
-    field, grid, intent = volumes.read_nifti_vectors(path)
-    if intent not in ("vector", "displacement vector"):
-        warnings.warn(
-            f"{path} has the intent {intent}, which does not say that it is a "
-            "displacement field; its vectors are taken in LPS mm, as ITK and ANTs do "
-            'with the intent "vector" (1007)',
-            stacklevel=2,
-        )
-    turn = np.eye(4) if intent == "displacement vector" else _FLIP
-    return _on_grid(field, grid, turn, path)
-
-
-def read_displacement_itk(path: files.PathLike) -> Transform:
-    """Reads a displacement field of NRRD or MetaImage: Slicer's, elastix' or ITK's.
-
-    Args:
-      path: .nrrd, .nhdr, .mha or .mhd with three numbers per voxel, LPS whatever frame
-        the header has, as ITK and Slicer take them. Lengths, of the grid and of the
-        vectors, are in the header's unit, mm if it names none.
-
-    Returns:
-      Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
-
-    Raises:
-      UserError: the file is missing, damaged or no such field.
-    """
-    path = files.check_readable(path, "transform")
-    fields, _ = text_headers.check(path)
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    try:
-        reader.ReadImageInformation()
-        size, components = reader.GetSize(), reader.GetNumberOfComponents()
-        if reader.GetDimension() != 3 or components != 3:
-            raise UserError(
-                f"{path} has {' x '.join(map(str, size))} voxels of {components} "
-                "numbers, a displacement field is a 3D image of 3 numbers each (in "
-                "NRRD a first axis of kind vector); write it so"
-            )
-        _check_claim(path, size)
-        reader.SetOutputPixelType(sitk.sitkVectorFloat32)
-        image = reader.Execute()
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} cannot be read as a displacement field "
-            f"({files.last_line(error)}); write or fetch it again"
-        ) from error
-    if _says_other_frame(path):
-        warnings.warn(
-            f"{path} has a header in another frame than LPS; its vectors are taken in "
-            "LPS mm all the same, as ITK and 3D Slicer do",
-            stacklevel=2,
-        )
-    scale = itk_images.unit_mm(fields, path)
-    grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ _REVERSE)
-    _check_regular(grid, path)
-    turn = _FLIP @ np.diag([scale, scale, scale, 1.0])
-    return _on_grid(sitk.GetArrayFromImage(image), grid, turn, path)
-
-
-def _check_claim(path: pathlib.Path, size: tuple[int, ...]) -> None:
-    """Refuses a header that claims more voxels than any compression can hold."""
-    detached = path.suffix.lower() in (".nhdr", ".mhd")
-    claimed = 3 * np.prod([float(n) for n in size])
-    stored = path.stat().st_size
-    if claimed > (3 * volumes.MAX_VOXELS if detached else files.MOST_PACKED * stored):
-        raise UserError(
-            f"{path} claims {' x '.join(map(str, size))} vectors in {stored} bytes; "
-            "write or fetch it again"
-        )
-
-
-def _says_other_frame(path: pathlib.Path) -> bool:
-    """Whether a NRRD header gives its axes in another space than ITK's."""
-    if path.suffix.lower() not in (".nrrd", ".nhdr"):
-        return False
-    space = text_headers.read(path)[0].get("space", "").lower()
-    return space not in ("", "left-posterior-superior", "lps")
-
-
-def _check_regular(grid: Grid, path: pathlib.Path) -> None:
-    lengths = grid.spacing_mm
-    regular = np.isfinite(grid.affine_mm).all() and (lengths > 0).all()
-    if not regular or abs(np.linalg.det(grid.affine_mm[:3, :3] / lengths)) < 1e-6:
-        raise UserError(
-            f"{path} has a singular grid; repair its header or write it again"
-        )
-
-
-def _on_grid(
-    vectors: np.ndarray, grid: Grid, turn: np.ndarray, path: pathlib.Path
-) -> Transform:
-    """Returns a field D H W 3 on its grid; `turn` takes its components to RAS+."""
-    to_unit = np.linalg.inv(grid.unit_to_mm)
-    step = _displacement(vectors, (to_unit @ turn)[:3, :3], path)
-    return Transform((Affine(to_unit), step, Affine(grid.unit_to_mm)))
-
-
-def _check_extension(
-    path: pathlib.Path, option: str, known: tuple[str, ...] = EXTENSIONS
-) -> None:
-    suffix = files.full_suffix(path).lower()
-    if suffix == ".mat" and suffix not in known:
-        raise UserError(
-            f"{option} {path} is a .mat file, which cannot hold a displacement field; "
-            "use .h5"
-        )
     if suffix not in known:
         raise UserError(
             f"{option} {path} has the extension {suffix or '(none)'}, expected one of "
             f"{', '.join(known)}; rename or convert it"
         )
-
-
-def _displacement(
-    field: np.ndarray, to_unit: np.ndarray, path: pathlib.Path
-) -> Displacement:
-    """Returns vectors D H W 3, turned into unit ones by a 3x3 matrix, as a step."""
-    bad = field.size - int(np.isfinite(field).sum())
-    if bad:
-        raise UserError(
-            f"displacement field {path} has {bad} numbers that are NaN or infinite, "
-            "expected finite ones; write it again"
-        )
-    # Plane by plane: a field of a whole scan in float64 would take gigabytes.
-    unit = np.stack([(plane @ to_unit.T).astype(np.float32) for plane in field])
-    if not np.isfinite(unit).all():
-        raise UserError(
-            f"displacement field {path} has vectors of more than 1e38 times its grid, "
-            "expected shorter ones; write it again"
-        )
-    return Displacement(unit[None], outside="half_voxel")
-
-
-def _to_records(transform: Transform) -> list[_Record]:
-    """Returns ITK's records in the order in which a point meets them."""
-    records: list[_Record] = []
-    pending = _FLIP
-    centre = np.zeros(3)
-    for step in transform.steps:
-        if isinstance(step, Affine):
-            pending = np.asarray(step.matrix, np.float64) @ pending
-            continue
-        if step.field.shape[0] != 1:
-            raise ValueError(f"one field per file, got batch {step.field.shape[0]}")
-        if step.outside != "half_voxel":
-            raise ValueError(
-                f'outside="{step.outside}" is not ITK\'s rule; use in_world first'
-            )
-        d, h, w = step.field.shape[1:4]
-        centre = (np.array([w, h, d]) - 1) / 2
-        to_voxel_xyz = _REVERSE @ unit_to_voxel((d, h, w))
-        records.append(_affine_record(to_voxel_xyz @ pending, centre))
-        records.append(_field_record(np.asarray(step.field[0])))
-        pending = np.linalg.inv(to_voxel_xyz)
-    return [*records, _affine_record(_FLIP @ pending, centre)]
-
-
-def _affine_record(matrix: np.ndarray, centre: np.ndarray) -> _Record:
-    """ITK's ``M (p - c) + c + t``: parameters M row by row, t; fixed c.
-
-    The original writes a CenteredAffineTransform, the same map with the centre among
-    its parameters, which some readers (nitransforms) refuse.
-    """
-    linear = matrix[:3, :3]
-    translation = matrix[:3, 3] + linear @ centre - centre
-    return _Record(
-        "AffineTransform", np.concatenate([linear.ravel(), translation]), centre
-    )
-
-
-def _field_record(field: np.ndarray) -> _Record:
-    """A field D H W 3 in unit coordinates, as voxels of its own grid in x, y, z."""
-    d, h, w = field.shape[:3]
-    scale = np.diag(unit_to_voxel((d, h, w)))[:3]
-    voxels = (field.astype(np.float64) * scale)[..., ::-1]
-    fixed = np.concatenate([(w, h, d), np.zeros(3), np.ones(3), np.eye(3).ravel()])
-    return _Record(_FIELD, voxels.ravel(), fixed)
-
-
-def _members(records: list[_Record], path: pathlib.Path) -> list[_Record]:
-    """Returns the transforms in the order in which a point meets them."""
-    if records and records[0].kind == _COMPOSITE:
-        records = records[:0:-1]
-    elif len(records) > 1:
-        raise UserError(
-            f"{path} lists {len(records)} transforms without a composite that says "
-            "how they combine, expected one; write them as a CompositeTransform"
-        )
-    if not records:
-        raise UserError(f"{path} holds no transform; write it again")
-    return records
-
-
-def _from_records(records: list[_Record], path: pathlib.Path) -> Transform:
-    steps: list[Step] = []
-    pending = _FLIP
-    for record in records:
-        kind, parameters, fixed = record.kind, record.parameters, record.fixed
-        try:
-            if kind in itk_linear.KINDS:
-                pending = itk_linear.matrix(kind, parameters, fixed) @ pending
-                continue
-            vectors, unit_to_file = _vectors(record, path)
-        except ValueError as error:
-            raise _damaged(path, f"{kind}: {error}") from error
-        to_unit = np.linalg.inv(unit_to_file)
-        matrix = to_unit @ pending
-        if not np.isfinite(matrix).all():
-            raise _damaged(path, "its matrices multiply to infinity")
-        steps.append(Affine(matrix))
-        steps.append(_displacement(vectors, to_unit[:3, :3], path))
-        pending = unit_to_file
-    if not np.isfinite(pending).all():
-        raise _damaged(path, "its matrices multiply to infinity")
-    return Transform((*steps, Affine(_FLIP @ pending)))
-
-
-def _vectors(record: _Record, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a field's vectors D H W 3 and its matrix from unit to file frame."""
-    if itk_fields.is_field(record.kind):
-        return itk_fields.displacement(record.parameters, record.fixed)
-    if itk_fields.is_spline(record.kind):
-        vectors, matrix, error = itk_fields.spline(
-            record.parameters, record.fixed, record.order
-        )
-        if error > itk_fields.TOLERANCE_MM:
-            warnings.warn(
-                f"{path}: its B-spline bends so much that the displacement field read "
-                f"in its place may be up to {error:.2g} mm off",
-                stacklevel=2,
-            )
-        return vectors, matrix
-    if record.kind == _COMPOSITE:
-        raise UserError(
-            f"{path} holds a composite within another; flatten it first "
-            "(FlattenTransform of SimpleITK)"
-        )
-    known = ", ".join([*itk_linear.KINDS, _FIELD, "BSplineTransform"])
-    raise UserError(
-        f"{path} holds a {record.kind}, expected one of {known}; flatten it to a "
-        "displacement field first"
-    )
-
-
-def _damaged(path: pathlib.Path, detail: object) -> UserError:
-    return UserError(
-        f"{path} is no readable ITK transform file ({detail}); write or fetch it again"
-    )
-
-
-def _record(
-    name: str, parameters: np.ndarray, fixed: np.ndarray, path: pathlib.Path
-) -> _Record:
-    kind, _, rest = name.partition("_")
-    order = 3
-    if itk_fields.is_spline(kind) and rest.endswith(("_3_3_1", "_3_3_2", "_3_3_3")):
-        rest, order = rest[:-2], int(rest[-1])
-    if not rest.endswith("3_3"):
-        raise UserError(
-            f"{path} holds a {name}, expected a transform of 3D points (_3_3), of a "
-            "B-spline of order 1 to 3; give such a one"
-        )
-    return _Record(kind, parameters, fixed, order)
-
-
-def _write_hdf5(path: pathlib.Path, records: list[_Record]) -> None:
-    text = h5py.string_dtype("ascii")
-    with h5py.File(path, "w") as file:
-        # ITK's readers look for these four and do not judge what they say.
-        for name, value in {
-            "HDFVersion": f"HDF5 library version: {h5py.version.hdf5_version}",
-            "ITKVersion": "5.4.0",
-            "OSName": "jaxreg",
-            "OSVersion": "1",
-        }.items():
-            file.create_dataset(name, data=[value], dtype=text)
-        root = file.create_group("TransformGroup")
-        head = root.create_group("0")
-        head.create_dataset(
-            "TransformType", data=[_COMPOSITE + _TYPE_ENDING], dtype=text
-        )
-        for number, record in enumerate(records, start=1):
-            group = root.create_group(str(number))
-            group.create_dataset(
-                "TransformType", data=[record.kind + _TYPE_ENDING], dtype=text
-            )
-            group.create_dataset("TransformFixedParameters", data=record.fixed)
-            group.create_dataset("TransformParameters", data=record.parameters)
-
-
-def _read_hdf5(path: pathlib.Path) -> list[_Record]:
-    try:
-        found = hdf5.read_transforms(path)
-    except hdf5.Damaged as error:
-        raise _damaged(path, error) from error
-    return [_record(*each, path) for each in found]
-
-
-def _read_matlab(path: pathlib.Path) -> list[_Record]:
-    """Pairs of matrices: one named as the transform, one named fixed."""
-    try:
-        matrices = matlab.read_matrices(path)
-    except ValueError as error:
-        raise UserError(
-            f"{path} is no .mat of ITK or ANTs ({error}); if it is a text matrix of "
-            "FSL, convert it with c3d_affine_tool, otherwise write it again"
-        ) from error
-    records = []
-    while matrices:
-        (name, parameters), fixed = matrices.pop(0), np.zeros(0)
-        if matrices and matrices[0][0].lower() == "fixed":
-            fixed = matrices.pop(0)[1]
-        records.append(_record(name, parameters, fixed, path))
-    return records
-
-
-def _write_text(path: pathlib.Path, records: list[_Record]) -> None:
-    with open(path, "w", encoding="ascii", newline="\n") as file:
-        file.write("#Insight Transform File V1.0\n#Transform 0\n")
-        file.write(f"Transform: {_COMPOSITE}{_TYPE_ENDING}\n")
-        for number, record in enumerate(records, start=1):
-            file.write(f"#Transform {number}\n")
-            file.write(f"Transform: {record.kind}{_TYPE_ENDING}\nParameters:")
-            for start in range(0, record.parameters.size, 2**16):
-                chunk = record.parameters[start : start + 2**16].tolist()
-                file.write(" " + " ".join(map(repr, chunk)))
-            fixed = " ".join(map(repr, record.fixed.tolist()))
-            file.write(f"\nFixedParameters: {fixed}\n")
-
-
-def _read_text(path: pathlib.Path) -> list[_Record]:
-    records: list[_Record] = []
-    found: dict[str, str] = {}
-
-    def finish():
-        if "Transform" in found:
-            parameters, fixed = (
-                _numbers(found.get(key, ""), path)
-                for key in ("Parameters", "FixedParameters")
-            )
-            records.append(_record(found["Transform"], parameters, fixed, path))
-            found.clear()
-
-    try:
-        with open(path, encoding="ascii") as file:
-            if not file.readline().startswith("#Insight Transform File"):
-                raise _damaged(path, "its first line is not #Insight Transform File")
-            for line in file:
-                key, _, value = line.partition(":")
-                if key.strip() == "Transform":
-                    finish()
-                if not line.startswith("#"):
-                    found[key.strip()] = value.strip()
-            finish()
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "not a text file") from error
-    return records
-
-
-def _numbers(text: str, path: pathlib.Path) -> np.ndarray:
-    if not text:
-        return np.zeros(0)
-    with warnings.catch_warnings():
-        # NumPy announces that unreadable text will become an error; it is one here.
-        warnings.simplefilter("error", DeprecationWarning)
-        try:
-            return np.fromstring(text, np.float64, sep=" ")
-        except (DeprecationWarning, ValueError) as error:
-            raise _damaged(path, "something among its numbers is none") from error
+    return FORMATS[suffix]

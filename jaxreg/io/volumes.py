@@ -4,11 +4,14 @@ NIfTI's world is RAS+ mm, as jaxreg's. NRRD and MHA come through SimpleITK, whos
 is LPS mm: the first two world axes change sign here.
 """
 
+import dataclasses
 import math
 import os
 import pathlib
 import warnings
-from typing import Literal
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -33,7 +36,6 @@ stored: intensities in the stored type (float32 where the file scales them), for
 
 NIFTI = (".nii", ".nii.gz")
 ITK_READ = (".nrrd", ".nhdr", ".mha", ".mhd")
-ITK_WRITE = (".nrrd", ".mha")
 
 MAX_VOXELS = 2**31
 """Refused before reading: a damaged header easily asks for more than any memory."""
@@ -43,8 +45,6 @@ _SIDES_MM = (1e-7, 1e5)
 
 _FARTHEST = 1e9
 """How many voxels away from the origin float64 still places to a millionth of one."""
-
-_File = nifti.Nifti | itk_images.ItkImage | dicom.Series
 
 _no_overflow = np.errstate(over="ignore", invalid="ignore")
 """For the numbers of damaged headers: what is not finite is refused in a sentence."""
@@ -76,8 +76,8 @@ def read_volume(path: files.PathLike, *, kind: Kind = "image") -> Volume:
         without a usable place in space, or its values do not suit `kind`.
     """
     path = check_source(path, _noun(kind))
-    file, grid = _open(path)
-    return Volume(_checked_values(_values(file, kind), kind, path), grid, str(path))
+    values, grid = _open(path)
+    return Volume(_checked_values(values(kind), kind, path), grid, str(path))
 
 
 def read_grid(path: files.PathLike) -> Grid:
@@ -113,10 +113,11 @@ def check_volume_path(path: files.PathLike, option: str = "output") -> pathlib.P
     """
     path = pathlib.Path(path)
     suffix = files.full_suffix(path).lower()
-    if suffix not in (*NIFTI, *ITK_WRITE):
+    known = [name for name, format_ in FORMATS.items() if format_.write]
+    if suffix not in known:
         raise UserError(
             f"{option} {path} has the extension {suffix or '(none)'}, expected one of "
-            f"{', '.join((*NIFTI, *ITK_WRITE))}; rename it"
+            f"{', '.join(known)}; rename it"
         )
     return files.check_writable(path, option)
 
@@ -138,18 +139,9 @@ def write_volume(path: files.PathLike, volume: Volume) -> None:
     array = np.asarray(volume.array)
     storable = {"bool": np.uint8, "float16": np.float32}
     array = array.astype(storable.get(str(array.dtype), array.dtype), copy=False)
-    if files.full_suffix(path).lower() in NIFTI:
-        with files.atomic_path(path) as temporary:
-            nib.save(nifti_image(array, volume.grid), temporary)
-        return
-    image = _itk_image(array, volume.grid, path)
-    with files.atomic_path(path) as temporary:
-        try:
-            sitk.WriteImage(image, str(temporary), useCompression=True)
-        except RuntimeError as error:
-            raise UserError(
-                f"{path} cannot be written: {files.last_line(error)}"
-            ) from error
+    write = FORMATS[files.full_suffix(path).lower()].write
+    assert write is not None
+    write(path, array, volume.grid)
 
 
 def check_labels(array: np.ndarray, source: object) -> None:
@@ -335,22 +327,20 @@ def _spatial_shape(shape: tuple[int, ...], path: pathlib.Path) -> Shape:
 
 
 @_no_overflow
-def _open(
-    path: pathlib.Path,
-) -> tuple[_File, Grid]:
-    """Returns a file's header, checked for one real number per voxel, and the grid."""
-    if dicom.is_dicom(path):
-        file = dicom.open_series(path)
-    elif _known_suffix(path, (*NIFTI, *ITK_READ)) in NIFTI:
-        file = nifti.open_nifti(path)
-        _check_one_number(file)
-    else:
-        file = itk_images.open_itk(path)
+def _open(path: pathlib.Path) -> tuple[Callable[[Kind], np.ndarray], Grid]:
+    """Reads a header; returns what reads the voxels, D H W, and the grid."""
+    format_ = _DICOM if dicom.is_dicom(path) else FORMATS[_known_suffix(path, READ)]
+    file = format_.open(path)
     shape = _spatial_shape(file.shape, path)
-    affine = nifti.affine_mm(file) if isinstance(file, nifti.Nifti) else file.affine_mm
-    grid = Grid(shape, _reversed_columns(affine))
+    grid = Grid(shape, _reversed_columns(format_.affine_mm(file)))
     check_grid(grid, path)
-    return file, grid
+    return lambda kind: format_.values(file, kind).reshape(shape), grid
+
+
+def _open_nifti(path: pathlib.Path) -> nifti.Nifti:
+    file = nifti.open_nifti(path)
+    _check_one_number(file)
+    return file
 
 
 def _check_one_number(file: nifti.Nifti) -> None:
@@ -387,13 +377,8 @@ def _intent(file: nifti.Nifti) -> str:
     return str(nifti1.intent_codes.label[code] if known else code)
 
 
-def _values(file: _File, kind: Kind) -> np.ndarray:
+def _nifti_values(file: nifti.Nifti, kind: Kind) -> np.ndarray:
     """Returns a file's values, D H W: as stored, or scaled by slope and intercept."""
-    if isinstance(file, dicom.Series):
-        return dicom.read_voxels(file)
-    if isinstance(file, itk_images.ItkImage):
-        array = itk_images.read_itk(file)
-        return array.reshape(array.shape[-3:])
     array = nifti.read_voxels(file)
     array = array.reshape(array.shape[-3:])
     if array.dtype.itemsize > 8:  # long double, which nothing behind this knows
@@ -444,6 +429,22 @@ def _is_whole(array: np.ndarray, slope: float = 1.0, inter: float = 0.0) -> bool
         if not (gap <= np.minimum(allowed, 0.25)).all():  # NaN is not
             return False
     return True
+
+
+def _write_nifti(path: pathlib.Path, array: np.ndarray, grid: Grid) -> None:
+    with files.atomic_path(path) as temporary:
+        nib.save(nifti_image(array, grid), temporary)
+
+
+def _write_itk(path: pathlib.Path, array: np.ndarray, grid: Grid) -> None:
+    image = _itk_image(array, grid, path)
+    with files.atomic_path(path) as temporary:
+        try:
+            sitk.WriteImage(image, str(temporary), useCompression=True)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} cannot be written: {files.last_line(error)}"
+            ) from error
 
 
 def _itk_image(array: np.ndarray, grid: Grid, path: pathlib.Path) -> sitk.Image:
@@ -520,3 +521,45 @@ def _whole_numbers(array: np.ndarray, path: pathlib.Path) -> np.ndarray:
     for stored, whole in zip(array, labels, strict=True):
         whole[:] = np.rint(stored)
     return labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Format:
+    """One file format of scans.
+
+    Attributes:
+      open: reads the header of a path, refuses all but one real number per voxel, and
+        has the `shape` (X, Y, Z, ...).
+      affine_mm: of what `open` returned: 4x4, (i, j, k, 1) to RAS+ mm.
+      values: of what `open` returned and the kind: the voxels, last axes Z, Y, X.
+      write: to a path an array D H W on a grid; None if the format is only read.
+    """
+
+    open: Callable[[pathlib.Path], Any]
+    affine_mm: Callable[[Any], np.ndarray]
+    values: Callable[[Any, Kind], np.ndarray]
+    write: Callable[[pathlib.Path, np.ndarray, Grid], None] | None = None
+
+
+_NIFTI = _Format(_open_nifti, nifti.affine_mm, _nifti_values, _write_nifti)
+_ITK = _Format(
+    itk_images.open_itk,
+    lambda file: file.affine_mm,
+    lambda file, _: itk_images.read_itk(file),
+    _write_itk,
+)
+_DICOM = _Format(
+    dicom.open_series,
+    lambda file: file.affine_mm,
+    lambda file, _: dicom.read_voxels(file),
+)
+FORMATS: Mapping[str, _Format] = MappingProxyType(
+    {
+        **dict.fromkeys(NIFTI, _NIFTI),
+        **dict.fromkeys(ITK_READ, dataclasses.replace(_ITK, write=None)),
+        **dict.fromkeys((".nrrd", ".mha"), _ITK),
+    }
+)
+"""By extension in small letters; DICOM goes by content."""
+READ = tuple(FORMATS)
+"""What is read."""

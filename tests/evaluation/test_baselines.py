@@ -14,7 +14,7 @@ import pytest
 
 from jaxreg.errors import UserError
 from jaxreg.evaluation import baselines
-from jaxreg.io import transforms, volumes
+from jaxreg.io import displacements, itk_transforms, volumes
 from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
@@ -60,7 +60,7 @@ def ants(monkeypatch):
         asked.update(options, fixed=fixed, moving=moving)
         asked["files"] = [volumes.read_volume(path) for path in (fixed, moving)]
         answer = constant_field([1.0, 2.0, 3.0]).then(MATRIX)
-        transforms.write_itk_composite(f"{outprefix}Composite.h5", answer)
+        itk_transforms.write(f"{outprefix}Composite.h5", answer)
 
     module = types.SimpleNamespace(
         registration=registration, image_read=lambda path: path
@@ -128,7 +128,7 @@ def greedy(monkeypatch):
                 target.write_text("2 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n")
                 return
             field = constant_field([1.0, 2.0, 3.0])
-            transforms.write_displacement_nifti(target, field, make_grid())
+            displacements.write_nifti(target, field, make_grid())
 
     monkeypatch.setitem(
         sys.modules, "picsl_greedy", types.SimpleNamespace(Greedy3D=Greedy3D)
@@ -227,7 +227,7 @@ def test_syn_transform_warps_as_ants_does(tmp_path):
     theirs = ants.apply_transforms(
         **images, transformlist=answer["fwdtransforms"], interpolator="linear"
     ).numpy()
-    found = transforms.read_itk(tmp_path / "Composite.h5")
+    found = itk_transforms.read(tmp_path / "Composite.h5")
     ours = warping.warp_volume(moving, found, fixed.grid).array
     np.testing.assert_allclose(ours, theirs.T, atol=0.05)
     assert np.abs(theirs.T - moving.array).max() > 50
@@ -250,7 +250,7 @@ def test_greedy_transform_warps_as_greedy_does(tmp_path):
     )
     theirs = volumes.read_volume(out).array
     matrix = Transform((Affine(np.loadtxt(affine)),))
-    found = transforms.read_displacement_nifti(warp).then(matrix)
+    found = displacements.read_nifti(warp).then(matrix)
     ours = warping.warp_volume(moving, found, fixed.grid).array
     # Greedy fades to 0 beyond the last voxel's centre, ITK and jaxreg half a voxel on.
     inner = np.zeros(SHAPE, np.uint8)

@@ -13,7 +13,15 @@ import pytest
 import SimpleITK as sitk
 
 from jaxreg.errors import UserError
-from jaxreg.io import itk_fields, itk_linear, transforms, volumes, workers
+from jaxreg.io import (
+    displacements,
+    itk_fields,
+    itk_linear,
+    itk_transforms,
+    transforms,
+    volumes,
+    workers,
+)
 from jaxreg.space import sampling
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import (
@@ -264,7 +272,7 @@ def test_golden_file_is_read(golden, golden_path):
 
 @pytest.mark.golden
 def test_golden_file_equals_ours(golden, golden_path, tmp_path):
-    transforms.write_itk_composite(
+    itk_transforms.write(
         tmp_path / "ours.h5", golden_transform(golden("itk_transform"))
     )
     with (
@@ -348,11 +356,11 @@ def test_itk_applies_the_nifti_displacement(tmp_path):
 def test_itk_agrees_on_both_intents_of_a_nifti_field(tmp_path):
     itk = pytest.importorskip("itk")
     path = tmp_path / "t.nii.gz"
-    transforms.write_displacement_nifti(path, example(), FIXED)
+    displacements.write_nifti(path, example(), FIXED)
     image = nib.load(path)
     image.header.set_intent("displacement vector")
     nib.save(image, tmp_path / "ras.nii.gz")
-    read = transforms.read_displacement_nifti(tmp_path / "ras.nii.gz")
+    read = displacements.read_nifti(tmp_path / "ras.nii.gz")
     theirs = itk_read_displacement(itk, tmp_path / "ras.nii.gz")
     points = points_in(FIXED)
     np.testing.assert_allclose(
@@ -412,7 +420,7 @@ def test_reads_itks_linear_kinds(tmp_path, name, suffix, zyx):
     itk.transformwrite(theirs, str(path))
     points = points_in(FIXED)
     np.testing.assert_allclose(
-        transforms.read_itk(path).map_points(points),
+        itk_transforms.read(path).map_points(points),
         itk_map(theirs, points),
         atol=1e-9,
     )
@@ -486,7 +494,7 @@ def test_reads_a_b_spline_as_its_field(tmp_path, suffix, order):
     expected = np.array([theirs.TransformPoint(p.tolist()) for p in points])
     assert (expected[100:] == points[100:]).all()  # beyond its domain: the identity
     assert np.abs(expected - points)[:100].max() > 1
-    got = transforms.read_itk(tmp_path / f"t{suffix}").map_points(points * LPS) * LPS
+    got = itk_transforms.read(tmp_path / f"t{suffix}").map_points(points * LPS) * LPS
     assert np.abs(got - expected).max() < itk_fields.TOLERANCE_MM
 
 
@@ -771,7 +779,7 @@ def test_reads_itks_composite_of_many(tmp_path, suffix):
     itk.transformwrite(theirs, str(path))
     points = points_in(FIXED)
     np.testing.assert_allclose(
-        transforms.read_itk(path).map_points(points), itk_map(theirs, points), atol=1e-7
+        itk_transforms.read(path).map_points(points), itk_map(theirs, points), atol=1e-7
     )
 
 
@@ -789,7 +797,7 @@ def test_reads_itks_displacement_field_transform(tmp_path):
         itk.matrix_from_array(affine[:3, :3] / spacing),
     )
     itk.transformwrite(theirs, str(tmp_path / "t.h5"))
-    read = transforms.read_itk(tmp_path / "t.h5")
+    read = itk_transforms.read(tmp_path / "t.h5")
     points = points_in(grid, count=100, margin=0.2)
     np.testing.assert_allclose(
         read.map_points(points), itk_map(theirs, points), atol=1e-4
@@ -843,10 +851,10 @@ def test_field_of_one_voxel_along_an_axis(tmp_path):
     field = np.zeros((1, 1, 4, 5, 3), np.float32) + np.float32([0.25, 0.1, -0.1])
     grid = FIXED.resized((1, 4, 5))
     transform = in_world(Transform((Displacement(field),)), grid, grid)
-    transforms.write_itk_composite(tmp_path / "t.h5", transform)
+    itk_transforms.write(tmp_path / "t.h5", transform)
     points = points_in(FIXED, margin=-0.2)
     expected = points + grid.voxel_to_mm[:3, :3] @ [0.25, 0.1 * 3, -0.1 * 4]
-    for t in (transform, transforms.read_itk(tmp_path / "t.h5")):
+    for t in (transform, itk_transforms.read(tmp_path / "t.h5")):
         np.testing.assert_allclose(t.map_points(points), expected, atol=1e-4)
 
 
@@ -876,7 +884,7 @@ def test_nifti_field_outside_its_grid_is_the_identity(tmp_path):
 def test_old_misspelling_and_fixed_length_text(tmp_path):
     transform = example(prealign())
     path = tmp_path / "t.h5"
-    transforms.write_itk_composite(path, transform)
+    itk_transforms.write(path, transform)
     with h5py.File(path, "a") as file:
         root = file["TransformGroup"]
         for group in root.values():
@@ -893,7 +901,7 @@ def test_old_misspelling_and_fixed_length_text(tmp_path):
         root.move("single", "0")
     points = points_in(FIXED)
     np.testing.assert_allclose(
-        transforms.read_itk(path).map_points(points),
+        itk_transforms.read(path).map_points(points),
         transform.map_points(points),
         atol=1e-9,
     )
@@ -906,14 +914,14 @@ def test_text_of_slicer(tmp_path):
         "Transform: AffineTransform_float_3_3\n"
         "Parameters: 1 0 0 0 1 0 0 0 1 10 20 30\nFixedParameters: 0 0 0\n"
     )
-    got = transforms.read_itk(path).map_points(np.array([[1.0, 2, 3]]))
+    got = itk_transforms.read(path).map_points(np.array([[1.0, 2, 3]]))
     np.testing.assert_allclose(got, [[1 - 10, 2 - 20, 3 + 30]])
 
 
 def test_text_is_exact(tmp_path):
     for suffix in (".tfm", ".h5"):
-        transforms.write_itk_composite(tmp_path / f"t{suffix}", example())
-    read = [transforms.read_itk(tmp_path / f"t{s}") for s in (".tfm", ".h5")]
+        itk_transforms.write(tmp_path / f"t{suffix}", example())
+    read = [itk_transforms.read(tmp_path / f"t{s}") for s in (".tfm", ".h5")]
     for a, b in zip(*(t.steps for t in read), strict=True):
         for name in ("matrix", "field"):
             if hasattr(a, name):
@@ -923,11 +931,9 @@ def test_text_is_exact(tmp_path):
 def test_what_itk_cannot_say_is_refused(tmp_path):
     field = smooth_field()
     with pytest.raises(ValueError, match="use in_world first"):
-        transforms.write_itk_composite(
-            tmp_path / "t.h5", Transform((Displacement(field),))
-        )
+        itk_transforms.write(tmp_path / "t.h5", Transform((Displacement(field),)))
     with pytest.raises(ValueError, match="batch 2"):
-        transforms.write_itk_composite(
+        itk_transforms.write(
             tmp_path / "t.h5", example(Displacement(np.concatenate([field, field])))
         )
     assert list(tmp_path.iterdir()) == []
@@ -1108,9 +1114,9 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch, suffix):
     def fail(*_, **__):
         raise RuntimeError
 
-    monkeypatch.setattr(transforms, "_write_hdf5", fail)
-    monkeypatch.setattr(transforms, "_write_text", fail)
-    monkeypatch.setattr(transforms.nifti1, "save", fail)
+    monkeypatch.setattr(itk_transforms, "_write_hdf5", fail)
+    monkeypatch.setattr(itk_transforms, "_write_text", fail)
+    monkeypatch.setattr(displacements.nifti1, "save", fail)
     with pytest.raises(RuntimeError):
         transforms.write_transform(path, example(), FIXED)
     assert path.read_text() == "old"

@@ -21,7 +21,6 @@ from jaxreg.io import files, volumes
 
 # What unigradicon-finetune calls the same things.
 _ALIASES = {"segmentation": "label", "subject_id": "subject"}
-_IMAGES = (*volumes.NIFTI, *volumes.ITK_READ)
 
 # Learn2Reg names its images CASE_CHANNEL; the channel tells modalities or visits.
 _CASE_AND_CHANNEL = re.compile(r"(.*\d{4})_(\d{4})")
@@ -464,8 +463,8 @@ def _scan_folder(
     records = []
     for images, end, split in known:
         beside = {
-            "label": _by_stem(folder / f"labels{end}", _IMAGES),
-            "mask": _by_stem(folder / f"masks{end}", _IMAGES),
+            "label": _by_stem(folder / f"labels{end}", volumes.READ),
+            "mask": _by_stem(folder / f"masks{end}", volumes.READ),
             "landmarks": {
                 **_by_stem(folder / f"keypoints{end}", (".csv",)),
                 **_by_stem(folder / f"landmarks{end}", (".csv",)),
@@ -473,7 +472,7 @@ def _scan_folder(
         }
         found = [
             _found_record(image, beside, dataset, modalities, split, bare=not end)
-            for image in _by_stem(images, _IMAGES).values()
+            for image in _by_stem(images, volumes.READ).values()
         ]
         if beside["label"] and found and not any(record.label for record in found):
             raise UserError(
@@ -484,7 +483,7 @@ def _scan_folder(
     if not known:
         records = [
             Record(image, stem, dataset, _modality(modalities, ""))
-            for stem, image in _by_stem(folder, _IMAGES).items()
+            for stem, image in _by_stem(folder, volumes.READ).items()
         ]
     return records
 
