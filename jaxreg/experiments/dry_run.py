@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +26,10 @@ from jaxreg.experiments.datasets import (
     with_tasks,
 )
 from jaxreg.experiments.stage import (
+    PairStage,
     batch_layout,
     make_optimizer,
     make_step,
-    metric_of,
-    trained_rows,
 )
 from jaxreg.experiments.warm_start import Read, names_of_start, sam_of
 from jaxreg.io import files
@@ -163,7 +162,7 @@ class DryRun:
             },
             "compiled for": self.compiled_for,
             "seconds to compile": f"{self.seconds:.1f}",
-            **numbered(self.data),
+            **{f"data {i}": text for i, text in enumerate(self.data, start=1)},
         }
 
 
@@ -432,11 +431,7 @@ def _quick_checks(
         sentences.extend(_data_sentences(changed))
         registry.check_grid(changed.model, changed.loading.shape)
         if _is_there(changed.data):
-            sources = with_bank(make_sources(changed), known, changed.model)
-            metric_of(changed, sources)
-            if changed.train.only != "all":
-                first = stage == experiment.stages[0]
-                trained_rows(changed, sources, known, first=first)
+            PairStage(changed, stage, pathlib.Path(), known, known, None, read)
     # Most stages share their data.
     return list(dict.fromkeys(sentences))
 
@@ -464,8 +459,3 @@ def _data_sentences(experiment: Experiment) -> Iterator[str]:
     yield from manifest_sentences(data.manifests, data.holdout)
     if cache is not None:
         _check_cache(pathlib.Path(cache).absolute())
-
-
-def numbered(sentences: Iterable[str]) -> dict[str, str]:
-    """Returns sentences about the data as rows to print, name to value."""
-    return {f"data {i}": text for i, text in enumerate(sentences, start=1)}

@@ -32,16 +32,6 @@ def holds_run(out: pathlib.Path) -> bool:
     return (out / SETTINGS).is_file()
 
 
-def recorded_names(out: pathlib.Path) -> tuple[str, ...] | None:
-    """Returns the prompts or regions that a run started from; None without a run.
-
-    What it started from need not be there any more when it goes on.
-    """
-    if not holds_run(out):
-        return None
-    return tuple(read_lines(out / START_TASKS))
-
-
 def line_of(stage: str, record: Record) -> str:
     """Returns the line of a scan, by which a resumed run is compared with its start."""
     values = dataclasses.asdict(record)

@@ -12,15 +12,19 @@ OUT/weights/          the last stage's best weights, for `jaxreg register`
 
 import dataclasses
 import functools
+import json
 import pathlib
-from collections.abc import Collection, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxreg.data import pair_source
-from jaxreg.experiments import config, folder, warm_start, workflow
+from jaxreg.errors import UserError
+from jaxreg.experiments import config, folder, warm_start
+from jaxreg.experiments import files as files_lib
 from jaxreg.experiments.config import Experiment
 from jaxreg.experiments.datasets import (
     Sources,
@@ -30,14 +34,106 @@ from jaxreg.experiments.datasets import (
 )
 from jaxreg.experiments.stage import PairStage
 from jaxreg.experiments.warm_start import Read
-from jaxreg.experiments.workflow import Outcome, RunPlan
 from jaxreg.io import files
 from jaxreg.models import registry
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training.stage import Report
+from jaxreg.training import parallel
+from jaxreg.training import stage as stage_lib
+from jaxreg.training.stage import Report, StagePlan
 from jaxreg.typing import Variables
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import load, zoo
+from jaxreg.xla import compilation_cache
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """A training run whose settings, data and devices fit together.
+
+    Attributes:
+      records: lines of text by name of file, for the run's folder.
+      stages: return the plan of each, one after the other; at least one.
+      bundle_of: variables of the last stage to weights as they are stored.
+      sam: the SAM network that the run keeps a copy of, None for none.
+    """
+
+    records: Mapping[str, Sequence[str]]
+    stages: Sequence[Callable[[], StagePlan]]
+    bundle_of: Callable[[Variables], bundle_lib.Bundle]
+    sam: bundle_lib.Bundle | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a finished run leaves.
+
+    Attributes:
+      weights: folder of the best weights.
+      scores: of the last validation, by name; empty without validation.
+      steps: of the last stage.
+      seconds: of the whole run, since it was last started.
+    """
+
+    weights: pathlib.Path
+    scores: Mapping[str, float]
+    steps: int
+    seconds: float
+
+
+@compilation_cache.kept()
+def train(
+    experiment: Any,
+    out: pathlib.Path,
+    plan_of: Callable[[Any, pathlib.Path, Report], RunPlan],
+    *,
+    resume: bool,
+    report: Report,
+) -> Outcome:
+    """Trains all stages of an experiment.
+
+    Args:
+      experiment: an `Experiment` or a `SamExperiment`.
+      out: the folder of the run.
+      plan_of: (experiment, out, report) to the plan; checks what can be checked.
+      resume: go on where a run in `out` ended or was killed.
+      report: takes a sentence at a time for the user.
+
+    Raises:
+      UserError: settings, data, devices or the folder do not fit together, or training
+        cannot go on; every checkpoint written so far is kept.
+    """
+    began = time.perf_counter()
+    settings = [files_lib.to_dict(experiment), str(out), resume]
+    if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
+        raise UserError(
+            "the processes were started with different settings; give each the same "
+            "command but for --process"
+        )
+    # All before the folder: a mistake in the last stage must not leave half a run.
+    plan = plan_of(experiment, out, report)
+    first, *others = plan.stages
+    stage = first()
+    if not folder.holds_run(out):
+        if resume:
+            report(f"there is no run in {out} to resume, so it starts anew")
+        started = stage.initial(None)
+        stage = dataclasses.replace(stage, initial=lambda _: started)
+    folder.open_folder(experiment, out, plan.records, resume=resume)
+    writes = jax.process_index() == 0
+    if plan.sam is not None and writes and not (out / folder.SAM).is_dir():
+        bundle_lib.save_bundle(out / folder.SAM, plan.sam)
+    variables, scores = stage_lib.run(stage, None, resume=resume, report=report)
+    for following in others:
+        stage = following()
+        variables, scores = stage_lib.run(
+            stage, variables, resume=resume, report=report
+        )
+    weights = out / "weights"
+    if writes:
+        bundle_lib.save_bundle(weights, plan.bundle_of(variables))
+    parallel.barrier("weights written")
+    seconds = time.perf_counter() - began
+    return Outcome(weights, scores, stage.job.steps, seconds)
 
 
 def run(
@@ -47,22 +143,27 @@ def run(
     resume: bool = False,
     report: Report = print,
 ) -> Outcome:
-    """Trains all stages of an experiment; see `workflow.train`."""
-    return workflow.train(experiment, out, _plan, resume=resume, report=report)
+    """Trains all stages of an experiment; see `train`."""
+    return train(experiment, out, _plan, resume=resume, report=report)
 
 
 def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
     """Returns the checked stages of an experiment."""
     read = functools.cache(load.load)
-    started_with = folder.recorded_names(out)
-    if started_with is None:
+    start, chosen_before = experiment.train.start, []
+    if folder.holds_run(out):
+        # What it started from need not be there any more.
+        started_with = tuple(folder.read_lines(out / folder.START_TASKS))
+    else:
         started_with = warm_start.names_of_start(experiment, read)
+        if start is not None:
+            chosen_before = sorted(read(start).validation_scans)
     sam = warm_start.sam_of(experiment, out, read)
     stages: list[PairStage] = []
     for stage, changed in config.stages(experiment):
         before = stages[-1].sources.bank if stages else started_with
         # New is what the weights of the run's start do not know, in every stage.
-        known = before if experiment.train.start is None else started_with
+        known = before if start is None else started_with
         own = sam if registry.correlates_sam(changed.model) else None
         stages.append(PairStage(changed, stage, out, before, known, own, read))
     orientation = _orientation(experiment, stages, out, report, read)
@@ -70,20 +171,24 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
     def bundle(variables: Variables) -> bundle_lib.Bundle:
         last = stages[-1]
         weights = bundle_of(last.experiment, variables, last.sources, last.sam)
+        # Evaluation warns of the scans that chose the weights.
         chosen_on = {
             *folder.read_lines(out / folder.VALIDATION_SCANS),
             *validation_scans(stages),
         }
-        return _with_validation_scans(weights, chosen_on)
+        if not chosen_on:
+            return weights
+        rule = {**weights.preprocessing, zoo.VALIDATION_SCANS: sorted(chosen_on)}
+        return dataclasses.replace(weights, preprocessing=rule)
 
     records = {
         folder.SCANS: _scans_of(stages),
         folder.START_TASKS: list(started_with),
-        folder.VALIDATION_SCANS: _scans_of_start(experiment, out, read),
+        folder.VALIDATION_SCANS: chosen_before,
         folder.ORIENTATION: [orientation] if orientation else [],
     }
     kept_sam = None if sam is None else warm_start.bundle_of_sam(sam)
-    return RunPlan(records, [stage.plan() for stage in stages], bundle, kept_sam)
+    return RunPlan(records, [stage.plan for stage in stages], bundle, kept_sam)
 
 
 def _orientation(
@@ -178,24 +283,6 @@ def _scans_of(stages: Sequence[PairStage]) -> list[str]:
             if isinstance(source, pair_source.PairSource):
                 found += [folder.line_of(one.stage.name, r) for r in source.records]
     return found
-
-
-def _with_validation_scans(
-    bundle: bundle_lib.Bundle, scans: Collection[str]
-) -> bundle_lib.Bundle:
-    """Returns the weights with the scans that chose them; evaluation warns of these."""
-    if not scans:
-        return bundle
-    preprocessing = {**bundle.preprocessing, zoo.VALIDATION_SCANS: sorted(scans)}
-    return dataclasses.replace(bundle, preprocessing=preprocessing)
-
-
-def _scans_of_start(experiment: Experiment, out: pathlib.Path, read: Read) -> list[str]:
-    """Returns on which scans the weights to start a new run from were chosen."""
-    start = experiment.train.start
-    if start is None or folder.holds_run(out):
-        return []
-    return sorted(read(start).validation_scans)
 
 
 def validation_scans(stages: Sequence[PairStage]) -> list[str]:

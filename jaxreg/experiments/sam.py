@@ -28,10 +28,11 @@ from jaxreg.data.manifest.records import Record
 from jaxreg.data.sam_source import ViewSource
 from jaxreg.errors import UserError
 from jaxreg.experiments import dry_run as dry_run_lib
-from jaxreg.experiments import folder, sam_config, workflow
+from jaxreg.experiments import folder, sam_config
+from jaxreg.experiments import run as run_lib
+from jaxreg.experiments.run import Outcome, RunPlan
 from jaxreg.experiments.sam_config import SamExperiment
 from jaxreg.experiments.warm_start import merge_variables
-from jaxreg.experiments.workflow import Outcome, RunPlan
 from jaxreg.losses import contrastive
 from jaxreg.matching import points
 from jaxreg.models import sam
@@ -52,8 +53,8 @@ def run(
     resume: bool = False,
     report: Report = print,
 ) -> Outcome:
-    """Trains SAM as an experiment says; see `workflow.train`."""
-    return workflow.train(experiment, out, _plan, resume=resume, report=report)
+    """Trains SAM as an experiment says; see `run.train`."""
+    return run_lib.train(experiment, out, _plan, resume=resume, report=report)
 
 
 def _plan(experiment: SamExperiment, out: pathlib.Path, _: Report) -> RunPlan:
@@ -68,41 +69,41 @@ def _plan(experiment: SamExperiment, out: pathlib.Path, _: Report) -> RunPlan:
         variables = sam.init(experiment.model, _key(experiment, 0))
         return jax.tree.map(np.asarray, variables)
 
-    def initial(_: Variables | None, report: Report) -> Variables:
+    def initial(_: Variables | None) -> tuple[Variables, list[str]]:
         if settings.start is None:
-            return fresh()
-        return _started(experiment, fresh(), report)
+            return fresh(), []
+        return _started(experiment, fresh())
 
-    steps = settings.steps, settings.steps_per_epoch
+    job = loop.Job(
+        step=parallel.compile_step(make_train_step(experiment, layout.axis), layout),
+        layout=layout,
+        batch_size=settings.batch,
+        steps=settings.steps,
+        steps_per_epoch=settings.steps_per_epoch,
+        learning_rate=optimizer.make_schedule(
+            experiment.optimizer, settings.steps, settings.steps_per_epoch
+        ),
+        validate=make_validation(experiment, held),
+        find_bad_pairs=_find_bad_scans,
+        record={},
+        metric="loss" if held and experiment.loop.metric != "last" else None,
+    )
     stage = StagePlan(
         title="",
         folder=out,
         source=_source(experiment, train, held=False),
         loading=experiment.loading.of_views(experiment.views.shape),
-        layout=layout,
-        batch=settings.batch,
-        steps=settings.steps,
-        steps_per_epoch=settings.steps_per_epoch,
+        job=job,
         optimizer=_optimizer(experiment),
-        learning_rate=optimizer.make_schedule(experiment.optimizer, *steps),
         key=_key(experiment, 1),
         ema=settings.ema > 0,
-        loop=experiment.loop,
-        metric="loss" if held and experiment.loop.metric != "last" else None,
-        record={},
-        validates=bool(held),
+        config=experiment.loop,
         fresh=fresh,
         initial=initial,
-        make_step=lambda: parallel.compile_step(
-            make_train_step(experiment, layout.axis), layout
-        ),
-        make_validation=lambda: make_validation(experiment, held),
-        make_find_bad_pairs=lambda: _find_bad_scans,
     )
-
     return RunPlan(
         {folder.SCANS: scans},
-        (stage,),
+        (lambda: stage,),
         lambda variables: bundle_of(experiment, variables, train),
     )
 
@@ -239,7 +240,7 @@ def dry_run(
         **memory.rows(what="volume"),
         "compiled for": where,
         "seconds to compile": f"{seconds:.1f}",
-        **dry_run_lib.numbered(sentences),
+        **{f"data {i}": text for i, text in enumerate(sentences, start=1)},
     }
 
 
@@ -289,7 +290,9 @@ def _optimizer(experiment: SamExperiment) -> optax.GradientTransformation:
     )
 
 
-def _started(experiment: SamExperiment, fresh: Variables, report: Report) -> Variables:
+def _started(
+    experiment: SamExperiment, fresh: Variables
+) -> tuple[Variables, list[str]]:
     """Returns the weights of `train.start`, which must fit to the last array."""
     start = experiment.train.start
     assert start is not None
@@ -300,8 +303,8 @@ def _started(experiment: SamExperiment, fresh: Variables, report: Report) -> Var
             f"train.start {start} does not fit the network ({', '.join(wrong[:3])}); "
             "give --model.channels and --model.embedding the sizes of the weights"
         )
-    report(f"started from {start}: {len(merged.loaded)} arrays loaded")
-    return merged.variables
+    text = f"started from {start}: {len(merged.loaded)} arrays loaded"
+    return merged.variables, [text]
 
 
 def _source(experiment: SamExperiment, records: Sequence[Record], *, held: bool):

@@ -28,9 +28,9 @@ from jaxreg.experiments.warm_start import Read
 from jaxreg.models import registry
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training import optimizer, parallel, step
+from jaxreg.training import loop, optimizer, parallel, step
 from jaxreg.training.parallel import Layout
-from jaxreg.training.stage import Report, StagePlan
+from jaxreg.training.stage import StagePlan
 from jaxreg.typing import Key, Variables
 
 
@@ -219,42 +219,47 @@ class PairStage:
         """Returns what `training.stage.run` works on."""
         experiment, train = self.experiment, self.experiment.train
         common = experiment, self.sources, self.model, self.layout
+        job = loop.Job(
+            step=make_step(
+                experiment, self.sources, self.optimizer, self.layout, self.shares
+            ),
+            layout=self.layout,
+            batch_size=train.batch,
+            steps=self.steps,
+            steps_per_epoch=self.per_epoch,
+            learning_rate=optimizer.make_schedule(
+                experiment.optimizer, self.steps, self.per_epoch
+            ),
+            validate=make_validation(*common),
+            find_bad_pairs=make_find_bad_pairs(*common),
+            record={"stage": self.stage.name},
+            metric=self.metric,
+        )
         return StagePlan(
             title=f"stage {self.stage.name}: {self.stage.epochs} epochs",
             folder=self.out,
             source=self.sources.train,
             loading=loading_of(experiment, validation=False),
-            layout=self.layout,
-            batch=train.batch,
-            steps=self.steps,
-            steps_per_epoch=self.per_epoch,
+            job=job,
             optimizer=self.optimizer,
-            learning_rate=optimizer.make_schedule(
-                experiment.optimizer, self.steps, self.per_epoch
-            ),
             key=_steps_key(train.seed, self.number),
             ema=train.ema > 0,
-            loop=experiment.loop,
-            metric=self.metric,
-            record={"stage": self.stage.name},
-            validates=self.sources.validation is not None,
+            config=experiment.loop,
             fresh=lambda: warm_start.fresh_variables(experiment, self.model, self.sam),
             initial=self._initial,
-            make_step=lambda: make_step(
-                experiment, self.sources, self.optimizer, self.layout, self.shares
-            ),
-            make_validation=lambda: make_validation(*common),
-            make_find_bad_pairs=lambda: make_find_bad_pairs(*common),
         )
 
-    def _initial(self, before: Variables | None, report: Report) -> Variables:
-        return warm_start.initial_variables(
+    def _initial(self, before: Variables | None) -> tuple[Variables, list[str]]:
+        """Returns the variables to start with, and sentences about them."""
+        sentences: list[str] = []
+        variables = warm_start.initial_variables(
             self.experiment,
             self.model,
             before,
-            report,
+            sentences.append,
             self.sources.bank,
             self.before,
             self.sam,
             self.read,
         )
+        return variables, sentences

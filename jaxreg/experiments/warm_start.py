@@ -52,10 +52,6 @@ def weights_key(seed: int) -> Key:
 def names_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str, ...]:
     """Returns the names of the prompts, or regions, of the weights to start from.
 
-    Args:
-      experiment: with `train.start` and `train.start_tasks`.
-      read: reads the weights.
-
     Raises:
       UserError: the weights do not name them and `train.start_tasks` does not either,
         or it has another number of names.
@@ -182,11 +178,6 @@ def sam_of(
     """Returns the SAM network that a UniReg of the experiment correlates.
 
     That of the run in `out`, of `train.sam`, or of `train.start`, in this order.
-
-    Args:
-      experiment: with all its stages.
-      out: folder of the run, None before there is one.
-      read: reads the weights of `train.start`.
 
     Raises:
       UserError: it is needed and there is none, or given and no stage needs it, or it

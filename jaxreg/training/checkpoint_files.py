@@ -10,8 +10,8 @@ import math
 import pathlib
 import time
 import zlib
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,14 +44,13 @@ def settle() -> None:
     gc.collect()
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves by name: "params/step_1/down_0/kernel"."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {_name(path): leaf for path, leaf in leaves}
+    named = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
     if len(named) < len(leaves):
         raise ValueError("two leaves of the tree have the same name")
     return named
@@ -169,16 +168,12 @@ def fit(arrays: Mapping[str, np.ndarray], like: Any, path: pathlib.Path) -> Any:
         or _kind(arrays[name]) != _kind(wanted[name])
     ]
     if differing:
-        _refuse(path, differing)
+        more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(
+            f"the checkpoint {path} does not fit this run: {'; '.join(differing[:3])}"
+            f"{more}; use the configuration that it was saved with"
+        )
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[n] for n in wanted])
-
-
-def _refuse(path: pathlib.Path, differing: Sequence[str]) -> NoReturn:
-    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-    raise UserError(
-        f"the checkpoint {path} does not fit this run: {'; '.join(differing[:3])}{more}"
-        "; use the configuration that it was saved with"
-    )
 
 
 def _text(leaf: Any) -> str:

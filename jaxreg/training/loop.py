@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -114,52 +115,56 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the loop works on.
+    """What the loop does.
 
     Attributes:
       step: compiled by `parallel.compile_step`.
       layout: where it runs.
-      batches: positioned at the state's step.
       batch_size: pairs of a global batch.
       steps: of the whole stage.
       steps_per_epoch: for what happens once an epoch.
       learning_rate: as a function of the step, for the log.
       validate: variables to scores, or None.
       find_bad_pairs: see `FindBadPairs`.
-      checkpoints: where states are kept, or None.
-      log: where numbers go.
       record: stored in each checkpoint with the state.
-      metric: a name in the scores, or None.
-      resumed: the record of the checkpoint that the state comes from.
+      metric: the score by which a checkpoint is best; None: the latest is.
     """
 
     step: Callable
     layout: Layout
-    batches: Batches
     batch_size: int
     steps: int
     steps_per_epoch: int
     learning_rate: Callable[[int], Any]
     validate: Callable[[Variables], Validation] | None
     find_bad_pairs: FindBadPairs
-    checkpoints: RunCheckpoints | None
-    log: RunLog
     record: Mapping[str, Any]
     metric: str | None = None
-    resumed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
+def run(
+    state: TrainState,
+    job: Job,
+    config: LoopConfig,
+    batches: Batches,
+    log: RunLog,
+    checkpoints: RunCheckpoints | None = None,
+    resumed: Mapping[str, Any] = MappingProxyType({}),
+) -> TrainState:
     """Trains from a state to the end of the stage; returns the last state, placed.
 
     Ctrl-C, SIGTERM and data that cannot be read keep a checkpoint of the last complete
-    step before they are raised; where several processes train, that cannot be
-    agreed on, and the last regular checkpoint counts.
+    step before they are raised; where several processes train, that cannot be agreed
+    on, and the last regular checkpoint counts.
 
     Args:
       state: placed by `parallel.place_state`; its buffers are reused.
       job: what to do.
       config: when to write what.
+      batches: positioned at the state's step.
+      log: where numbers go.
+      checkpoints: where states are kept, or None.
+      resumed: the record of the checkpoint that the state comes from.
 
     Raises:
       UserError: the loss or its gradient is not finite (names the pair), data cannot be
@@ -167,7 +172,7 @@ def run(state: TrainState, job: Job, config: LoopConfig) -> TrainState:
       KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
     with _sigterm_as_interrupt():
-        return _Loop(state, job, config).run()
+        return _Loop(state, job, config, batches, log, checkpoints, resumed).run()
 
 
 @contextlib.contextmanager
@@ -215,16 +220,24 @@ class _Meter:
         self.sums.update(parts)
 
 
+@dataclasses.dataclass
 class _Loop:
     """One run of the loop; it owns the state, whose buffers each step reuses."""
 
-    def __init__(self, state: TrainState, job: Job, config: LoopConfig):
-        self.state, self.job, self.config = state, job, config
-        self.done = int(parallel.fetch_state(state, job.layout).step)
+    state: TrainState
+    job: Job
+    config: LoopConfig
+    batches: Batches
+    log: RunLog
+    checkpoints: RunCheckpoints | None
+    resumed: Mapping[str, Any]
+
+    def __post_init__(self):
+        self.done = int(parallel.fetch_state(self.state, self.job.layout).step)
         self.pending: collections.deque = collections.deque()
         self.meter = self._new_meter()
         # The next row is the mean of all its steps, those before the kill too.
-        before = job.resumed.get("unlogged", {"steps": 0, "sums": {}})
+        before = self.resumed.get("unlogged", {"steps": 0, "sums": {}})
         self.meter.steps = self.meter.untimed = before["steps"]
         self.meter.sums.update(before["sums"])
         # What a run starts or goes on from need not be saved again.
@@ -235,7 +248,7 @@ class _Loop:
         if self.done == 0:
             # What there is to improve on, and a trial of the validation data.
             self._validate()
-        elif self._validation_due() and not job.resumed.get("scores"):
+        elif self._validation_due() and not self.resumed.get("scores"):
             self._make_up_validation()
         try:
             while self.done < job.steps:
@@ -252,13 +265,13 @@ class _Loop:
             self._keep()
             raise
         self._drain()
-        if job.checkpoints is not None:
-            job.checkpoints.wait()
+        if self.checkpoints is not None:
+            self.checkpoints.wait()
         return self.state
 
     def _next_batch(self) -> Mapping[str, np.ndarray]:
         try:
-            return next(self.job.batches)
+            return next(self.batches)
         except UserError as error:
             if not self._keep():
                 raise
@@ -270,13 +283,13 @@ class _Loop:
     def _keep(self) -> bool:
         """Saves the last complete step of a run that ends early; returns if it did."""
         job = self.job
-        if job.checkpoints is None or jax.process_count() > 1:
+        if self.checkpoints is None or jax.process_count() > 1:
             return False
         # An interrupt may have come between a step and its count.
         self.done = int(parallel.fetch_state(self.state, job.layout).step)
         self._save({})
-        job.checkpoints.wait()
-        return self.done in job.checkpoints.steps()
+        self.checkpoints.wait()
+        return self.done in self.checkpoints.steps()
 
     def _after_step(self) -> None:
         job, every = self.job, self.config.checkpoint_every
@@ -295,16 +308,16 @@ class _Loop:
 
     def _make_up_validation(self) -> None:
         """Scores the step that a run was stopped after, before it was scored."""
-        job, scores = self.job, self._validate()
-        if job.checkpoints is not None:
-            job.checkpoints.amend(
+        scores = self._validate()
+        if self.checkpoints is not None:
+            self.checkpoints.amend(
                 self.done,
-                {**job.resumed, "scores": dict(scores)},
+                {**self.resumed, "scores": dict(scores)},
                 metrics=self._metrics(scores),
             )
 
     def _new_meter(self) -> _Meter:
-        return _Meter(time.perf_counter(), self.job.batches.waited_s)
+        return _Meter(time.perf_counter(), self.batches.waited_s)
 
     def _account(self, step: int, parts: Any, batch: Mapping[str, np.ndarray]) -> None:
         numbers = parallel.fetch_parts(parts, self.job.layout)
@@ -322,13 +335,13 @@ class _Loop:
         row["epoch"] = step / job.steps_per_epoch
         timed = meter.steps - meter.untimed
         row["pairs_per_s"] = timed * job.batch_size / seconds
-        row["data_wait_share"] = (job.batches.waited_s - meter.waited) / seconds
+        row["data_wait_share"] = (self.batches.waited_s - meter.waited) / seconds
         memory = device_memory()
         if memory is not None:
             row["device_memory_gb"] = memory.in_use / 1e9
             row["device_memory_peak_gb"] = memory.peak / 1e9
-        job.log.scalars(step, row)
-        job.log.progress(step, job.steps, row)
+        self.log.scalars(step, row)
+        self.log.progress(step, job.steps, row)
         self.meter = self._new_meter()
 
     def _drain(self) -> None:
@@ -350,13 +363,13 @@ class _Loop:
         for dataset, scores in found.datasets.items():
             own = [name for name in _OF_DATASET if name in scores]
             row |= {f"val/{dataset}/{name}": scores[name] for name in own}
-        job.log.scalars(self.done, row)
+        self.log.scalars(self.done, row)
         shown = [f"{n} {found.scores[n]:.4f}" for n in _SHOWN if n in found.scores]
         shown += _each_dataset(found)
-        job.log.note(f"step {self.done} validation: {', '.join(shown)}")
+        self.log.note(f"step {self.done} validation: {', '.join(shown)}")
         epoch = self.done // job.steps_per_epoch
         if every and (self.done == job.steps or epoch % every == 0):
-            job.log.images(self.done, found.images)
+            self.log.images(self.done, found.images)
         # What validation took is no part of the training's rate.
         self.meter.began += time.perf_counter() - began
         return found.scores
@@ -372,17 +385,17 @@ class _Loop:
         # A state is only kept once its numbers have been seen to be finite.
         self._drain()
         job = self.job
-        if job.checkpoints is None or self.saved == self.done:
+        if self.checkpoints is None or self.saved == self.done:
             return
         one = parallel.fetch_state(self.state, job.layout)
-        data = {**job.batches.state(), "batches": self.done}
+        data = {**self.batches.state(), "batches": self.done}
         unlogged = {"steps": self.meter.steps, "sums": dict(self.meter.sums)}
         record = {
             **job.record, "data": data, "scores": dict(scores), "unlogged": unlogged
         }  # fmt: skip
         # Before it is: interrupted within, it is not to be tried a second time.
         self.saved = self.done
-        job.checkpoints.save(
+        self.checkpoints.save(
             self.done, state_lib.to_tree(one), record, metrics=self._metrics(scores)
         )
 
@@ -393,14 +406,14 @@ class _Loop:
         at_fault = job.find_bad_pairs(jax.device_get(one.variables), batch)
         indices = np.asarray(batch["index"])
         suspects = at_fault or range(len(indices))
-        names = "; ".join(job.batches.named(int(indices[i])) for i in suspects)
+        names = "; ".join(self.batches.named(int(indices[i])) for i in suspects)
         what = "pair" if at_fault else "one of the batch's pairs, none of them alone"
         kept = None
-        if job.checkpoints is not None:
+        if self.checkpoints is not None:
             # One that is still being written counts; if it fails, those before do.
             with contextlib.suppress(UserError):
-                job.checkpoints.wait()
-            kept = job.checkpoints.latest_step()
+                self.checkpoints.wait()
+            kept = self.checkpoints.latest_step()
         mend = (
             "look at these files, or start anew with a lower optimizer.learning_rate"
             if at_fault

@@ -144,17 +144,17 @@ def test_a_run_is_not_written_over_nor_resumed_with_other_settings(trained, data
 
 def test_training_starts_from_weights(trained, data):
     out, _ = trained
-    said = []
     fresh = sam.init(small(data).model, jax.random.key(0))
-    found = sam_lib._started(
-        small(data, train__start=str(out / "weights")), fresh, said.append
+    found, said = sam_lib._started(
+        small(data, train__start=str(out / "weights")), fresh
     )
+    assert "arrays loaded" in " ".join(said)
     expected = load.load_sam(out / "weights").variables
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(x, y)
     wide = small(data, train__start=str(out / "weights"), model__channels="2,2,3,4")
     with pytest.raises(UserError, match="does not fit the network"):
-        sam_lib._started(wide, sam.init(wide.model, jax.random.key(0)), said.append)
+        sam_lib._started(wide, sam.init(wide.model, jax.random.key(0)))
 
 
 def test_the_released_configuration_has_its_numbers():

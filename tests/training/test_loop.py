@@ -92,22 +92,30 @@ def breaking_at(bad):
     return step
 
 
-def job(log=None, **changes):
+def job(log=None, *, batches=None, checkpoints=None, resumed=None, **changes):
+    """What `trained` needs, by name."""
     settings = {
         "step": counting,
         "layout": Layout("single"),
-        "batches": Batches(),
         "batch_size": 2,
         "steps": 9,
         "steps_per_epoch": 3,
         "learning_rate": lambda step: 0.5**step,
         "validate": None,
-        "blame": lambda variables, batch: [],
-        "checkpoints": None,
-        "log": Log() if log is None else log,
+        "find_bad_pairs": lambda variables, batch: [],
         "record": {"stage": "one"},
     }
-    return Job(**(settings | changes))
+    return {
+        "job": Job(**(settings | changes)),
+        "batches": Batches() if batches is None else batches,
+        "log": Log() if log is None else log,
+        "checkpoints": checkpoints,
+        "resumed": resumed or {},
+    }
+
+
+def trained(state, work, config):
+    return loop.run(state, config=config, **work)
 
 
 def scored(variables):
@@ -128,7 +136,7 @@ def test_settings_out_of_range_are_refused(name, value):
 
 def test_a_row_is_the_mean_of_its_steps():
     log = Log()
-    state = loop.run(fresh(), job(log), LoopConfig(log_every=4))
+    state = trained(fresh(), job(log), LoopConfig(log_every=4))
     assert state.step == 9
     np.testing.assert_array_equal(state.variables["params"]["w"], 9)
     # The last step has a row even if it is not its turn.
@@ -159,7 +167,7 @@ def test_data_wait_and_rate_are_those_between_rows(monkeypatch):
             return super().__next__()
 
     log = Log()
-    loop.run(fresh(), job(log, batches=Slow(), steps=12), LoopConfig(log_every=4))
+    trained(fresh(), job(log, batches=Slow(), steps=12), LoopConfig(log_every=4))
     row = log.rows[8]
     assert row["data_wait_share"] == pytest.approx(0.25)
     assert row["pairs_per_s"] == pytest.approx(1.0)
@@ -183,7 +191,7 @@ def test_validation_between_rows_takes_neither_their_steps_nor_their_time(monkey
 
     log = Log()
     work = job(log, batches=Slow(), validate=slowly_scored)
-    loop.run(fresh(), work, LoopConfig(log_every=4, validate_every=1))
+    trained(fresh(), work, LoopConfig(log_every=4, validate_every=1))
     assert "validation_dice" in log.rows[3] and "validation_dice" in log.rows[6]
     assert log.rows[4]["loss"] == (1 + 4 + 9 + 16) / 4
     assert log.rows[8]["loss"] == (25 + 36 + 49 + 64) / 4
@@ -196,7 +204,7 @@ def test_device_memory_is_told_where_the_backend_tells_it(monkeypatch, told):
     memory = DeviceMemory(in_use=2_500_000_000, peak=7 * 10**9) if told else None
     monkeypatch.setattr(loop, "device_memory", lambda: memory)
     log = Log()
-    loop.run(fresh(), job(log), LoopConfig(log_every=4))
+    trained(fresh(), job(log), LoopConfig(log_every=4))
     for row in log.rows.values():
         assert row.get("device_memory_gb") == (2.5 if told else None)
         assert row.get("device_memory_peak_gb") == (7.0 if told else None)
@@ -206,7 +214,7 @@ def test_validation_comes_before_between_and_after():
     log = Log()
     config = LoopConfig(log_every=100, validate_every=2, image_every=4)
     work = job(log, validate=scored, steps_per_epoch=2)
-    loop.run(fresh(), work, config)
+    trained(fresh(), work, config)
     found = [s for s, row in log.rows.items() if "validation_dice" in row]
     assert found == [0, 4, 8, 9]
     assert log.rows[4]["validation_dice"] == pytest.approx(0.9)
@@ -220,7 +228,7 @@ def test_each_dataset_is_logged_and_shown():
         return loop.Validation({"dice": 0.5, "loss": 3.0}, {}, found)
 
     log = Log()
-    loop.run(fresh(), job(log, validate=scored_apart), LoopConfig(validate_every=0))
+    trained(fresh(), job(log, validate=scored_apart), LoopConfig(validate_every=0))
     own = {k: v for k, v in log.rows[9].items() if k.startswith("val/")}
     assert own == {"val/a/dice": 0.5, "val/a/loss": 2.0, "val/b/loss": 4.0}
     assert (
@@ -232,7 +240,7 @@ def test_each_dataset_is_logged_and_shown():
 def test_without_periods_there_is_only_the_beginning_and_the_end():
     log = Log()
     config = LoopConfig(validate_every=0, image_every=0)
-    loop.run(fresh(), job(log, validate=scored), config)
+    trained(fresh(), job(log, validate=scored), config)
     assert [s for s, row in log.rows.items() if "validation_dice" in row] == [0, 9]
     assert log.shown == []
 
@@ -240,7 +248,7 @@ def test_without_periods_there_is_only_the_beginning_and_the_end():
 @pytest.mark.parametrize(("every", "steps"), [(0, [3, 6, 9]), (4, [4, 8, 9])])
 def test_checkpoints_come_every_epoch_or_every_few_steps(tmp_path, every, steps):
     with RunCheckpoints(tmp_path, keep_latest=9) as kept:
-        loop.run(fresh(), job(checkpoints=kept), LoopConfig(checkpoint_every=every))
+        trained(fresh(), job(checkpoints=kept), LoopConfig(checkpoint_every=every))
         assert list(kept.steps()) == steps
         like = state_lib.to_tree(fresh())
         found = kept.restore(like, step=steps[0])
@@ -254,7 +262,7 @@ def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
     config = LoopConfig(validate_every=1, keep_latest=1)
     with RunCheckpoints(tmp_path, keep_latest=1, keep_best=1, metric="dice") as kept:
         work = job(checkpoints=kept, validate=scored, metric="dice", steps=12)
-        loop.run(fresh(), work, config)
+        trained(fresh(), work, config)
         assert kept.best_step() == 6  # |6 - 5| is less than |3 - 5|
         assert list(kept.steps()) == [6, 12]
 
@@ -262,14 +270,14 @@ def test_the_best_checkpoint_stays_beside_the_latest(tmp_path):
 def test_a_resumed_run_writes_the_rows_of_one_that_was_not(tmp_path):
     # Checkpoints every 3 steps, rows every 4: row 4 has a step from before the kill.
     whole, config = Log(), LoopConfig(log_every=4)
-    loop.run(fresh(), job(whole), config)
+    trained(fresh(), job(whole), config)
     with RunCheckpoints(tmp_path, keep_latest=9) as kept:
-        loop.run(fresh(), job(checkpoints=kept), config)
+        trained(fresh(), job(checkpoints=kept), config)
         for step in (3, 6):
             found = kept.restore(state_lib.to_tree(fresh()), step=step)
             again = Log()
             work = job(again, batches=Batches(step), resumed=found.record)
-            loop.run(state_lib.from_tree(found.state), work, config)
+            trained(state_lib.from_tree(found.state), work, config)
             timing = {"pairs_per_s", "data_wait_share"}
             for row, numbers in again.rows.items():
                 for name in numbers.keys() - timing:
@@ -292,7 +300,7 @@ def test_what_was_done_before_a_kill_does_not_count_in_the_rate(monkeypatch):
     state = dataclasses.replace(state, step=np.int32(3))
     resumed = {"unlogged": {"steps": 3, "sums": {"loss": 14.0}}}
     work = job(log, batches=Slow(3), steps=4, resumed=resumed)
-    loop.run(state, work, LoopConfig(log_every=4))
+    trained(state, work, LoopConfig(log_every=4))
     assert log.rows[4]["loss"] == (14 + 16) / 4
     assert log.rows[4]["pairs_per_s"] == pytest.approx(1.0)
 
@@ -308,7 +316,7 @@ def test_a_bad_pair_is_named_and_the_last_good_checkpoint_kept(tmp_path):
     with RunCheckpoints(tmp_path, keep_latest=9) as kept:
         work = job(log, step=breaking_at(5), find_bad_pairs=blame, checkpoints=kept)
         with pytest.raises(UserError) as caught:
-            loop.run(fresh(), work, LoopConfig(checkpoint_every=2, log_every=1))
+            trained(fresh(), work, LoopConfig(checkpoint_every=2, log_every=1))
         assert list(kept.steps()) == [2, 4]
     message = str(caught.value)
     assert "at step 5 the loss is nan" in message
@@ -322,7 +330,7 @@ def test_a_bad_pair_is_named_and_the_last_good_checkpoint_kept(tmp_path):
 def test_a_batch_without_a_culprit_names_all_of_it():
     work = job(step=breaking_at(2))
     with pytest.raises(UserError) as caught:
-        loop.run(fresh(), work, LoopConfig())
+        trained(fresh(), work, LoopConfig())
     message = str(caught.value)
     assert "m2.nii" in message and "m3.nii" in message
     assert "none of them alone" in message and "optimizer.clip" in message
@@ -334,7 +342,7 @@ def test_no_checkpoint_is_written_of_a_step_that_went_wrong(tmp_path):
     with RunCheckpoints(tmp_path, keep_latest=9) as kept:
         work = job(step=breaking_at(6), checkpoints=kept)
         with pytest.raises(UserError, match="step 3 is good"):
-            loop.run(fresh(), work, LoopConfig())
+            trained(fresh(), work, LoopConfig())
         assert list(kept.steps()) == [3]
 
 
@@ -364,18 +372,18 @@ def test_what_stops_a_run_keeps_the_last_complete_step(tmp_path, how, what):
     with RunCheckpoints(tmp_path) as kept:
         work = job(batches=Batches(stop_at=5, how=how), checkpoints=kept)
         with pytest.raises(what) as caught:
-            loop.run(fresh(), work, config)
+            trained(fresh(), work, config)
         assert list(kept.steps()) == [5]
         found = kept.restore(state_lib.to_tree(fresh()))
         whole, again = Log(), Log()
         work = job(again, batches=Batches(5), resumed=found.record)
-        state = loop.run(state_lib.from_tree(found.state), work, config)
+        state = trained(state_lib.from_tree(found.state), work, config)
     if what is UserError:
         assert "m10.nii is missing. The checkpoint of step 5 is good" in str(
             caught.value
         )
     assert signal.getsignal(signal.SIGTERM) == before
-    loop.run(fresh(), job(whole), config)
+    trained(fresh(), job(whole), config)
     assert state.step == 9
     assert again.rows[8]["loss"] == whole.rows[8]["loss"]
 
@@ -391,7 +399,7 @@ def test_data_that_stay_unreadable_after_a_resume_are_no_second_save(tmp_path):
                 start, resumed = state_lib.from_tree(found.state), found.record
             work = job(batches=stopped, checkpoints=kept, resumed=resumed)
             with pytest.raises(UserError, match="step 5 is good"):
-                loop.run(start, work, config)
+                trained(start, work, config)
         assert list(kept.steps()) == [5]
 
 
@@ -399,14 +407,14 @@ def test_data_that_are_unreadable_from_the_start_are_told_as_they_are(tmp_path):
     with RunCheckpoints(tmp_path) as kept:
         work = job(batches=Batches(stop_at=0, how=unreadable), checkpoints=kept)
         with pytest.raises(UserError, match=r"^m10.nii is missing$"):
-            loop.run(fresh(), work, LoopConfig())
+            trained(fresh(), work, LoopConfig())
         assert not kept.steps()
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
     results = []
     thread = threading.Thread(
-        target=lambda: results.append(loop.run(fresh(), job(), LoopConfig()).step)
+        target=lambda: results.append(trained(fresh(), job(), LoopConfig()).step)
     )
     thread.start()
     thread.join()
@@ -425,11 +433,11 @@ def test_an_interrupted_validation_is_made_up_for_after_a_resume(tmp_path, at):
     whole, again = Log(), Log()
     common = {"metric": "dice", "validate": scored}
     with RunCheckpoints(tmp_path / "whole", metric="dice", keep_latest=9) as kept:
-        loop.run(fresh(), job(whole, checkpoints=kept, **common), config)
+        trained(fresh(), job(whole, checkpoints=kept, **common), config)
     with RunCheckpoints(tmp_path / "run", metric="dice", keep_latest=9) as kept:
         work = job(checkpoints=kept, **(common | {"validate": scored_until}))
         with pytest.raises(KeyboardInterrupt):
-            loop.run(fresh(), work, config)
+            trained(fresh(), work, config)
         assert kept.latest_step() == at
         assert kept.best_step() == at - 3
     with RunCheckpoints(tmp_path / "run", metric="dice", keep_latest=9) as kept:
@@ -437,7 +445,7 @@ def test_an_interrupted_validation_is_made_up_for_after_a_resume(tmp_path, at):
         work = job(
             again, batches=Batches(at), checkpoints=kept, resumed=found.record, **common
         )
-        loop.run(state_lib.from_tree(found.state), work, config)
+        trained(state_lib.from_tree(found.state), work, config)
         assert kept.best_step() == 6
         made_up = kept.restore(state_lib.to_tree(fresh()), step=at)
     assert made_up.record["scores"] == scored(made_up.state["variables"]).scores
@@ -459,6 +467,6 @@ def test_an_interrupt_within_a_save_is_no_second_save(tmp_path, monkeypatch):
 
         monkeypatch.setattr(kept, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            loop.run(fresh(), job(checkpoints=kept), LoopConfig())
+            trained(fresh(), job(checkpoints=kept), LoopConfig())
         kept.wait()
         assert list(kept.steps()) == [3, 6]
