@@ -44,7 +44,7 @@ from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
 from jaxreg.weights import bundle as bundle_lib
-from jaxreg.weights import zoo
+from jaxreg.weights import load, zoo
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "programs" / "two_stages.py"
@@ -507,6 +507,25 @@ def test_a_damaged_best_checkpoint_gives_way_to_the_next(brief, tmp_path):
     assert any(str(best) in text and "skipped" in text for text in said)
     assert "the weights are those of step 1 of 3" in said
     assert_weights_of(out, state_of(out, "two", 1))
+
+
+def test_weights_to_start_from_are_read_once(brief, tmp_path, monkeypatch):
+    chosen, whole = brief
+    start = str(whole / "weights")
+    chosen = dataclasses.replace(
+        chosen,
+        train=dataclasses.replace(chosen.train, start=start),
+        stages=(Stage("one", 1), Stage("two", 1)),
+    )
+    original, read = load.load, []
+    monkeypatch.setattr(load, "load", lambda name: read.append(name) or original(name))
+    said = []
+    run_lib.run(chosen, tmp_path / "run", report=said.append)
+    assert read == [start]
+    # It is reported once, when the first stage begins.
+    assert said[0] == "stage one: 1 epochs"
+    assert said[1].startswith(f"started from train.start {start}: ")
+    assert said[2] == "stage two: 1 epochs"
 
 
 def assert_weights_of(out, state):

@@ -157,6 +157,18 @@ def test_training_starts_from_weights(trained, data):
         sam_lib._started(wide, sam.init(wide.model, jax.random.key(0)))
 
 
+def test_a_run_stopped_before_its_first_checkpoint_still_starts_from_weights(
+    trained, data, tmp_path
+):
+    out, _ = trained
+    (tmp_path / "experiment.json").write_text("{}")
+    chosen = small(data, train__start=str(out / "weights"))
+    stage = sam_lib._plan(chosen, tmp_path, print).stages[0]()
+    found, _ = stage.initial(None)
+    expected = load.load_sam(out / "weights").variables
+    jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
+
+
 def test_the_released_configuration_has_its_numbers():
     chosen = files.load_any(ROOT / "configs" / "sam.py")
     assert chosen.train.steps == 20_000 and chosen.train.batch == 3
