@@ -89,4 +89,5 @@ def correlation(
         length = lax.dynamic_slice(lengths[0], start, shape[:4]) * lengths[1]
         return _over_channels(moved * target) / length
 
+    # K N D H W to N D H W K, an offset each
     return jnp.moveaxis(lax.map(one, jnp.asarray(offsets)), 0, -1)

@@ -218,7 +218,7 @@ def split(
     parts = jnp.split(parameters, np.cumsum(sizes)[:-1], axis=-1)
     layers = len(pairs)
     kernels = [
-        part.reshape(n, o, i)
+        part.reshape(n, o, i)  # N O I, a matrix for each pair
         for part, (i, o) in zip(parts[:layers], pairs, strict=True)
     ]
     return kernels, parts[layers:]
@@ -268,6 +268,7 @@ def base_head(channels: Sequence[int]):
     return host_initializer(draw)
 
 
+# Not nn.GroupNorm, which scales before it shifts, and whose last bits differ.
 class GroupNorm(nn.Module):
     """Group normalisation with as many of 8, 4, 2 or 1 groups as divide the channels.
 
@@ -282,14 +283,15 @@ class GroupNorm(nn.Module):
         groups = next(g for g in _NORM_GROUPS if c % g == 0)
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
-        grouped = x.reshape(*x.shape[:-1], groups, c // groups)
+        grouped = x.reshape(*x.shape[:-1], groups, c // groups)  # N D H W G C/G
         axes = (1, 2, 3, 5)
         mean = grouped.mean(axes, keepdims=True)
         variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
         grouped = (grouped - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
-        return grouped.reshape(x.shape) * scale + bias
+        return grouped.reshape(x.shape) * scale + bias  # N D H W C
 
 
+# Not nn.Dense: stored weights have the kernel of a 1x1x1 convolution.
 class Controller(nn.Module):
     """One linear layer from a pair's condition to the weights of its head.
 
@@ -306,7 +308,7 @@ class Controller(nn.Module):
         # A kernel of zeros: every task starts from the base head.
         kernel = self.param("kernel", nn.initializers.zeros, shape)
         bias = self.param("bias", base_head(self.channels), shape[-1:])
-        product = jnp.matmul(
+        product = jnp.matmul(  # N P
             condition, kernel[0, 0, 0], precision=jax.lax.Precision.HIGHEST
         )
         return product + bias

@@ -11,6 +11,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -77,7 +78,7 @@ def similarities(dynamic: Image, bank: Bank) -> Float[Array, "N Z"]:
       dynamic: N D H W C.
       bank: Z D H W C.
     """
-    a, b = dynamic.reshape(len(dynamic), -1), bank.reshape(len(bank), -1)
+    a, b = dynamic.reshape(len(dynamic), -1), bank.reshape(len(bank), -1)  # rows DHWC
     dot = jnp.einsum("nv,zv->nz", a, b, precision=jax.lax.Precision.HIGHEST)
     lengths = [jnp.maximum(_length(x), _COSINE_FLOOR) for x in (a, b)]
     return dot / (lengths[0][:, None] * lengths[1])
@@ -98,7 +99,7 @@ def orthogonality(bank: Bank, kind: Orthogonality = "cosine") -> Float[Array, ""
       kind: "cosine": ``|B B' - I|`` of the normalised rows. "raw": ``|B B' - diag|`` of
         the rows as they are, which smaller prompts lower too.
     """
-    rows = bank.reshape(len(bank), -1)
+    rows = bank.reshape(len(bank), -1)  # Z DHWC
     if kind == "cosine":
         rows = rows / jnp.maximum(_length(rows), _NORM_FLOOR)[:, None]
     products = jnp.einsum("av,bv->ab", rows, rows, precision=jax.lax.Precision.HIGHEST)
@@ -114,23 +115,9 @@ def task_distance(prompt: Image, bank: Bank, task: Int[Array, " N"]) -> jax.Arra
       bank: Z D H W C.
       task: the row of each pair's task.
     """
-    a, b = prompt.reshape(len(prompt), -1), bank.reshape(len(bank), -1)[task]
+    a, b = prompt.reshape(len(prompt), -1), bank.reshape(len(bank), -1)[task]  # N DHWC
     a, b = (x / jnp.maximum(_length(x), _NORM_FLOOR)[:, None] for x in (a, b))
     return (1.0 - jnp.sum(a * b, -1)) ** 2
-
-
-class Linear(nn.Module):
-    """Kernel I O and bias, started as PyTorch's."""
-
-    outputs: int
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ... I to ... O."""
-        inputs = x.shape[-1]
-        kernel = self.param("kernel", uniform(inputs), (inputs, self.outputs))
-        bias = self.param("bias", uniform(inputs), (self.outputs,))
-        return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST) + bias
 
 
 class PromptGenerator(nn.Module):
@@ -171,7 +158,7 @@ class PromptGenerator(nn.Module):
         shape = (*self.grid, c)
         bank = self.param("bank", normal(deviation), (config.tasks, *shape))
         template = self.param("template", normal(deviation), (1, *shape))
-        template = jnp.broadcast_to(template, features.shape)
+        template = jnp.broadcast_to(template, features.shape)  # N D H W C
         dynamic = block(api.conv3, 2 * c, "dynamic_0")((features, template))
         dynamic = block(api.conv3, c, "dynamic_1")(dynamic)
         weights = jax.nn.softmax(similarities(dynamic, bank) / config.temperature, -1)
@@ -185,8 +172,16 @@ class PromptGenerator(nn.Module):
         joined = block(api.conv1, c, "join_1")(joined)
         prompt = joined
         if config.readout == "pooled_attention":
-            token = Linear(c, name="value")(joined.mean((1, 2, 3)))
-            token = Linear(c, name="out")(token)
+            linear = functools.partial(
+                nn.Dense,
+                c,
+                kernel_init=uniform(c),
+                bias_init=uniform(c),
+                precision=jax.lax.Precision.HIGHEST,
+            )
+            token = linear(name="value")(joined.mean((1, 2, 3)))  # N C
+            token = linear(name="out")(token)
+            # N D H W C
             prompt = jnp.broadcast_to(token[:, None, None, None], features.shape)
         aux = {
             "task_weights": weights,

@@ -84,12 +84,13 @@ class BatchNorm(nn.Module):
             shift = bias - mean.value * factor
             return Scaled(x, factor, shift)
         groups = batching.calls * max(batching.replicas, 1)
-        grouped = x.reshape(groups, -1, *x.shape[1:])
+        grouped = x.reshape(groups, -1, *x.shape[1:])  # G N/G D H W C
         now_mean, now_var = _moments(grouped, batching)
         if not self.is_initializing():
             voxels = math.prod(grouped.shape[1:5]) * batching.sharers()
             unbiased = now_var * (voxels / max(voxels - 1, 1))
             calls = [
+                # calls C
                 batching.mean_over_devices(a.reshape(batching.calls, -1, c).mean(1))
                 for a in (now_mean, unbiased)
             ]
@@ -101,6 +102,7 @@ class BatchNorm(nn.Module):
         factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
         shift = bias - now_mean * factor
         samples = x.shape[0] // groups
+        # G 1 1 1 1 C to N 1 1 1 C
         factor, shift = (jnp.repeat(a[:, 0], samples, 0) for a in (factor, shift))
         return Scaled(x, factor, shift)
 

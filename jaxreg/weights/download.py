@@ -82,6 +82,8 @@ def fill_cache(
     return bundle
 
 
+# Not pooch: what it would save, an adapter of its progress would cost again; requests,
+# below it, does not read the system's certificates; and its sums are of published ones.
 def _download(
     url: str, file: pathlib.Path, timeout_s: float, progress: Progress | None
 ) -> None:

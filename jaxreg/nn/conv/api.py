@@ -190,6 +190,7 @@ def _pad(x: jax.Array, *widths: tuple[int, int], mode: str = "constant") -> jax.
 def space_to_depth(x: Image) -> Image:
     """N 2D 2H 2W C to N D H W 8C, channels ordered (2, 2, 2, C)."""
     n, d, h, w, c = x.shape
+    # N D 2 H 2 W 2 C, of the result's D H W
     x = x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, d // 2, h // 2, w // 2, 8 * c)
 
@@ -197,7 +198,7 @@ def space_to_depth(x: Image) -> Image:
 def depth_to_space(x: Image) -> Image:
     """N D H W 8C to N 2D 2H 2W C: the inverse of `space_to_depth`."""
     n, d, h, w, c = x.shape
-    x = x.reshape(n, d, h, w, 2, 2, 2, c // 8)
+    x = x.reshape(n, d, h, w, 2, 2, 2, c // 8)  # N D H W 2 2 2 C
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
 
 
@@ -257,8 +258,9 @@ def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
     x = space_to_depth(_pad(x, *((1, 1 + n % 2) for n in x.shape[1:4])))
     i, o = kernel.shape[-2:]
     # The fourth tap of each axis is zero.
+    # tap and place in the pair, per axis: 2 2 2 2 2 2 I O
     w = jnp.pad(kernel, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
-    w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)
+    w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)  # 2 2 2 8I O
     return _valid((x,), w, form)
 
 
@@ -315,6 +317,7 @@ def _fold_axis(x: jax.Array, kernel: jax.Array, axis: int):
 
     def pairs(a, axis, channels):
         shape = [*a.shape[:axis], a.shape[axis] // 2, 2, *a.shape[axis + 1 :]]
+        # the pair before the channels
         a = jnp.moveaxis(a.reshape(shape), axis + 1, channels)
         return a.reshape(*a.shape[:channels], -1, *a.shape[channels + 2 :])
 
@@ -349,8 +352,9 @@ def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
     xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in _parts(x, kernel))
     i, o = kernel.shape[-2:]
     # out[2 j - 1 + r] = sum_a in[j - 1 + a] kernel[2 + r - 2 a]
+    # tap a and place r, per axis: 2 2 2 2 2 2 I O
     w = jnp.flip(kernel.reshape(2, 2, 2, 2, 2, 2, i, o), (0, 2, 4))
-    w = w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)
+    w = w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)  # 2 2 2 I 8O
     y = depth_to_space(_valid(xs, w, form))
     return y[:, 1:-1, 1:-1, 1:-1]
 
@@ -423,6 +427,7 @@ def _double_axis(x: jax.Array, axis: int) -> jax.Array:
     last = lax.slice_in_dim(x, n - 1, n, axis=axis)
     low = jnp.concatenate([first, before], axis)
     high = jnp.concatenate([after, last], axis)
+    # ... n 2 ...
     x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
     return x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
 
@@ -434,7 +439,7 @@ def _double_by_product(x: jax.Array, axis: int) -> jax.Array:
     for odd in (0, 1):
         neighbours = np.clip(np.arange(n) + 2 * odd - 1, 0, n - 1)
         matrix[np.arange(n) * 2 + odd, neighbours] += 0.25
-    blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)
+    blocks = x.reshape(math.prod(x.shape[:axis]), n, -1)  # before axis after
     matrices = jnp.broadcast_to(jnp.asarray(matrix, x.dtype), (len(blocks), 2 * n, n))
     y = jnp.matmul(matrices, blocks, precision="highest")
     return y.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 1 :])

@@ -165,7 +165,8 @@ def convolved_into(y: jax.Array, xs: Parts, kernels: jax.Array) -> jax.Array:
         }
     )
     before, after = _shifts(taps, split)
-    matrices = jnp.moveaxis(kernels, 4, 1 + split)
+    matrices = jnp.moveaxis(kernels, 4, 1 + split)  # count taps-before I taps-after O
+    # count before*I after*O
     matrices = matrices.reshape(count, len(before) * inputs, -1)
     n, depth, height, width, _ = y.shape
     blocks = _cut(n, depth, height, width, planewise=count > 1)
@@ -244,6 +245,7 @@ def as_kernels(total: jax.Array, kernel_shape: tuple[int, ...]) -> jax.Array:
     split = _gradient_split(kernel_shape)
     if math.prod(taps[:split]) * inputs > math.prod(taps[split:]) * outputs:
         total = jnp.swapaxes(total, 1, 2)
+    # count taps-before I taps-after O
     total = total.reshape(-1, *taps[:split], inputs, *taps[split:], outputs)
     return jnp.moveaxis(total, 1 + split, 4)
 
@@ -296,6 +298,7 @@ def add_gradients(
             ):
                 position = lax.broadcasted_iota(jnp.int32, moved.shape, axis + 1)
                 moved = jnp.where(position >= own - first, moved, 0)
+        # voxels of_x*I, voxels of_dy*O
         columns, moved = (a.reshape(-1, a.shape[-1]) for a in (columns, moved))
         if columns.shape[1] > moved.shape[1]:
             columns, moved = moved, columns

@@ -53,6 +53,7 @@ def _forward(xs, kernel):
             plane.reshape(-1, plane.shape[-1]),
             (((1,), (1,)), ((), ())),
             preferred_element_type=SUM,
+            # kD kH kW O N H W, with the zeros around
         ).reshape(kd, kh, kw, o, *plane.shape[:3])
         shifted = [
             rows[:, b, c, :, :, b : b + height, c : c + width]
@@ -76,7 +77,7 @@ def _forward(xs, kernel):
     (y, sums), _ = lax.scan(one, (y, sums), jnp.arange(depth))
     for a in range(kd // 2):  # what the last planes leave
         y = _written(y, sums[a], depth - kd // 2 + a)
-    return y.transpose(2, 0, 3, 4, 1), (xs, kernel)
+    return y.transpose(2, 0, 3, 4, 1), (xs, kernel)  # D O N H W to N D H W O
 
 
 @jax.jit
@@ -86,7 +87,7 @@ def _backward(saved, dy):
     n, depth, height, width, _ = xs[0].shape
     matrix = _matrix(kernel)
     around = [(0, 0), (0, 0), *((k // 2, k // 2) for k in (kd, kh, kw))]
-    dy = jnp.pad(dy.transpose(4, 0, 1, 2, 3), around)
+    dy = jnp.pad(dy.transpose(4, 0, 1, 2, 3), around)  # O N D H W
 
     def taps(index):
         """The taps of one plane of dy, kH*kW*O rows of voxels."""
@@ -102,11 +103,11 @@ def _backward(saved, dy):
         dxs, total, before = carry
         rows = jnp.concatenate([taps(index + kd - 1), before])
         plane = _plane(xs, index)
-        columns = plane.reshape(-1, plane.shape[-1])
+        columns = plane.reshape(-1, plane.shape[-1])  # NHW I
         total = total + jnp.matmul(rows, columns, preferred_element_type=SUM)
         dx = lax.dot_general(matrix, rows, (((0,), (0,)), ((), ())))
         # Tied, or XLA turns the product instead of its result: five times the time.
-        dx = scheduling.depends_on(dx, rows).T.reshape(plane.shape)
+        dx = scheduling.depends_on(dx, rows).T.reshape(plane.shape)  # I NHW to N H W I
         parts, first = [], 0
         for whole in dxs:
             part = dx[..., first : first + whole.shape[-1]]
@@ -121,7 +122,7 @@ def _backward(saved, dy):
         jnp.concatenate(before),
     )
     (dxs, total, _), _ = lax.scan(one, carry, jnp.arange(depth))
-    gradient = total.reshape(kd, kh, kw, o, -1)
+    gradient = total.reshape(kd, kh, kw, o, -1)  # kD kH kW O I
     return dxs, jnp.swapaxes(gradient, 3, 4).astype(kernel.dtype)
 
 

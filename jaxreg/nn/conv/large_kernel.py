@@ -41,16 +41,17 @@ def down3(x: Image, kernel: jax.Array) -> Image:
 
 def _down3_forward(x, kernel):
     taps = _gathered(x)
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    rows = taps.reshape(-1, len(matrix))
+    matrix = kernel.reshape(-1, kernel.shape[-1])  # 27I O
+    rows = taps.reshape(-1, len(matrix))  # voxels 27I
     return (rows @ matrix).reshape(*taps.shape[:4], -1), (x, kernel)
 
 
 def _down3_backward(saved, dy):
     x, kernel = saved
-    matrix = kernel.reshape(-1, kernel.shape[-1])
-    rows = _gathered(x).reshape(-1, len(matrix))
-    dy_rows = dy.reshape(-1, kernel.shape[-1])
+    matrix = kernel.reshape(-1, kernel.shape[-1])  # 27I O
+    rows = _gathered(x).reshape(-1, len(matrix))  # voxels 27I
+    dy_rows = dy.reshape(-1, kernel.shape[-1])  # voxels O
+    # N D H W 3 3 3 I
     taps = (dy_rows @ matrix.T).reshape(*dy.shape[:4], *kernel.shape[:4])
     dx = _given_back(taps)[:, : x.shape[1], : x.shape[2], : x.shape[3]]
     return dx, (rows.T @ dy_rows).reshape(kernel.shape)
@@ -66,7 +67,7 @@ def _gathered(x: Image) -> jax.Array:
         widths = [(0, 0)] * x.ndim
         widths[axis] = (0, x.shape[axis] % 2)
         x = jnp.pad(x, widths)
-        pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+        pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])  # ... n/2 2 ...
         first, second = (
             lax.index_in_dim(pairs, k, axis + 1, keepdims=False) for k in (0, 1)
         )
@@ -80,6 +81,7 @@ def _given_back(taps: jax.Array) -> Image:
         before, first, second = (taps[..., k, :] for k in range(3))
         pair = first, second + _moved(before, -1, axis)
         taps = jnp.stack(pair, axis + 1)
+        # ... 2n ...
         taps = taps.reshape(*taps.shape[:axis], -1, *taps.shape[axis + 2 :])
     return taps
 
@@ -93,8 +95,8 @@ def up4(x: Image, kernel: jax.Array) -> Image:
       kernel: 4 4 4 I O, as in `conv.conv4_transpose2`.
     """
     inputs, outputs = kernel.shape[3:]
-    rows = x.reshape(-1, inputs)
-    matrices = kernel.reshape(-1, inputs, outputs)
+    rows = x.reshape(-1, inputs)  # voxels I
+    matrices = kernel.reshape(-1, inputs, outputs)  # 64 I O
     # A loop, for one product would have to copy the kernel, whose inputs are not first.
     taps = scheduling.mapped(lambda matrix: rows @ matrix, matrices, like=x)
     return _interleaved(taps.reshape(*kernel.shape[:3], *x.shape[:4], outputs))
@@ -107,11 +109,11 @@ def _up4_forward(x, kernel):
 def _up4_backward(saved, dy):
     x, kernel = saved
     inputs, outputs = kernel.shape[3:]
-    rows = x.reshape(-1, inputs)
-    matrices = kernel.reshape(-1, inputs, outputs)
+    rows = x.reshape(-1, inputs)  # voxels I
+    matrices = kernel.reshape(-1, inputs, outputs)  # 64 I O
     taps = jax.ShapeDtypeStruct((*kernel.shape[:3], *x.shape[:4], outputs), dy.dtype)
     (taps,) = jax.linear_transpose(_interleaved, taps)(dy)
-    taps = taps.reshape(len(matrices), -1, outputs)
+    taps = taps.reshape(len(matrices), -1, outputs)  # 64 voxels O
 
     def one(carry, given):
         dx, gradient = carry
@@ -135,6 +137,7 @@ def _interleaved(taps: jax.Array) -> jax.Array:
         # next axis's taps are first then, and its voxels fourth.
         pair = taps[1] + _moved(taps[3], 1, 3), taps[2] + _moved(taps[0], -1, 3)
         taps = jnp.stack(pair, 4)
+        # the doubled axis fourth
         taps = taps.reshape(*taps.shape[:3], -1, *taps.shape[5:])
     return taps
 

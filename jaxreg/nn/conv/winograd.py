@@ -76,7 +76,7 @@ def convolved(xs: Parts, kernel: jax.Array) -> jax.Array:
     """
     n, depth, height, width = blocked.result_shape(xs, kernel.shape)
     outputs = kernel.shape[-1]
-    kernels = _combined(_OF_KERNEL, kernel[None])[0][:, None]
+    kernels = _combined(_OF_KERNEL, kernel[None])[0][:, None]  # 6 1 kH kW I O
 
     def one(carry, index):
         y, products = carry
@@ -130,4 +130,4 @@ def _combined(matrix: np.ndarray, x: jax.Array) -> jax.Array:
     y = lax.dot_general(
         jnp.asarray(matrix, x.dtype), x, (((1,), (1,)), ((), ())), precision="highest"
     )
-    return jnp.swapaxes(y, 0, 1)
+    return jnp.swapaxes(y, 0, 1)  # N combinations ...
