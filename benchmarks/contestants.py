@@ -139,13 +139,13 @@ def _write(
     jax.config.update("jax_platforms", "cpu")
     from jaxreg.models import registry
     from jaxreg.weights import bundle as bundle_lib
-    from jaxreg.weights import zoo
     from jaxreg.weights.pytorch import state as state_lib
+    from jaxreg.weights.pytorch.table import table_of
 
     network, generator = NETWORKS[name], np.random.default_rng(0)
     width = {"channels": channels} if network.has_width else {}
     config = registry.config_of(network.kind, {**network.fields, **width})
-    variables = registry.build(config).init(jax.random.key(0), shape)
+    variables = config.build().init(jax.random.key(0), shape)
     variables = stirred(jax.tree.map(np.array, variables), generator)
     fields = dataclasses.asdict(config)
     bundle = bundle_lib.Bundle(
@@ -158,7 +158,8 @@ def _write(
 
             state = pytorch_unireg.state_of(variables)
         else:
-            state = zoo.KINDS[network.kind].from_variables(variables, fields)
+            table = table_of(type(config), source="the variables")
+            state = table.from_variables(variables, fields)
         state_lib.write_state_dict(folder / "weights.pth", state)
     moving, fixed = smooth_pair(shape)
     np.savez(folder / "images.npz", moving=moving, fixed=fixed)

@@ -31,11 +31,10 @@ def at_precision(model: Any, precision: Precision) -> Any:
 
     Others have their products alone in that precision, by JAX's default (`MATMUL`).
     """
-    from jaxreg.models import registry
 
     if precision != "bfloat16" or not has_bfloat16(model.config):
         return model
-    return registry.build(dataclasses.replace(model.config, precision="bfloat16"))
+    return dataclasses.replace(model.config, precision="bfloat16").build()
 
 
 def has_bfloat16(config: Any) -> bool:

@@ -14,8 +14,7 @@ from counting import Layer
 
 from jaxreg.experiments import files
 from jaxreg.experiments import sam as sam_lib
-from jaxreg.models import registry, sam
-from jaxreg.models.unireg import paper
+from jaxreg.models import sam
 from jaxreg.training import optimizer, state, step
 from jaxreg.typing import Pair
 
@@ -113,13 +112,13 @@ def registration(name: str, given: Any, shape: Shape, *, train: bool) -> Program
       shape: the network grid.
       train: see `build`.
     """
-    model = registry.build(given.model)
+    model = given.model.build()
     variables = dict(jax.eval_shape(lambda k: model.init(k, shape), jax.random.key(0)))
-    if registry.correlates_sam(given.model):
+    if given.model.needs_sam:
         frozen = jax.eval_shape(
             lambda k: sam.init(sam.SamConfig(), k), jax.random.key(0)
         )
-        variables = paper.with_sam(variables, frozen)
+        variables = sam.with_sam(variables, frozen)
     image: Any = _abstract((1, *shape, 1))
     task: Any = _abstract((1,), jnp.int32)
     pair = Pair(image, image, task=task)

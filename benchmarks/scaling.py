@@ -148,7 +148,7 @@ def measure(arguments, kind: Kind, count: int) -> dict:
     from jaxreg.typing import Pair
 
     layout = parallel.make_layout(kind, devices=jax.devices()[:count])
-    small = GradIconConfig((2, 8), (8,), halvings=0, refinements=0)
+    small = GradIconConfig((2, 8), (8,), downsampled_steps=0, fullres_steps=0)
     model = GradIcon(small if arguments.network == "small" else GradIconConfig())
     batch = arguments.batch * (1 if arguments.strong else count)
     parallel.check_batch(batch, layout, accumulate=1, replicas=0)

@@ -100,7 +100,7 @@ def main() -> None:
     variables = dict(model.init(jax.random.key(0)))
     if given.features == "sam":
         frozen = sam.init(sam.SamConfig(), jax.random.key(1))
-        variables = paper.with_sam(variables, frozen)
+        variables = sam.with_sam(variables, frozen)
     images = jax.random.uniform(jax.random.key(2), (2, 1, *shape, 1))
 
     def both(variables, moving, fixed):

@@ -252,7 +252,7 @@ def score(
     found = datasets.make_sources(experiment)
     assert found.validation is not None  # some pairs were asked for
     loading = datasets.loading_of(experiment, validation=True)
-    names = list(loaded.tasks)
+    names = list(loaded.task_names)
     number = names.index(said) if said in names else 0  # a static head knows none
 
     @jax.jit

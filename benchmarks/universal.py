@@ -88,7 +88,9 @@ class Method:
 
 METHODS = {
     "GradICON": Method(
-        GradIconConfig((2, 16, 32, 64), (16, 16, 32), halvings=1, refinements=0),
+        GradIconConfig(
+            (2, 16, 32, 64), (16, 16, 32), downsampled_steps=1, fullres_steps=0
+        ),
         _LNCC,
         OptimizerConfig(learning_rate=1e-3, schedule="cosine"),
         batch=2,
@@ -306,7 +308,7 @@ def score(
     if not np.size(shares):
         return means
     weights_of = np.mean(shares, axis=0).tolist()
-    return {**means, "weights": dict(zip(loaded.tasks, weights_of, strict=True))}
+    return {**means, "weights": dict(zip(loaded.task_names, weights_of, strict=True))}
 
 
 Result = dict[str, Any]

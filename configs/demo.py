@@ -31,7 +31,9 @@ def get_config() -> Experiment:
     return Experiment(
         name="demo",
         paper="data in the manner of Hoffmann et al., SynthMorph, IEEE TMI 2022",
-        model=GradIconConfig((2, 16, 32, 32), (16, 16, 32), halvings=1, refinements=0),
+        model=GradIconConfig(
+            (2, 16, 32, 32), (16, 16, 32), downsampled_steps=1, fullres_steps=0
+        ),
         data=DataConfig(
             synthetic=("inter_mono", "inter_multi", "intra_mono", "intra_multi"),
             synthetic_deformation=6.0,

@@ -40,7 +40,7 @@ def get_config() -> Experiment:
         paper="Tian et al., GradICON, CVPR 2023, section 3",
         licence="CC-BY-SA 4.0, as the data: Medical Segmentation Decathlon, Task04",
         model=GradIconConfig(
-            (2, 16, 32, 32, 32), (16, 16, 32, 32), halvings=1, refinements=0
+            (2, 16, 32, 32, 32), (16, 16, 32, 32), downsampled_steps=1, fullres_steps=0
         ),
         data=DataConfig(pairs_per_epoch=200, classes=(1, 2), validation_pairs=41),
         loading=Loading(shape=(32, 48, 32)),

@@ -107,8 +107,8 @@ def get_config() -> Experiment:
         train=TrainConfig(batch=16, replicas=4),
         loop=LoopConfig(validate_every=20, image_every=20),
         stages=(
-            Stage("stage_1", epochs=800, changes=(("model.refinements", 0),)),
-            Stage("stage_2", epochs=200, changes=(("model.refinements", 1),)),
+            Stage("stage_1", epochs=800, changes=(("model.fullres_steps", 0),)),
+            Stage("stage_2", epochs=200, changes=(("model.fullres_steps", 1),)),
             Stage(
                 "further",
                 epochs=100,

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.models import registry
 from jaxreg.models.rdp import RdpConfig
 from jaxreg.models.unireg.paper import UniRegConfig
 from jaxreg.models.unireg.released import UniRegRpnConfig
@@ -84,20 +83,20 @@ CONFIGS = {
 def in_pytorch(name, module, variables, images):
     unireg, promptreg = module("pytorch_unireg"), module("pytorch_promptreg")
     if name == "rdp":
-        state = tensors(promptreg_lib.from_variables(variables))
+        state = tensors(promptreg_lib.PROMPTREG.from_variables(variables))
         return promptreg.network(state, *images)[0]
     # The first task of both: region 0, between subjects.
     if name == "unireg":
         known = torch.tensor([[1.0, 0, 0, 0, 0, 1]])
         return unireg.network(tensors(unireg.state_of(variables)), *images, known)
     known = torch.tensor([[1.0, 0, 1, 0, 0, 0, 0, 0]])
-    state = tensors(unireg_rpn.from_variables(variables))
+    state = tensors(unireg_rpn.TABLE.from_variables(variables))
     return unireg.pyramid(state, *images, known)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_libraries_agree_on_a_grid_of_three_lengths(name, module):
-    model = registry.build(CONFIGS[name])
+    model = CONFIGS[name].build()
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
         lambda a: np.asarray(a) + 0.05 * rng.normal(size=a.shape).astype("f4"),

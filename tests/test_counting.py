@@ -121,7 +121,7 @@ def test_an_image_asks_for_no_gradient_and_a_field_does():
 
 
 def test_gradients_of_a_convolution_are_two_of_its_size():
-    model = GradIcon(GradIconConfig((2, 4), (4,), halvings=0, refinements=0))
+    model = GradIcon(GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0))
     variables = jax.eval_shape(model.init, jax.random.key(0))
     image = abstract(1, *SIZES, 1)
 

@@ -21,7 +21,7 @@ from jaxreg.experiments import files
 from jaxreg.experiments import sam as sam_lib
 from jaxreg.losses.contrastive import ContrastiveConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models import rdp, registry, sam
+from jaxreg.models import rdp, sam
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.promptreg import AS_PAPER, PromptRegConfig
 from jaxreg.models.rdp import RdpConfig
@@ -78,7 +78,9 @@ class Case:
 
 
 CASES = {
-    "gradicon": Case(GradIconConfig((2, 4), (4,), halvings=1, refinements=0), "lncc"),
+    "gradicon": Case(
+        GradIconConfig((2, 4), (4,), downsampled_steps=1, fullres_steps=0), "lncc"
+    ),
     "bfloat16": Case(GradIconConfig((2, 4), (4,), 0, 0, precision="bfloat16"), "lncc2"),
     "rdp": Case(RdpConfig(1), loops=8),
     "promptreg": Case(PAPER, "mind", tuple(PROMPTS.items()), 8, 2 * 5),
@@ -107,11 +109,11 @@ def abstract(shape, dtype=jnp.float32):
 def arguments(name: str) -> tuple[Any, Pair]:
     """Abstract variables of a case's network, and a pair for it."""
     case = CASES[name]
-    model, shape = registry.build(case.config), case.shape
+    model, shape = case.config.build(), case.shape
     variables = dict(jax.eval_shape(lambda key: model.init(key, shape), KEY))
-    if registry.correlates_sam(case.config):
+    if case.config.needs_sam:
         frozen = jax.eval_shape(lambda key: sam.init(SMALL_SAM, key), KEY)
-        variables = paper.with_sam(variables, frozen)
+        variables = sam.with_sam(variables, frozen)
     image: Any = abstract((1, *shape, 1))
     task: Any = abstract((1,), jnp.int32)
     return variables, Pair(image, image, task=task)
@@ -124,7 +126,7 @@ def exported(function: Callable, *args, platforms=BOTH) -> str:
 
 
 def forward(name: str, platforms=BOTH) -> str:
-    model, shape = registry.build(CASES[name].config), CASES[name].shape
+    model, shape = CASES[name].config.build(), CASES[name].shape
 
     def run(variables, pair):
         maps, _ = step.predict(model, variables, pair, directions="forward")
@@ -180,7 +182,7 @@ def test_training_step_lowers_for_tpu_and_gpu(name, monkeypatch):
     variables, pair = arguments(name)
     rule = optax.adam(1e-4)
     states = jax.eval_shape(rule.init, variables["params"])
-    function = step.make_step(registry.build(config), case.objective, rule)
+    function = step.make_step(config.build(), case.objective, rule)
     noise = abstract((1, *case.shape, 3))
     text = exported(function, variables, states, pair, noise)
     check(text, case.trained_loops)

@@ -741,7 +741,7 @@ def models_verb() -> None:
         for name, value in (
             ("parameters", f"{row.parameters:,}"),
             ("grid", " x ".join(map(str, row.grid))),
-            ("tasks", row.tasks),
+            ("tasks", row.coverage),
             ("licence", row.licence),
             ("paper", row.paper),
             ("weights", row.location),

@@ -18,7 +18,6 @@ from jaxreg.errors import UserError
 from jaxreg.evaluation import run
 from jaxreg.evaluation import table as table_lib
 from jaxreg.io import files
-from jaxreg.models import registry
 from jaxreg.nn.heads import SmoothnessRange
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import rows
@@ -114,8 +113,7 @@ def check_weights(model: zoo.LoadedModel, weights: Sequence[float]) -> None:
 
 
 def _range(model: zoo.LoadedModel) -> SmoothnessRange:
-    config: Any = getattr(model.model, "config", None)
-    smoothness_range = registry.smoothness_range(config)
+    smoothness_range = model.model.config.smoothness_condition
     if smoothness_range is None:
         raise UserError(
             f"{model.name} was not trained to be asked for a smoothness; train with "

@@ -15,9 +15,8 @@ from jaxreg.data.sampler import Schedule
 from jaxreg.errors import UserError
 from jaxreg.experiments import fields
 from jaxreg.losses.objective import Objective
-from jaxreg.models import registry
+from jaxreg.models.base import NetworkConfig
 from jaxreg.models.gradicon import GradIconConfig
-from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 
@@ -184,7 +183,7 @@ class Experiment:
     stages: tuple[Stage, ...]
     paper: str = ""
     licence: str = "not stated; that of the training data and of the starting weights"
-    model: registry.Config = GradIconConfig()
+    model: NetworkConfig = GradIconConfig()
     data: DataConfig = DataConfig()
     loading: Loading = Loading()
     augment: Augmentation | None = Augmentation()
@@ -203,6 +202,7 @@ class Experiment:
             synthetic data cannot have, or a window of Hounsfield units that is not the
             network's.
         """
+        object.__setattr__(self, "stages", tuple(map(self._with_names, self.stages)))
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise UserError(
@@ -232,7 +232,7 @@ class Experiment:
             self._check_windows_of(task)
         for objective in (self.objective, *dict(self.objectives).values()):
             prompted = objective.orthogonality_weight, objective.task_weight
-            if any(prompted) and not isinstance(self.model, PromptRegConfig):
+            if any(prompted) and self.model.conditioning != "prompts":
                 raise UserError(
                     "objective.orthogonality_weight or objective.task_weight is above "
                     "0, but the network has no prompt bank; set both to 0, or give a "
@@ -244,9 +244,14 @@ class Experiment:
                 task.objective, known, f"objective of task {task.dataset}"
             )
 
+    def _with_names(self, stage: Stage) -> Stage:
+        """Returns a stage whose changes go by the present names of fields."""
+        changes = ((fields.present_name(self, n), value) for n, value in stage.changes)
+        return dataclasses.replace(stage, changes=tuple(changes))
+
     def _check_windows(self) -> None:
         """Checks that a network that reads Hounsfield units is shown them rightly."""
-        needed = registry.hounsfield_window(self.model)
+        needed = self.model.hounsfield_window
         if needed is None or not self.data.manifests:
             return
         given = {"loading.ct_window": self.loading.ct_window}
@@ -279,8 +284,8 @@ class Experiment:
                     f"{loaded[1]:g} HU that are loaded; mend it, or widen "
                     "loading.ct_window"
                 )
-        has_regions = registry.tells_tasks(self.model) == "regions"
-        reads = registry.reads_ct_alone(self.model)
+        has_regions = self.model.conditioning == "regions"
+        reads = self.model.network_window is not None
         if task.network_window is not None and not (has_regions and reads):
             raise UserError(
                 f"task {task.dataset} has a network_window, but the network is not "

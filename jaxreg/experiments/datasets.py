@@ -22,7 +22,7 @@ from jaxreg.errors import UserError
 from jaxreg.experiments.config import Experiment
 from jaxreg.io import volumes
 from jaxreg.losses.objective import Objective, TaskObjective
-from jaxreg.models import registry
+from jaxreg.models.base import NetworkConfig
 from jaxreg.nn.heads import SmoothnessRange
 from jaxreg.training import parallel, step
 from jaxreg.training.parallel import Layout
@@ -206,7 +206,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
 
 def rule_of(experiment: Experiment, task: pairs.Task) -> TaskRule:
     """Returns the settings of a task; the similarity compares what the network sees."""
-    shown = task.network_window or registry.network_window(experiment.model)
+    shown = task.network_window or experiment.model.network_window
     return TaskRule(
         task.ct_window,
         task.quantile_range,
@@ -367,7 +367,7 @@ def _check_modalities(
                 "but its task has a similarity_window of Hounsfield units; leave that "
                 "out"
             )
-    if not registry.reads_ct_alone(experiment.model):
+    if experiment.model.network_window is None:
         return
     datasets = {task.dataset for task in tasks}
     for record in records:
@@ -496,7 +496,7 @@ def make_prepare(
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
         pair = with_task_settings(pair, experiment, sources)
-        wanted = registry.smoothness_range(experiment.model)
+        wanted = experiment.model.smoothness_condition
         if wanted is not None and key is not None:
             drawn = _draw_smoothness(key, batch["index"], wanted)
             pair = dataclasses.replace(pair, smoothness=drawn)
@@ -533,7 +533,7 @@ def with_task_settings(pair: Pair, experiment: Experiment, sources: Sources) -> 
             [_similarity_range(experiment, r) for r in sources.rules], "f4"
         )
         pair = dataclasses.replace(pair, similarity_range=of_task[pair.task])
-    if sources.rows and registry.tells_tasks(experiment.model) == "tasks":
+    if sources.rows and experiment.model.conditioning == "prompts":
         rows = jnp.asarray(sources.rows, jnp.int32)
         pair = dataclasses.replace(pair, task=rows[pair.task])
     return pair
@@ -549,7 +549,7 @@ def _similarity_range(experiment: Experiment, rule: TaskRule) -> tuple[float, fl
 
 def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
     """Returns each task's weight of smoothness; None where its objective has it."""
-    wanted = registry.smoothness_range(experiment.model)
+    wanted = experiment.model.smoothness_condition
     own = [rule.smoothness for rule in sources.rules]
     if wanted is None and not any(weight is not None for weight in own):
         return None
@@ -563,19 +563,16 @@ def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
     ]  # fmt: skip
 
 
-def with_bank(
-    sources: Sources, known: Sequence[str], model: registry.Config
-) -> Sources:
+def with_bank(sources: Sources, known: Sequence[str], model: NetworkConfig) -> Sources:
     """Returns the sources with the names that the weights of a network carry.
 
     The known ones come first and the new ones after them: tasks of a bank of prompts,
     or regions of heads. A known one whose data are not there keeps its place; tasks of
     one dataset, or of one region, share one.
     """
-    kind = registry.tells_tasks(model)
-    if kind is None:
+    if model.names_entry is None:
         return sources
-    names = getattr(sources, kind)
+    names = getattr(sources, model.names_entry)
     bank = tuple(dict.fromkeys((*known, *names)))
     rows = tuple(bank.index(name) for name in names)
     return dataclasses.replace(sources, bank=bank, rows=rows)
@@ -583,10 +580,10 @@ def with_bank(
 
 def with_tasks(experiment: Experiment, sources: Sources) -> Experiment:
     """Returns the experiment with a network for as many tasks as the bank names."""
-    if registry.tells_tasks(experiment.model) is None:
+    if experiment.model.conditioning is None:
         return experiment
     tasks = tuple(zip(sources.rows, sources.pairings, strict=False))
-    model = registry.with_names(experiment.model, sources.bank, tasks)
+    model = experiment.model.with_names(sources.bank, tasks)
     shown = [rule.network_window for rule in sources.rules]
-    model = registry.with_network_windows(model, shown)
+    model = model.with_network_windows(shown)
     return dataclasses.replace(experiment, model=model)

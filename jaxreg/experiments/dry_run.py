@@ -33,8 +33,7 @@ from jaxreg.experiments.stage import (
 )
 from jaxreg.experiments.warm_start import Read, names_of_start, sam_of
 from jaxreg.io import files
-from jaxreg.models import registry, sam
-from jaxreg.models.unireg import paper
+from jaxreg.models import sam
 from jaxreg.space.grid import Shape
 from jaxreg.training import optimizer, parallel, state
 from jaxreg.training.parallel import Layout
@@ -350,12 +349,12 @@ def _is_there(data: DataConfig) -> bool:
 
 def _abstract(experiment: Experiment) -> Any:
     """Returns the shapes of fresh variables, with those of released SAM if needed."""
-    key, model = jax.random.key(0), registry.build(experiment.model)
+    key, model = jax.random.key(0), experiment.model.build()
     init = functools.partial(model.init, shape=experiment.loading.shape)
     variables = dict(jax.eval_shape(init, key))
-    if registry.correlates_sam(experiment.model):
+    if experiment.model.needs_sam:
         released = functools.partial(sam.init, sam.SamConfig())
-        variables[paper.SAM] = jax.eval_shape(released, key)
+        variables[sam.SAM] = jax.eval_shape(released, key)
     return variables
 
 
@@ -417,7 +416,7 @@ def _quick_checks(
       A sentence about each manifest, and about SAM weights that are still missing.
     """
     sentences: list[str] = []
-    needed = registry.correlates_sam(experiment.model)
+    needed = experiment.model.needs_sam
     if needed and experiment.train.sam is None and experiment.train.start is None:
         sentences.append(
             "SAM weights are not given yet; training will need --train.sam"
@@ -425,11 +424,10 @@ def _quick_checks(
     else:
         sam_of(experiment, read=read)
     for stage, changed in config.stages(experiment):
-        registry.build(changed.model)
         per_epoch, *_ = batch_layout(changed)
         optimizer.make_optimizer(changed.optimizer, per_epoch * stage.epochs)
         sentences.extend(_data_sentences(changed))
-        registry.check_grid(changed.model, changed.loading.shape)
+        changed.model.check_grid(changed.loading.shape)
         if _is_there(changed.data):
             PairStage(changed, stage, pathlib.Path(), known, known, None, read)
     # Most stages share their data.

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from jaxreg.errors import UserError
+from jaxreg.models.base import present_names
 
 
 def changed(tree: Any, changes: Iterable[tuple[str, Any]]) -> Any:
@@ -28,6 +29,21 @@ def split_name(name: str) -> list[str]:
 def split_names(changes: Iterable[tuple[str, Any]]) -> list[Change]:
     """Returns changes with their names split; see `split_name`."""
     return [(split_name(name), value) for name, value in changes]
+
+
+def present_name(tree: Any, name: str) -> str:
+    """Returns a dotted name with the present names of fields for their former ones.
+
+    Args:
+      tree: the settings, see `models.base.former_names`.
+      name: "section.field".
+    """
+    found = []
+    for part in name.split("."):
+        (present,) = present_names(type(tree), {part.replace("-", "_"): None})
+        found.append(part if present == part.replace("-", "_") else present)
+        tree = getattr(tree, present, None)
+    return ".".join(found)
 
 
 def leaf_at(tree: Any, path: list[str]) -> Any:
@@ -57,7 +73,8 @@ def replaced(tree: Any, changes: Iterable[Change], above: str) -> Any:
     """Returns the tree with all changes made at once, so that it is checked once."""
     inside: dict[str, list[Change]] = {}
     for path, value in changes:
-        inside.setdefault(path[0], []).append((path[1:], value))
+        (name,) = present_names(type(tree), {path[0]: None})
+        inside.setdefault(name, []).append((path[1:], value))
     fields = {f.name for f in dataclasses.fields(tree)}
     made: dict[str, Any] = {}
     for name, given in inside.items():

@@ -12,6 +12,7 @@ from jaxreg.errors import UserError
 from jaxreg.experiments import fields
 from jaxreg.experiments.config import Experiment
 from jaxreg.io import files
+from jaxreg.models.base import present_names
 
 
 def load(path: str | os.PathLike[str]) -> Experiment:
@@ -86,6 +87,12 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
             f"{path} cannot be read ({error}), so the run is not resumed; put back the "
             "settings that it was started with, or give another --out"
         ) from error
+    known = before if isinstance(before, Mapping) else {}
+    for stage in known.get("stages", ()):
+        stage["changes"] = [
+            [fields.present_name(experiment, name), value]
+            for name, value in stage.get("changes", ())
+        ]
     was = _leaves(_completed(before, experiment))
     now = _leaves(to_dict(experiment))
     differing = [
@@ -104,6 +111,7 @@ def _completed(before: Any, now: Any) -> Any:
     """Returns settings as read, with the defaults of fields that came later."""
     if isinstance(before, Mapping) and dataclasses.is_dataclass(now):
         given = {field.name: field for field in dataclasses.fields(now)}
+        before = present_names(type(now), before)
         later = {
             name: json.loads(json.dumps(field.default, default=dataclasses.asdict))
             for name, field in given.items()

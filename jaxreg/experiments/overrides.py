@@ -28,6 +28,10 @@ def override(experiment: Experiment, changes: Iterable[tuple[str, Any]]) -> Expe
     plain: list[fields.Change] = []
     staged: dict[str, list[fields.Change]] = {}
     for path, value in fields.split_names(changes):
+        if path[0] == "stages" and len(path) > 2:
+            name = fields.present_name(experiment, ".".join(path[2:]))
+            path = [*path[:2], *name.split(".")]
+        path = fields.present_name(experiment, ".".join(path)).split(".")
         if path[0] == "stages" and len(path) > 2 and path[2] in _SECTIONS:
             staged.setdefault(path[1], []).append((path[2:], value))
         else:

@@ -35,7 +35,6 @@ from jaxreg.experiments.datasets import (
 from jaxreg.experiments.stage import PairStage
 from jaxreg.experiments.warm_start import Read
 from jaxreg.io import files
-from jaxreg.models import registry
 from jaxreg.models.sam import TrainedSam
 from jaxreg.training import parallel
 from jaxreg.training import stage as stage_lib
@@ -164,7 +163,7 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
         before = stages[-1].sources.bank if stages else started_with
         # New is what the weights of the run's start do not know, in every stage.
         known = before if start is None else started_with
-        own = sam if registry.correlates_sam(changed.model) else None
+        own = sam if changed.model.needs_sam else None
         stages.append(PairStage(changed, stage, out, before, known, own, read))
     orientation = _orientation(experiment, stages, out, report, read)
 
@@ -237,17 +236,18 @@ def bundle_of(
       sources: with the names of prompts or regions, for conditioned networks.
       sam: the network that the variables hold for a UniReg's embeddings.
     """
-    loading, kind = experiment.loading, registry.tells_tasks(experiment.model)
+    loading, model = experiment.loading, experiment.model
     named: dict[str, Any] = {}
-    if kind is not None:
+    if model.names_entry is not None:
         assert sources is not None  # the caller's promise
         rules: Sequence[TaskRule] = sources.rules
-        if kind == "tasks":  # one for each prompt, whose data need not be there
+        # One for each prompt, whose data need not be there.
+        if model.conditioning == "prompts":
             of_row = dict(zip(sources.rows, sources.rules, strict=False))
             rules = [of_row.get(row, TaskRule()) for row in range(len(sources.bank))]
         named = {
             "tasks": list(sources.tasks),
-            kind: list(sources.bank),
+            model.names_entry: list(sources.bank),
             "task_rules": [dataclasses.asdict(rule) for rule in rules],
         }
     if sam is not None:
@@ -259,8 +259,8 @@ def bundle_of(
         named["orientation"] = sources.orientation
     return bundle_lib.Bundle(
         variables=jax.tree.map(np.asarray, variables),
-        model=registry.name_of(experiment.model),
-        config=dataclasses.asdict(experiment.model),
+        model=model.kind,
+        config=dataclasses.asdict(model),
         preprocessing={
             **loading.placement.to_dict(),
             "shape": list(loading.shape),

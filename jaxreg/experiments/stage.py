@@ -25,8 +25,6 @@ from jaxreg.experiments.datasets import (
 )
 from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
 from jaxreg.experiments.warm_start import Read
-from jaxreg.models import registry
-from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.sam import TrainedSam
 from jaxreg.training import loop, optimizer, parallel, step
 from jaxreg.training.parallel import Layout
@@ -54,7 +52,7 @@ def trained_rows(
       UserError: the network has no bank, nothing to start from, or no prompt to change.
     """
     only, start = experiment.train.only, experiment.train.start
-    if not isinstance(experiment.model, PromptRegConfig):
+    if experiment.model.conditioning != "prompts":
         raise UserError(
             f"train.only is {only}, but the network has no prompt bank; give "
             "--train.only all, or a PromptReg model"
@@ -108,7 +106,8 @@ def make_optimizer(
     rule = optimizer.make_optimizer(experiment.optimizer, steps, per_epoch)
     if rows is None:
         return rule
-    return optimizer.only(rule, functools.partial(registry.prompt_mask, rows=rows))
+    mask = functools.partial(experiment.model.prompt_mask, rows=rows)
+    return optimizer.only(rule, mask)
 
 
 def make_step(
@@ -129,7 +128,7 @@ def make_step(
     """
     train, (replicas, span) = experiment.train, shares
     train_step = step.make_train_step(
-        registry.build(experiment.model),
+        experiment.model.build(),
         loss_of(experiment),
         rule,
         make_prepare(experiment, sources, layout),
@@ -199,14 +198,14 @@ class PairStage:
         self.stage, self.before, self.sam, self.read = stage, before, sam, read
         self.out = out / stage.name
         self.number = experiment.stages.index(stage)
-        registry.check_grid(experiment.model, experiment.loading.shape)
+        experiment.model.check_grid(experiment.loading.shape)
         found = make_sources(experiment, number=self.number)
         self.sources = with_bank(found, before, experiment.model)
         experiment = with_tasks(experiment, self.sources)
         if sam is not None:
-            model = registry.with_sam_window(experiment.model, sam.ct_window)
+            model = experiment.model.with_sam_window(sam.ct_window)
             experiment = dataclasses.replace(experiment, model=model)
-        self.experiment, self.model = experiment, registry.build(experiment.model)
+        self.experiment, self.model = experiment, experiment.model.build()
         self.per_epoch, self.layout, self.shares = batch_layout(experiment)
         self.steps = self.per_epoch * stage.epochs
         rows = None

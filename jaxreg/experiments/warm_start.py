@@ -13,9 +13,8 @@ from jaxreg.experiments import config as config_lib
 from jaxreg.experiments import folder
 from jaxreg.experiments.config import Experiment
 from jaxreg.models import registry
+from jaxreg.models import sam as sam_lib
 from jaxreg.models.sam import TrainedSam
-from jaxreg.models.unireg import paper
-from jaxreg.training import state
 from jaxreg.training.checkpoint_files import named_leaves
 from jaxreg.training.stage import Report
 from jaxreg.typing import Key, Variables
@@ -57,19 +56,18 @@ def names_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str,
         or it has another number of names.
     """
     start, names = experiment.train.start, experiment.train.start_tasks
-    kind = registry.tells_tasks(experiment.model)
-    if start is None or kind is None:
+    model = experiment.model
+    if start is None or model.names_entry is None:
         return ()
     loaded = read(start)
     config = registry.config_of(loaded.bundle.model, loaded.bundle.config)
-    count = registry.names_in(config, loaded.variables)
+    count = config.names_in(loaded.variables)
     if not count:
         return ()
-    names = names or tuple(loaded.bundle.preprocessing.get(kind, ()))
+    names = names or tuple(loaded.bundle.preprocessing.get(model.names_entry, ()))
     if len(set(names)) != count:
-        what = "prompts" if kind == "tasks" else "regions"
         raise UserError(
-            f"{start} has {count} {what}, but their names are "
+            f"{start} has {count} {model.conditioning}, but their names are "
             f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
             "with a name for each, in their order"
         )
@@ -114,8 +112,9 @@ def initial_variables(
         source, name = loaded.variables, f"train.start {train.start}"
         _compare_meaning(experiment, loaded, report)
     rows = {i: known.index(task) for i, task in enumerate(bank) if task in known}
-    source = state.changing(source)  # SAM joins at the end
-    source = registry.fitted(experiment.model, source, shape, fresh, rows, len(known))
+    own = experiment.model.frozen  # what is frozen joins at the end
+    source = {name: tree for name, tree in source.items() if name not in own}
+    source = experiment.model.fitted(source, shape, fresh, rows, len(known))
     merged = merge_variables(fresh, source)
     _check_merged(merged, name, train.only)
     report(
@@ -124,11 +123,7 @@ def initial_variables(
     )
     if known:
         new = [task for task in bank if task not in known]
-        what = (
-            "prompts"
-            if registry.tells_tasks(experiment.model) == "tasks"
-            else "regions"
-        )
+        what = experiment.model.conditioning
         report(f"{what} kept: {', '.join(known)}; new: {', '.join(new) or 'none'}")
     return _with_sam(merged.variables, sam)
 
@@ -166,8 +161,8 @@ def _check_merged(merged: Merged, name: str, only: str) -> None:
 
 
 def _with_sam(variables: Variables, sam: TrainedSam | None) -> Variables:
-    """Returns UniReg's variables with those of SAM's network."""
-    return variables if sam is None else paper.with_sam(variables, sam.variables)
+    """Returns a network's variables with those of the SAM network that it needs."""
+    return variables if sam is None else sam_lib.with_sam(variables, sam.variables)
 
 
 def sam_of(
@@ -184,7 +179,7 @@ def sam_of(
         knows voxels of another size.
     """
     stages = [during for _, during in config_lib.stages(experiment)]
-    needing = [during for during in stages if registry.correlates_sam(during.model)]
+    needing = [during for during in stages if during.model.needs_sam]
     named, start = experiment.train.sam, experiment.train.start
     if not needing:
         if named is not None:

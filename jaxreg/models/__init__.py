@@ -1,1 +1,1 @@
-"""How a pair becomes a transform."""
+"""Registration networks, a module each, and their registry."""

@@ -9,15 +9,19 @@ References:
 """
 
 import dataclasses
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
-import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.models import multires
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import (
+    NetworkConfig,
+    Prediction,
+    RegistrationModel,
+    former_names,
+    fresh_variables,
+)
 from jaxreg.nn.conv import api
 from jaxreg.nn.unet import Precision, TallUNet2, UNetConfig
 from jaxreg.space.grid import Shape
@@ -25,15 +29,17 @@ from jaxreg.space.transform import Transform
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 
+@former_names(halvings="downsampled_steps", refinements="fullres_steps")
 @dataclasses.dataclass(frozen=True)
-class GradIconConfig:
+class GradIconConfig(NetworkConfig):
     """Structure and sizes; read from the tensors when weights are loaded.
 
     Attributes:
       channels_down: of each U-Net, see `UNetConfig`.
       channels_up: of each U-Net, finest first.
-      halvings: how often a U-Net at double resolution follows; 2 starts at a quarter.
-      refinements: U-Nets after that at full resolution; 0 in training stage 1.
+      downsampled_steps: U-Nets at reduced resolutions, each twice as fine as the one
+        before; 2 starts at a quarter.
+      fullres_steps: further U-Nets at full resolution; 0 in training stage 1.
       form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of the U-Nets' arithmetic, see `UNetConfig`.
       remat: what the backward pass computes again instead of keeping: the padding and
@@ -41,13 +47,21 @@ class GradIconConfig:
         their inputs are kept).
     """
 
+    kind: ClassVar = "gradicon"
+    title: ClassVar = "GradICON"
+    tensor_table: ClassVar = "jaxreg.weights.pytorch.gradicon:TABLE"
+
     channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)
     channels_up: tuple[int, ...] = (16, 32, 64, 128, 256)
-    halvings: int = 2
-    refinements: int = 1
+    downsampled_steps: int = 2
+    fullres_steps: int = 1
     form: api.Form = "auto"
     precision: Precision = "float32"
     remat: Literal["layers", "networks"] = "layers"
+
+    def build(self) -> "GradIcon":
+        """Returns the network."""
+        return GradIcon(self)
 
     @property
     def unet(self) -> UNetConfig:
@@ -85,15 +99,16 @@ class GradIconNetwork(nn.Module):
             return multires.field_step(lambda a, b: run(unet, a, b))
 
         network = step(1)
-        for index in range(config.halvings):
+        for index in range(config.downsampled_steps):
             network = multires.two_step(multires.downsample(network), step(2 + index))
-        for index in range(config.refinements):
-            network = multires.two_step(network, step(2 + config.halvings + index))
+        for index in range(config.fullres_steps):
+            index += config.downsampled_steps
+            network = multires.two_step(network, step(2 + index))
         return network(moving, fixed)
 
 
 @dataclasses.dataclass(frozen=True)
-class GradIcon:
+class GradIcon(RegistrationModel):
     """The GradICON family as a `jaxreg.models.base.RegistrationModel`."""
 
     config: GradIconConfig = GradIconConfig()
@@ -104,9 +119,7 @@ class GradIcon:
         The last layer of each U-Net is zero: a fresh network is the identity.
         """
         channels = self.config.channels_down[0] // 2
-        image = jax.ShapeDtypeStruct((1, *shape, channels), jnp.float32)
-        # Lazily: the network is traced, not compiled and run.
-        return GradIconNetwork(self.config).lazy_init(key, image, image)
+        return fresh_variables(GradIconNetwork(self.config), key, shape, channels)
 
     def apply(
         self,
@@ -131,10 +144,10 @@ class GradIcon:
           batching: see `jaxreg.models.base.RegistrationModel.apply`.
 
         Raises:
-          ValueError: an axis of one voxel, or the wrong number of channels.
+          UserError: see `NetworkConfig.check_grid`.
+          ValueError: the wrong number of channels.
         """
-        if min(moving.shape[1:4]) < 2:
-            raise ValueError(f"every axis needs 2 voxels or more, got {moving.shape}")
+        self.config.check_grid(moving.shape[1:4])
         network = GradIconNetwork(self.config)
         if not train:
             transform = cast(Transform, network.apply(variables, moving, fixed))

@@ -7,7 +7,7 @@ References:
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,69 +16,89 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.models import rdp
-from jaxreg.models.base import Prediction
-from jaxreg.nn.conv import api
-from jaxreg.nn.prompts import (
-    Bank,
-    Orthogonality,
-    PromptConfig,
-    PromptGenerator,
-    Readout,
+from jaxreg.models.base import (
+    Conditioning,
+    Prediction,
+    RegistrationModel,
+    fresh_variables,
 )
+from jaxreg.nn.heads import RegionPairings
+from jaxreg.nn.prompts import Bank, PromptConfig, PromptGenerator
 from jaxreg.space import sampling
 from jaxreg.space.grid import Shape
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptRegConfig:
+class PromptRegConfig(PromptConfig, rdp.RdpConfig):
     """Sizes and forms; the defaults are those of the released code.
 
-    Attributes:
-      channels: see `rdp.RdpConfig`, as the next three.
-      image_channels: of each image.
-      slope: of the leaky ReLU after normalised convolutions.
-      form: convolution form, see `jaxreg.nn.conv.api`.
-      tasks: static prompts, see `prompts.PromptConfig`, as all that follow. Training
-        puts the number of its tasks here.
-      temperature: of the softmax over the bank.
-      readout: what of the prompt reaches the decoder.
-      static_block: whether the weighted sum of prompts passes a block of its own.
-      task_loss_on: what the task similarity compares.
-      orthogonality: of normalised or raw prompts.
+    The fields are those of the pyramid and of the prompt generator. Training puts the
+    number of its prompts into `tasks`.
     """
 
-    channels: int = 16
-    image_channels: int = 1
-    slope: float = 0.01
-    form: api.Form = "auto"
-    tasks: int = 5
-    temperature: float = 0.5
-    readout: Readout = "pooled_attention"
-    static_block: bool = True
-    task_loss_on: Literal["processed", "weighted"] = "processed"
-    orthogonality: Orthogonality = "cosine"
+    kind: ClassVar = "promptreg"
+    title: ClassVar = "PromptReg"
+    forms: ClassVar = ("slope", "temperature", "readout", "static_block")
+    tensor_table: ClassVar = "jaxreg.weights.pytorch.promptreg:PROMPTREG"
 
-    def __post_init__(self):
-        """Checks the prompts' choices; see `prompts.PromptConfig`."""
-        _ = self.prompts
+    def build(self) -> "PromptReg":
+        """Returns the network."""
+        return PromptReg(self)
 
     @property
-    def pyramid(self) -> rdp.RdpConfig:
-        """The pyramid's part."""
-        return rdp.RdpConfig(self.channels, self.image_channels, self.slope, self.form)
+    def conditioning(self) -> Conditioning:
+        """A bank of prompts."""
+        return "prompts"
 
-    @property
-    def prompts(self) -> PromptConfig:
-        """The prompt generator's part."""
-        return PromptConfig(
-            self.tasks,
-            self.temperature,
-            self.readout,
-            self.static_block,
-            self.task_loss_on,
-            self.orthogonality,
-        )
+    def names_in(self, variables: Variables) -> int:
+        """Returns how many static prompts weights hold; 0 for those without a bank."""
+        bottleneck = variables["params"].get("bottleneck", {})
+        return len(bank_of(variables)) if "generator" in bottleneck else 0
+
+    def with_names(self, names: Sequence[str], tasks: RegionPairings) -> Self:
+        """Returns the configuration for a prompt of each name."""
+        del tasks
+        return dataclasses.replace(self, tasks=len(names))
+
+    def with_prompts(self, variables: Variables, rows: Sequence[int]) -> Variables:
+        """Returns the variables with some static prompts alone, in the order of `rows`.
+
+        A bank that was extended answers as before when the rows from before are chosen.
+        """
+        return _with_generator(variables, bank=bank_of(variables)[np.asarray(rows)])
+
+    def prompt_mask(self, params: Any, *, rows: Sequence[int]) -> Any:
+        """Returns 1 for some static prompts and 0 for all other parameters."""
+
+        def mask(path, leaf):
+            names = [getattr(part, "key", None) for part in path]
+            if names != ["bottleneck", "generator", "bank"]:
+                return jnp.zeros((1,) * leaf.ndim, leaf.dtype)
+            chosen = jnp.isin(jnp.arange(len(leaf)), jnp.asarray(rows))
+            return chosen.astype(leaf.dtype).reshape(-1, *(1,) * (leaf.ndim - 1))
+
+        return jax.tree_util.tree_map_with_path(mask, params)
+
+    def fitted(
+        self,
+        variables: Variables,
+        shape: Shape,
+        fresh: Variables,
+        rows: Mapping[int, int],
+        known: int,
+    ) -> Variables:
+        """Returns weights with their bank on the network grid, and its rows moved.
+
+        See `NetworkConfig.fitted`.
+        """
+        del known
+        if not self.names_in(variables):
+            return variables
+        if bank_of(variables).shape[-1] != bank_of(fresh).shape[-1]:
+            return variables
+        d, h, w = (n // rdp.DIVISOR for n in shape)
+        return take_rows(fresh, resize_bank(variables, (d, h, w)), rows)
 
 
 AS_PAPER = PromptRegConfig(
@@ -100,23 +120,21 @@ class PromptBottleneck(nn.Module):
     @nn.compact
     def __call__(self, features: Image, task: Int[Array, " N"] | None = None):
         """Returns (features, auxiliaries of `PromptGenerator`)."""
-        pyramid, c = self.config.pyramid, features.shape[-1]
-        generator = PromptGenerator(
-            self.config.prompts, self.grid, pyramid.form, name="generator"
-        )
+        config, c = self.config, features.shape[-1]
+        generator = PromptGenerator(config, self.grid, config.form, name="generator")
         prompt, aux = generator(features, task)
-        fuse = rdp.ConvBlocks(2 * c, c, pyramid.slope, pyramid.form, name="fuse")
+        fuse = rdp.ConvBlocks(2 * c, c, config.slope, config.form, name="fuse")
         return fuse((features, prompt)), aux
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptReg:
+class PromptReg(RegistrationModel):
     """PromptReg as a `jaxreg.models.base.RegistrationModel`."""
 
     config: PromptRegConfig = PromptRegConfig()
 
     def _network(self, grid: tuple[int, int, int]) -> rdp.RdpNetwork:
-        return rdp.RdpNetwork(self.config.pyramid, PromptBottleneck(self.config, grid))
+        return rdp.RdpNetwork(self.config, PromptBottleneck(self.config, grid))
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
         """Returns fresh variables.
@@ -125,14 +143,12 @@ class PromptReg:
         is about 0.01 voxel.
 
         Raises:
-          UserError: see `rdp.check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        rdp.check_shape(shape)
+        self.config.check_grid(shape)
         d, h, w = (n // rdp.DIVISOR for n in shape)
-        image = jax.ShapeDtypeStruct(
-            (1, *shape, self.config.image_channels), jnp.float32
-        )
-        return self._network((d, h, w)).lazy_init(key, image, image)
+        channels = self.config.image_channels
+        return fresh_variables(self._network((d, h, w)), key, shape, channels)
 
     def apply(
         self,
@@ -162,9 +178,9 @@ class PromptReg:
           The prediction's aux is that of `PromptGenerator`.
 
         Raises:
-          UserError: see `rdp.check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        rdp.check_shape(moving.shape[1:4])
+        self.config.check_grid(moving.shape[1:4])
         d, h, w = (n // rdp.DIVISOR for n in moving.shape[1:4])
         params = {"params": resize_bank(variables, (d, h, w))["params"]}
         # Some of the prompts may have been chosen.
@@ -179,7 +195,7 @@ def bank_of(variables: Variables) -> Bank:
     return variables["params"]["bottleneck"]["generator"]["bank"]
 
 
-def _with_prompts(variables: Variables, **changed: Any) -> Variables:
+def _with_generator(variables: Variables, **changed: Any) -> Variables:
     params = variables["params"]
     generator = {**params["bottleneck"]["generator"], **changed}
     bottleneck = {**params["bottleneck"], "generator": generator}
@@ -203,15 +219,7 @@ def resize_bank(variables: Variables, grid: tuple[int, int, int]) -> Variables:
         name: sampling.resize_half_pixel(jnp.asarray(generator[name]), grid)
         for name in ("bank", "template")
     }
-    return _with_prompts(variables, **resized)
-
-
-def choose_rows(variables: Variables, rows: Sequence[int]) -> Variables:
-    """Returns the variables with some static prompts alone, in the order of `rows`.
-
-    A bank that was extended answers as before when the rows from before are chosen.
-    """
-    return _with_prompts(variables, bank=bank_of(variables)[np.asarray(rows)])
+    return _with_generator(variables, **resized)
 
 
 def take_rows(
@@ -227,4 +235,4 @@ def take_rows(
     bank = np.array(bank_of(variables))
     for new, before in rows.items():
         bank[new] = bank_of(old)[before]
-    return _with_prompts(old, bank=bank)
+    return _with_generator(old, bank=bank)

@@ -14,14 +14,19 @@ References:
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from jaxreg.errors import UserError
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import (
+    NetworkConfig,
+    Prediction,
+    RegistrationModel,
+    fresh_variables,
+)
 from jaxreg.nn.conv import api
 from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
 from jaxreg.space import fields
@@ -38,7 +43,7 @@ _HEAD_DEVIATION = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class RdpConfig:
+class RdpConfig(NetworkConfig):
     """Sizes of the pyramid; read from the tensors when weights are loaded.
 
     Attributes:
@@ -48,10 +53,21 @@ class RdpConfig:
       form: convolution form, see `jaxreg.nn.conv.api`.
     """
 
+    kind: ClassVar = "rdp"
+    title: ClassVar = "RDP"
+    multiple: ClassVar = DIVISOR
+    least: ClassVar = 2 * DIVISOR
+    forms: ClassVar = ("slope",)
+    tensor_table: ClassVar = "jaxreg.weights.pytorch.promptreg:RDP"
+
     channels: int = 16
     image_channels: int = 1
     slope: float = 0.01
     form: api.Form = "auto"
+
+    def build(self) -> "Rdp":
+        """Returns the network."""
+        return Rdp(self)
 
 
 class ConvBlocks(nn.Module):
@@ -164,20 +180,6 @@ class RdpNetwork(nn.Module):
         return fields.compose_voxels(field, step), aux
 
 
-def check_shape(shape: Shape) -> None:
-    """Checks a network grid.
-
-    Raises:
-      UserError: an axis is below 16 voxels or no multiple of 8.
-    """
-    if any(n < 2 * DIVISOR or n % DIVISOR for n in shape):
-        raise UserError(
-            f"the network grid is {' x '.join(map(str, shape))}, PromptReg and RDP "
-            f"need a multiple of {DIVISOR} and at least {2 * DIVISOR} voxels along "
-            "each axis; round the shape to that"
-        )
-
-
 def as_transform(field: jax.Array) -> Transform:
     """Returns a field in voxels of its own grid as a transform in unit coordinates."""
     scale = jnp.asarray(unit_scale(field.shape[1:4]), field.dtype)
@@ -185,7 +187,7 @@ def as_transform(field: jax.Array) -> Transform:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rdp:
+class Rdp(RegistrationModel):
     """The pyramid alone as a `jaxreg.models.base.RegistrationModel`."""
 
     config: RdpConfig = RdpConfig()
@@ -196,13 +198,11 @@ class Rdp:
         A fresh network's field is about 0.01 voxel.
 
         Raises:
-          UserError: see `check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        check_shape(shape)
-        image = jax.ShapeDtypeStruct(
-            (1, *shape, self.config.image_channels), jnp.float32
-        )
-        return RdpNetwork(self.config).lazy_init(key, image, image)
+        config = self.config
+        config.check_grid(shape)
+        return fresh_variables(RdpNetwork(config), key, shape, config.image_channels)
 
     def apply(
         self,
@@ -227,8 +227,8 @@ class Rdp:
           batching: makes no difference: nothing is shared by a batch.
 
         Raises:
-          UserError: see `check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        check_shape(moving.shape[1:4])
+        self.config.check_grid(moving.shape[1:4])
         field, _ = RdpNetwork(self.config).apply(variables, moving, fixed)
         return Prediction(as_transform(field)), variables

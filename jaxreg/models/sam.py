@@ -1,4 +1,4 @@
-"""SAM: one scan to an embedding per voxel that tells the place in the body.
+"""SAM: anatomical embeddings of each voxel of a scan.
 
 A ResNet-18 with three-dimensional kernels, and a feature pyramid with two heads. The
 fine embedding has half the input's resolution; the coarse one a quarter of it along D
@@ -14,19 +14,22 @@ References:
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxreg.errors import UserError
+from jaxreg.models.base import Architecture
 from jaxreg.nn.conv import api
 from jaxreg.nn.layers import StridedConvolution, value, xavier_uniform
 from jaxreg.nn.unet import BatchNorm, Precision
 from jaxreg.space import sampling
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
+SAM = "sam"
+"""The kind of network, and the collection of another's variables that holds one."""
 FINE_STRIDE = 2
 """Voxels of the image per voxel of the fine grid, along every axis."""
 COARSE_STRIDE = (4, 16, 16)
@@ -53,7 +56,7 @@ _STAGES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class SamConfig:
+class SamConfig(Architecture):
     """Sizes; the defaults are those of the released network.
 
     Attributes:
@@ -62,6 +65,9 @@ class SamConfig:
       form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of activations and products; the embeddings are float32.
     """
+
+    kind: ClassVar = SAM
+    tensor_table: ClassVar = "jaxreg.weights.pytorch.sam:TABLE"
 
     channels: tuple[int, int, int, int] = (64, 128, 256, 512)
     embedding: int = 128
@@ -361,6 +367,20 @@ def config_of(variables: Variables, *, form: api.Form = "auto") -> SamConfig:
             f"these are not the variables of a SAM network ({error} is missing or "
             'misshapen); give {"params", "batch_stats"} as jaxreg.models.sam.init does'
         ) from error
+
+
+def with_sam(variables: Variables, sam: Variables) -> Variables:
+    """Returns a network's variables with a SAM network's, frozen, for its embeddings.
+
+    Args:
+      variables: {"params": ...}; a SAM network is replaced.
+      sam: {"params": ..., "batch_stats": ...}.
+
+    Raises:
+      UserError: `sam` holds no SAM network.
+    """
+    config_of(sam)
+    return {**variables, SAM: {n: sam[n] for n in ("params", "batch_stats")}}
 
 
 def features(config: SamConfig, variables: Variables, image: Image) -> Embeddings:

@@ -1,1 +1,1 @@
-"""What networks are made of: Flax parts without geometry."""
+"""Building blocks of networks: Flax modules without geometry."""

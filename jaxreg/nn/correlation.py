@@ -1,4 +1,4 @@
-"""Local correlation of two feature maps: how well a voxel fits the other's neighbours.
+"""Local correlation (cost volume) of two feature maps.
 
 References:
   Sun et al., PWC-Net, CVPR 2018, section 3; Tian et al., SAME++, 2023, with whose code

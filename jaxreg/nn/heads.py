@@ -1,4 +1,4 @@
-"""A head whose weights are made for each pair: controller and dynamic convolutions.
+"""Dynamic head (hypernetwork): a controller makes its weights for each pair.
 
     condition = [pooled features | what is known of the task]
     controller: condition -> W1 W2 W3 b1 b2 b3
@@ -27,7 +27,7 @@ from jaxreg.typing import Image
 
 Pairing = Literal["inter", "intra"]
 """Two subjects, or one."""
-Tasks = tuple[tuple[int, Pairing], ...]
+RegionPairings = tuple[tuple[int, Pairing], ...]
 """For each task its region's number and its type."""
 
 SLOPE = 0.2
@@ -39,7 +39,7 @@ _NORM_GROUPS = (8, 4, 2, 1)
 # --- what is known of a task ----------------------------------------------------------
 
 
-def check_tasks(tasks: Tasks, regions: int) -> None:
+def check_region_pairings(tasks: RegionPairings, regions: int) -> None:
     """Checks a table of tasks.
 
     Raises:
@@ -53,13 +53,13 @@ def check_tasks(tasks: Tasks, regions: int) -> None:
             )
 
 
-def one_hot_tasks(
-    tasks: Tasks, regions: int, types: tuple[Pairing, Pairing]
+def one_hot_region_pairings(
+    tasks: RegionPairings, regions: int, types: tuple[Pairing, Pairing]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns region and type of each task as rows: tasks x regions, tasks x 2.
 
     Args:
-      tasks: see `Tasks`.
+      tasks: see `RegionPairings`.
       regions: how many there are.
       types: the first one is [1, 0].
     """
@@ -69,7 +69,7 @@ def one_hot_tasks(
 
 
 def look_up(
-    table: np.ndarray, task: Int[Array, " N"] | None, tasks: Tasks
+    table: np.ndarray, task: Int[Array, " N"] | None, tasks: RegionPairings
 ) -> Float[Array, "N K"]:
     """Returns each pair's row of a table of tasks; NaN for a number beyond it.
 

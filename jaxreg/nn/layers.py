@@ -1,4 +1,4 @@
-"""Layers with parameters, built on `jaxreg.nn.conv.api`, and normalisation without any.
+"""Convolutional layers, initialisers and instance normalisation.
 
 Weights start as PyTorch's do, so that networks train alike.
 """

@@ -1,4 +1,4 @@
-"""A bank of prompts, one per training task, and the prompt made of it for a pair.
+"""Prompt bank, one prompt per training task, and the prompt generator.
 
 From a pair's features a dynamic prompt is made, and compared with each static prompt of
 the bank; their softmax-weighted sum, joined with the dynamic prompt, is the prompt that

@@ -12,9 +12,7 @@ from typing import Any, get_args
 import jax.numpy as jnp
 
 from jaxreg.errors import UserError
-from jaxreg.models import registry
-from jaxreg.models.promptreg import PromptReg, bank_of, choose_rows
-from jaxreg.nn.heads import Pairing, SmoothnessRange, Tasks
+from jaxreg.nn.heads import Pairing, RegionPairings
 from jaxreg.registration.optimization import network
 from jaxreg.typing import Pair
 from jaxreg.weights import zoo
@@ -72,7 +70,7 @@ class Conditioning(TaskValues):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
+class _TrainedTask:
     """A task of the training, see `run.bundle_of`."""
 
     name: str
@@ -81,7 +79,7 @@ class _Task:
     rule: Mapping[str, Any]
 
 
-def table(regions: int) -> Tasks:
+def table(regions: int) -> RegionPairings:
     """Returns every region between and within subjects, in one order.
 
     The same for all tasks, so that weights are one program whatever they are told.
@@ -112,21 +110,19 @@ def condition(
       UserError: the network does not know the task, is not told of any, or cannot be
         asked for a smoothness.
     """
-    config = _config(model)
-    requested = registry.smoothness_range(config)
     if smoothness is not None:
-        _check_smoothness(model, requested, smoothness)
-    kind = registry.tells_tasks(config)
-    if kind == "regions":
+        _check_smoothness(model, smoothness)
+    conditioned_on = model.model.config.conditioning
+    if conditioned_on == "regions":
         return _of_region(model, _found(model, task, pairing, source), smoothness)
     if pairing is not None:
         raise UserError(
             f"--pairing is {pairing}, but {model.name} is not told of it; leave it out"
         )
     if task == "auto":
-        whole = model if kind is None else _with_rule(model, _rules(model))
+        whole = model if conditioned_on is None else _with_rule(model, _rules(model))
         return Conditioning(model=whole)
-    if kind is None:
+    if conditioned_on is None:
         raise UserError(
             f"--task is {task}, but {model.name} has neither a prompt bank nor heads "
             "for tasks; leave it out"
@@ -154,7 +150,7 @@ def task_name_of(model: zoo.LoadedModel, task: str | None, region: str | None) -
 
 def needs_region(model: zoo.LoadedModel | None) -> bool:
     """Whether each pair's task must be told to a network."""
-    return model is not None and registry.tells_tasks(_config(model)) == "regions"
+    return model is not None and model.model.config.conditioning == "regions"
 
 
 def compared_window(model: zoo.LoadedModel | None) -> tuple[float, float] | None:
@@ -171,7 +167,7 @@ def compared_window(model: zoo.LoadedModel | None) -> tuple[float, float] | None
         return None
     stated = model.bundle.preprocessing.get("similarity_window")
     if stated is None:
-        return registry.network_window(_config(model))
+        return model.model.config.network_window
     return float(stated[0]), float(stated[1])
 
 
@@ -197,7 +193,7 @@ def check_unconditioned(
 
 def domains(model: zoo.LoadedModel, pair: Pair) -> dict[str, float]:
     """Returns the share of each domain of a bank in a pair's prompt, by name."""
-    if not isinstance(model.model, PromptReg):
+    if model.model.config.conditioning != "prompts":
         return {}
     found = network.auxiliaries(model.model, model.variables, pair)
     shares = found["task_weights"][0].tolist()
@@ -220,24 +216,25 @@ def _with_domains(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
     rows = [known.index(name) for name in names]
     rules = _rules(model)
     kept = [rules[row] for row in rows] if len(rules) == len(known) else []
-    kind = _with_rule(model, kept)
-    preprocessing = {**kind.bundle.preprocessing, "tasks": names, "task_rules": kept}
+    ruled = _with_rule(model, kept)
+    preprocessing = {**ruled.bundle.preprocessing, "tasks": names, "task_rules": kept}
     return dataclasses.replace(
         model,
-        variables=choose_rows(model.variables, rows),
+        variables=model.model.config.with_prompts(model.variables, rows),
         bundle=dataclasses.replace(model.bundle, preprocessing=preprocessing),
     )
 
 
 def _domain_names(model: zoo.LoadedModel) -> list[str]:
     """Returns the names of a bank's prompts; numbers where the weights have none."""
-    count = len(bank_of(model.variables))
-    names = model.tasks
+    count = model.model.config.names_in(model.variables)
+    names = model.task_names
     return list(names) if len(names) == count else [f"task {i}" for i in range(count)]
 
 
 def _config(model: zoo.LoadedModel) -> Any:
-    return getattr(model.model, "config", None)
+    """Returns the configuration of a network with heads for regions."""
+    return model.model.config
 
 
 def _regions(model: zoo.LoadedModel) -> list[str]:
@@ -247,21 +244,26 @@ def _regions(model: zoo.LoadedModel) -> list[str]:
     return names if len(names) == count else [f"region {i}" for i in range(count)]
 
 
-def _trained(model: zoo.LoadedModel) -> list[_Task]:
+def _trained(model: zoo.LoadedModel) -> list[_TrainedTask]:
     """Returns the tasks of the training that have names."""
-    known = zip(model.tasks, _config(model).tasks, _rules(model), strict=False)
-    return [_Task(name, place, pairing, rule) for name, (place, pairing), rule in known]
+    known = zip(model.task_names, _config(model).tasks, _rules(model), strict=False)
+    return [
+        _TrainedTask(name, place, pairing, rule)
+        for name, (place, pairing), rule in known
+    ]
 
 
 def _rules(model: zoo.LoadedModel) -> list[Mapping[str, Any]]:
     """Returns window, quantiles and smoothness of each task; {} where not stated."""
     found = list(model.bundle.preprocessing.get("task_rules", ()))
-    return found if len(found) == len(model.tasks) else [{} for _ in model.tasks]
+    return (
+        found if len(found) == len(model.task_names) else [{} for _ in model.task_names]
+    )
 
 
 def _found(
     model: zoo.LoadedModel, task: str, pairing: Pairing | None, source: str
-) -> _Task:
+) -> _TrainedTask:
     """Returns the task that is meant, with its rule where training had it.
 
     Raises:
@@ -303,23 +305,23 @@ def _found(
     region, own = next(iter(meant))
     same = [t for t in trained if (t.region, t.pairing) == (region, own)]
     same.sort(key=lambda t: t.name != task)  # of several, the one that was named
-    return same[0] if same else _Task(task, region, own, {})
+    return same[0] if same else _TrainedTask(task, region, own, {})
 
 
 def _of_region(
-    model: zoo.LoadedModel, task: _Task, smoothness: float | None
+    model: zoo.LoadedModel, task: _TrainedTask, smoothness: float | None
 ) -> Conditioning:
     """Returns the network told of one task."""
     config = _config(model)
     every = table(config.regions)
     found = Conditioning(
-        model=_with_table(_with_rule(model, [task.rule]), config, every, task),
+        model=_with_table(_with_rule(model, [task.rule]), every, task),
         number=every.index((task.region, task.pairing)),
         region=_regions(model)[task.region],
         pairing=task.pairing,
         trained=(task.region, task.pairing) in config.tasks,
     )
-    requested = registry.smoothness_range(config)
+    requested = config.smoothness_condition
     if requested is None:
         return dataclasses.replace(found, text=found.key)
     best = model.bundle.preprocessing.get("smoothness", {}).get(found.key)
@@ -330,16 +332,12 @@ def _of_region(
 
 
 def _with_table(
-    model: zoo.LoadedModel, config: Any, tasks: Tasks, task: _Task
+    model: zoo.LoadedModel, tasks: RegionPairings, task: _TrainedTask
 ) -> zoo.LoadedModel:
-    window = registry.task_window(config, (task.region, task.pairing))
+    config = _config(model)
+    window = config.task_window((task.region, task.pairing))
     own = tuple(task.rule.get("network_window") or ()) or window
-    built = registry.with_every_task(config, tasks, own)
-    return dataclasses.replace(
-        model,
-        model=registry.build(built),
-        bundle=dataclasses.replace(model.bundle, config=dataclasses.asdict(built)),
-    )
+    return model.with_config(config.with_region_pairings(tasks, own))
 
 
 def _with_rule(
@@ -359,9 +357,8 @@ def _with_rule(
     return dataclasses.replace(model, bundle=bundle)
 
 
-def _check_smoothness(
-    model: zoo.LoadedModel, requested: SmoothnessRange | None, given: float
-) -> None:
+def _check_smoothness(model: zoo.LoadedModel, given: float) -> None:
+    requested = model.model.config.smoothness_condition
     if requested is None:
         raise UserError(
             f"--smoothness is {given:g}, but {model.name} was not trained to be "

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import os
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,7 @@ from jaxreg.errors import UserError
 from jaxreg.io import given
 from jaxreg.losses import overlap
 from jaxreg.losses.objective import Objective, as_compared
-from jaxreg.models import registry
-from jaxreg.models.sam import TrainedSam
-from jaxreg.models.unireg import paper
-from jaxreg.models.unireg.released import UniRegRpnConfig
+from jaxreg.models.sam import SAM, TrainedSam, with_sam
 from jaxreg.registration import conditioning
 from jaxreg.registration import options as options_lib
 from jaxreg.registration.options import Options, Regions
@@ -87,29 +83,23 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
       UserError: the network has no levels to repeat, or has no derivative by which it
         could be optimised.
     """
-    config: Any = getattr(model.model, "config", None)
-    level_iterations = options.level_iterations
-    if not isinstance(config, UniRegRpnConfig):
+    config, level_iterations = model.model.config, options.level_iterations
+    if config.level_iterations is None:
         if level_iterations is not None:
             raise UserError(
                 f"--level-iterations is {level_iterations}, but {model.name} is no "
-                "UniReg-RPN; leave it out"
+                "network that repeats its levels, as UniReg-RPN is; leave it out"
             )
         return model
     if level_iterations is not None:
-        config = dataclasses.replace(config, iterations=level_iterations)
+        config = config.with_level_iterations(level_iterations)
     optimised = options.io_iterations is not None and options.io_target == "network"
-    if config.iterations > 1 and optimised:
+    if (config.level_iterations or 1) > 1 and optimised:
         raise UserError(
             "--io-target network cannot optimise a network that repeats its levels; "
             "give --io-iterations None, --io-target map or --level-iterations 1"
         )
-    fields = {**model.bundle.config, "iterations": config.iterations}
-    return dataclasses.replace(
-        model,
-        model=registry.build(config),
-        bundle=dataclasses.replace(model.bundle, config=fields),
-    )
+    return model.with_config(config)
 
 
 def placement_of(
@@ -184,12 +174,11 @@ def with_rule_of(model: zoo.LoadedModel | None, options: Options) -> Options:
             "and --input-masking to show it the same",
             stacklevel=3,
         )
-    config: Any = getattr(model.model, "config", None)
     return dataclasses.replace(
         options,
         ct_window=options.ct_window
         or model.ct_window
-        or registry.hounsfield_window(config),
+        or model.model.config.hounsfield_window,
         placement=placement_of(model, options),
         io_sim="lncc" if options.io_sim == "auto" else options.io_sim,
         quantile_range=options.quantile_range or model.quantile_range,
@@ -206,13 +195,13 @@ def check_units(model: zoo.LoadedModel, options: Options) -> None:
       UserError: a scan is no CT for a network that knows nothing else, or another
         window would move what it reads.
     """
-    config: Any = getattr(model.model, "config", None)
-    needed = registry.hounsfield_window(config)
+    config = model.model.config
+    needed = config.hounsfield_window
     if needed is None:
         return
     for name in ("fixed_modality", "moving_modality"):
         modality = getattr(options, name)
-        if modality_lib.kind(modality) != "ct" and registry.reads_ct_alone(config):
+        if modality_lib.kind(modality) != "ct" and config.network_window is not None:
             given = options_lib.option_name(name)
             raise UserError(
                 f"{given} is {modality}, but {model.name} reads Hounsfield units; "
@@ -238,11 +227,10 @@ def sam_for(
 
 def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
     """Whether registering has a use for a SAM network that is given."""
-    config: Any = getattr(model and model.model, "config", None)
     lacks = (
         model is not None
-        and registry.correlates_sam(config)
-        and paper.SAM not in model.variables
+        and model.model.config.needs_sam
+        and SAM not in model.variables
     )
     shown = (
         options.io_iterations is not None
@@ -286,16 +274,14 @@ def _kinds(options: Options) -> set[str]:
 
 
 def _with_sam(model: zoo.LoadedModel, sam: TrainedSam | None) -> zoo.LoadedModel:
-    """Returns a UniReg that lacks its SAM network with the given one."""
-    if sam is None or paper.SAM in model.variables:
+    """Returns a network that lacks the SAM network that it needs with the given one."""
+    config = model.model.config
+    if sam is None or not config.needs_sam or SAM in model.variables:
         return model
-    if not isinstance(model.model, paper.UniReg):
-        return model
-    config = registry.with_sam_window(model.model.config, sam.ct_window)
     return dataclasses.replace(
         model,
-        model=dataclasses.replace(model.model, config=config),
-        variables=paper.with_sam(model.variables, sam.variables),
+        model=config.with_sam_window(sam.ct_window).build(),
+        variables=with_sam(model.variables, sam.variables),
     )
 
 

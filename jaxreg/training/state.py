@@ -12,8 +12,9 @@ import optax
 
 from jaxreg.typing import Key, Variables
 
-FROZEN = ("sam",)
-"""Collections of variables that training never changes, averages or stores."""
+TRAINED = ("params", "batch_stats")
+"""Collections of variables that training changes, averages and stores; all others are
+frozen: another network's, see `models.base.Architecture.frozen`."""
 
 
 @functools.partial(
@@ -27,10 +28,10 @@ class TrainState:
 
     Attributes:
       step: number of steps done, int32 scalar.
-      variables: {"params", "batch_stats"} of the model, and what is `FROZEN`.
+      variables: {"params", "batch_stats"} of the model, and what is frozen.
       opt_state: of the optimizer.
       ema: moving average of the variables, batch statistics included and what is
-        `FROZEN` left out, or None.
+        frozen left out, or None.
       key: the root key; step i draws from ``fold_in(key, i)``.
     """
 
@@ -60,12 +61,12 @@ def start(
 
 def changing(variables: Variables) -> dict[str, Any]:
     """Returns the variables that training changes."""
-    return {name: tree for name, tree in variables.items() if name not in FROZEN}
+    return {name: tree for name, tree in variables.items() if name in TRAINED}
 
 
 def frozen(variables: Variables) -> dict[str, Any]:
     """Returns the variables that training leaves as they are."""
-    return {name: tree for name, tree in variables.items() if name in FROZEN}
+    return {name: tree for name, tree in variables.items() if name not in TRAINED}
 
 
 def to_tree(state: TrainState) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Trained weights: where they come from, and PyTorch's files."""
+"""Trained weights: published models, downloads, checkpoints, PyTorch's files."""

@@ -1,4 +1,4 @@
-"""Checkpoints: variables, config, preprocessing, source and licence as one folder.
+"""Checkpoint folders: variables, config, preprocessing, source and licence.
 
     NAME/jaxreg.json   what the network is and where it came from
     NAME/variables/    the arrays, an Orbax checkpoint
@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 
 from jaxreg.errors import UserError
 from jaxreg.io import files
+from jaxreg.models import registry
+from jaxreg.models.base import present_names
 from jaxreg.typing import Variables
 
 DESCRIPTION = "jaxreg.json"
@@ -227,6 +229,9 @@ def _read_description(path: pathlib.Path) -> dict[str, Any]:
             f"{file} lacks a usable {', '.join(wrong)}; write or download the "
             "checkpoint again"
         )
+    if content["model"] in registry.kinds():
+        kind = registry.kind_named(content["model"], str(file))
+        content["config"] = present_names(kind, content["config"])
     return {name: content[name] for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Weights from one file format to another."""
+"""Conversion of weights between checkpoint folders and PyTorch files."""
 
 import pathlib
 import warnings
@@ -6,12 +6,13 @@ import warnings
 from jaxreg.data.network_grid import ANY_ORIENTATION
 from jaxreg.errors import UserError
 from jaxreg.io import files
+from jaxreg.models import registry
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import load, zoo
 from jaxreg.weights.bundle import Bundle
 from jaxreg.weights.download import PathLike
 from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.zoo import Kind
+from jaxreg.weights.pytorch.table import TensorTable, table_of
 
 
 def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> None:
@@ -31,7 +32,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
     source, target = pathlib.Path(source), pathlib.Path(target)
     if model is not None:
         model = zoo.ZOO[model].model if model in zoo.ZOO else model
-        zoo.kind_named(model, "--model")
+        registry.kind_named(model, "--model")
     from_torch, to_torch = (
         zoo.is_torch(source),
         target.suffix.lower() in zoo.TORCH_SUFFIXES,
@@ -59,15 +60,17 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
             f"{source} holds a {bundle.model} network, --model says {model}; "
             f"give --model {bundle.model}"
         )
-    kind = zoo.kind_named(bundle.model, str(source))
-    variables, beside = bundle.variables, dict(kind.beside or {})
-    names = tuple(bundle.preprocessing.get(kind.names, ())) if kind.names else ()
-    if kind.names and names:
-        variables, names = load.in_order(kind, variables, names, str(source))
-        beside[kind.names] = list(names)
-    state = kind.from_variables(variables, bundle.config, source=str(source))
-    state_lib.write_state_dict(target, state, wrapper=kind.wrapper, beside=beside)
-    lost = _unlike_released(bundle, kind)
+    kind = registry.kind_named(bundle.model, str(source))
+    table = table_of(kind, source=str(source))
+    config = registry.config_of(bundle.model, bundle.config)
+    variables, beside = bundle.variables, dict(table.beside)
+    entry = config.names_entry
+    if entry and (names := tuple(bundle.preprocessing.get(entry, ()))):
+        variables, names = table.in_order(config, variables, names, source=str(source))
+        beside[entry] = list(names)
+    state = table.from_variables(variables, bundle.config, source=str(source))
+    state_lib.write_state_dict(target, state, wrapper=table.wrapper, beside=beside)
+    lost = _unlike_released(bundle, table)
     if lost:
         warnings.warn(
             f"{target} cannot say how its network sees scans; who reads it takes "
@@ -76,13 +79,13 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
         )
 
 
-def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
+def _unlike_released(bundle: Bundle, table: TensorTable) -> list[str]:
     """Returns what a reader of the PyTorch file takes for weights' preprocessing.
 
     Where it differs from theirs alone: the file holds tensors and names.
     """
     stated, found = bundle.preprocessing, []
-    assumed_by_reader = kind.preprocessing(bundle.variables)
+    assumed_by_reader = table.preprocessing(bundle.variables)
     for name, assumed in assumed_by_reader.items():
         own = stated.get(name, assumed)
         if name in ("tasks", "regions", "resize_labels", "orientation"):
@@ -98,7 +101,7 @@ def _unlike_released(bundle: Bundle, kind: Kind) -> list[str]:
             "one window for all tasks and no smoothness of one's own, where the "
             f"training has rules for {', '.join(ruled)}"
         )
-    if kind.in_order and "regions" not in stated and "regions" in assumed_by_reader:
+    if table.ordered and "regions" not in stated and "regions" in assumed_by_reader:
         found.append(
             f"the regions {', '.join(assumed_by_reader['regions'])} in this order, "
             "where the checkpoint names none"

@@ -1,4 +1,4 @@
-"""What models there are, and where their weights lie."""
+"""List of published models and where their weights lie."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ class ModelSummary:
     title: str
     parameters: int
     grid: tuple[int, ...]
-    tasks: str
+    coverage: str
     licence: str
     paper: str
     location: str
@@ -40,7 +40,7 @@ def describe(*, cache_dir: PathLike | None = None) -> tuple[ModelSummary, ...]:
                 title=card.title,
                 parameters=card.parameters,
                 grid=tuple(card.preprocessing["shape"]),
-                tasks=card.tasks,
+                coverage=card.coverage,
                 licence=card.licence,
                 paper=card.paper,
                 location=location,

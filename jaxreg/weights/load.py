@@ -1,27 +1,26 @@
 """Loading of weights by name or path."""
 
 import dataclasses
+import functools
 import os
 import pathlib
-from collections.abc import Mapping
-from typing import Any
+
+import jax
+import numpy as np
 
 from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError, near_match
 from jaxreg.io import files
 from jaxreg.models import registry
-from jaxreg.models.sam import (
-    SamConfig,
-    TrainedSam,
-)
+from jaxreg.models.sam import TrainedSam
 from jaxreg.typing import Variables
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import download, zoo
 from jaxreg.weights.bundle import Bundle
 from jaxreg.weights.download import PathLike, Progress
-from jaxreg.weights.pytorch import sam, unireg_rpn
 from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.zoo import Kind, LoadedModel
+from jaxreg.weights.pytorch.table import kind_of_file, table_of
+from jaxreg.weights.zoo import LoadedModel
 
 
 def load(
@@ -62,9 +61,8 @@ def load(
         bundle = _from_path(name)
     if bundle.model == zoo.SAM:
         raise zoo.no_registration(name)
-    kind = zoo.kind_named(bundle.model, name)
-    kind.check_variables(bundle.variables, bundle.config, source=name)
-    model = registry.build(registry.config_of(bundle.model, bundle.config))
+    check_variables(bundle, name)
+    model = registry.config_of(bundle.model, bundle.config).build()
     loaded = LoadedModel(name, model, bundle.variables, bundle)
     _check_stated(loaded)
     return loaded
@@ -83,7 +81,7 @@ def _check_stated(model: LoadedModel) -> None:
             if stated.get(name) is not None:
                 low, high = stated[name]
                 _ = float(low), float(high)
-        _ = model.shape, model.tasks, model.validation_scans
+        _ = model.shape, model.task_names, model.validation_scans
     except (TypeError, ValueError, UserError) as error:
         raise UserError(
             f"{model.name} says of its preprocessing what cannot be ({error}); mend "
@@ -111,28 +109,57 @@ def load_sam(path: PathLike) -> TrainedSam:
             f"{name} holds a {bundle.model} network, which registers scans and "
             "describes no places; give the weights of SAM"
         )
-    sam.check_variables(bundle.variables, bundle.config, source=name)
-    config = registry.read_fields(SamConfig, bundle.config)
+    check_variables(bundle, name)
+    config = registry.config_of(bundle.model, bundle.config)
     return zoo.with_rule(config, bundle.variables, bundle.preprocessing)
 
 
-def in_order(
-    kind: Kind, variables: Variables, names: tuple[str, ...], source: str
-) -> tuple[Variables, tuple[str, ...]]:
-    """Returns weights and their prompts' or regions' names as the released code orders.
+def check_variables(bundle: Bundle, source: str) -> None:
+    """Checks that a bundle's variables are exactly those of its network.
 
     Raises:
-      UserError: there are other names than prompts, or see `Kind.in_order`.
+      UserError: leaves are unknown, missing, misshapen, of the wrong type or not
+        finite; or the kind of network is unknown.
     """
-    if kind.in_order is not None:
-        return kind.in_order(variables, names, source=source)
-    count = registry.prompts_in(variables)
-    if len(names) != count or len(set(names)) < count:
+    kind = registry.kind_named(bundle.model, source)
+    variables = bundle.variables
+    own = {name: tree for name, tree in variables.items() if name not in kind.frozen}
+    if kind.tensor_table:
+        table = table_of(kind, source=source)
+        table.check_variables(own, bundle.config, source=source)
+    else:
+        _check_shapes(bundle, own, source)
+    for name in kind.frozen:
+        if name in variables:
+            table = table_of(registry.kind_named(name, source), source=source)
+            table.check_variables(variables[name], source=f"{source}, {name}")
+
+
+def _check_shapes(bundle: Bundle, variables: Variables, source: str) -> None:
+    """Checks variables by fresh ones, where no table names them.
+
+    Raises:
+      UserError: leaves are unknown, missing or misshapen.
+    """
+    config = registry.config_of(bundle.model, bundle.config)
+    shape = bundle.preprocessing.get("shape", config.least_grid)
+    fresh = jax.eval_shape(
+        functools.partial(config.build().init, shape=tuple(shape)), jax.random.key(0)
+    )
+    expected, got = (
+        {
+            jax.tree_util.keystr(path): np.shape(leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+        }
+        for tree in (fresh, variables)
+    )
+    wrong = [k for k in expected | got if expected.get(k) != got.get(k)]
+    wrong += [name for name in variables if name not in fresh]
+    if wrong:
         raise UserError(
-            f"{source} names the prompts {', '.join(names)}, but its weights hold "
-            f"{count}; give a name of its own to each"
+            f"{source} does not hold the variables of this {config.title} network "
+            f"({wrong[0]} is missing, misshapen or unknown); give its own weights"
         )
-    return variables, names
 
 
 def _from_cache(name: str, folder: pathlib.Path) -> Bundle | None:
@@ -166,33 +193,25 @@ def _from_path(name: str) -> Bundle:
     return bundle_lib.load_bundle(path)
 
 
-def _kind_of(state: Mapping[str, Any]) -> str:
-    """Says whose network the names of a PyTorch file are."""
-    if any(key.startswith(("backbone.conv1.conv.", "read_out_head.")) for key in state):
-        return zoo.SAM
-    if any(key.startswith("prompt_generator.") for key in state):
-        return "promptreg"
-    if any(key.startswith("encoder_moving.") for key in state):
-        return "rdp"
-    return "unireg_rpn" if unireg_rpn.is_released(state) else "gradicon"
-
-
 def load_torch(path: pathlib.Path, model: str | None) -> Bundle:
-    """Reads a user's own PyTorch file."""
+    """Reads a user's own PyTorch file; its names tell the kind of network if None."""
+    source = str(path)
     state = state_lib.read_state_dict(path)
-    model = model or _kind_of(state)
-    kind = zoo.KINDS[model]
-    config = kind.read_config(state, source=str(path))
-    variables = kind.to_variables(state, config, source=str(path))
-    preprocessing = dict(kind.preprocessing(variables))
-    if kind.names and (names := state_lib.read_names(path, kind.names)):
+    model = model or kind_of_file(state)
+    table = table_of(registry.kind_named(model, source), source=source)
+    fields = table.read_config(state, source=source)
+    variables = table.to_variables(state, source=source)
+    preprocessing = dict(table.preprocessing(variables))
+    config = registry.config_of(model, fields)
+    entry = config.names_entry
+    if entry and (names := state_lib.read_names(path, entry)):
         # What else is said of the tasks goes by the released order.
-        variables, names = in_order(kind, variables, names, str(path))
-        preprocessing[kind.names] = list(names)
+        variables, names = table.in_order(config, variables, names, source=source)
+        preprocessing[entry] = list(names)
     return Bundle(
         variables=variables,
         model=model,
-        config=config,
+        config=fields,
         preprocessing=preprocessing,
         source=f"{path.name}; sha256 {files.sha256(path)}",
         licence="not stated by the file",

@@ -29,7 +29,7 @@ from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import load
 
 SHAPE = (20, 24, 22)
-SMALL = GradIconConfig((2, 4, 8), (4, 4), halvings=1, refinements=0)
+SMALL = GradIconConfig((2, 4, 8), (4, 4), downsampled_steps=1, fullres_steps=0)
 NETWORK_GRID = "8,8,8"  # every level of the displacement has this size: one program
 VERBS = ("register", "warp", "jacobian", "convert", "models", "demo")
 

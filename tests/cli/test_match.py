@@ -12,12 +12,17 @@ from jaxreg.cli import main
 from jaxreg.errors import UserError
 from jaxreg.models import sam
 from jaxreg.weights import bundle as bundle_lib
-from jaxreg.weights import load, zoo
+from jaxreg.weights import load
+from jaxreg.weights.pytorch import sam as sam_lib
 
 SHIFT = np.array([6.0, -3.0, 10.0])
 POINTS_RAS = np.array([[8.0, 20.0, 25.0], [14.0, 15.0, 30.0]])
 CONFIG = {"channels": (2, 2, 3, 3), "embedding": 4, "form": "native"}
-RULE = {**zoo.SAM_PREPROCESSING, "spacing_mm": 1.5, "mri_quantiles": [0.0, 0.99]}
+RULE = {
+    **sam_lib.TABLE.preprocessing({}),
+    "spacing_mm": 1.5,
+    "mri_quantiles": [0.0, 0.99],
+}
 COMMON = ("--fixed-modality", "mri", "--moving-modality", "mri")
 
 

@@ -43,7 +43,7 @@ from jaxreg.training.optimizer import OptimizerConfig
 def get_config():
     return Experiment(
         name="tiny",
-        model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0),
+        model=GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0),
         data=DataConfig(pairs_per_epoch=12, validation_pairs=0),
         loading=Loading(shape=(8, 8, 8), prefetch=0),
         objective=Objective(similarity="mse"),
@@ -606,7 +606,7 @@ def scored(original, tmp_path_factory):
             row[name] = str(original.parent / row[name])
         row["split"] = "val" if int(row["subject"][-1]) < 4 else "train"
     write_rows(folder / "manifest.csv", rows)
-    model = GradIcon(GradIconConfig((2, 4), (4,), halvings=0, refinements=0))
+    model = GradIcon(GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0))
     rng = np.random.default_rng(0)
     for name, size in (("identity", 0), ("random", 0.02)):
         variables = jax.tree_util.tree_map_with_path(
@@ -621,7 +621,7 @@ def scored(original, tmp_path_factory):
             overrides.override(
                 config_lib.Experiment(name="x", stages=(config_lib.Stage("one", 1),)),
                 [("model.channels_down", "2,4"), ("model.channels_up", "4"),
-                 ("model.halvings", "0"), ("model.refinements", "0"),
+                 ("model.downsampled_steps", "0"), ("model.fullres_steps", "0"),
                  ("loading.shape", "8,8,8")],
             ),
             variables,

@@ -22,8 +22,7 @@ from jaxreg.errors import UserError
 from jaxreg.evaluation import run as run_lib
 from jaxreg.evaluation import table as table_lib
 from jaxreg.io import transforms, volumes
-from jaxreg.models import registry
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.models.unireg.released import UniRegRpnConfig
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
@@ -103,7 +102,7 @@ def spec(folder):
 
 
 @dataclasses.dataclass(frozen=True)
-class Shifting:
+class Shifting(RegistrationModel):
     """A model that always answers with one shift along axis 2, in voxels.
 
     And waves across it, of a height in unit coordinates.
@@ -802,7 +801,7 @@ def with_heads(
         regions=len(regions),
         tasks=tuple((i, pairing) for i, pairing in enumerate(pairings)),
     )
-    return loaded(registry.build(config), tasks=list(names), regions=list(regions))
+    return loaded(config.build(), tasks=list(names), regions=list(regions))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from jaxreg.data import pair_list
 from jaxreg.errors import UserError
 from jaxreg.evaluation import run as run_lib
 from jaxreg.evaluation import sweep, table
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.unireg.released import UniRegRpnConfig
 from jaxreg.nn.heads import SmoothnessRange
@@ -31,7 +31,7 @@ CONFIG = UniRegRpnConfig(
 
 
 @dataclasses.dataclass(frozen=True)
-class Obedient:
+class Obedient(RegistrationModel):
     """Shifts along axis 2 by as many voxels as the smoothness asked for."""
 
     config: UniRegRpnConfig = CONFIG
@@ -78,7 +78,7 @@ def pairs(tmp_path):
 
 @pytest.fixture(autouse=True)
 def obedient(monkeypatch):
-    monkeypatch.setattr("jaxreg.models.registry.build", Obedient)
+    monkeypatch.setattr(UniRegRpnConfig, "build", Obedient)
 
 
 OPTIONS = options_lib.Options(shape=SHAPE, io_iterations=None, inverse=False)

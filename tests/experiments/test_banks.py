@@ -13,7 +13,7 @@ from jaxreg.errors import UserError
 from jaxreg.experiments import datasets, overrides, run, warm_start
 from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
-from jaxreg.models import promptreg, registry
+from jaxreg.models import promptreg
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.rdp import RdpConfig
 from jaxreg.typing import Pair
@@ -51,7 +51,7 @@ def saved_bank(folder, chosen, tasks):
     sources = datasets.with_bank(sources_of(tasks), (), chosen.model)
     chosen = datasets.with_tasks(chosen, sources)
     variables = jax.tree.map(
-        np.array, registry.build(chosen.model).init(jax.random.key(7), (16, 16, 16))
+        np.array, chosen.model.build().init(jax.random.key(7), (16, 16, 16))
     )
     bundle_lib.save_bundle(folder, run.bundle_of(chosen, variables, sources))
     return variables
@@ -63,7 +63,7 @@ def started(chosen, known, tasks):
     sources = datasets.with_bank(sources_of(tasks), known, chosen.model)
     chosen = datasets.with_tasks(chosen, sources)
     variables = warm_start.initial_variables(
-        chosen, registry.build(chosen.model), None, said.append, sources.bank, known
+        chosen, chosen.model.build(), None, said.append, sources.bank, known
     )
     return variables, " ".join(said)
 
@@ -166,7 +166,7 @@ def test_mistakes_of_grid_and_losses_leave_no_folder(tmp_path):
 def test_a_domain_is_added_to_a_trained_bank(tmp_path):
     old = run.run(prompted("inter_mono", "intra_mono"), tmp_path / "old")
     before = load.load(old.weights)
-    assert before.tasks == ("inter_mono", "intra_mono")
+    assert before.task_names == ("inter_mono", "intra_mono")
     # The first of the old ones has no data here.
     chosen = prompted(
         "inter_multi", "intra_mono", start=str(old.weights), only="new_prompts"
@@ -176,14 +176,14 @@ def test_a_domain_is_added_to_a_trained_bank(tmp_path):
     new = run.run(chosen, tmp_path / "new", report=said.append)
     assert any("new: inter_multi" in sentence for sentence in said)
     after = load.load(new.weights)
-    assert after.tasks == ("inter_mono", "intra_mono", "inter_multi")
+    assert after.task_names == ("inter_mono", "intra_mono", "inter_multi")
     bank = promptreg.bank_of(after.variables)
     np.testing.assert_array_equal(bank[:2], promptreg.bank_of(before.variables))
     fresh = after.model.init(warm_start.weights_key(0), (16, 16, 16))
     assert np.any(bank[2] != promptreg.bank_of(fresh)[2])
     # All but the bank is as it was.
     kept, changed = (
-        promptreg.choose_rows(m.variables, [0, 1]) for m in (before, after)
+        chosen.model.with_prompts(m.variables, [0, 1]) for m in (before, after)
     )
     jax.tree.map(np.testing.assert_array_equal, kept["params"], changed["params"])
 
@@ -207,7 +207,7 @@ def test_a_bank_run_goes_on_without_what_it_started_from(tmp_path):
     said = []
     done = run.run(chosen, tmp_path / "run", resume=True, report=said.append)
     after = load.load(done.weights)
-    assert after.tasks == ("brain", "hip", "inter_mono")
+    assert after.task_names == ("brain", "hip", "inter_mono")
     np.testing.assert_array_equal(promptreg.bank_of(after.variables)[:2], old)
     # The second stage goes on with the first one's prompt.
     whole = run.run(

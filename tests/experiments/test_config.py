@@ -152,12 +152,12 @@ def test_stages_change_only_themselves():
     two = dataclasses.replace(
         PLAIN,
         stages=(
-            Stage("a", 1, (("model.refinements", 0),)),
+            Stage("a", 1, (("model.fullres_steps", 0),)),
             Stage("b", 2, (("optimizer.learning_rate", 0.5),)),
         ),
     )
     first, second = (changed for _, changed in config.stages(two))
-    assert (first.model.refinements, second.model.refinements) == (0, 1)
+    assert (first.model.fullres_steps, second.model.fullres_steps) == (0, 1)
     assert second.optimizer.learning_rate == 0.5
     assert first.optimizer == PLAIN.optimizer
 
@@ -165,8 +165,8 @@ def test_stages_change_only_themselves():
 STAGED = dataclasses.replace(
     PLAIN,
     stages=(
-        Stage("a", 1, (("model.refinements", 0), ("train.batch", 3))),
-        Stage("b", 2, (("model.refinements", 1),)),
+        Stage("a", 1, (("model.fullres_steps", 0), ("train.batch", 3))),
+        Stage("b", 2, (("model.fullres_steps", 1),)),
         Stage("c", 2),
     ),
 )
@@ -174,34 +174,39 @@ STAGED = dataclasses.replace(
 
 def test_a_change_that_stages_would_undo_is_refused():
     with pytest.raises(UserError) as caught:
-        overrides.override(STAGED, [("model.refinements", "2")])
+        overrides.override(STAGED, [("model.fullres_steps", "2")])
     assert str(caught.value) == (
-        "--model.refinements has no effect in stages that have a value of their own "
-        "(a, b); give --stages.a.model.refinements VALUE "
-        "--stages.b.model.refinements VALUE"
+        "--model.fullres_steps has no effect in stages that have a value of their own "
+        "(a, b); give --stages.a.model.fullres_steps VALUE "
+        "--stages.b.model.fullres_steps VALUE"
     )
     # A value of all of a section counts, and one within a section that is replaced.
     quiet = dataclasses.replace(STAGED, stages=(Stage("a", 1, (("augment", None),)),))
     with pytest.raises(UserError, match=r"--stages\.a\.augment\.noise VALUE"):
         overrides.override(quiet, [("augment.noise", "0.1")])
     # Neighbours in the section are free.
-    assert overrides.override(STAGED, [("model.halvings", "1")]).model.halvings == 1
+    assert (
+        overrides.override(
+            STAGED, [("model.downsampled_steps", "1")]
+        ).model.downsampled_steps
+        == 1
+    )
 
 
 def test_a_stage_is_given_values_of_its_own():
     changed = overrides.override(
         STAGED,
-        [("stages.a.model.refinements", "2"), ("stages.c.augment.noise", "1")],
+        [("stages.a.model.fullres_steps", "2"), ("stages.c.augment.noise", "1")],
     )
     a, b, c = (during for _, during in config.stages(changed))
-    assert [during.model.refinements for during in (a, b, c)] == [2, 1, 1]
+    assert [during.model.fullres_steps for during in (a, b, c)] == [2, 1, 1]
     assert [during.augment.noise for during in (a, b, c)] == [
         PLAIN.augment.noise,
         PLAIN.augment.noise,
         1.0,
     ]
     # Read as the field's type, so that a resumed run finds the same settings.
-    assert changed.stages[0].changes == (("train.batch", 3), ("model.refinements", 2))
+    assert changed.stages[0].changes == (("train.batch", 3), ("model.fullres_steps", 2))
     assert type(changed.stages[2].changes[0][1]) is float
     # Given for the stages that have their own, it may be given for the others too.
     everywhere = overrides.override(
@@ -332,3 +337,36 @@ def test_the_tree_is_written_as_json(tmp_path):
     tree = files.to_dict(wide)
     assert tree["augment"]["noise"] == 0.1
     assert tree["loading"]["shape"] == [175, 175, 175]
+
+
+# --- former names of fields -----------------------------------------------------------
+
+
+def test_settings_go_by_their_former_names_too():
+    assert overrides.override(PLAIN, [("model.halvings", "1")]) == overrides.override(
+        PLAIN, [("model.downsampled_steps", "1")]
+    )
+    stages = tuple(
+        Stage(s.name, s.epochs, tuple((n.replace("fullres_steps", "refinements"), v)
+                                      for n, v in s.changes))
+        for s in STAGED.stages
+    )  # fmt: skip
+    assert dataclasses.replace(PLAIN, stages=stages) == STAGED
+    changed = overrides.override(STAGED, [("stages.a.model.refinements", "2")])
+    assert dict(changed.stages[0].changes)["model.fullres_steps"] == 2
+    with pytest.raises(UserError, match=r"stages\.a\.model\.fullres_steps VALUE"):
+        overrides.override(STAGED, [("model.refinements", "2")])
+
+
+def test_a_run_of_an_older_jaxreg_goes_on(tmp_path):
+    """Its settings go by the names that fields had."""
+    path = tmp_path / "experiment.json"
+    files.write(path, STAGED)
+    text = path.read_text()
+    assert "halvings" not in text and "refinements" not in text
+    text = text.replace("fullres_steps", "refinements")
+    path.write_text(text.replace("downsampled_steps", "halvings"))
+    files.check_same(path, STAGED)
+    other = overrides.override(STAGED, [("model.halvings", "1")])
+    with pytest.raises(UserError, match="model.downsampled_steps 2 -> 1"):
+        files.check_same(path, other)

@@ -14,7 +14,6 @@ from jaxreg.data import network_grid
 from jaxreg.errors import UserError
 from jaxreg.experiments import config, files, overrides
 from jaxreg.experiments import dry_run as dry_run_lib
-from jaxreg.models import registry
 from jaxreg.models.gradicon import GradIcon
 from jaxreg.models.rdp import RdpConfig
 from jaxreg.models.sam import HU_RANGE
@@ -54,10 +53,10 @@ def test_a_recipe_names_itself_its_paper_and_its_command(name):
 def test_unigradicon_has_the_papers_numbers():
     chosen = load("unigradicon")
     first, second = config.stages(chosen)
-    assert [(stage.epochs, changed.model.refinements) for stage, changed in
+    assert [(stage.epochs, changed.model.fullres_steps) for stage, changed in
             (first, second)] == [(800, 0), (200, 1)]  # fmt: skip
     for _, stage in (first, second):
-        assert stage.model.halvings == 2
+        assert stage.model.downsampled_steps == 2
         assert stage.loading.shape == (175, 175, 175)
         assert stage.loading.ct_window == (-1000, 1000)
         assert stage.objective.similarity == "lncc"
@@ -89,8 +88,10 @@ def test_unigradicon_has_the_papers_numbers():
 def test_multigradicon_has_the_papers_numbers():
     chosen = load("multigradicon")
     assert [stage.epochs for stage in chosen.stages] == [800, 200, 100]
-    refinements = [changed.model.refinements for _, changed in config.stages(chosen)]
-    assert refinements == [0, 1, 1]
+    fullres_steps = [
+        changed.model.fullres_steps for _, changed in config.stages(chosen)
+    ]
+    assert fullres_steps == [0, 1, 1]
     assert chosen.objective.similarity == "lncc2"
     assert dict(chosen.objective.similarity_options) == {"sigma": 5}
     assert chosen.objective.inverse_consistency_weight == 1.5
@@ -255,10 +256,12 @@ def test_finetuning_has_the_original_tools_defaults():
 
 def test_what_a_stage_of_a_recipe_has_of_its_own_is_changed_by_its_name():
     chosen = load("unigradicon")
-    with pytest.raises(UserError, match=r"--stages\.stage_2\.model\.refinements VALUE"):
-        overrides.override(chosen, [("model.refinements", "0")])
-    changed = overrides.override(chosen, [("stages.stage_2.model.refinements", "0")])
-    assert [during.model.refinements for _, during in config.stages(changed)] == [
+    with pytest.raises(
+        UserError, match=r"--stages\.stage_2\.model\.fullres_steps VALUE"
+    ):
+        overrides.override(chosen, [("model.fullres_steps", "0")])
+    changed = overrides.override(chosen, [("stages.stage_2.model.fullres_steps", "0")])
+    assert [during.model.fullres_steps for _, during in config.stages(changed)] == [
         0,
         0,
     ]
@@ -350,7 +353,7 @@ def test_a_pyramid_dry_runs(name, capsys, monkeypatch):
 
 
 def check_small(rows, expected):
-    build = functools.partial(registry.build(expected.model).init, jax.random.key(0))
+    build = functools.partial(expected.model.build().init, jax.random.key(0))
     variables = jax.eval_shape(lambda: build(expected.loading.shape))
     count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert number(rows["parameters"]) == count

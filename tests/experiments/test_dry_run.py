@@ -20,7 +20,7 @@ from jaxreg.training import loop, parallel
 REPOSITORY = pathlib.Path(__file__).parents[2]
 TINY = Experiment(
     name="tiny",
-    model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0),
+    model=GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0),
     data=DataConfig(synthetic=("inter_mono",), pairs_per_epoch=8, validation_pairs=0),
     loading=Loading(shape=(16, 16, 16), prefetch=0),
     objective=Objective(similarity="mse", dice_weight=1.0),

@@ -351,7 +351,7 @@ def tiny(**changes) -> Experiment:
     """One pair a batch of a network with hardly any weights, for a few steps."""
     settings = {
         "name": "tiny",
-        "model": GradIconConfig((2, 4), (4,), halvings=0, refinements=0),
+        "model": GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0),
         "data": DataConfig(
             synthetic=("inter_mono",),
             synthetic_labels=2,
@@ -855,7 +855,7 @@ def test_validation_pairs_are_those_of_the_task():
 
 def test_training_starts_from_given_weights(reference):
     chosen = tiny(train=TrainConfig(batch=2, start=str(reference / "weights")))
-    chosen = overrides.override(chosen, [("model.refinements", "1")])
+    chosen = overrides.override(chosen, [("model.fullres_steps", "1")])
     said = []
     model = GradIcon(chosen.model)
     start = warm_start.initial_variables(chosen, model, None, said.append)
@@ -866,7 +866,7 @@ def test_training_starts_from_given_weights(reference):
 
 def test_weights_of_other_sizes_are_refused_by_name(reference, tmp_path):
     chosen = tiny(
-        model=GradIconConfig((2, 6), (4,), halvings=0, refinements=0),
+        model=GradIconConfig((2, 6), (4,), downsampled_steps=0, fullres_steps=0),
         train=TrainConfig(batch=2, start=str(reference / "weights")),
     )
     with pytest.raises(UserError, match=r"down_0/bias.*channels_down") as caught:
@@ -898,7 +898,7 @@ def overfit(tmp_path_factory):
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows(lines)
     chosen = tiny(
-        model=GradIconConfig((2, 8, 8), (8, 8), halvings=0, refinements=0),
+        model=GradIconConfig((2, 8, 8), (8, 8), downsampled_steps=0, fullres_steps=0),
         data=DataConfig(manifests=(str(path),), pairs_per_epoch=10, validation_pairs=2),
         loading=Loading(shape=(12, 12, 12)),
         augment=None,

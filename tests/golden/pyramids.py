@@ -71,7 +71,7 @@ def promptreg_small(rng, scan, promptreg):
     tasks, width = int(rng.integers(2, 6)), int(rng.integers(3, 6))
     sizes = promptreg_lib.Sizes(width, 1, tasks, grid)
     state = {}
-    for entry in promptreg_lib.entries(sizes):
+    for entry in promptreg_lib.PROMPTREG.entries(sizes):
         key, shape = entry.key, entry.torch_shape
         state[key] = uniform(rng, shape)
         if key.split(".")[0] in HEADS:
@@ -146,7 +146,7 @@ def _paper_forms(state, dynamic, task, found):
 def _unireg_state(rng):
     sizes = unireg_rpn.Sizes(8, 1, "dynamic", 6, 8)
     state = {}
-    for entry in unireg_rpn.entries(sizes):
+    for entry in unireg_rpn.TABLE.entries(sizes):
         key, shape = entry.key, entry.torch_shape
         if key.endswith("gap.0.weight"):
             state[key] = rng.uniform(0.6, 1.4, shape)

@@ -65,8 +65,8 @@ def state_of(g, group="state"):
 
 
 def model_of(state):
-    config = gradicon.gradicon_config(state)
-    return GradIcon(GradIconConfig(**config)), gradicon.to_variables(state, config)
+    config = gradicon.TABLE.read_config(state)
+    return GradIcon(GradIconConfig(**config)), gradicon.TABLE.to_variables(state)
 
 
 def config_of(model):
@@ -128,7 +128,9 @@ def evaluation(model, objective, *, train=False):
 
 def as_torch(tree, model, variables):
     """A tree like the parameters under PyTorch's names and axes."""
-    return gradicon.from_variables({**variables, "params": tree}, config_of(model))
+    return gradicon.TABLE.from_variables(
+        {**variables, "params": tree}, config_of(model)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +215,9 @@ def test_warped_images_match_reference(net, in_evaluation):
 @pytest.mark.golden
 def test_fields_of_the_steps_match_reference(net, in_evaluation):
     config = net.model.config
-    prefixes = gradicon.gradicon_prefixes(config.halvings, config.refinements)
+    prefixes = gradicon.gradicon_prefixes(
+        config.downsampled_steps, config.fullres_steps
+    )
     # A point meets the last step first.
     steps = in_evaluation.forward.steps[::-1]
     assert len(steps) == len(prefixes) == len(state_of(net.g, "stage_disp_AB"))
@@ -267,7 +271,7 @@ def test_gradients_of_training_match_reference(net, in_training):
 
 @pytest.mark.golden
 def test_running_statistics_move_as_the_reference(net, in_training):
-    after = gradicon.from_variables(in_training.after, config_of(net.model))
+    after = gradicon.TABLE.from_variables(in_training.after, config_of(net.model))
     wanted = state_of(net.g, "state_after_train_forward")
     assert wanted
     for name, values in wanted.items():
@@ -295,7 +299,7 @@ def test_a_batch_matches_reference(net):
 
 
 def test_a_fresh_network_is_the_identity():
-    model = GradIcon(GradIconConfig((2, 3), (3,), halvings=1, refinements=1))
+    model = GradIcon(GradIconConfig((2, 3), (3,), downsampled_steps=1, fullres_steps=1))
     variables = model.init(jax.random.key(0))
     assert sorted(variables["params"]) == ["step_1", "step_2", "step_3"]
     images = np.random.default_rng(0).random((2, 1, 5, 4, 6, 1)).astype(np.float32)
@@ -311,7 +315,7 @@ def test_a_fresh_network_is_the_identity():
 
 
 def test_a_grid_of_one_voxel_is_refused():
-    model = GradIcon(GradIconConfig((2, 3), (3,), halvings=0, refinements=0))
+    model = GradIcon(GradIconConfig((2, 3), (3,), downsampled_steps=0, fullres_steps=0))
     image = jnp.zeros((1, 4, 1, 4, 1))
     with pytest.raises(ValueError, match="needs 2 voxels"):
         model.apply({}, image, image)
@@ -363,10 +367,10 @@ def original_network(size):
             return icon.FunctionFromVectorField(networks.UNet2(levels, channels, 3))
 
         inner = unet()
-        for _ in range(config.halvings):
+        for _ in range(config.downsampled_steps):
             coarse = icon.DownsampleRegistration(inner, dimension=3)
             inner = icon.TwoStepRegistration(coarse, unet())
-        for _ in range(config.refinements):
+        for _ in range(config.fullres_steps):
             inner = icon.TwoStepRegistration(inner, unet())
         net = unigradicon.GradientICONSparse(inner, icon.LNCC(sigma=5), lmbda=1.5)
         net.assign_identity_map((1, 1, *size.shape))
@@ -549,7 +553,7 @@ class Case:
 
     @property
     def start(self):
-        return gradicon.from_variables(self.variables, config_of(self.model))
+        return gradicon.TABLE.from_variables(self.variables, config_of(self.model))
 
     @property
     def steps(self):
@@ -579,7 +583,7 @@ class Case:
         shape = self.images[0].shape[1:4]
         both = (result.forward, result.backward)
         maps = jax.jit(lambda *given: tuple(t.on_grid(shape) for t in given))(*both)
-        weights = gradicon.from_variables(last[0], config_of(self.model))
+        weights = gradicon.TABLE.from_variables(last[0], config_of(self.model))
         return Optimisation(result.history, maps, weights)
 
     def runs(self, rate):

@@ -7,7 +7,7 @@ import pytest
 
 from jaxreg.errors import UserError
 from jaxreg.losses import similarity
-from jaxreg.models import promptreg, registry
+from jaxreg.models import promptreg
 from jaxreg.nn import prompts
 from jaxreg.space import fields, sampling
 from jaxreg.space.grid import unit_scale
@@ -29,7 +29,7 @@ def distance(value, reference):
 def network_of(g):
     """The released model, its variables, and its two images."""
     state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
-    variables = promptreg_lib.to_variables(state)
+    variables = promptreg_lib.PROMPTREG.to_variables(state)
     config = promptreg.PromptRegConfig(
         channels=int(g["channels"]), tasks=int(g["task_total_number"])
     )
@@ -90,7 +90,7 @@ def test_losses(golden, found):
 def test_gradients(golden, found):
     """To 1e-2: trilinear sampling has kinks, see the rounding of one coordinate."""
     g = golden(NAME)
-    gradient = promptreg_lib.from_variables({"params": found[4]})
+    gradient = promptreg_lib.PROMPTREG.from_variables({"params": found[4]})
     stored = [key for key in g if key.startswith(GRADIENTS)]
     assert stored
     for key in stored:
@@ -255,13 +255,13 @@ def test_an_extended_bank_answers_as_before_with_its_old_rows(small):
     bank = promptreg.bank_of(extended)
     np.testing.assert_array_equal(bank[1], promptreg.bank_of(fresh)[1])
     before, _ = run(model, variables, moving, fixed)
-    chosen = promptreg.choose_rows(extended, [0, 2, 3])
+    chosen = small[0].config.with_prompts(extended, [0, 2, 3])
     after, _ = run(wider, chosen, moving, fixed)
     np.testing.assert_array_equal(before, after)
 
 
 def test_prompts_alone_are_masked_by_their_rows(small):
-    mask = registry.prompt_mask(small[1]["params"], rows=(1,))
+    mask = small[0].config.prompt_mask(small[1]["params"], rows=(1,))
     chosen = mask["bottleneck"]["generator"].pop("bank")
     np.testing.assert_array_equal(chosen[:, 0, 0, 0, 0], [0, 1, 0])
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(mask))
@@ -271,15 +271,13 @@ def test_weights_follow_grid_and_tasks_when_they_start_another_run(small):
     model, variables, _ = small
     wider = promptreg.PromptRegConfig(channels=2, tasks=4)
     fresh = promptreg.PromptReg(wider).init(jax.random.key(3), (32, 16, 24))
-    found = registry.fitted(wider, variables, (32, 16, 24), fresh, {0: 2, 3: 0}, 3)
+    found = wider.fitted(variables, (32, 16, 24), fresh, {0: 2, 3: 0}, 3)
     bank = promptreg.bank_of(found)
     resized = promptreg.bank_of(promptreg.resize_bank(variables, (4, 2, 3)))
     np.testing.assert_array_equal(bank[[0, 3]], resized[np.array([2, 0])])
     np.testing.assert_array_equal(bank[1:3], promptreg.bank_of(fresh)[1:3])
     assert found["params"]["head_1"] is variables["params"]["head_1"]
-    other = registry.fitted(
-        model.config, {"params": {"step_1": {}}}, SHAPE, fresh, {}, 0
-    )
+    other = model.config.fitted({"params": {"step_1": {}}}, SHAPE, fresh, {}, 0)
     assert other == {"params": {"step_1": {}}}
 
 

@@ -24,8 +24,8 @@ def test_configs_survive_json_and_build_their_kind(name):
     config = CONFIGS[name]
     stored = json.loads(json.dumps(dataclasses.asdict(config)))
     assert registry.config_of(name, stored) == config
-    assert registry.name_of(config) == name and name in registry.NAMES
-    assert registry.build(config).config == config  # pyright: ignore
+    assert config.kind == name and registry.kinds()[name] is type(config)
+    assert config.build().config == config
     assert not registry.unlike(config, stored)
 
 
@@ -38,10 +38,10 @@ def test_configs_survive_json_and_build_their_kind(name):
     ],
 )
 def test_grids_are_checked_by_kind(config, good, bad):
-    registry.check_grid(config, good)
+    config.check_grid(good)
     with pytest.raises(UserError, match=" x ".join(map(str, bad))):
-        registry.check_grid(config, bad)
-    registry.check_grid(GradIconConfig(), bad)
+        config.check_grid(bad)
+    GradIconConfig().check_grid(bad)
 
 
 def test_what_means_something_else_is_named():
@@ -54,3 +54,26 @@ def test_what_means_something_else_is_named():
     }
     # The size of a bank says nothing about the weights' meaning.
     assert not registry.unlike(PromptRegConfig(tasks=3), {"tasks": 2, "slope": 0.01})
+
+
+# --- former names of fields -----------------------------------------------------------
+
+
+def test_fields_go_by_their_former_names_too():
+    """As configurations of users, older bundles and `dataclasses.replace` give them."""
+    now = GradIconConfig(downsampled_steps=1, fullres_steps=0)
+    assert GradIconConfig(halvings=1, refinements=0) == now  # pyright: ignore
+    assert dataclasses.replace(now, refinements=2).fullres_steps == 2  # pyright: ignore
+    assert registry.config_of("gradicon", {"halvings": 1, "refinements": 0}) == now
+    assert "halvings" not in dataclasses.asdict(now)  # the present ones are written
+    with pytest.raises(UserError, match="fields halving, .*knows .*downsampled_steps"):
+        registry.config_of("gradicon", {"halving": 1})
+
+
+def test_a_kind_is_known_once():
+    registry.register_kind(GradIconConfig)
+    other = type("Other", (GradIconConfig,), {})
+    with pytest.raises(ValueError, match="gradicon"):
+        registry.register_kind(other)
+    with pytest.raises(UserError, match="here: 'gradicn' .*did you mean gradicon"):
+        registry.kind_named("gradicn", "here")

@@ -77,8 +77,8 @@ def state(golden):
 def found(golden, state):
     """Embeddings and everything in between, by one program."""
     g = golden(NAME)
-    variables = sam_lib.to_variables(state)
-    config = sam.SamConfig(**sam_lib.read_config(state))
+    variables = sam_lib.TABLE.to_variables(state)
+    config = sam.SamConfig(**sam_lib.TABLE.read_config(state))
     run = jax.jit(
         lambda v, x: sam.SamNetwork(config).apply(
             v, x, capture_intermediates=True, mutable=["intermediates"]

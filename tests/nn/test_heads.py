@@ -100,7 +100,7 @@ def test_group_norm_has_as_many_groups_as_fit():
 
 
 def test_tasks_are_looked_up():
-    region, pairing = heads.one_hot_tasks(TASKS, 3, ("intra", "inter"))
+    region, pairing = heads.one_hot_region_pairings(TASKS, 3, ("intra", "inter"))
     found = heads.look_up(region, jnp.array([1, 0]), TASKS)
     np.testing.assert_array_equal(found, [[1, 0, 0], [0, 1, 0]])
     np.testing.assert_array_equal(pairing, [[0, 1], [1, 0], [0, 1]])
@@ -112,4 +112,4 @@ def test_tasks_are_looked_up():
     with pytest.raises(UserError, match=r"\[3\], UniReg knows 0: region 1 inter"):
         heads.look_up(region, np.array([3]), TASKS)
     with pytest.raises(UserError, match="region from 0 to 1"):
-        heads.check_tasks(TASKS, 2)
+        heads.check_region_pairings(TASKS, 2)

@@ -27,9 +27,9 @@ def variables_of(g, *groups):
             for key, value in g.items()
             if key.startswith(f"{group}/")
         }
-    config = gradicon.gradicon_config(state)
-    assert config["halvings"] == config["refinements"] == 0
-    variables = gradicon.to_variables(state, config)
+    config = gradicon.TABLE.read_config(state)
+    assert config["downsampled_steps"] == config["fullres_steps"] == 0
+    variables = gradicon.TABLE.to_variables(state)
     sizes = {name: config[name] for name in ("channels_down", "channels_up")}
     network = unet.TallUNet2(unet.UNetConfig(**sizes))
     return network, {name: tree["step_1"] for name, tree in variables.items()}

@@ -19,7 +19,6 @@ from jaxreg.experiments import datasets, run, warm_start
 from jaxreg.experiments.config import Experiment, Stage
 from jaxreg.experiments.datasets import TaskRule
 from jaxreg.losses.objective import Objective
-from jaxreg.models import registry
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.unireg.paper import UniRegConfig
@@ -79,7 +78,7 @@ def saved(folder, model, sources, seed=3):
         size = 0.3 if controller else 0.0
         return np.asarray(leaf) + rng.uniform(-size, size, leaf.shape).astype("f4")
 
-    variables = registry.build(chosen.model).init(jax.random.key(seed), SHAPE)
+    variables = chosen.model.build().init(jax.random.key(seed), SHAPE)
     variables = jax.tree_util.tree_map_with_path(loud, variables)
     bundle = run.bundle_of(chosen, variables, sources)
     bundle_lib.save_bundle(folder, bundle)
@@ -209,7 +208,7 @@ def test_a_grown_network_answers_as_before_for_old_regions(tmp_path, model):
     )
     chosen = datasets.with_tasks(chosen, grown)
     assert chosen.model.regions == 3
-    network = registry.build(chosen.model)
+    network = chosen.model.build()
     said = []
     variables = warm_start.initial_variables(
         chosen, network, None, said.append, grown.bank, known
@@ -239,7 +238,7 @@ def trained(tmp_path_factory):
 def test_weights_carry_their_names_and_what_they_can_be_asked_for(trained):
     assert isinstance(trained.model, UniRegRpn)
     assert trained.model.config.smoothness_range == RANGE
-    assert trained.tasks == ("a", "b", "c")
+    assert trained.task_names == ("a", "b", "c")
     assert trained.bundle.preprocessing["regions"] == ["head", "liver"]
 
 
@@ -349,7 +348,7 @@ def test_domains_of_a_bank_bring_intensities_where_they_agree():
     stored = {"tasks": ["a", "b", "c"], "ct_window": [-9, 9]}
     rules = [{"ct_window": window} for window in ([0, 5], [0, 5], None)]
     bundle = bundle_lib.Bundle(variables, "promptreg", {}, stored, "", "")
-    network = registry.build(PromptRegConfig(tasks=3))
+    network = PromptRegConfig(tasks=3).build()
     model = zoo.LoadedModel("bank", network, variables, bundle)
     assert conditioning.condition(model, "a").model.ct_window == (-9, 9)
     model = stating(model, task_rules=rules)
@@ -385,7 +384,7 @@ def test_register_scales_by_the_tasks_window_unless_told_otherwise(trained):
 
 def test_other_networks_are_told_nothing():
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {}, "", "")
-    plain = zoo.LoadedModel("plain", registry.build(GradIconConfig()), {}, bundle)
+    plain = zoo.LoadedModel("plain", GradIconConfig().build(), {}, bundle)
     assert conditioning.condition(plain).model is plain
     for told, said in (
         (("x",), "neither a prompt bank nor heads"),
@@ -416,7 +415,7 @@ def test_of_several_tasks_of_a_region_the_named_one_is_asked_for(trained):
     config = dataclasses.replace(
         trained.model.config, tasks=((0, "inter"), (1, "intra"), (0, "inter"))
     )
-    model = dataclasses.replace(trained, model=registry.build(config))
+    model = dataclasses.replace(trained, model=config.build())
     model = stating(model, task_rules=rules)
     assert conditioning.condition(model, "c").smoothness == 0.7
     assert conditioning.condition(model, "head").smoothness == 3.0
@@ -457,7 +456,7 @@ def test_checkpoints_from_before_windows_are_read(tmp_path):
     config = dataclasses.asdict(PAPER)
     for name in ("task_windows", "sam_window"):
         del config[name]
-    variables = jax.tree.map(np.asarray, registry.build(PAPER).init(jax.random.key(0)))
+    variables = jax.tree.map(np.asarray, PAPER.build().init(jax.random.key(0)))
     stated = {
         "tasks": ["a", "b"], "regions": ["head", "liver"],
         "task_rules": [
@@ -484,7 +483,7 @@ def test_weights_without_windows_compare_what_their_network_is_shown():
         400.0,
     )
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {}, "", "")
-    plain = zoo.LoadedModel("plain", registry.build(GradIconConfig()), {}, bundle)
+    plain = zoo.LoadedModel("plain", GradIconConfig().build(), {}, bundle)
     assert conditioning.compared_window(plain) is None
     assert conditioning.compared_window(None) is None
 
@@ -508,7 +507,7 @@ def test_windows_of_tasks_are_checked(task, said):
 
 def hounsfield(**preprocessing):
     bundle = bundle_lib.Bundle({}, "unireg", {}, preprocessing, "", "")
-    return zoo.LoadedModel("reads HU", registry.build(PAPER), {}, bundle)
+    return zoo.LoadedModel("reads HU", PAPER.build(), {}, bundle)
 
 
 def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
@@ -525,7 +524,7 @@ def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
     mixed = dataclasses.replace(two_ct, moving_modality="mri")
     with pytest.raises(UserError, match="--moving-modality is mri, .* Hounsfield"):
         preparation.check_units(hounsfield(), mixed)
-    free = registry.build(dataclasses.replace(PAPER, backbone_window=None))
+    free = dataclasses.replace(PAPER, backbone_window=None).build()
     model = dataclasses.replace(hounsfield(), model=free)
     preparation.check_units(model, mixed)
 
@@ -567,7 +566,7 @@ def test_levels_are_repeated_when_asked(trained):
         config = dataclasses.replace(trained.model.config, **fields)
         stored = {**trained.bundle.config, **fields}
         bundle = dataclasses.replace(trained.bundle, config=stored)
-        return dataclasses.replace(trained, model=registry.build(config), bundle=bundle)
+        return dataclasses.replace(trained, model=config.build(), bundle=bundle)
 
     patient = with_levels(delta=-1.0)  # no step is too little
     once = registered(patient, task="a")
@@ -581,7 +580,7 @@ def test_levels_are_repeated_when_asked(trained):
 
 def test_only_a_pyramid_of_tasks_has_levels_to_repeat():
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {}, "", "")
-    plain = zoo.LoadedModel("plain", registry.build(GradIconConfig()), {}, bundle)
+    plain = zoo.LoadedModel("plain", GradIconConfig().build(), {}, bundle)
     with pytest.raises(UserError, match="--level-iterations is 3, but plain is no"):
         registered(plain, level_iterations=3)
     with pytest.raises(UserError, match="--level-iterations is 3, but no network"):

@@ -14,7 +14,7 @@ from jaxreg.cli import main
 from jaxreg.data import pair_list
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.registration import many
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
@@ -28,7 +28,7 @@ GRID = (10, 9, 8)
 
 
 @dataclasses.dataclass(frozen=True)
-class Bending:
+class Bending(RegistrationModel):
     """A stand-in for a network: a displacement that depends on both images."""
 
     def apply(self, variables, moving, fixed, **_):

@@ -12,7 +12,7 @@ from jaxreg.data import network_grid
 from jaxreg.errors import UserError
 from jaxreg.io import transforms
 from jaxreg.models import sam
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.models.promptreg import PromptReg, PromptRegConfig
 from jaxreg.models.sam import HU_RANGE, SamConfig, TrainedSam
 from jaxreg.models.unireg.paper import UniReg, UniRegConfig
@@ -57,7 +57,7 @@ def blobs(grid: Grid, shift_mm=(0.0, 0.0, 0.0)) -> Volume:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shifting:
+class Shifting(RegistrationModel):
     """A model that always answers with one shift, in unit coordinates."""
 
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -196,7 +196,7 @@ def test_stored_orientation_decides_what_the_network_sees(stored, monkeypatch):
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaning:
+class Leaning(RegistrationModel):
     """A model whose answer depends on how the fixed scan lies in its array."""
 
     def apply(self, variables, moving, fixed, **_):

@@ -12,7 +12,7 @@ from jaxreg.training import step as step_lib
 from jaxreg.typing import Pair
 
 SHAPE = (9, 8, 10)
-MODEL = GradIcon(GradIconConfig((2, 4), (4,), halvings=0, refinements=0))
+MODEL = GradIcon(GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0))
 
 
 def random_variables(model=MODEL, seed=0):

@@ -22,7 +22,7 @@ from jaxreg.typing import ONE_CALL, Batching, Pair
 SHAPE = (8, 7, 9)
 PLAIN = StepConfig()
 MEAN_SQUARE = Objective(similarity="mse", inverse_consistency_weight=0.5)
-CONFIG = GradIconConfig((2, 4), (4,), halvings=0, refinements=0)
+CONFIG = GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,7 +35,7 @@ def bundle(value=1.5, **changes):
     fields = {
         "variables": variables,
         "model": "gradicon",
-        "config": {"channels_down": [2, 3], "halvings": 1},
+        "config": {"channels_down": [2, 3], "downsampled_steps": 1},
         "preprocessing": {"shape": [5, 6, 7], "window": [-1000.0, 1000.0]},
         "source": "somewhere; café",
         "licence": "Apache-2.0",

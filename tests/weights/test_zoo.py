@@ -5,6 +5,7 @@ import dataclasses
 import http.server
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.io import files
 from jaxreg.models import registry, sam
@@ -28,12 +30,13 @@ from jaxreg.weights import convert, download, listing, load, zoo
 from jaxreg.weights.pytorch import gradicon, unireg_rpn
 from jaxreg.weights.pytorch import sam as sam_lib
 from jaxreg.weights.pytorch import state as state_lib
+from jaxreg.weights.pytorch.promptreg import RDP
 
 SMALL = {
     "channels_down": (2, 3, 5),
     "channels_up": (4, 3),
-    "halvings": 1,
-    "refinements": 1,
+    "downsampled_steps": 1,
+    "fullres_steps": 1,
 }
 ASSET = "small_weights/Step_2_final.trch"
 
@@ -44,7 +47,7 @@ def random_state(config=SMALL, seed=0):
         entry.key: np.array(seed, np.int64)
         if entry.is_count
         else rng.normal(size=entry.torch_shape).astype(np.float32)
-        for entry in gradicon.gradicon_entries(config)
+        for entry in gradicon.TABLE.entries(config)
     }
 
 
@@ -54,7 +57,7 @@ def write_trch(path, config=SMALL, seed=0):
 
 
 def assert_is_random_state(variables, seed=0):
-    expected = gradicon.to_variables(random_state(seed=seed), SMALL)
+    expected = gradicon.TABLE.to_variables(random_state(seed=seed))
     leaves, tree = jax.tree.flatten(expected)
     got, got_tree = jax.tree.flatten(variables)
     assert got_tree == tree
@@ -245,8 +248,8 @@ def test_bad_file_put_there_by_hand_is_named(small, tmp_path):
 
 @pytest.mark.torch
 def test_other_sizes_than_published_are_refused(small, tmp_path):
-    write_trch(tmp_path / "small.trch", SMALL | {"refinements": 0})
-    with pytest.raises(UserError, match="'refinements': 0.*uniGradICON has"):
+    write_trch(tmp_path / "small.trch", SMALL | {"fullres_steps": 0})
+    with pytest.raises(UserError, match="'fullres_steps': 0.*uniGradICON has"):
         load.load("small", cache_dir=tmp_path)
     assert os.listdir(tmp_path) == ["small.trch"]
 
@@ -327,7 +330,7 @@ def test_unknown_name_is_answered_with_near_ones(name):
 
 def test_cards_state_the_sizes_that_follow_from_their_config():
     for card in zoo.ZOO.values():
-        entries = gradicon.gradicon_entries(card.config)
+        entries = gradicon.TABLE.entries(card.config)
         trained = sum(int(np.prod(e.shape)) for e in entries if e.path[0] == "params")
         assert trained == card.parameters
         assert card.preprocessing["shape"] == [175, 175, 175]
@@ -343,7 +346,7 @@ def test_urls_are_those_of_the_release():
         )
         assert rows[name].grid == (175, 175, 175)
         assert rows[name].licence
-        assert rows[name].tasks
+        assert rows[name].coverage
 
 
 @pytest.mark.torch
@@ -412,14 +415,14 @@ def test_another_architecture_is_refused(tmp_path):
     ("changes", "words"),
     [
         ({"model": "voxelmorph"}, "'voxelmorph' is not a kind of network"),
-        ({"config": SMALL | {"halvings": 2}}, "missing: params/step_4"),
+        ({"config": SMALL | {"downsampled_steps": 2}}, "missing: params/step_4"),
         ({"config": SMALL | {"depth": 2}}, "depth.*does not know"),
         ({"config": {}}, "fields"),
     ],
 )
 def test_checkpoints_that_contradict_themselves(tmp_path, changes, words):
     bundle = bundle_lib.Bundle(
-        variables=gradicon.to_variables(random_state(), SMALL),
+        variables=gradicon.TABLE.to_variables(random_state()),
         model="gradicon",
         config=SMALL,
         preprocessing={},
@@ -432,11 +435,13 @@ def test_checkpoints_that_contradict_themselves(tmp_path, changes, words):
         load.load(tmp_path / "odd")
 
 
-@pytest.mark.parametrize("config", [SMALL, SMALL | {"halvings": 2, "refinements": 0}])
+@pytest.mark.parametrize(
+    "config", [SMALL, SMALL | {"downsampled_steps": 2, "fullres_steps": 0}]
+)
 def test_converted_variables_are_those_the_model_expects(config):
     model = GradIcon(GradIconConfig(**config))
     expected = jax.eval_shape(lambda key: model.init(key), jax.random.key(0))
-    variables = gradicon.to_variables(random_state(config), config)
+    variables = gradicon.TABLE.to_variables(random_state(config))
     shapes = jax.tree.map(lambda a: (a.shape, str(a.dtype)), variables)
     assert shapes == jax.tree.map(lambda a: (a.shape, str(a.dtype)), dict(expected))
 
@@ -563,7 +568,7 @@ def test_forms_that_the_released_code_lacks_are_not_exported(tmp_path):
     )
     bundle_lib.save_bundle(tmp_path / "spatial", bundle)
     loaded = load.load(tmp_path / "spatial")
-    assert loaded.model == PromptReg(config) and loaded.tasks == ("brain", "hip")
+    assert loaded.model == PromptReg(config) and loaded.task_names == ("brain", "hip")
     with pytest.raises(UserError, match=r"temperature 0\.1, readout spatial, which"):
         convert.convert(tmp_path / "spatial", tmp_path / "spatial.pth")
     assert not (tmp_path / "spatial.pth").exists()
@@ -586,9 +591,9 @@ def test_released_unireg_goes_both_ways(golden, tmp_path, prefix):
     convert.convert(tmp_path / "released.pth", tmp_path / "weights")
     model = load.load(tmp_path / "weights")
     assert model.bundle.model == "unireg_rpn"
-    config = registry.config_of("unireg_rpn", unireg_rpn.read_config(state))
+    config = registry.config_of("unireg_rpn", unireg_rpn.TABLE.read_config(state))
     assert model.model == UniRegRpn(config)
-    assert len(model.tasks) in (0, config.regions)
+    assert len(model.task_names) in (0, config.regions)
     assert model.shape == (160, 192, 192) and model.ct_window == (-150, 250)
     convert.convert(tmp_path / "weights", tmp_path / "back.pth")
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model_state_dict"]
@@ -614,10 +619,10 @@ def test_regions_keep_their_names_through_pytorch(golden, tmp_path):
         assert len({c.tobytes() for c in column.values()}) == 6
         moved[key] = np.concatenate([state[key][:, :-6], columns], axis=1)
     bundle = bundle_lib.Bundle(
-        unireg_rpn.to_variables(moved),
+        unireg_rpn.TABLE.to_variables(moved),
         "unireg_rpn",
         {
-            **unireg_rpn.read_config(moved),
+            **unireg_rpn.TABLE.read_config(moved),
             "tasks": [[i, "inter"] for i in range(6)],
         },
         {"regions": list(recipe), "tasks": list(recipe)},
@@ -690,7 +695,7 @@ def test_prompts_keep_their_names_through_pytorch(tmp_path):
     )
     bundle_lib.save_bundle(tmp_path / "trained", bundle)
     convert.convert(tmp_path / "trained", tmp_path / "out.pth")
-    assert load.load(tmp_path / "out.pth").tasks == ("hip", "brain", "heart")
+    assert load.load(tmp_path / "out.pth").task_names == ("hip", "brain", "heart")
     content = torch.load(tmp_path / "out.pth", weights_only=True)
     for wrong in (["hip"], ["hip", "brain", "heart", "knee"], ["hip", "hip", "heart"]):
         torch.save({**content, "tasks": wrong}, tmp_path / "out.pth")
@@ -704,8 +709,9 @@ def test_export_says_what_a_pytorch_file_cannot(tmp_path):
     pytest.importorskip("torch")
     config = RdpConfig(channels=2)
     variables = jax.tree.map(np.asarray, Rdp(config).init(jax.random.key(0), (16,) * 3))
-    own = {**zoo.PROMPTREG_PREPROCESSING, "ct_window": (-160, 240)}
-    for name, preprocessing in (("own", own), ("as", zoo.PROMPTREG_PREPROCESSING)):
+    released = RDP.preprocessing(variables)
+    own = {**released, "ct_window": (-160, 240)}
+    for name, preprocessing in (("own", own), ("as", released)):
         bundle = bundle_lib.Bundle(
             variables, "rdp", dataclasses.asdict(config), preprocessing, "", ""
         )
@@ -726,7 +732,11 @@ def test_export_says_what_a_pytorch_file_cannot(tmp_path):
 def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
     config = sam.SamConfig(channels=(2, 3, 4, 5), embedding=6)
     variables = jax.tree.map(np.asarray, dict(sam.init(config, jax.random.key(0))))
-    sam_lib.write(tmp_path / "sam.pth", variables)
+    table = sam_lib.TABLE
+    state = table.from_variables(variables)
+    state_lib.write_state_dict(
+        tmp_path / "sam.pth", state, wrapper=table.wrapper, beside=table.beside
+    )
     convert.convert(tmp_path / "sam.pth", tmp_path / "sam")  # known by its names
     for path in ("sam.pth", "sam"):
         found = load.load_sam(tmp_path / path)
@@ -799,8 +809,37 @@ def test_published_gradicon_saw_every_orientation():
 )  # fmt: skip
 def test_what_weights_say_by_hand_is_checked(field, value):
     """The command line asks users to add the orientation to the file."""
-    stated = {**zoo.PROMPTREG_PREPROCESSING, field: value}
+    rule = ResamplingRule("aligned", "ijk").to_dict()
+    stated = {**rule, "ct_window": [-1024.0, 1024.0], field: value}
     bundle = bundle_lib.Bundle({}, "rdp", {}, stated, "", "")
     model = zoo.LoadedModel("mine", Rdp(RdpConfig()), {}, bundle)
     with pytest.raises(UserError, match=r"mine says of its preprocessing .*json"):
         load._check_stated(model)
+
+
+# --- weights of older versions --------------------------------------------------------
+
+STORED = pathlib.Path(__file__).parents[2] / "weights"
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in STORED.glob("*/*.json")))
+def test_every_stored_checkpoint_loads(name):
+    if name.endswith("sam"):
+        assert load.load_sam(STORED / name).config.kind == "sam"
+    else:
+        loaded = load.load(STORED / name)
+        assert loaded.model.config.kind == loaded.bundle.model
+
+
+def test_a_checkpoint_with_former_names_is_read_and_written_with_the_present(tmp_path):
+    stored = STORED / "hippocampus_gradicon"
+    fields = json.loads((stored / "jaxreg.json").read_text())["config"]
+    assert {"halvings", "refinements"} <= set(fields)  # as an older version wrote it
+    loaded = load.load(stored)
+    config = loaded.model.config
+    steps = (config.downsampled_steps, config.fullres_steps)  # pyright: ignore
+    assert steps == (fields["halvings"], fields["refinements"])
+    bundle_lib.save_bundle(tmp_path / "again", loaded.bundle)
+    again = json.loads((tmp_path / "again" / "jaxreg.json").read_text())["config"]
+    assert "halvings" not in again and again["downsampled_steps"] == steps[0]
+    assert load.load(tmp_path / "again").model == loaded.model

@@ -1,4 +1,4 @@
-"""What UniReg's images are correlated by: embeddings, or descriptors in their place.
+"""Features that UniReg correlates: SAM's embeddings, or MIND descriptors.
 
 References:
   Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in

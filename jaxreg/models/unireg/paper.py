@@ -1,4 +1,4 @@
-"""UniReg: one network for many tasks, whose last layers are made for each of them.
+"""UniReg as in its paper: a U-Net with a dynamic head, conditioned on the task.
 
 A U-Net sees both images, and the local correlation of their anatomical embeddings at
 half resolution. From its features, the body region and the type of task (between or
@@ -12,19 +12,18 @@ References:
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel, Window, fresh_variables
 from jaxreg.models.rdp import as_transform
-from jaxreg.models.sam import HU_RANGE, config_of, to_sam_range
+from jaxreg.models.sam import HU_RANGE, SAM, config_of, to_sam_range
 from jaxreg.models.unireg.features import (
     COARSE,
     FINE,
@@ -38,26 +37,31 @@ from jaxreg.models.unireg.features import (
     rescaled,
     sam_features,
 )
+from jaxreg.models.unireg.regions import RegionConfig
 from jaxreg.nn import heads
 from jaxreg.nn.conv import api
-from jaxreg.nn.heads import LAST_DEVIATION, SLOPE, DynamicHead, SmoothnessRange, Tasks
+from jaxreg.nn.heads import (
+    LAST_DEVIATION,
+    SLOPE,
+    DynamicHead,
+    Pairing,
+    RegionPairings,
+    SmoothnessRange,
+)
 from jaxreg.nn.layers import convolution, kaiming_uniform, leaky, normal
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 DIVISOR = 16
-TYPES = ("intra", "inter")
 EMBEDDING = 8
 _WINDOWS = ("window", "backbone_window", "sam_window")
-SAM = "sam"
-"""The collection that holds the frozen network for the embeddings."""
 FEATURES = "features"
-"""The collection of a pair's own features, see `UniReg.remember`."""
+"""The collection of a pair's own features, see `UniReg.cache_features`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class UniRegConfig:
+class UniRegConfig(RegionConfig):
     """Forms of the network, and what its images and tasks are.
 
     Attributes:
@@ -87,8 +91,27 @@ class UniRegConfig:
       form: convolution form, see `jaxreg.nn.conv.api`.
     """
 
+    kind: ClassVar = "unireg"
+    title: ClassVar = "UniReg"
+    multiple: ClassVar = DIVISOR
+    least: ClassVar = DIVISOR
+    forms: ClassVar = (
+        "integrate_steps",
+        "residual",
+        "features",
+        "pool_norm",
+        "downsample",
+        "matching",
+        "window",
+        "backbone_window",
+        "smoothness_range",
+    )
+    frozen: ClassVar = (SAM,)
+    pairings: ClassVar = ("intra", "inter")
+    pairing_first: ClassVar = False
+
     regions: int = 4
-    tasks: Tasks = ((0, "inter"), (1, "inter"), (2, "inter"), (3, "intra"))
+    tasks: RegionPairings = ((0, "inter"), (1, "inter"), (2, "inter"), (3, "intra"))
     head: Literal["dynamic", "static", "flow"] = "dynamic"
     integrate_steps: int = 0
     downsample: Literal["strided", "maxpool"] = "strided"
@@ -108,10 +131,10 @@ class UniRegConfig:
         """Checks tasks and windows.
 
         Raises:
-          UserError: see `heads.check_tasks`, a window is empty, or there is another
-            number of them than of tasks.
+          UserError: see `heads.check_region_pairings`, a window is empty, or there is
+            another number of them than of tasks.
         """
-        heads.check_tasks(self.tasks, self.regions)
+        heads.check_region_pairings(self.tasks, self.regions)
         windows = {name: (getattr(self, name),) for name in _WINDOWS}
         for name, several in {**windows, "task_windows": self.task_windows}.items():
             for low, high in filter(None, several):
@@ -130,15 +153,61 @@ class UniRegConfig:
                 "reads Hounsfield units, or none"
             )
 
+    def build(self) -> "UniReg":
+        """Returns the network."""
+        return UniReg(self)
+
     @property
-    def conditioning_size(self) -> int:
-        """How many numbers condition the head on a task."""
-        smoothness_range = self.smoothness_range
-        return (
-            self.regions
-            + len(TYPES)
-            + (smoothness_range.knots if smoothness_range else 0)
+    def hounsfield_window(self) -> Window | None:
+        """The stored range, which SAM and a window of the U-Net take for units."""
+        in_units = self.needs_sam or self.backbone_window is not None
+        return self.window if in_units else None
+
+    @property
+    def network_window(self) -> Window | None:
+        """The U-Net's own."""
+        return self.backbone_window
+
+    def task_window(self, task: tuple[int, Pairing]) -> Window | None:
+        """Returns the Hounsfield units that the U-Net is shown of a region and pairing.
+
+        Where training did not have the two, those of the region, if it has but one.
+        """
+        for alike in (lambda t: t == task, lambda t: t[0] == task[0]):
+            windows = zip(self.task_windows, self.tasks, strict=False)
+            found = {window for window, t in windows if alike(t)}
+            if len(found) == 1:
+                return found.pop()
+        return self.network_window
+
+    def with_network_windows(self, windows: Sequence[Window | None]) -> Self:
+        """Returns the configuration with the window of each task; None: its own."""
+        own = self.backbone_window
+        if own is None:
+            return self
+        shown = tuple(window or own for window in windows)
+        if set(shown) <= {own}:
+            shown = ()
+        return dataclasses.replace(self, task_windows=shown)
+
+    def with_region_pairings(
+        self, tasks: RegionPairings, window: Window | None
+    ) -> Self:
+        """Returns the configuration for another table of tasks, all with one window."""
+        own = self.backbone_window and (window or self.backbone_window)
+        return dataclasses.replace(
+            self, tasks=tasks, task_windows=(), backbone_window=own
         )
+
+    @property
+    def needs_sam(self) -> bool:
+        """Whether SAM's embeddings are matched."""
+        return self.features == "sam"
+
+    def with_sam_window(self, window: Window) -> Self:
+        """Returns the configuration for a SAM network that knows a window."""
+        low, high = window
+        return dataclasses.replace(self, sam_window=(float(low), float(high)))
 
     @property
     def matched(self) -> int:
@@ -283,33 +352,6 @@ def _kaiming() -> Callable:
 # --- the model ------------------------------------------------------------------------
 
 
-def check_shape(shape: Shape) -> None:
-    """Checks a network grid.
-
-    Raises:
-      UserError: an axis is no multiple of 16.
-    """
-    if any(n < DIVISOR or n % DIVISOR for n in shape):
-        raise UserError(
-            f"the network grid is {' x '.join(map(str, shape))}, UniReg needs a "
-            f"multiple of {DIVISOR} voxels along each axis; round the shape to that"
-        )
-
-
-def with_sam(variables: Variables, sam: Variables) -> Variables:
-    """Returns UniReg's variables with a SAM network's, frozen, for its embeddings.
-
-    Args:
-      variables: {"params": ...} as from `UniReg.init`; a SAM network is replaced.
-      sam: {"params": ..., "batch_stats": ...}.
-
-    Raises:
-      UserError: `sam` holds no SAM network.
-    """
-    config_of(sam)
-    return {**variables, SAM: {n: sam[n] for n in ("params", "batch_stats")}}
-
-
 def check_sam(config: UniRegConfig, variables: Variables) -> None:
     """Checks that variables hold the SAM network that a config needs.
 
@@ -323,7 +365,7 @@ def check_sam(config: UniRegConfig, variables: Variables) -> None:
         raise UserError(
             "this UniReg correlates SAM's embeddings, but its variables hold no SAM "
             "network; put a trained one in (--sam-weights PATH, in Python "
-            'unireg.with_sam), or build it with features "mind" or "none"'
+            'models.sam.with_sam), or build it with features "mind" or "none"'
         )
     found = config_of(variables[SAM]).embedding
     if config.matching == "concatenation" and found != config.feature_channels:
@@ -339,7 +381,7 @@ def _as_features(found) -> Features:
 
 
 @dataclasses.dataclass(frozen=True)
-class UniReg:
+class UniReg(RegistrationModel):
     """UniReg as a `jaxreg.models.base.RegistrationModel`.
 
     Attributes:
@@ -349,17 +391,6 @@ class UniReg:
 
     config: UniRegConfig = UniRegConfig()
     features: FeatureNetwork | None = None
-
-    def _conditioning(
-        self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
-    ) -> Float[Array, "N K"] | None:
-        """Region, type and smoothness of each pair, in the order of the paper."""
-        config = self.config
-        if config.head != "dynamic":
-            return None
-        rows = heads.one_hot_tasks(config.tasks, config.regions, TYPES)
-        conditioning = heads.look_up(np.concatenate(rows, -1), task, config.tasks)
-        return heads.with_smoothness(conditioning, smoothness, config.smoothness_range)
 
     def _features(
         self, variables: Variables, moving: Image, fixed: Image, batching: Batching
@@ -419,13 +450,13 @@ class UniReg:
           fixed: N D H W 1, [0, 1].
 
         Raises:
-          UserError: see `check_shape` and `check_sam`.
+          UserError: see `NetworkConfig.check_grid` and `check_sam`.
         """
-        check_shape(moving.shape[1:4])
+        self.config.check_grid(moving.shape[1:4])
         if self.config.features == "none":
             return variables
         rest = {name: tree for name, tree in variables.items() if name != SAM}
-        return {**rest, FEATURES: self._extract(variables, moving, fixed)}
+        return {**rest, FEATURES: _extracted(self, variables, moving, fixed)}
 
     def _backbone(self, image: Image, task: Int[Array, " N"] | None = None) -> Image:
         """Images N D H W 1, [0, 1], as the U-Net sees them."""
@@ -446,28 +477,27 @@ class UniReg:
         """Returns fresh variables, {"params": ...}; they do not depend on the shape.
 
         Those of the network for the embeddings are not among them: they are trained
-        elsewhere and join by `with_sam`, without which a config with features "sam"
+        elsewhere and join by `sam.with_sam`, without which a config with features "sam"
         cannot be applied. A fresh field is near zero.
 
         Raises:
-          UserError: see `check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        check_shape(shape)
         config = self.config
+        config.check_grid(shape)
 
         def struct(voxels, channels) -> Any:
             sizes = (n // v for n, v in zip(shape, voxels, strict=True))
             return jax.ShapeDtypeStruct((1, *sizes, channels), jnp.float32)
 
-        image = struct((1, 1, 1), 1)
         conditioning = jax.ShapeDtypeStruct((1, config.conditioning_size), jnp.float32)
         features = None
         if config.features != "none":
             mind = config.features == "mind"
             channels = MIND_CHANNELS if mind else config.feature_channels
             features = Features(struct(FINE, channels), struct(COARSE, channels))
-        network = UniRegNetwork(config)
-        return network.lazy_init(key, image, image, features, features, conditioning)
+        others = (features, features, conditioning)
+        return fresh_variables(UniRegNetwork(config), key, shape, 1, *others)
 
     def apply(
         self,
@@ -484,7 +514,7 @@ class UniReg:
 
         Args:
           variables: {"params": ...} as from `init`, and "sam" where embeddings are
-            SAM's, see `with_sam`; or as from `cache_features` for the same images.
+            SAM's, see `sam.with_sam`; or as from `cache_features` for the same images.
           moving: N D H W 1, [0, 1], see `UniRegConfig.window`.
           fixed: N D H W 1, [0, 1].
           task: each pair's number in `config.tasks`; a dynamic head needs it.
@@ -494,10 +524,10 @@ class UniReg:
           batching: where it is mirrored, each image's features are made once.
 
         Raises:
-          UserError: see `check_shape`, `heads.look_up` and `check_sam`.
+          UserError: see `NetworkConfig.check_grid`, `heads.look_up` and `check_sam`.
         """
-        check_shape(moving.shape[1:4])
-        conditioning = self._conditioning(task, smoothness)
+        self.config.check_grid(moving.shape[1:4])
+        conditioning = self.config.condition(task, smoothness)
         source, target = self._features(variables, moving, fixed, batching)
         field = UniRegNetwork(self.config).apply(
             {"params": variables["params"]},
@@ -511,3 +541,8 @@ class UniReg:
         if self.config.integrate_steps:
             field = fields.integrate(field, self.config.integrate_steps)
         return Prediction(as_transform(field)), variables
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _extracted(model: UniReg, variables: Variables, moving: Image, fixed: Image):
+    return model._extract(variables, moving, fixed)

@@ -1,4 +1,4 @@
-"""UniReg as released: a residual pyramid whose heads are made for the task.
+"""UniReg as released: a residual pyramid with dynamic heads.
 
 One encoder looks at both images. From the coarsest level upwards, each level warps the
 moving features by the field so far and adds a displacement, which a head of the task's
@@ -16,21 +16,21 @@ References:
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel, fresh_variables
 from jaxreg.models.rdp import as_transform
+from jaxreg.models.unireg.regions import RegionConfig
 from jaxreg.nn import heads
 from jaxreg.nn.conv import api
-from jaxreg.nn.heads import DynamicHead, SmoothnessRange, Tasks
+from jaxreg.nn.heads import DynamicHead, RegionPairings, SmoothnessRange
 from jaxreg.nn.layers import convolution, leaky
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape
@@ -38,8 +38,7 @@ from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 LEVELS = 4
 DIVISOR = 2 ** (LEVELS - 1)
-TYPES = ("inter", "intra")
-RELEASED_TASKS: Tasks = (
+RELEASED_TASKS: RegionPairings = (
     (0, "inter"),
     (1, "inter"),
     (2, "inter"),
@@ -53,7 +52,7 @@ _DEVIATION_FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class UniRegRpnConfig:
+class UniRegRpnConfig(RegionConfig):
     """Sizes of the pyramid; read from the tensors when weights are loaded.
 
     Attributes:
@@ -70,12 +69,21 @@ class UniRegRpnConfig:
       form: convolution form, see `jaxreg.nn.conv.api`.
     """
 
+    kind: ClassVar = "unireg_rpn"
+    title: ClassVar = "UniReg's pyramid"
+    multiple: ClassVar = DIVISOR
+    least: ClassVar = DIVISOR
+    forms: ClassVar = ("smoothness_range",)
+    tensor_table: ClassVar = "jaxreg.weights.pytorch.unireg_rpn:TABLE"
+    pairings: ClassVar = ("inter", "intra")
+    pairing_first: ClassVar = True
+
     channels: int = 8
     image_channels: int = 1
     head: Literal["dynamic", "static"] = "dynamic"
     hidden: int = 8
     regions: int = 6
-    tasks: Tasks = RELEASED_TASKS
+    tasks: RegionPairings = RELEASED_TASKS
     smoothness_range: SmoothnessRange | None = None
     iterations: int = 1
     delta: float = 0.005
@@ -85,21 +93,24 @@ class UniRegRpnConfig:
         """Checks the tasks and the iterations.
 
         Raises:
-          UserError: see `heads.check_tasks`, or there is not one iteration.
+          UserError: see `heads.check_region_pairings`, or there is not one iteration.
         """
-        heads.check_tasks(self.tasks, self.regions)
+        heads.check_region_pairings(self.tasks, self.regions)
         if self.iterations < 1:
             raise UserError(f"iterations is {self.iterations}, expected 1 or more")
 
+    def build(self) -> "UniRegRpn":
+        """Returns the network."""
+        return UniRegRpn(self)
+
     @property
-    def conditioning_size(self) -> int:
-        """How many numbers condition the head on a task."""
-        smoothness_range = self.smoothness_range
-        return (
-            len(TYPES)
-            + self.regions
-            + (smoothness_range.knots if smoothness_range else 0)
-        )
+    def level_iterations(self) -> int:
+        """See `iterations`."""
+        return self.iterations
+
+    def with_level_iterations(self, count: int) -> Self:
+        """Returns the configuration for levels repeated so often at most."""
+        return dataclasses.replace(self, iterations=count)
 
     @property
     def outside(self) -> Literal["edge", "zeros"]:
@@ -381,49 +392,23 @@ def rule(
 # --- the model ------------------------------------------------------------------------
 
 
-def check_shape(shape: Shape) -> None:
-    """Checks a network grid.
-
-    Raises:
-      UserError: an axis is no multiple of 8.
-    """
-    if any(n < DIVISOR or n % DIVISOR for n in shape):
-        raise UserError(
-            f"the network grid is {' x '.join(map(str, shape))}, UniReg's pyramid "
-            f"needs a multiple of {DIVISOR} voxels along each axis; round the shape "
-            "to that"
-        )
-
-
 @dataclasses.dataclass(frozen=True)
-class UniRegRpn:
+class UniRegRpn(RegistrationModel):
     """The released pyramid as a `jaxreg.models.base.RegistrationModel`."""
 
     config: UniRegRpnConfig = UniRegRpnConfig()
-
-    def _conditioning(
-        self, task: Int[Array, " N"] | None, smoothness: Float[Array, " N"] | None
-    ) -> Float[Array, "N K"] | None:
-        """Type, region and smoothness of each pair, in the order of the release."""
-        config = self.config
-        if config.head == "static":
-            return None
-        region, pairing = heads.one_hot_tasks(config.tasks, config.regions, TYPES)
-        table = np.concatenate([pairing, region], -1)
-        conditioning = heads.look_up(table, task, config.tasks)
-        return heads.with_smoothness(conditioning, smoothness, config.smoothness_range)
 
     def init(self, key: Key, shape: Shape = (32, 32, 32)) -> Variables:
         """Returns fresh variables; they do not depend on the grid's shape.
 
         Raises:
-          UserError: see `check_shape`.
+          UserError: see `NetworkConfig.check_grid`.
         """
-        check_shape(shape)
         config = self.config
-        image = jax.ShapeDtypeStruct((1, *shape, config.image_channels), jnp.float32)
+        config.check_grid(shape)
         conditioning = jax.ShapeDtypeStruct((1, config.conditioning_size), jnp.float32)
-        return UniRegRpnNetwork(config).lazy_init(key, image, image, conditioning)
+        network, channels = UniRegRpnNetwork(config), config.image_channels
+        return fresh_variables(network, key, shape, channels, conditioning)
 
     def apply(
         self,
@@ -453,13 +438,11 @@ class UniRegRpn:
           "correlation_trace", see `Ruled`.
 
         Raises:
-          UserError: see `check_shape` and `heads.look_up`.
+          UserError: see `NetworkConfig.check_grid` and `heads.look_up`.
         """
-        check_shape(moving.shape[1:4])
-        conditioning, params = (
-            self._conditioning(task, smoothness),
-            {"params": variables["params"]},
-        )
+        self.config.check_grid(moving.shape[1:4])
+        conditioning = self.config.condition(task, smoothness)
+        params = {"params": variables["params"]}
         if train or self.config.iterations == 1:
             network = UniRegRpnNetwork(self.config)
             field = network.apply(params, moving, fixed, conditioning)

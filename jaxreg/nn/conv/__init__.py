@@ -1,1 +1,1 @@
-"""3D convolutions, with the form that is fast per platform."""
+"""3D convolutions and their fast forms on CPUs."""

@@ -1,4 +1,4 @@
-"""3D convolutions, pooling and upsampling, with the form that is fast per platform.
+"""3D convolution, pooling and upsampling layers, in the fast form per platform.
 
 Arrays are N D H W C, kernels kD kH kW I O. Everything reduces to one primitive, a
 stride-1 convolution (`_convolved`); strides move into channels by

@@ -1,4 +1,4 @@
-"""Stride-1 convolution without padding as matrix products over blocks of a volume.
+"""Blocked convolution: matrix products over blocks of a volume, stride 1.
 
 A block is some planes, or a strip of one plane, small enough that what is made of it
 stays in cache. Taps along the first axes are gathered as channels before the product;

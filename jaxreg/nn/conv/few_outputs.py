@@ -1,4 +1,4 @@
-"""Stride-1 convolutions to few channels, such as a displacement's three.
+"""Convolution to few output channels, such as a displacement's three; stride 1.
 
 Gathering the taps of many channels to make three would move far more than it computes.
 Here each plane of the input is multiplied by all taps of the kernel at once; the

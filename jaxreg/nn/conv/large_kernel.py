@@ -1,4 +1,4 @@
-"""Strided convolutions of large kernels over few voxels, in the kernel's own layout.
+"""Strided convolution of large kernels over few voxels, in the kernel's layout.
 
 At the bottom of a U-Net a kernel has millions of weights and the volume a few hundred
 voxels. Folding such a kernel for space-to-depth, turning it for the input gradient and

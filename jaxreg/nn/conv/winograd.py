@@ -1,4 +1,4 @@
-"""Stride-1 convolution with half of the multiplications: minimal filtering along D.
+"""Winograd convolution along D: stride 1, half of the multiplications.
 
 Four planes of a result of three taps along D need twelve products of a plane with the
 kernel's taps along H and W. They are also linear combinations of six products: of six

@@ -47,20 +47,6 @@ def predict(model: RegistrationModel, variables: Variables, pair: Pair) -> Optim
     return Optimized(*_predict(model, variables, pair))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _cache_features(model, variables, pair):
-    return model.cache_features(variables, pair.moving, pair.fixed)
-
-
-def _cached_features(
-    model: RegistrationModel, variables: Variables, pair: Pair
-) -> Variables:
-    """Returns variables with what no step changes, from a network that can tell it."""
-    if not hasattr(model, "cache_features"):
-        return variables
-    return _cache_features(model, variables, pair)
-
-
 @jax.jit
 def _network_start(variables):
     """A copy of the weights, which the steps overwrite, and Adam's state."""
@@ -123,7 +109,7 @@ def optimize_network(
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}, it must be at least 1")
-    variables = _cached_features(model, variables, pair)
+    variables = model.cache_features(variables, pair.moving, pair.fixed)
     found = _network_loop(
         dict(variables),
         pair,

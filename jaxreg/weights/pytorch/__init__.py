@@ -1,1 +1,1 @@
-"""Published PyTorch weights to Flax variables and back."""
+"""PyTorch files of weights, a module for each architecture's tensors."""

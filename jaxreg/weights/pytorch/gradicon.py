@@ -1,4 +1,10 @@
-"""uniGradICON's PyTorch weights to Flax variables and back."""
+"""uniGradICON's tensors in PyTorch's files.
+
+A `.trch` file is what `torch.save(net.regis_net.state_dict())` writes: one flat mapping
+of names to tensors. `GRADICON` says for every kind of tensor in it where it lives in
+our variables, which shape it must have and how its axes move. Names and shapes as
+unigradicon 1.0.6 and icon_registration 1.1.9 store them.
+"""
 
 import collections
 import dataclasses
@@ -9,17 +15,41 @@ from typing import Any
 
 import numpy as np
 
+from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.typing import Variables
 from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.pytorch.state import Entry, State, TensorSpec
+from jaxreg.weights.pytorch.state import FROM_IO, FROM_OI, Entry
+from jaxreg.weights.pytorch.table import TensorTable
 
+_LAYER = re.compile(r"(.*?)((?:downConvs|upConvs|batchNorms|lastConv)\..+)")
 _KERNEL_3 = (3, 3, 3)
 _KERNEL_4 = (4, 4, 4)
-# D H W I O from PyTorch's O I D H W, and from its I O D H W for the transposed ones,
-# whose taps stay in PyTorch's order: they are not flipped.
-FROM_OI = (2, 3, 4, 1, 0)
-FROM_IO = (2, 3, 4, 0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One kind of tensor, here and there.
+
+    Attributes:
+      layer: PyTorch's name of the layer inside its UNet.
+      tensor: PyTorch's name of the tensor inside the layer.
+      path: collection, module and leaf in our variables; the step comes second.
+      shape: PyTorch's shape; a word is a channel count of the level, see `_channels`.
+      axes: for each of our axes, PyTorch's.
+    """
+
+    layer: str
+    tensor: str
+    path: tuple[str, str, str]
+    shape: tuple[int | str, ...]
+    axes: tuple[int, ...] = (0,)
+
+    @property
+    def is_count(self) -> bool:
+        """Whether this is a counter: int64 in the file, int32 in our variables."""
+        return not self.shape
+
 
 # Rows of one layer stand together, in the order in which PyTorch stores them; a layer
 # with {level} repeats for every level before the next layer begins.
@@ -86,174 +116,145 @@ class _Structure:
 
     channels_down: tuple[int, ...]
     channels_up: tuple[int, ...]
-    halvings: int
-    refinements: int
+    downsampled_steps: int
+    fullres_steps: int
 
 
-def gradicon_prefixes(halvings: int, refinements: int) -> tuple[str, ...]:
+def gradicon_prefixes(downsampled_steps: int, fullres_steps: int) -> tuple[str, ...]:
     """Returns PyTorch's key prefix of every UNet, in order of execution.
 
-    `halvings` times the network so far moves into the first child of a two-step module,
-    one resolution down, and `refinements` times at the same resolution; the new UNet is
-    the second child. (2, 1) is the released network, (2, 0) its first training stage.
+    `downsampled_steps` times the network so far moves into the first child of a
+    two-step module, one resolution down, and `fullres_steps` times at the same
+    resolution; the new UNet is the second child. (2, 1) is the released network, (2, 0)
+    its first training stage.
     """
     prefixes = ["net."]
-    for inner in ["netPhi.net."] * halvings + ["netPhi."] * refinements:
+    for inner in ["netPhi.net."] * downsampled_steps + ["netPhi."] * fullres_steps:
         prefixes = [inner + prefix for prefix in prefixes] + ["netPsi.net."]
     return tuple(prefixes)
 
 
-def gradicon_entries(config: Mapping[str, Any]) -> tuple[Entry, ...]:
-    """Returns every tensor of a GradICON network, in the order of its PyTorch file.
+class _Table(TensorTable[Mapping[str, Any]]):
+    """uniGradICON's `net.regis_net`; its sizes are the fields of GradIconConfig."""
 
-    Args:
-      config: the fields of GradIconConfig; lists, as JSON has them, are welcome, and
-        fields that do not change the tensors are not looked at.
+    network = "uniGradICON"
 
-    Raises:
-      UserError: the fields are not those of a GradICON network.
-    """
-    structure = _structure(config)
-    levels = len(structure.channels_up)
-    entries = []
-    prefixes = gradicon_prefixes(structure.halvings, structure.refinements)
-    for step, prefix in enumerate(prefixes, start=1):
-        for layer, group in itertools.groupby(GRADICON, key=lambda row: row.layer):
-            rows = tuple(group)
-            for level in range(levels if "{level}" in layer else 1):
-                channels = _channels(structure, level)
-                entries += [
-                    _entry(row, f"step_{step}", prefix, level, channels) for row in rows
-                ]
-    return tuple(entries)
+    def owns(self, state: Mapping[str, Any]) -> bool:
+        """See `TensorTable`."""
+        return any(_LAYER.fullmatch(key) for key in state)
 
+    def config_fields(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
+        """See `TensorTable`."""
+        return dict(sizes)
 
-def gradicon_config(
-    state: Mapping[str, np.ndarray], *, source: str = "the state dict"
-) -> dict[str, Any]:
-    """Reads the fields of GradIconConfig off the tensors.
+    def variable_sizes(
+        self, variables: Variables, config: Mapping[str, Any], *, source: str
+    ) -> Mapping[str, Any]:
+        """Returns the fields; the variables are not looked at."""
+        del variables, source
+        return config
 
-    A number that several tensors show is the one most of them show, so that
-    `to_variables` can name the odd one out.
+    def preprocessing(self, variables: Variables) -> Mapping[str, Any]:
+        """Returns the published networks'."""
+        del variables
+        return {
+            "shape": [175, 175, 175],
+            **ResamplingRule("half_pixel", "kji").to_dict(),
+            "ct_window": [-1000.0, 1000.0],
+            "mri_quantiles": [0.0, 0.99],
+        }
 
-    Args:
-      state: PyTorch's names to arrays.
-      source: what the arrays came from, for the error.
+    def entries(self, sizes: Mapping[str, Any]) -> tuple[Entry, ...]:
+        """Returns every tensor of a GradICON network, in the order of its PyTorch file.
 
-    Returns:
-      channels_down (input first, one more than levels), channels_up, halvings,
-      refinements; plain tuples and integers.
+        Args:
+          sizes: the fields of GradIconConfig; lists, as JSON has them, are welcome, and
+            fields that do not change the tensors are not looked at.
 
-    Raises:
-      UserError: the tensors are not those of a GradICON network.
-    """
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, array in state.items():
-        match = re.fullmatch(
-            r"(.*?)((?:downConvs|upConvs|batchNorms|lastConv)\..+)", key
+        Raises:
+          UserError: the fields are not those of a GradICON network.
+        """
+        structure = _structure(sizes)
+        levels = len(structure.channels_up)
+        entries = []
+        prefixes = gradicon_prefixes(
+            structure.downsampled_steps, structure.fullres_steps
         )
-        if match:
-            found.setdefault(match[1], {})[match[2]] = np.shape(array)
-    halvings, refinements = _nearest_nesting(found, state, source)
-    unets = [
-        found[prefix]
-        for prefix in gradicon_prefixes(halvings, refinements)
-        if prefix in found
-    ]
-    levels = _vote(
-        len({name.split(".")[1] for name in unet if name.startswith("downConvs.")})
-        for unet in unets
-    )
-    if not levels:
-        raise UserError(f"{source} has no downConvs tensors; {_EXPECTED_NETWORK}")
-    down, up = [0] * (levels + 1), [0] * levels
-    for level in range(levels):
-        convolution = f"downConvs.{level}"
-        down[level + 1] = _vote(
-            _sizes(unets, {f"{convolution}.weight": 0, f"{convolution}.bias": 0})
+        for step, prefix in enumerate(prefixes, start=1):
+            for layer, group in itertools.groupby(GRADICON, key=lambda row: row.layer):
+                rows = tuple(group)
+                for level in range(levels if "{level}" in layer else 1):
+                    channels = _channels(structure, level)
+                    entries += [
+                        _entry(row, f"step_{step}", prefix, level, channels)
+                        for row in rows
+                    ]
+        return tuple(entries)
+
+    def sizes_of(
+        self, state: Mapping[str, np.ndarray], *, source: str
+    ) -> dict[str, Any]:
+        """Reads the fields of GradIconConfig off the tensors.
+
+        A number that several tensors show is the one most of them show, so that
+        `to_variables` can name the odd one out.
+
+        Args:
+          state: PyTorch's names to arrays.
+          source: what the arrays came from, for the error.
+
+        Returns:
+          channels_down (input first, one more than levels), channels_up,
+          downsampled_steps, fullres_steps; plain tuples and integers.
+
+        Raises:
+          UserError: the tensors are not those of a GradICON network.
+        """
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, array in state.items():
+            match = _LAYER.fullmatch(key)
+            if match:
+                found.setdefault(match[1], {})[match[2]] = np.shape(array)
+        downsampled_steps, fullres_steps = _nearest_nesting(found, state, source)
+        unets = [
+            found[prefix]
+            for prefix in gradicon_prefixes(downsampled_steps, fullres_steps)
+            if prefix in found
+        ]
+        levels = _vote(
+            len({name.split(".")[1] for name in unet if name.startswith("downConvs.")})
+            for unet in unets
         )
-        up[level] = _vote(
-            _sizes(
-                unets,
-                {
-                    f"upConvs.{level}.weight": 1,
-                    f"upConvs.{level}.bias": 0,
-                    f"batchNorms.{level}.weight": 0,
-                    f"batchNorms.{level}.bias": 0,
-                },
+        if not levels:
+            raise UserError(f"{source} has no downConvs tensors; {_EXPECTED_NETWORK}")
+        down, up = [0] * (levels + 1), [0] * levels
+        for level in range(levels):
+            convolution = f"downConvs.{level}"
+            down[level + 1] = _vote(
+                _sizes(unets, {f"{convolution}.weight": 0, f"{convolution}.bias": 0})
             )
-        )
-    last_in = _vote(_sizes(unets, {"lastConv.weight": 1}))
-    down[0] = _vote(_sizes(unets, {"downConvs.0.weight": 1})) or last_in - up[0]
-    return {
-        "channels_down": tuple(down),
-        "channels_up": tuple(up),
-        "halvings": halvings,
-        "refinements": refinements,
-    }
+            up[level] = _vote(
+                _sizes(
+                    unets,
+                    {
+                        f"upConvs.{level}.weight": 1,
+                        f"upConvs.{level}.bias": 0,
+                        f"batchNorms.{level}.weight": 0,
+                        f"batchNorms.{level}.bias": 0,
+                    },
+                )
+            )
+        last_in = _vote(_sizes(unets, {"lastConv.weight": 1}))
+        down[0] = _vote(_sizes(unets, {"downConvs.0.weight": 1})) or last_in - up[0]
+        return {
+            "channels_down": tuple(down),
+            "channels_up": tuple(up),
+            "downsampled_steps": downsampled_steps,
+            "fullres_steps": fullres_steps,
+        }
 
 
-def to_variables(
-    state: Mapping[str, np.ndarray],
-    config: Mapping[str, Any],
-    *,
-    source: str = "the state dict",
-) -> Variables:
-    """Converts PyTorch's tensors to the variables of models.gradicon.
-
-    Args:
-      state: PyTorch's names to arrays, as `read_state_dict` returns them.
-      config: the fields of GradIconConfig, e.g. from `gradicon_config`.
-      source: what the arrays came from, for the error.
-
-    Returns:
-      {"params": ..., "batch_stats": ...} of host arrays, float32 and (counters) int32.
-
-    Raises:
-      UserError: tensors are unknown, missing, misshapen, of the wrong type or not
-        finite; they are named.
-    """
-    return state_lib.tree_of(state, gradicon_entries(config), source=source)
-
-
-def from_variables(
-    variables: Variables,
-    config: Mapping[str, Any],
-    *,
-    source: str = "the checkpoint",
-) -> State:
-    """Converts variables of models.gradicon to PyTorch's tensors.
-
-    Args:
-      variables: {"params": ..., "batch_stats": ...} of host or device arrays.
-      config: the fields of GradIconConfig.
-      source: what the variables came from, for the error.
-
-    Returns:
-      PyTorch's names, in the order in which PyTorch stores them, to float32 and
-      (counters) int64 host arrays.
-
-    Raises:
-      UserError: leaves are unknown, missing, misshapen or of the wrong type.
-    """
-    return state_lib.state_of(variables, gradicon_entries(config), source=source)
-
-
-def check_variables(
-    variables: Variables, config: Mapping[str, Any], *, source: str = "the checkpoint"
-) -> None:
-    """Checks that variables are exactly those of a GradICON network.
-
-    Args:
-      variables: {"params": ..., "batch_stats": ...}.
-      config: the fields of GradIconConfig.
-      source: what the variables came from, for the error.
-
-    Raises:
-      UserError: leaves are unknown, missing, misshapen, of the wrong type or not
-        finite; they are named as collection/step/module/leaf.
-    """
-    state_lib.check_tree(variables, gradicon_entries(config), source=source)
+TABLE = _Table()
 
 
 _EXPECTED_NETWORK = (
@@ -272,23 +273,25 @@ def _structure(config: Mapping[str, Any]) -> _Structure:
             f"{sorted(fields)}; the checkpoint belongs to another model or version"
         )
     down, up = tuple(config["channels_down"]), tuple(config["channels_up"])
-    numbers = (*down, *up, config["halvings"], config["refinements"])
+    numbers = (*down, *up, config["downsampled_steps"], config["fullres_steps"])
     whole = all(isinstance(n, int | np.integer) and n >= 0 for n in numbers)
     if not whole or len(down) != len(up) + 1 or not up or min(*down, *up) < 1:
         raise UserError(
             f"the network's config is {dict(config)}, expected positive channel counts "
             "with one more in channels_down than in channels_up"
         )
-    if config["halvings"] + config["refinements"] >= _MOST_UNETS:
+    if config["downsampled_steps"] + config["fullres_steps"] >= _MOST_UNETS:
         raise UserError(
             f"the network's config is {dict(config)}, expected at most {_MOST_UNETS} "
             "UNets"
         )
-    return _Structure(down, up, int(config["halvings"]), int(config["refinements"]))
+    return _Structure(
+        down, up, int(config["downsampled_steps"]), int(config["fullres_steps"])
+    )
 
 
 def _channels(structure: _Structure, level: int) -> dict[str, int]:
-    """Returns the channel counts of a level by the words that `Row.shape` uses."""
+    """Returns the channel counts of a level by the words of `TensorSpec.shape`."""
     down, up = structure.channels_down, structure.channels_up
     deepest = level == len(up) - 1
     return {
@@ -317,15 +320,15 @@ def _entry(
 def _nearest_nesting(
     found: Mapping[str, Any], state: Mapping[str, Any], source: str
 ) -> tuple[int, int]:
-    """Returns (halvings, refinements) whose prefixes differ least from those found.
+    """Returns both numbers of steps whose prefixes differ least from those found.
 
     The nearest rather than the equal one, so that a network without one of its UNets is
     answered with the names of what is missing.
     """
     best: tuple[int, tuple[int, int]] | None = None
     for count in range(1, min(len(found) + 1, _MOST_UNETS) + 1):
-        for refinements in range(count):
-            nesting = (count - 1 - refinements, refinements)
+        for fullres_steps in range(count):
+            nesting = (count - 1 - fullres_steps, fullres_steps)
             expected = set(gradicon_prefixes(*nesting))
             distance = len(expected ^ set(found))
             if expected & set(found) and (best is None or distance < best[0]):

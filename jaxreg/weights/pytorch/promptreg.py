@@ -1,4 +1,4 @@
-"""PromptReg's PyTorch weights to Flax variables and back, by an explicit key table.
+"""PromptReg's and RDP's tensors in PyTorch's files.
 
 The released code saves {"epoch", "model_state_dict", "optimizer_state_dict"}; only the
 second is read. Tensors that its network stores and never uses, or whose values cannot
@@ -7,16 +7,17 @@ here and back; a network trained here has none of them, and gets zeros when expo
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.typing import Variables
 from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.pytorch.gradicon import FROM_IO, FROM_OI
-from jaxreg.weights.pytorch.state import Entry, State
+from jaxreg.weights.pytorch.state import FROM_IO, FROM_OI, Entry, State
+from jaxreg.weights.pytorch.table import TensorTable
 
 _DIVISOR = 8  # of the network grid by the bank's
 _PROMPT = (0, 2, 3, 4, 1)
@@ -38,36 +39,6 @@ class Sizes:
     image_channels: int
     tasks: int
     grid: tuple[int, int, int]
-
-
-def sizes_of(state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
-    """Reads the sizes off the tensors.
-
-    Raises:
-      UserError: the tensors are not those of a PromptReg network.
-    """
-    first = np.shape(state.get("encoder_moving.conv0.conv.weight", ()))
-    bank = np.shape(state.get("prompt_generator.static_prompt", ()))
-    prompted = any(key.startswith("prompt_") for key in state)
-    if len(first) != 5 or (prompted and len(bank) != 5):
-        raise UserError(
-            f"{source} has no encoder_moving.conv0.conv.weight or, for its prompts, no "
-            "prompt_generator.static_prompt; give the model_state_dict of a PromptReg "
-            "or RDP network"
-        )
-    grid = (bank[2], bank[3], bank[4]) if prompted else (1, 1, 1)
-    return Sizes(first[0], first[1], bank[0] if prompted else 0, grid)
-
-
-def entries(sizes: Sizes, *, unused: bool = True) -> tuple[Entry, ...]:
-    """Returns every tensor, in the order of the released file, without the grids.
-
-    Args:
-      sizes: of the network.
-      unused: whether to name the tensors that have no effect.
-    """
-    found = tuple(_all_entries(sizes))
-    return found if unused else tuple(e for e in found if e.path[0] == "params")
 
 
 def _all_entries(sizes: Sizes) -> Iterator[Entry]:
@@ -116,7 +87,7 @@ def _prompts(k: int, sizes: Sizes) -> Iterator[Entry]:
         ("prompt_template", "template", 1),
     ):
         shape = (rows, k, *sizes.grid)
-        yield Entry(f"{name}.{key}", (*_GENERATOR, leaf), shape, _PROMPT, False)
+        yield Entry(f"{name}.{key}", (*_GENERATOR, leaf), shape, _PROMPT)
     voxels = int(np.prod(sizes.grid))
 
     def block(layer, module, inputs, size=3):
@@ -150,8 +121,8 @@ def _prompts(k: int, sizes: Sizes) -> Iterator[Entry]:
 def _layer(key, path, shape, axes, collection="params") -> Iterator[Entry]:
     """A layer's weight and bias; PyTorch's transposed kernels have I O in front."""
     outputs = shape[1] if axes == FROM_IO else shape[0]
-    yield Entry(f"{key}.weight", (collection, *path, "kernel"), shape, axes, False)
-    yield Entry(f"{key}.bias", (collection, *path, "bias"), (outputs,), (0,), False)
+    yield Entry(f"{key}.weight", (collection, *path, "kernel"), shape, axes)
+    yield Entry(f"{key}.bias", (collection, *path, "bias"), (outputs,))
 
 
 def _conv(key, path, inputs, outputs, size=3) -> Iterator[Entry]:
@@ -171,167 +142,6 @@ def _is_buffer(key: str) -> bool:
     return parts[0] in ("warp", "diff") and parts[-1] == "grid"
 
 
-def _buffers(sizes: Sizes) -> Iterator[tuple[str, np.ndarray]]:
-    shape = [n * _DIVISOR for n in sizes.grid]
-    for name, middle in (("warp", ""), ("diff", "transformer.")):
-        for level in range(4):
-            axes = [np.arange(n // 2**level, dtype=np.float32) for n in shape]
-            grid = np.stack(np.meshgrid(*axes, indexing="ij"))[None]
-            yield f"{name}.{level}.{middle}grid", grid
-
-
-def read_config(
-    state: Mapping[str, np.ndarray], *, source: str = "the state dict", kind: str
-) -> dict[str, Any]:
-    """Reads the fields of PromptRegConfig or RdpConfig off the tensors.
-
-    Temperature and forms are not among them; they are the released code's.
-
-    Args:
-      state: PyTorch's names to arrays.
-      source: what the arrays came from, for the error.
-      kind: "promptreg" or "rdp".
-
-    Raises:
-      UserError: the tensors are not those of such a network.
-    """
-    sizes = sizes_of(state, source=source)
-    if (kind == "promptreg") != bool(sizes.tasks):
-        raise UserError(
-            f"{source} has {'a' if sizes.tasks else 'no'} prompt bank; give --model "
-            f"{'promptreg' if sizes.tasks else 'rdp'}"
-        )
-    found = {"channels": sizes.channels, "image_channels": sizes.image_channels}
-    return found | ({"tasks": sizes.tasks} if sizes.tasks else {})
-
-
-def network_shape(variables: Variables) -> tuple[int, int, int]:
-    """Returns the network grid that a bank is made for; 160^3 without a bank."""
-    sizes = variable_sizes(variables, source="the weights")
-    d, h, w = sizes.grid if sizes.tasks else (20, 20, 20)
-    return d * _DIVISOR, h * _DIVISOR, w * _DIVISOR
-
-
-def to_variables(
-    state: Mapping[str, np.ndarray],
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the state dict",
-) -> Variables:
-    """Converts PyTorch's tensors to the variables of models.promptreg or models.rdp.
-
-    Args:
-      state: the released code's names to arrays; grids of indices are left out.
-      config: not looked at, the tensors say it all.
-      source: what the arrays came from, for the error.
-
-    Returns:
-      {"params": ..., "unused": ...} of float32 host arrays.
-
-    Raises:
-      UserError: tensors are unknown, missing, misshapen, of the wrong type or not
-        finite; they are named.
-    """
-    del config
-    state = {key: array for key, array in state.items() if not _is_buffer(key)}
-    table = entries(sizes_of(state, source=source))
-    return state_lib.tree_of(state, table, source=source, network=_NAME)
-
-
-def from_variables(
-    variables: Variables,
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the checkpoint",
-) -> State:
-    """Converts variables of models.promptreg or models.rdp to PyTorch's tensors.
-
-    Args:
-      variables: {"params": ...} and perhaps "unused", of host or device arrays.
-      config: fields of the network; the released code has the released forms alone.
-      source: what the variables came from, for the error.
-
-    Returns:
-      The released code's names, grids of indices among them, to float32 host arrays.
-
-    Raises:
-      UserError: the network has a form that the released code has not, or leaves are
-        unknown, missing, misshapen or of the wrong type.
-    """
-    other = [
-        f"{name} {value}"
-        for name, value in (config or {}).items()
-        if name in _RELEASED and value != _RELEASED[name]
-    ]
-    if other:
-        raise UserError(
-            f"{source} has {', '.join(other)}, which the released code cannot hold "
-            f"({', '.join(f'{n} {v}' for n, v in _RELEASED.items())}); train with "
-            "these to export"
-        )
-    sizes = variable_sizes(variables, source=source)
-    table = entries(sizes)
-    tree = {name: dict(leaves) for name, leaves in variables.items()}
-    for entry in table:
-        if entry.path[0] == "unused" and "unused" not in variables:
-            state_lib.put(tree, entry.path, np.zeros(entry.shape, np.float32))
-    state = state_lib.state_of(tree, table, source=source, network=_NAME)
-    return state | dict(_buffers(sizes)) if sizes.tasks else state
-
-
-def check_variables(
-    variables: Variables,
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the checkpoint",
-) -> None:
-    """Checks that variables are exactly those of a PromptReg or RDP network.
-
-    Args:
-      variables: {"params": ...} and perhaps "unused".
-      config: fields of the network; the released forms if None.
-      source: what the variables came from, for the error.
-
-    Raises:
-      UserError: leaves are unknown, missing, misshapen, of the wrong type or not
-        finite; they are named.
-    """
-    config = config or {}
-    absent = set()
-    if config.get("readout", "pooled_attention") == "spatial":
-        absent |= {"value", "out"}
-    if not config.get("static_block", True):
-        absent |= {"static"}
-    sizes = variable_sizes(variables, source=source)
-    table = [
-        entry
-        for entry in entries(sizes, unused="unused" in variables)
-        if not (entry.path[:3] == _GENERATOR and entry.path[3] in absent)
-    ]
-    state_lib.check_tree(variables, table, source=source, network=_NAME)
-
-
-def variable_sizes(variables: Variables, *, source: str) -> Sizes:
-    """Reads the sizes off variables.
-
-    Raises:
-      UserError: the variables are not those of a PromptReg or RDP network.
-    """
-    try:
-        params = variables["params"]
-        first = np.shape(params["encoder_moving"]["block_1"]["conv"]["kernel"])
-        image, channels = first[3], first[4]
-        if "bottleneck" not in params:
-            return Sizes(channels, image, 0, (1, 1, 1))
-        z, d, h, w, _ = np.shape(params["bottleneck"]["generator"]["bank"])
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{source} does not hold the variables of a {_NAME} network "
-            f"({error} is missing or misshapen)"
-        ) from error
-    return Sizes(channels, image, z, (d, h, w))
-
-
 _NAME = "PromptReg"
 _RELEASED = {
     "slope": 0.01,
@@ -340,3 +150,147 @@ _RELEASED = {
     "static_block": True,
 }
 """What the released code computes whatever the tensors say."""
+
+
+class _Table(TensorTable[Sizes]):
+    """The pyramid of the released code, with a bank of prompts or without.
+
+    Attributes:
+      prompted: whether there is a bank.
+    """
+
+    network = _NAME
+    wrapper = "model_state_dict"
+
+    def __init__(self, *, prompted: bool):
+        self.prompted = prompted
+
+    def owns(self, state: Mapping[str, Any]) -> bool:
+        """See `TensorTable`."""
+        with_bank = any(key.startswith("prompt_generator.") for key in state)
+        pyramid = any(key.startswith("encoder_moving.") for key in state)
+        return with_bank if self.prompted else pyramid and not with_bank
+
+    def plain(self, state: Mapping[str, np.ndarray], *, source: str) -> State:
+        """Returns the tensors without grids of voxel indices, which say nothing."""
+        del source
+        return {key: array for key, array in state.items() if not _is_buffer(key)}
+
+    def sizes_of(self, state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
+        """See `TensorTable`."""
+        first = np.shape(state.get("encoder_moving.conv0.conv.weight", ()))
+        bank = np.shape(state.get("prompt_generator.static_prompt", ()))
+        prompted = any(key.startswith("prompt_") for key in state)
+        if len(first) != 5 or (prompted and len(bank) != 5):
+            raise UserError(
+                f"{source} has no encoder_moving.conv0.conv.weight or, for its "
+                "prompts, no prompt_generator.static_prompt; give the "
+                "model_state_dict of a PromptReg or RDP network"
+            )
+        if prompted != self.prompted:
+            raise UserError(
+                f"{source} has {'a' if prompted else 'no'} prompt bank; give --model "
+                f"{'promptreg' if prompted else 'rdp'}"
+            )
+        grid = (bank[2], bank[3], bank[4]) if prompted else (1, 1, 1)
+        return Sizes(first[0], first[1], bank[0] if prompted else 0, grid)
+
+    def variable_sizes(
+        self, variables: Variables, config: Mapping[str, Any], *, source: str
+    ) -> Sizes:
+        """See `TensorTable`."""
+        del config
+        try:
+            params = variables["params"]
+            first = np.shape(params["encoder_moving"]["block_1"]["conv"]["kernel"])
+            image, channels = first[3], first[4]
+            if "bottleneck" not in params:
+                return Sizes(channels, image, 0, (1, 1, 1))
+            z, d, h, w, _ = np.shape(params["bottleneck"]["generator"]["bank"])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{source} does not hold the variables of a {_NAME} network "
+                f"({error} is missing or misshapen)"
+            ) from error
+        return Sizes(channels, image, z, (d, h, w))
+
+    def config_fields(self, sizes: Sizes) -> dict[str, Any]:
+        """See `TensorTable`; temperature and forms are the released code's."""
+        found = {"channels": sizes.channels, "image_channels": sizes.image_channels}
+        return found | ({"tasks": sizes.tasks} if sizes.tasks else {})
+
+    def entries(self, sizes: Sizes) -> Iterator[Entry]:
+        """Returns every tensor, in the order of the released file, without grids."""
+        return _all_entries(sizes)
+
+    def preprocessing(self, variables: Variables) -> dict[str, Any]:
+        """Returns the released code's, on the grid that the bank is made for.
+
+        160^3 without a bank.
+        """
+        sizes = self.variable_sizes(variables, {}, source="the weights")
+        grid = sizes.grid if sizes.tasks else (20, 20, 20)
+        return {
+            **ResamplingRule("aligned", "ijk").to_dict(),
+            "ct_window": [-1024.0, 1024.0],
+            "mri_quantiles": [0.01, 0.99],
+            "shape": [n * _DIVISOR for n in grid],
+        }
+
+    def check_exportable(self, config: Mapping[str, Any], *, source: str) -> None:
+        """Checks that a network has the released forms.
+
+        Raises:
+          UserError: it has another.
+        """
+        other = [
+            f"{name} {value}"
+            for name, value in config.items()
+            if name in _RELEASED and value != _RELEASED[name]
+        ]
+        if other:
+            raise UserError(
+                f"{source} has {', '.join(other)}, which the released code cannot hold "
+                f"({', '.join(f'{n} {v}' for n, v in _RELEASED.items())}); train with "
+                "these to export"
+            )
+
+    def completed(self, variables: Variables, entries: Sequence[Entry]) -> Variables:
+        """Returns the variables with zeros for what has no effect, if it is absent."""
+        tree = {name: dict(leaves) for name, leaves in variables.items()}
+        for entry in entries:
+            if entry.path[0] == "unused" and "unused" not in variables:
+                state_lib.put(tree, entry.path, np.zeros(entry.shape, np.float32))
+        return tree
+
+    def held(
+        self, entries: Sequence[Entry], variables: Variables, config: Mapping[str, Any]
+    ) -> Sequence[Entry]:
+        """Returns the entries that networks of these forms have."""
+        absent = set()
+        if config.get("readout", "pooled_attention") == "spatial":
+            absent |= {"value", "out"}
+        if not config.get("static_block", True):
+            absent |= {"static"}
+        return [
+            entry
+            for entry in entries
+            if (entry.path[0] == "params" or "unused" in variables)
+            and not (entry.path[:3] == _GENERATOR and entry.path[3] in absent)
+        ]
+
+    def buffers(self, sizes: Sizes) -> State:
+        """Returns the grids of voxel indices that files with a bank hold."""
+        found: State = {}
+        if not sizes.tasks:
+            return found
+        shape = [n * _DIVISOR for n in sizes.grid]
+        for name, middle in (("warp", ""), ("diff", "transformer.")):
+            for level in range(4):
+                axes = [np.arange(n // 2**level, dtype=np.float32) for n in shape]
+                grid = np.stack(np.meshgrid(*axes, indexing="ij"))[None]
+                found[f"{name}.{level}.{middle}grid"] = grid
+        return found
+
+
+PROMPTREG, RDP = _Table(prompted=True), _Table(prompted=False)

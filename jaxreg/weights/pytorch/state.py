@@ -1,10 +1,7 @@
-"""Tables of tensors: PyTorch's state dicts to Flax variables and back.
+"""PyTorch's state dicts to Flax variables and back, given the entries of a table.
 
-A `.trch` file is what `torch.save(net.regis_net.state_dict())` writes: one flat mapping
-of names to tensors. `GRADICON` says for every kind of tensor in it where it lives in
-our variables, which shape it must have and how its axes move. No weight is skipped or
-filled in: unknown, missing and misshapen tensors are refused by name. Names
-and shapes as unigradicon 1.0.6 and icon_registration 1.1.9 store them.
+No weight is skipped or filled in: unknown, missing and misshapen tensors are refused
+by name.
 """
 
 import dataclasses
@@ -24,41 +21,29 @@ from jaxreg.weights.pytorch.unpickle import Tensor
 State = dict[str, np.ndarray]
 """PyTorch's names to host arrays in PyTorch's axis order."""
 _Path = tuple[str, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorSpec:
-    """One kind of tensor, here and there.
-
-    Attributes:
-      layer: PyTorch's name of the layer inside its UNet.
-      tensor: PyTorch's name of the tensor inside the layer.
-      path: collection, module and leaf in our variables; the step comes second.
-      shape: PyTorch's shape; a word is a channel count of the level (see `_channels`).
-      axes: for each of our axes, PyTorch's.
-    """
-
-    layer: str
-    tensor: str
-    path: tuple[str, str, str]
-    shape: tuple[int | str, ...]
-    axes: tuple[int, ...] = (0,)
-
-    @property
-    def is_count(self) -> bool:
-        """Whether this is a counter: int64 in the file, int32 in our variables."""
-        return not self.shape
+# D H W I O from PyTorch's O I D H W, and from its I O D H W for the transposed ones,
+# whose taps stay in PyTorch's order: they are not flipped.
+FROM_OI = (2, 3, 4, 1, 0)
+FROM_IO = (2, 3, 4, 0, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of one network: `Row` with its names and numbers filled in."""
+    """One tensor of one network, here and there.
+
+    Attributes:
+      key: PyTorch's name.
+      path: collection, modules and leaf in our variables.
+      torch_shape: PyTorch's shape.
+      axes: for each of our axes, PyTorch's.
+      is_count: whether this is a counter: int64 in the file, int32 in our variables.
+    """
 
     key: str
     path: _Path
     torch_shape: tuple[int, ...]
-    axes: tuple[int, ...]
-    is_count: bool
+    axes: tuple[int, ...] = (0,)
+    is_count: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,17 +51,14 @@ class Entry:
         return tuple(self.torch_shape[axis] for axis in self.axes)
 
 
-# --- any network, given the entries of its tensors -----------------------------------
-
-
 def tree_of(
     state: Mapping[str, np.ndarray],
     entries: Sequence[Entry],
     *,
     source: str,
-    network: str = "uniGradICON",
+    network: str,
 ) -> Variables:
-    """Converts PyTorch's tensors to variables; see `to_variables`."""
+    """Converts PyTorch's tensors to variables; see `TensorTable.to_variables`."""
     shapes = {entry.key: entry.torch_shape for entry in entries}
     _check(state, shapes, {e.key for e in entries if e.is_count}, source, network)
     variables: dict[str, Any] = {}
@@ -93,9 +75,9 @@ def state_of(
     entries: Sequence[Entry],
     *,
     source: str,
-    network: str = "uniGradICON",
+    network: str,
 ) -> State:
-    """Converts variables to PyTorch's tensors; see `from_variables`."""
+    """Converts variables to PyTorch's tensors; see `TensorTable.from_variables`."""
     check_tree(variables, entries, source=source, network=network)
     leaves = dict(_leaves(variables))
     state = {}
@@ -112,9 +94,9 @@ def check_tree(
     entries: Sequence[Entry],
     *,
     source: str,
-    network: str = "uniGradICON",
+    network: str,
 ) -> None:
-    """Checks that variables are exactly those of the entries; see `check_variables`."""
+    """Checks that variables are those of the entries; see `check_variables`."""
     leaves = {"/".join(path): leaf for path, leaf in _leaves(variables)}
     shapes = {"/".join(entry.path): entry.shape for entry in entries}
     counts = {"/".join(entry.path) for entry in entries if entry.is_count}

@@ -1,4 +1,4 @@
-"""The released UniReg pyramid's PyTorch weights to Flax variables and back.
+"""The released UniReg pyramid's tensors in PyTorch's files.
 
 The released code saves {"model_state_dict", "arch", "name", "step", "epoch",
 "metrics"}; only the first is read. Its names may carry the prefixes of the modules
@@ -10,15 +10,16 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
+from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError
 from jaxreg.typing import Variables
-from jaxreg.weights.pytorch import state as state_lib
-from jaxreg.weights.pytorch.gradicon import FROM_OI
-from jaxreg.weights.pytorch.state import Entry, State
+from jaxreg.weights.pytorch.state import FROM_OI, Entry, State
+from jaxreg.weights.pytorch.table import TensorTable
 
 _NAME = "UniReg (released pyramid)"
 _TYPES = 2
@@ -84,43 +85,6 @@ def _sizes(
     )
 
 
-def sizes_of(state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
-    """Reads the sizes off the tensors, see `plain`.
-
-    Raises:
-      UserError: the tensors are not those of a released UniReg pyramid.
-    """
-    is_dynamic = any(".dynamic_flow." in key for key in state)
-    controller = np.shape(state.get(_CONTROLLER, ())) if is_dynamic else None
-    return _sizes(np.shape(state.get(_FIRST, ())), controller, source)
-
-
-def variable_sizes(variables: Variables, *, source: str) -> Sizes:
-    """Reads the sizes off variables.
-
-    Raises:
-      UserError: the variables are not those of a released UniReg pyramid.
-    """
-    try:
-        params = variables["params"]
-        first = np.shape(params["encoder"]["block_1"]["kernel"])
-        controller = None
-        if "head" in params["decoder_1"]:
-            kernel = params["decoder_1"]["head"]["controller"]["kernel"]
-            controller = np.shape(kernel)[::-1]
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{source} does not hold the variables of a {_NAME} network "
-            f"({error} is missing or misshapen)"
-        ) from error
-    return _sizes(first[::-1], controller, source)
-
-
-def entries(sizes: Sizes) -> tuple[Entry, ...]:
-    """Returns every tensor, in the order of the released file, without the grids."""
-    return tuple(_all_entries(sizes))
-
-
 def _all_entries(sizes: Sizes) -> Iterator[Entry]:
     inputs = sizes.image_channels
     for level in sorted(_LEVELS):
@@ -146,7 +110,7 @@ def _head(
 ) -> Iterator[Entry]:
     for tensor, leaf in (("weight", "scale"), ("bias", "bias")):
         place = ("params", *path, "norm", leaf)
-        yield Entry(f"{key}.gap.0.{tensor}", place, (inputs,), (0,), False)
+        yield Entry(f"{key}.gap.0.{tensor}", place, (inputs,))
     h = sizes.hidden
     count = (inputs + 1) * h + (h + 1) * h + (h + 1) * _OUTPUTS
     condition = inputs + _TYPES + sizes.regions
@@ -159,169 +123,8 @@ def _conv(
     key: str, path: tuple[str, ...], inputs: int, outputs: int, size: int = 3
 ) -> Iterator[Entry]:
     shape = (outputs, inputs, size, size, size)
-    yield Entry(f"{key}.weight", ("params", *path, "kernel"), shape, FROM_OI, False)
-    yield Entry(f"{key}.bias", ("params", *path, "bias"), (outputs,), (0,), False)
-
-
-def plain(state: Mapping[str, np.ndarray]) -> State:
-    """Returns the network's own names: no prefixes of wrappers, no grids of indices."""
-    named = {_PREFIX.sub("", key): array for key, array in state.items()}
-    return {key: array for key, array in named.items() if not _GRID.match(key)}
-
-
-def is_released(state: Mapping[str, np.ndarray]) -> bool:
-    """Says whether the tensors' names are those of a released UniReg pyramid."""
-    return _FIRST in plain(state)
-
-
-def read_config(
-    state: Mapping[str, np.ndarray], *, source: str = "the state dict"
-) -> dict[str, Any]:
-    """Reads the fields of UniRegRpnConfig off the tensors.
-
-    The tasks of the six released regions are the config's own; of another number of
-    regions each is a task between subjects first, and then one within a subject.
-
-    Args:
-      state: PyTorch's names to arrays.
-      source: what the arrays came from, for the error.
-
-    Raises:
-      UserError: the tensors are not those of a released UniReg pyramid.
-    """
-    sizes = sizes_of(plain(state), source=source)
-    found: dict[str, Any] = {
-        "channels": sizes.channels,
-        "image_channels": sizes.image_channels,
-        "head": sizes.head,
-    }
-    if sizes.head == "static":
-        return found
-    found |= {"hidden": sizes.hidden, "regions": sizes.regions}
-    if sizes.regions != len(REGIONS):
-        regions = range(sizes.regions)
-        found["tasks"] = tuple((r, p) for p in ("inter", "intra") for r in regions)
-    return found
-
-
-def to_variables(
-    state: Mapping[str, np.ndarray],
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the state dict",
-) -> Variables:
-    """Converts PyTorch's tensors to the variables of models.unireg_rpn.
-
-    Args:
-      state: the released code's names to arrays.
-      config: not looked at, the tensors say it all.
-      source: what the arrays came from, for the error.
-
-    Returns:
-      {"params": ...} of float32 host arrays.
-
-    Raises:
-      UserError: tensors are unknown, missing, misshapen, of the wrong type or not
-        finite; they are named.
-    """
-    del config
-    state = plain(state)
-    table = entries(sizes_of(state, source=source))
-    return state_lib.tree_of(state, table, source=source, network=_NAME)
-
-
-def from_variables(
-    variables: Variables,
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the checkpoint",
-) -> State:
-    """Converts variables of models.unireg_rpn to PyTorch's tensors.
-
-    Args:
-      variables: {"params": ...} of host or device arrays.
-      config: fields of UniRegRpnConfig.
-      source: what the variables came from, for the error.
-
-    Returns:
-      The names of the network itself, without prefixes, to float32 host arrays.
-
-    Raises:
-      UserError: leaves are unknown, missing, misshapen or of the wrong type, or the
-        network can be asked for a smoothness, which the released code cannot.
-    """
-    if _smoothness_knots(config):
-        raise UserError(
-            f"{source} has a smoothness_range, which the released code cannot hold; "
-            "train without one to export"
-        )
-    table = entries(variable_sizes(variables, source=source))
-    return state_lib.state_of(variables, table, source=source, network=_NAME)
-
-
-def in_released_order(
-    variables: Variables, names: Sequence[str], *, source: str = "the checkpoint"
-) -> tuple[Variables, tuple[str, ...]]:
-    """Returns variables, and names, with the regions in the released code's order.
-
-    Args:
-      variables: {"params": ...} of models.unireg_rpn; static heads know no regions.
-      names: of the regions, in the order of the weights.
-      source: what the variables came from, for the error.
-
-    Raises:
-      UserError: these are not the six regions that the released code knows.
-    """
-    sizes = variable_sizes(variables, source=source)
-    if sizes.head == "static":
-        return variables, ()
-    if sizes.regions != len(REGIONS) or sorted(names) != sorted(REGIONS):
-        raise UserError(
-            f"{source} makes its heads for the regions {', '.join(names)}, a file of "
-            f"the released code holds {', '.join(REGIONS)} and no others; keep other "
-            "regions in a checkpoint folder, or train with these to export"
-        )
-    order = np.array([list(names).index(region) for region in REGIONS])
-    params = dict(variables["params"])
-    for level in _LEVELS:
-        decoder = dict(params[f"decoder_{level}"])
-        head = dict(decoder["head"])
-        # The regions are what a controller is told last.
-        kernel = np.array(head["controller"]["kernel"])
-        kernel[..., -len(REGIONS) :, :] = kernel[..., -len(REGIONS) :, :][..., order, :]
-        head["controller"] = {**head["controller"], "kernel": kernel}
-        params[f"decoder_{level}"] = {**decoder, "head": head}
-    return {**variables, "params": params}, REGIONS
-
-
-def check_variables(
-    variables: Variables,
-    config: Mapping[str, Any] | None = None,
-    *,
-    source: str = "the checkpoint",
-) -> None:
-    """Checks that variables are exactly those of a released UniReg pyramid.
-
-    Args:
-      variables: {"params": ...}.
-      config: fields of UniRegRpnConfig; sizes that are among them must agree.
-      source: what the variables came from, for the error.
-
-    Raises:
-      UserError: leaves are unknown, missing, misshapen, of the wrong type or not
-        finite, or of other sizes than the fields say; they are named.
-    """
-    sizes = variable_sizes(variables, source=source)
-    state_lib.check_tree(variables, entries(sizes), source=source, network=_NAME)
-    if smoothness := _smoothness_knots(config):  # its knots follow the regions
-        sizes = dataclasses.replace(sizes, regions=sizes.regions - smoothness["knots"])
-    got = {name: value for name, value in dataclasses.asdict(sizes).items() if value}
-    said = {name: (config or {}).get(name, value) for name, value in got.items()}
-    if said != got:
-        raise UserError(
-            f"{source} holds weights of the sizes {got}, its config says {said}; the "
-            "two do not belong together"
-        )
+    yield Entry(f"{key}.weight", ("params", *path, "kernel"), shape, FROM_OI)
+    yield Entry(f"{key}.bias", ("params", *path, "bias"), (outputs,))
 
 
 def _smoothness_knots(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -329,3 +132,160 @@ def _smoothness_knots(config: Mapping[str, Any] | None) -> Mapping[str, Any] | N
     fields = config or {}
     dynamic = fields.get("head", "dynamic") == "dynamic"
     return fields.get("smoothness_range") if dynamic else None
+
+
+class _Table(TensorTable[Sizes]):
+    """The released pyramid."""
+
+    network = _NAME
+    wrapper = "model_state_dict"
+    ordered = True
+
+    def owns(self, state: Mapping[str, Any]) -> bool:
+        """See `TensorTable`."""
+        return _FIRST in self.plain(state)
+
+    def plain(self, state: Mapping[str, np.ndarray], *, source: str = "") -> State:
+        """Returns the network's own names: no prefixes of wrappers, no grids."""
+        del source
+        named = {_PREFIX.sub("", key): array for key, array in state.items()}
+        return {key: array for key, array in named.items() if not _GRID.match(key)}
+
+    def sizes_of(self, state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
+        """See `TensorTable`."""
+        is_dynamic = any(".dynamic_flow." in key for key in state)
+        controller = np.shape(state.get(_CONTROLLER, ())) if is_dynamic else None
+        return _sizes(np.shape(state.get(_FIRST, ())), controller, source)
+
+    def variable_sizes(
+        self, variables: Variables, config: Mapping[str, Any], *, source: str
+    ) -> Sizes:
+        """See `TensorTable`."""
+        del config
+        try:
+            params = variables["params"]
+            first = np.shape(params["encoder"]["block_1"]["kernel"])
+            controller = None
+            if "head" in params["decoder_1"]:
+                kernel = params["decoder_1"]["head"]["controller"]["kernel"]
+                controller = np.shape(kernel)[::-1]
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"{source} does not hold the variables of a {_NAME} network "
+                f"({error} is missing or misshapen)"
+            ) from error
+        return _sizes(first[::-1], controller, source)
+
+    def config_fields(self, sizes: Sizes) -> dict[str, Any]:
+        """See `TensorTable`.
+
+        The tasks of the six released regions are the config's own; of another number of
+        regions each is a task between subjects first, and then one within a subject.
+        """
+        found: dict[str, Any] = {
+            "channels": sizes.channels,
+            "image_channels": sizes.image_channels,
+            "head": sizes.head,
+        }
+        if sizes.head == "static":
+            return found
+        found |= {"hidden": sizes.hidden, "regions": sizes.regions}
+        if sizes.regions != len(REGIONS):
+            regions = range(sizes.regions)
+            found["tasks"] = tuple((r, p) for p in ("inter", "intra") for r in regions)
+        return found
+
+    def entries(self, sizes: Sizes) -> Iterator[Entry]:
+        """Returns every tensor, in the order of the released file, without grids."""
+        return _all_entries(sizes)
+
+    def preprocessing(self, variables: Variables) -> dict[str, Any]:
+        """Returns the released code's, with its tasks' names where they are the six."""
+        sizes = self.variable_sizes(variables, {}, source="the weights")
+        names = list(REGIONS)
+        known = sizes.regions == len(names)
+        return {
+            "shape": [160, 192, 192],
+            **ResamplingRule("aligned", "kji").to_dict(),
+            "ct_window": [-150.0, 250.0],
+            "mri_quantiles": [0.005, 0.995],
+            "mri_foreground": True,
+            **({"tasks": names, "regions": names} if known else {}),
+        }
+
+    def check_exportable(self, config: Mapping[str, Any], *, source: str) -> None:
+        """Checks that a network is conditional on no smoothness.
+
+        Raises:
+          UserError: it is.
+        """
+        if _smoothness_knots(config):
+            raise UserError(
+                f"{source} has a smoothness_range, which the released code cannot "
+                "hold; train without one to export"
+            )
+
+    def check_variables(
+        self,
+        variables: Variables,
+        config: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        source: str = "the checkpoint",
+    ) -> None:
+        """See `TensorTable`; sizes that are among the config's fields must agree."""
+        super().check_variables(variables, config, source=source)
+        sizes = self.variable_sizes(variables, config, source=source)
+        if smoothness := _smoothness_knots(config):  # its knots follow the regions
+            sizes = dataclasses.replace(
+                sizes, regions=sizes.regions - smoothness["knots"]
+            )
+        got = {
+            name: value for name, value in dataclasses.asdict(sizes).items() if value
+        }
+        said = {name: config.get(name, value) for name, value in got.items()}
+        if said != got:
+            raise UserError(
+                f"{source} holds weights of the sizes {got}, its config says {said}; "
+                "the two do not belong together"
+            )
+
+    def in_order(
+        self,
+        config: Any,
+        variables: Variables,
+        names: Sequence[str],
+        *,
+        source: str = "the checkpoint",
+    ) -> tuple[Variables, tuple[str, ...]]:
+        """Returns variables, and names, with the regions in the released code's order.
+
+        Static heads know no regions.
+
+        Raises:
+          UserError: these are not the six regions that the released code knows.
+        """
+        del config
+        sizes = self.variable_sizes(variables, {}, source=source)
+        if sizes.head == "static":
+            return variables, ()
+        if sizes.regions != len(REGIONS) or sorted(names) != sorted(REGIONS):
+            raise UserError(
+                f"{source} makes its heads for the regions {', '.join(names)}, a file "
+                f"of the released code holds {', '.join(REGIONS)} and no others; keep "
+                "other regions in a checkpoint folder, or train with these to export"
+            )
+        order = np.array([list(names).index(region) for region in REGIONS])
+        params = dict(variables["params"])
+        for level in _LEVELS:
+            decoder = dict(params[f"decoder_{level}"])
+            head = dict(decoder["head"])
+            # The regions are what a controller is told last.
+            kernel = np.array(head["controller"]["kernel"])
+            told = kernel[..., -len(REGIONS) :, :]
+            kernel[..., -len(REGIONS) :, :] = told[..., order, :]
+            head["controller"] = {**head["controller"], "kernel": kernel}
+            params[f"decoder_{level}"] = {**decoder, "head": head}
+        return {**variables, "params": params}, REGIONS
+
+
+TABLE = _Table()

@@ -28,7 +28,7 @@ def check(value, reference, tolerance=1e-4):
 
 def variables_of(g):
     state = {k.removeprefix("state/"): v for k, v in g.items() if "state/" in k}
-    return unireg_rpn.to_variables(state), unireg_rpn.read_config(state)
+    return unireg_rpn.TABLE.to_variables(state), unireg_rpn.TABLE.read_config(state)
 
 
 def model_of(g, group="", **options):

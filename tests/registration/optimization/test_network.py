@@ -17,7 +17,7 @@ from jaxreg.space import fields, sampling
 from jaxreg.space.transform import Affine
 from jaxreg.typing import Pair
 
-TINY = GradIcon(GradIconConfig((2, 4), (4,), halvings=0, refinements=0))
+TINY = GradIcon(GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0))
 SHAPE = (9, 8, 10)
 STEPS = 3
 CHEAP = Objective(similarity="ncc")

@@ -16,7 +16,7 @@ from jaxreg.io import transforms
 from jaxreg.matching import nearest
 from jaxreg.matching import points as points_lib
 from jaxreg.models import sam
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import preparation
@@ -97,7 +97,7 @@ def scans():
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class Known(RegistrationModel):
     """A model that answers with one field, and notes what it was shown."""
 
     shift: tuple[float, float, float] = (0.0, 0.0, 0.0)

@@ -17,7 +17,9 @@ def get_config() -> Experiment:
     return Experiment(
         name="one_stage",
         paper="none: a test",
-        model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0, form="native"),
+        model=GradIconConfig(
+            (2, 4), (4,), downsampled_steps=0, fullres_steps=0, form="native"
+        ),
         data=DataConfig(
             synthetic=("inter_mono",),
             synthetic_labels=2,

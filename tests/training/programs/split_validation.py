@@ -24,7 +24,9 @@ from jaxreg.training import parallel
 
 EXPERIMENT = Experiment(
     name="split_validation",
-    model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0, form="native"),
+    model=GradIconConfig(
+        (2, 4), (4,), downsampled_steps=0, fullres_steps=0, form="native"
+    ),
     data=DataConfig(
         synthetic=("inter_mono",),
         synthetic_labels=2,

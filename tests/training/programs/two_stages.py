@@ -18,7 +18,7 @@ def get_config() -> Experiment:
     return Experiment(
         name="two_stages",
         paper="none: a test",
-        model=GradIconConfig((2, 4), (4,), halvings=0, refinements=0),
+        model=GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0),
         data=DataConfig(
             synthetic=("inter_mono",),
             synthetic_labels=2,
@@ -35,6 +35,6 @@ def get_config() -> Experiment:
         ),
         stages=(
             Stage("stage_1", epochs=3),
-            Stage("stage_2", epochs=2, changes=(("model.refinements", 1),)),
+            Stage("stage_2", epochs=2, changes=(("model.fullres_steps", 1),)),
         ),
     )

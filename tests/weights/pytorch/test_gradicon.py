@@ -18,14 +18,14 @@ from jaxreg.weights.pytorch import state as state_lib
 SMALL = {
     "channels_down": (2, 3, 5),
     "channels_up": (4, 3),
-    "halvings": 1,
-    "refinements": 1,
+    "downsampled_steps": 1,
+    "fullres_steps": 1,
 }
 FULL = {
     "channels_down": (2, 16, 32, 64, 256, 512),
     "channels_up": (16, 32, 64, 128, 256),
-    "halvings": 2,
-    "refinements": 1,
+    "downsampled_steps": 2,
+    "fullres_steps": 1,
 }
 
 
@@ -33,7 +33,7 @@ def random_state(config, seed=0):
     """A state dict of a network of these sizes with random contents."""
     rng = np.random.default_rng(seed)
     state = {}
-    for entry in gradicon.gradicon_entries(config):
+    for entry in gradicon.TABLE.entries(config):
         if entry.is_count:
             state[entry.key] = np.array(rng.integers(0, 2**31), np.int64)
         else:
@@ -61,14 +61,17 @@ def golden_state(arrays):
 @pytest.mark.parametrize("name", ["unigradicon_net_small", "unigradicon_io"])
 def test_golden_state_round_trips_bit_for_bit(golden, name):
     state = golden_state(golden(name))
-    config = gradicon.gradicon_config(state)
-    variables = gradicon.to_variables(state, config)
-    assert_same(gradicon.from_variables(variables, config), state)
+    config = gradicon.TABLE.read_config(state)
+    variables = gradicon.TABLE.to_variables(state)
+    assert_same(gradicon.TABLE.from_variables(variables, config), state)
     # And from our side: the same tree.
-    again = gradicon.to_variables(gradicon.from_variables(variables, config), config)
+    again = gradicon.TABLE.to_variables(
+        gradicon.TABLE.from_variables(variables, config)
+    )
     assert sorted(again) == ["batch_stats", "params"]
     assert list(again["params"]) == [
-        f"step_{i + 1}" for i in range(1 + config["halvings"] + config["refinements"])
+        f"step_{i + 1}"
+        for i in range(1 + config["downsampled_steps"] + config["fullres_steps"])
     ]
     for collection, step in itertools.product(again, again["params"]):
         for module, leaves in again[collection][step].items():
@@ -88,9 +91,9 @@ def test_golden_state_round_trips_through_a_file(golden, name, tmp_path):
     torch.save({key: torch.tensor(array) for key, array in state.items()}, path)
     read = state_lib.read_state_dict(path)
     assert_same(read, state)
-    config = gradicon.gradicon_config(read)
-    variables = gradicon.to_variables(read, config)
-    state_lib.write_state_dict(path, gradicon.from_variables(variables, config))
+    config = gradicon.TABLE.read_config(read)
+    variables = gradicon.TABLE.to_variables(read)
+    state_lib.write_state_dict(path, gradicon.TABLE.from_variables(variables, config))
     again = torch.load(path, weights_only=True)
     assert_same({key: tensor.numpy() for key, tensor in again.items()}, state)
     assert [p.name for p in tmp_path.iterdir()] == ["weights.trch"]
@@ -100,10 +103,14 @@ def test_golden_state_round_trips_through_a_file(golden, name, tmp_path):
 def test_golden_config_is_read_off_the_tensors(golden):
     arrays = golden("unigradicon_net_small")
     state = golden_state(arrays)
-    config = gradicon.gradicon_config(state)
+    config = gradicon.TABLE.read_config(state)
     prefixes = {key.split("lastConv")[0] for key in state if "lastConv" in key}
     assert (
-        set(gradicon.gradicon_prefixes(config["halvings"], config["refinements"]))
+        set(
+            gradicon.gradicon_prefixes(
+                config["downsampled_steps"], config["fullres_steps"]
+            )
+        )
         == prefixes
     )
     unet = golden("unigradicon_unet_small")
@@ -127,7 +134,7 @@ def test_prefixes_of_the_released_networks():
 
 
 def test_sizes_of_the_released_network():
-    entries = gradicon.gradicon_entries(FULL)
+    entries = gradicon.TABLE.entries(FULL)
     assert len(entries) == 188
     elements = sum(int(np.prod(e.torch_shape)) for e in entries)
     assert elements == 70_684_904
@@ -137,7 +144,7 @@ def test_sizes_of_the_released_network():
 
 def test_axes_move_and_taps_stay():
     state = random_state(SMALL)
-    variables = gradicon.to_variables(state, SMALL)
+    variables = gradicon.TABLE.to_variables(state)
     step = variables["params"]["step_3"]
     down = state["netPsi.net.downConvs.1.weight"]  # O I D H W
     up = state["netPsi.net.upConvs.0.weight"]  # I O D H W
@@ -159,8 +166,8 @@ def structures(draw):
     return {
         "channels_down": tuple(draw(channels) for _ in range(levels + 1)),
         "channels_up": tuple(draw(channels) for _ in range(levels)),
-        "halvings": draw(st.integers(0, 2)),
-        "refinements": draw(st.integers(0, 2)),
+        "downsampled_steps": draw(st.integers(0, 2)),
+        "fullres_steps": draw(st.integers(0, 2)),
     }
 
 
@@ -168,9 +175,9 @@ def structures(draw):
 @given(structures(), st.integers(0, 2**32 - 1))
 def test_any_structure_is_recognised_and_round_trips(config, seed):
     state = random_state(config, seed)
-    assert gradicon.gradicon_config(state) == config
-    variables = gradicon.to_variables(state, config)
-    assert_same(gradicon.from_variables(variables, config), state)
+    assert gradicon.TABLE.read_config(state) == config
+    variables = gradicon.TABLE.to_variables(state)
+    assert_same(gradicon.TABLE.from_variables(variables, config), state)
 
 
 @settings(max_examples=30, deadline=None)
@@ -183,12 +190,14 @@ def test_any_missing_or_misshapen_tensor_is_named(config, data):
     else:
         state[key] = np.zeros((*state[key].shape, 7), state[key].dtype)
     with pytest.raises(UserError) as error:
-        gradicon.to_variables(state, config)
+        state_lib.tree_of(
+            state, gradicon.TABLE.entries(config), source="here", network="test"
+        )
     assert key in str(error.value)
     # Read off the damaged tensors, the config may be that of a smaller network, in
     # which case other tensors are the odd ones; it never passes.
     with pytest.raises(UserError):
-        gradicon.to_variables(state, gradicon.gradicon_config(state))
+        gradicon.TABLE.to_variables(state)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +212,10 @@ def test_misshapen_tensor_is_named_with_both_shapes(key, array):
     state = random_state(SMALL)
     expected = state[key].shape
     state[key] = array
-    config = gradicon.gradicon_config(state)
+    config = gradicon.TABLE.read_config(state)
     assert config == SMALL
     with pytest.raises(UserError) as error:
-        gradicon.to_variables(state, config, source="x.trch")
+        gradicon.TABLE.to_variables(state, source="x.trch")
     message = str(error.value)
     assert message.startswith("x.trch ")
     assert f"1 misshapen: {key} of shape {array.shape}, expected {expected}" in message
@@ -218,7 +227,7 @@ def test_unknown_tensors_are_named_and_counted():
     for i in range(6):
         state[f"netPsi.net.extra.{i}"] = np.zeros(1, np.float32)
     with pytest.raises(UserError) as error:
-        gradicon.to_variables(state, gradicon.gradicon_config(state))
+        gradicon.TABLE.to_variables(state)
     assert "6 unknown: netPsi.net.extra.0, " in str(error.value)
     assert "and 2 more" in str(error.value)
 
@@ -227,7 +236,7 @@ def test_missing_unet_is_answered_with_its_tensors():
     state = random_state(SMALL)
     state = {k: v for k, v in state.items() if not k.startswith("netPsi.")}
     with pytest.raises(UserError) as error:
-        gradicon.to_variables(state, gradicon.gradicon_config(state))
+        gradicon.TABLE.to_variables(state)
     assert "20 missing: netPsi.net.downConvs.0.weight" in str(error.value)
     assert "unknown" not in str(error.value)
 
@@ -242,10 +251,10 @@ def test_missing_unet_is_answered_with_its_tensors():
     ],
 )
 def test_unusable_values_are_named(key, value, words):
-    config = SMALL | {"halvings": 0, "refinements": 0}
+    config = SMALL | {"downsampled_steps": 0, "fullres_steps": 0}
     state = random_state(config) | {key: value}
     with pytest.raises(UserError, match=words) as error:
-        gradicon.to_variables(state, config)
+        gradicon.TABLE.to_variables(state)
     assert key in str(error.value)
 
 
@@ -261,23 +270,23 @@ def test_unusable_values_are_named(key, value, words):
 def test_other_architectures_are_refused(keys):
     state = {key: np.zeros((2, 2), np.float32) for key in keys}
     with pytest.raises(UserError, match="expected the tensors of a uniGradICON"):
-        gradicon.gradicon_config(state)
+        gradicon.TABLE.read_config(state)
 
 
 def test_network_without_down_convolutions_is_refused():
     state = {k: v for k, v in random_state(SMALL).items() if "downConvs" not in k}
     with pytest.raises(UserError, match="downConvs"):
-        gradicon.gradicon_config(state)
+        gradicon.TABLE.read_config(state)
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {},
-        {k: v for k, v in SMALL.items() if k != "halvings"},
-        SMALL | {"halvings": -1},
-        SMALL | {"halvings": 10**9},
-        SMALL | {"refinements": 0.5},
+        {k: v for k, v in SMALL.items() if k != "downsampled_steps"},
+        SMALL | {"downsampled_steps": -1},
+        SMALL | {"downsampled_steps": 10**9},
+        SMALL | {"fullres_steps": 0.5},
         SMALL | {"channels_up": ()},
         SMALL | {"channels_down": (2, 3)},
         SMALL | {"channels_down": (0, 3, 5)},
@@ -285,22 +294,22 @@ def test_network_without_down_convolutions_is_refused():
 )
 def test_impossible_configs_are_refused(config):
     with pytest.raises(UserError, match="config"):
-        gradicon.gradicon_entries(config)
+        gradicon.TABLE.entries(config)
 
 
 def test_config_from_json_has_lists():
     listed = {k: list(v) if isinstance(v, tuple) else v for k, v in SMALL.items()}
     listed["form"] = "auto"  # how it is computed, not which tensors it has
-    assert gradicon.gradicon_entries(listed) == gradicon.gradicon_entries(SMALL)
+    assert gradicon.TABLE.entries(listed) == gradicon.TABLE.entries(SMALL)
 
 
 def test_variables_with_other_leaves_are_refused():
-    variables = gradicon.to_variables(random_state(SMALL), SMALL)
+    variables = gradicon.TABLE.to_variables(random_state(SMALL))
     variables["params"]["step_2"]["down_0"]["kernle"] = np.zeros(1, np.float32)
     del variables["params"]["step_1"]["last"]["bias"]
     variables["params"]["step_3"]["up_1"]["bias"] = np.zeros(9, np.float32)
     with pytest.raises(UserError) as error:
-        gradicon.from_variables(variables, SMALL, source="run/best")
+        gradicon.TABLE.from_variables(variables, SMALL, source="run/best")
     message = str(error.value)
     assert message.startswith("run/best ")
     assert "1 unknown: params/step_2/down_0/kernle" in message
@@ -313,10 +322,10 @@ def test_variables_with_other_leaves_are_refused():
 def test_bfloat16_variables_are_exported_as_float32():
     import jax.numpy as jnp
 
-    variables = gradicon.to_variables(random_state(SMALL), SMALL)
+    variables = gradicon.TABLE.to_variables(random_state(SMALL))
     last = variables["params"]["step_1"]["last"]
     last["bias"] = jnp.array([1.0, -0.5, 3.0], jnp.bfloat16)
-    state = gradicon.from_variables(variables, SMALL)
+    state = gradicon.TABLE.from_variables(variables, SMALL)
     bias = state["netPhi.netPhi.net.net.lastConv.bias"]
     assert bias.dtype == np.float32
     np.testing.assert_array_equal(bias, [1.0, -0.5, 3.0])
@@ -394,7 +403,7 @@ def test_whole_network_and_its_identity_maps_are_accepted(torch, tmp_path):
     torch.save(whole | {"other": torch.zeros(1)}, tmp_path / "odd.trch")
     state = state_lib.read_state_dict(tmp_path / "odd.trch")
     with pytest.raises(UserError):
-        gradicon.to_variables(state, gradicon.gradicon_config(state))
+        gradicon.TABLE.to_variables(state)
 
 
 class Anything:
@@ -493,7 +502,7 @@ def test_other_files_are_refused_in_one_sentence(torch, tmp_path, kind, words):
 def test_damaged_files_never_pass_unnoticed_nor_crash(tmp_path_factory, seed, legacy):
     torch = pytest.importorskip("torch")
     good = io.BytesIO()
-    config = SMALL | {"halvings": 0, "refinements": 0}
+    config = SMALL | {"downsampled_steps": 0, "fullres_steps": 0}
     torch.save(tensors(torch, config), good, _use_new_zipfile_serialization=not legacy)
     data = bytearray(good.getvalue())
     rng = np.random.default_rng(seed)
@@ -505,7 +514,7 @@ def test_damaged_files_never_pass_unnoticed_nor_crash(tmp_path_factory, seed, le
     path.write_bytes(data)
     try:
         state = state_lib.read_state_dict(path)
-        gradicon.to_variables(state, gradicon.gradicon_config(state))
+        gradicon.TABLE.to_variables(state)
     except UserError:
         pass
 
@@ -546,27 +555,34 @@ def icon_network(icon, config):
         return icon.FunctionFromVectorField(unet)
 
     net = field()
-    for _ in range(config["halvings"]):
+    for _ in range(config["downsampled_steps"]):
         net = icon.TwoStepRegistration(icon.DownsampleRegistration(net, 3), field())
-    for _ in range(config["refinements"]):
+    for _ in range(config["fullres_steps"]):
         net = icon.TwoStepRegistration(net, field())
     return net
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize(("halvings", "refinements"), [(0, 0), (2, 0), (2, 1), (1, 2)])
-def test_keys_shapes_and_order_are_those_of_icon(icon, tmp_path, halvings, refinements):
+@pytest.mark.parametrize(
+    ("downsampled_steps", "fullres_steps"), [(0, 0), (2, 0), (2, 1), (1, 2)]
+)
+def test_keys_shapes_and_order_are_those_of_icon(
+    icon, tmp_path, downsampled_steps, fullres_steps
+):
     import torch
 
-    config = SMALL | {"halvings": halvings, "refinements": refinements}
+    config = SMALL | {
+        "downsampled_steps": downsampled_steps,
+        "fullres_steps": fullres_steps,
+    }
     net = icon_network(icon, config)
     theirs = {k: v.numpy() for k, v in net.state_dict().items()}
-    entries = gradicon.gradicon_entries(config)
+    entries = gradicon.TABLE.entries(config)
     assert list(theirs) == [entry.key for entry in entries]
     assert [a.shape for a in theirs.values()] == [e.torch_shape for e in entries]
-    assert gradicon.gradicon_config(theirs) == config
-    variables = gradicon.to_variables(theirs, config)
-    assert_same(gradicon.from_variables(variables, config), theirs)
+    assert gradicon.TABLE.read_config(theirs) == config
+    variables = gradicon.TABLE.to_variables(theirs)
+    assert_same(gradicon.TABLE.from_variables(variables, config), theirs)
     # And ours, exported, loads strictly there.
     path = tmp_path / "weights.trch"
     state = random_state(config, seed=3)
@@ -579,7 +595,7 @@ def test_keys_shapes_and_order_are_those_of_icon(icon, tmp_path, halvings, refin
 def test_whole_module_of_unigradicon_is_read(icon, unigradicon, tmp_path):
     import torch
 
-    config = SMALL | {"halvings": 1, "refinements": 0}
+    config = SMALL | {"downsampled_steps": 1, "fullres_steps": 0}
     net = unigradicon.GradientICONSparse(icon_network(icon, config), icon.LNCC(5), 1.5)
     net.assign_identity_map((1, 1, 8, 8, 8))
     path = tmp_path / "whole.trch"
@@ -594,11 +610,11 @@ def test_full_size_export_loads_strictly_in_unigradicon(unigradicon, tmp_path):
     import torch
 
     state = random_state(FULL)
-    variables = gradicon.to_variables(state, FULL)
+    variables = gradicon.TABLE.to_variables(state)
     path = tmp_path / "Step_2_final.trch"
-    state_lib.write_state_dict(path, gradicon.from_variables(variables, FULL))
+    state_lib.write_state_dict(path, gradicon.TABLE.from_variables(variables, FULL))
     net = unigradicon.make_network((1, 1, 16, 16, 16), include_last_step=True)
     net.regis_net.load_state_dict(torch.load(path, weights_only=True), strict=True)
     got = {k: v.numpy() for k, v in net.regis_net.state_dict().items()}
     assert_same(got, state)
-    assert gradicon.gradicon_config(state_lib.read_state_dict(path)) == FULL
+    assert gradicon.TABLE.read_config(state_lib.read_state_dict(path)) == FULL

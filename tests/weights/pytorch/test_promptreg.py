@@ -5,6 +5,7 @@ import pytest
 
 from jaxreg.errors import UserError
 from jaxreg.weights.pytorch import promptreg
+from jaxreg.weights.pytorch.promptreg import PROMPTREG, RDP
 
 NAME = "promptreg_small"
 
@@ -20,13 +21,13 @@ def random_state(sizes, seed=0):
     rng = np.random.default_rng(seed)
     return {
         entry.key: rng.normal(size=entry.torch_shape).astype(np.float32)
-        for entry in promptreg.entries(sizes)
+        for entry in PROMPTREG.entries(sizes)
     }
 
 
 @pytest.mark.golden
 def test_golden_state_round_trips_bit_for_bit(state):
-    back = promptreg.from_variables(promptreg.to_variables(state))
+    back = PROMPTREG.from_variables(PROMPTREG.to_variables(state))
     grids = [key for key in back if key.endswith(".grid")]
     assert set(back) - set(grids) == set(state)
     for key, array in state.items():
@@ -35,7 +36,7 @@ def test_golden_state_round_trips_bit_for_bit(state):
 
 @pytest.mark.golden
 def test_grids_hold_voxel_indices(state):
-    back = promptreg.from_variables(promptreg.to_variables(state))
+    back = PROMPTREG.from_variables(PROMPTREG.to_variables(state))
     whole = [8 * n for n in state["prompt_generator.static_prompt"].shape[2:]]
     for level in range(4):
         shape = tuple(n // 2**level for n in whole)
@@ -54,21 +55,22 @@ def test_grids_hold_voxel_indices(state):
     ],
 )
 def test_sizes_are_read_from_either_side(sizes):
+    table = PROMPTREG if sizes.tasks else RDP
     state = random_state(sizes)
-    assert promptreg.sizes_of(state, source="here") == sizes
-    variables = promptreg.to_variables(state)
-    assert promptreg.variable_sizes(variables, source="here") == sizes
-    back = promptreg.from_variables(variables)
+    assert table.sizes_of(state, source="here") == sizes
+    variables = table.to_variables(state)
+    assert table.variable_sizes(variables, {}, source="here") == sizes
+    back = table.from_variables(variables)
     for key, array in state.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
 
 def test_a_network_without_the_unused_tensors_gets_zeros():
     sizes = promptreg.Sizes(2, 1, 2, (2, 2, 2))
-    variables = promptreg.to_variables(random_state(sizes))
+    variables = PROMPTREG.to_variables(random_state(sizes))
     del variables["unused"]
-    promptreg.check_variables(variables)
-    back = promptreg.from_variables(variables)
+    PROMPTREG.check_variables(variables)
+    back = PROMPTREG.from_variables(variables)
     assert not back["prompt_generator.x_proj.weight"].any()
     assert back["prompt_generator.cross_attention.v.weight"].any()
 
@@ -76,7 +78,7 @@ def test_a_network_without_the_unused_tensors_gets_zeros():
 def test_grids_in_the_file_are_left_out():
     state = random_state(promptreg.Sizes(2, 1, 2, (2, 2, 2)))
     grid = {"warp.0.grid": np.zeros((1, 3, 16, 16, 16), np.float32)}
-    promptreg.to_variables(state | grid)
+    PROMPTREG.to_variables(state | grid)
 
 
 @pytest.mark.parametrize(
@@ -93,4 +95,4 @@ def test_other_tensors_are_refused_by_name(change, said):
     state = random_state(promptreg.Sizes(2, 1, 2, (2, 2, 2)))
     change(state)
     with pytest.raises(UserError, match=f"weights.pth .*{said}"):
-        promptreg.to_variables(state, source="weights.pth")
+        PROMPTREG.to_variables(state, source="weights.pth")

@@ -18,7 +18,8 @@ def random_state(channels=WIDTHS["channels"], embedding=WIDTHS["embedding"]):
             return np.array(rng.integers(1000), np.int64)
         return rng.normal(size=entry.torch_shape).astype(np.float32)
 
-    return {entry.key: tensor(entry) for entry in sam.entries(channels, embedding)}
+    sizes = {"channels": channels, "embedding": embedding}
+    return {entry.key: tensor(entry) for entry in sam.TABLE.entries(sizes)}
 
 
 def assert_same(found, expected):
@@ -31,7 +32,9 @@ def assert_same(found, expected):
 @pytest.mark.golden
 def test_names_and_shapes_are_the_released_ones(golden):
     g = golden("sam_small")
-    table = sam.entries((64, 128, 256, 512), 128)
+    table = tuple(
+        sam.TABLE.entries({"channels": (64, 128, 256, 512), "embedding": 128})
+    )
     assert len(table) == 138
     floats = [entry for entry in table if not entry.is_count]
     assert [entry.key for entry in floats] == [str(name) for name in g["param_names"]]
@@ -42,16 +45,16 @@ def test_names_and_shapes_are_the_released_ones(golden):
 @pytest.mark.parametrize("sizes", [WIDTHS, {"channels": (7, 3, 2, 1), "embedding": 1}])
 def test_either_side_tells_the_sizes_and_gives_the_other(sizes):
     state = random_state(**sizes)
-    assert sam.read_config(state) == sizes
-    variables = sam.to_variables(state)
-    assert sam.variable_sizes(variables, source="here") == sizes
-    sam.check_variables(variables, sizes)
-    assert_same(sam.from_variables(variables), state)
+    assert sam.TABLE.read_config(state) == sizes
+    variables = sam.TABLE.to_variables(state)
+    assert sam.TABLE.variable_sizes(variables, {}, source="here") == sizes
+    sam.TABLE.check_variables(variables, sizes)
+    assert_same(sam.TABLE.from_variables(variables), state)
 
 
 def test_kernels_have_their_channels_last():
     state = random_state()
-    variables = sam.to_variables(state)
+    variables = sam.TABLE.to_variables(state)
     kernel = variables["params"]["backbone"]["stage_2_0"]["shortcut"]["conv"]["kernel"]
     weight = state["backbone.layer2.0.downsample.conv.weight"]
     assert kernel.shape == (1, 1, 1, 2, 3)
@@ -63,7 +66,10 @@ def test_file_is_laid_out_as_the_released_one(tmp_path):
     torch = pytest.importorskip("torch")
     state = random_state()
     path = tmp_path / "sam.pth"
-    sam.write(path, sam.to_variables(state))
+    written = sam.TABLE.from_variables(sam.TABLE.to_variables(state))
+    state_lib.write_state_dict(
+        path, written, wrapper=sam.TABLE.wrapper, beside=sam.TABLE.beside
+    )
     content = torch.load(path, weights_only=True)
     assert set(content) == {"state_dict", "meta"}
     assert_same({k: v.numpy() for k, v in content["state_dict"].items()}, state)
@@ -75,12 +81,12 @@ def test_file_is_laid_out_as_the_released_one(tmp_path):
 def test_counters_may_be_absent_all_together():
     state = random_state()
     floats = {k: v for k, v in state.items() if not k.endswith("tracked")}
-    back = sam.from_variables(sam.to_variables(floats))
+    back = sam.TABLE.from_variables(sam.TABLE.to_variables(floats))
     assert list(back) == list(state)
     assert not any(back[key] for key in back if key.endswith("tracked"))
     floats["backbone.conv1.bn.num_batches_tracked"] = np.array(1)
     with pytest.raises(UserError, match="missing: backbone.layer1.0.conv1.bn.num"):
-        sam.to_variables(floats)
+        sam.TABLE.to_variables(floats)
 
 
 BIAS = "neck.lateral_convs.0.conv.bias"
@@ -102,15 +108,15 @@ def test_other_tensors_are_refused_by_name(change, said):
     state = random_state()
     change(state)
     with pytest.raises(UserError, match=f"sam.pth .*{said}"):
-        sam.to_variables(state, source="sam.pth")
+        sam.TABLE.to_variables(state, source="sam.pth")
 
 
 def test_other_variables_are_refused():
-    variables = sam.to_variables(random_state())
+    variables = sam.TABLE.to_variables(random_state())
     with pytest.raises(UserError, match="misshapen"):
-        sam.check_variables(variables, {"embedding": 7})
+        sam.TABLE.check_variables(variables, {"embedding": 7})
     with pytest.raises(UserError, match="of a SAM network"):
-        sam.check_variables({"params": {"step_1": {}}})
+        sam.TABLE.check_variables({"params": {"step_1": {}}})
     del variables["params"]["fine"]["bias"]
     with pytest.raises(UserError, match="missing: params/fine/bias"):
-        sam.from_variables(variables)
+        sam.TABLE.from_variables(variables)

@@ -16,7 +16,7 @@ def random_state(sizes, seed=0):
     rng = np.random.default_rng(seed)
     return {
         entry.key: rng.normal(size=entry.torch_shape).astype(np.float32)
-        for entry in unireg_rpn.entries(sizes)
+        for entry in unireg_rpn.TABLE.entries(sizes)
     }
 
 
@@ -25,7 +25,7 @@ def test_golden_state_round_trips_bit_for_bit(golden):
     state = {
         k.removeprefix("state/"): v for k, v in golden(NAME).items() if "state/" in k
     }
-    back = unireg_rpn.from_variables(unireg_rpn.to_variables(state))
+    back = unireg_rpn.TABLE.from_variables(unireg_rpn.TABLE.to_variables(state))
     assert list(back) == list(state)
     for key, array in state.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
@@ -34,12 +34,12 @@ def test_golden_state_round_trips_bit_for_bit(golden):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_sizes_are_read_from_either_side(sizes):
     state = random_state(sizes)
-    assert unireg_rpn.sizes_of(state, source="here") == sizes
-    variables = unireg_rpn.to_variables(state)
-    assert unireg_rpn.variable_sizes(variables, source="here") == sizes
-    config = unireg_rpn.read_config(state)
-    unireg_rpn.check_variables(variables, config)
-    back = unireg_rpn.from_variables(variables)
+    assert unireg_rpn.TABLE.sizes_of(state, source="here") == sizes
+    variables = unireg_rpn.TABLE.to_variables(state)
+    assert unireg_rpn.TABLE.variable_sizes(variables, {}, source="here") == sizes
+    config = unireg_rpn.TABLE.read_config(state)
+    unireg_rpn.TABLE.check_variables(variables, config)
+    back = unireg_rpn.TABLE.from_variables(variables)
     for key, array in state.items():
         np.testing.assert_array_equal(back[key], array, err_msg=key)
 
@@ -54,10 +54,10 @@ def test_regions_get_the_places_that_the_release_gives_them():
         kernel[:, -6:] = np.float32([RECIPE.index(name) for name in RECIPE]).reshape(
             6, 1, 1, 1
         )
-    variables = unireg_rpn.to_variables(state)
-    ordered, names = unireg_rpn.in_released_order(variables, RECIPE)
+    variables = unireg_rpn.TABLE.to_variables(state)
+    ordered, names = unireg_rpn.TABLE.in_order(None, variables, RECIPE)
     assert names == ("chest", "abdomen", "head", "liver", "cardiac", "brain")
-    back = unireg_rpn.from_variables(ordered)
+    back = unireg_rpn.TABLE.from_variables(ordered)
     for level in (1, 2, 3, 4):
         key = f"decoder{level}.dynamic_flow.controller.weight"
         for place, name in enumerate(names):
@@ -68,7 +68,7 @@ def test_regions_get_the_places_that_the_release_gives_them():
     for key in set(state) - {k for k in state if "controller.weight" in k}:
         np.testing.assert_array_equal(back[key], state[key], err_msg=key)
     # What was given stays as it was.
-    for key, array in unireg_rpn.from_variables(variables).items():
+    for key, array in unireg_rpn.TABLE.from_variables(variables).items():
         np.testing.assert_array_equal(array, state[key], err_msg=key)
 
 
@@ -77,26 +77,26 @@ def test_regions_get_the_places_that_the_release_gives_them():
 )
 def test_regions_that_the_release_does_not_know_are_refused(names):
     sizes = Sizes(2, 1, "dynamic", len(names), 4)
-    variables = unireg_rpn.to_variables(random_state(sizes))
+    variables = unireg_rpn.TABLE.to_variables(random_state(sizes))
     with pytest.raises(UserError, match=r"regions chest|regions cardiac.* no others"):
-        unireg_rpn.in_released_order(variables, names)
+        unireg_rpn.TABLE.in_order(None, variables, names)
 
 
 def test_a_range_of_smoothness_means_nothing_to_static_heads():
     state = random_state(SIZES[2])
-    variables = unireg_rpn.to_variables(state)
-    config = {**unireg_rpn.read_config(state), "smoothness_range": {"knots": 5}}
-    unireg_rpn.check_variables(variables, config)
-    assert set(unireg_rpn.from_variables(variables, config)) == set(state)
+    variables = unireg_rpn.TABLE.to_variables(state)
+    config = {**unireg_rpn.TABLE.read_config(state), "smoothness_range": {"knots": 5}}
+    unireg_rpn.TABLE.check_variables(variables, config)
+    assert set(unireg_rpn.TABLE.from_variables(variables, config)) == set(state)
 
 
 def test_config_of_six_and_of_other_regions():
-    six = unireg_rpn.read_config(random_state(SIZES[1]))
+    six = unireg_rpn.TABLE.read_config(random_state(SIZES[1]))
     assert six["regions"] == 6 and "tasks" not in six
-    three = unireg_rpn.read_config(random_state(SMALL))
+    three = unireg_rpn.TABLE.read_config(random_state(SMALL))
     assert three["tasks"][2:4] == ((2, "inter"), (0, "intra"))
     assert len(three["tasks"]) == 6 and three["hidden"] == 4
-    static = unireg_rpn.read_config(random_state(SIZES[2]))
+    static = unireg_rpn.TABLE.read_config(random_state(SIZES[2]))
     assert static == {"channels": 8, "image_channels": 1, "head": "static"}
 
 
@@ -107,9 +107,9 @@ def test_prefixes_and_grids_are_left_out(prefix):
     state = random_state(SIZES[2])
     wrapped = {prefix + key: array for key, array in state.items()}
     wrapped[f"{prefix}transformer.0.grid"] = np.zeros((1, 3, 8, 8, 8), np.float32)
-    assert unireg_rpn.is_released(wrapped)
-    variables = unireg_rpn.to_variables(wrapped)
-    assert list(unireg_rpn.from_variables(variables)) == list(state)
+    assert unireg_rpn.TABLE.owns(wrapped)
+    variables = unireg_rpn.TABLE.to_variables(wrapped)
+    assert list(unireg_rpn.TABLE.from_variables(variables)) == list(state)
 
 
 BIAS = "decoder2.Conv4.bias"
@@ -134,15 +134,15 @@ def test_other_tensors_are_refused_by_name(change, said):
     state = random_state(SMALL)
     change(state)
     with pytest.raises(UserError, match=f"weights.pth .*{said}"):
-        unireg_rpn.to_variables(state, source="weights.pth")
+        unireg_rpn.TABLE.to_variables(state, source="weights.pth")
 
 
 def test_variables_of_other_sizes_or_kinds_are_refused():
-    variables = unireg_rpn.to_variables(random_state(SMALL))
+    variables = unireg_rpn.TABLE.to_variables(random_state(SMALL))
     with pytest.raises(UserError, match="'channels': 2.*'channels': 8"):
-        unireg_rpn.check_variables(variables, {"channels": 8})
+        unireg_rpn.TABLE.check_variables(variables, {"channels": 8})
     del variables["params"]["decoder_1"]["head"]["controller"]["bias"]
     with pytest.raises(UserError, match="missing: params/decoder_1/head/controller"):
-        unireg_rpn.check_variables(variables)
+        unireg_rpn.TABLE.check_variables(variables)
     with pytest.raises(UserError, match="does not hold the variables"):
-        unireg_rpn.check_variables({"params": {"step_1": {}}})
+        unireg_rpn.TABLE.check_variables({"params": {"step_1": {}}})
