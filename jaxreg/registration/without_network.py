@@ -32,7 +32,7 @@ _ALIKE = 0.95  # share of local structure: bright in one scan, bright in the oth
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """What is registered: turned scans, what belongs to them, their network grids."""
+    """Reoriented scans with their regions, network grids and pre-alignment."""
 
     moving: Volume
     fixed: Volume
@@ -52,15 +52,16 @@ def placed(options: Options, scans: Scans) -> tuple[Options, loop.Optimized]:
     That is where a pre-alignment has placed them, else the start that fits best.
     """
     shown = _as_shown(scans, options)
+    level = affine_lib.judged(*shown)
     found, matrix = features.UNTOUCHED, scans.placed
     if options.prealign == "none":
         starts = _starts(scans, *shown)
-        name = affine_lib.best_of(affine_lib.compare(*shown, starts))
+        name = affine_lib.best_of(affine_lib.compare(level, starts))
         matrix = starts[name]
         found = dataclasses.replace(
             displacement.by_affine(unit_matrix(matrix, *scans.grids)), start=name
         )
-    similar = _by_images(options, shown, matrix)
+    similar = _by_images(options, level, matrix)
     found = dataclasses.replace(found, similarity=similar)
     return dataclasses.replace(options, io_sim=similar), found
 
@@ -77,15 +78,15 @@ def find_displacement(
     """
     steps, progress = common["steps"], common.pop("progress")
     shown = _as_shown(scans, options)
+    level = affine_lib.judged(*shown)
+    starts = {"pre-alignment": scans.placed}
     if scans.start is None:
         starts = _starts(scans, *shown)
-    else:
-        starts = {"pre-alignment": scans.placed}
     maps, came = dict(starts), {name: name for name in starts}
-    fits = affine_lib.compare(*shown, starts)
+    fits = affine_lib.compare(level, starts)
     tried = _possible(options)
     first = starts[affine_lib.best_of(fits)]
-    if len(tried) > 1 and _by_images(options, shown, first) == tried[0]:
+    if len(tried) > 1 and _by_images(options, level, first) == tried[0]:
         tried = tried[:1]
     levels = len(displacement.DisplacementConfig().factors)
     total = steps * (2 * len(starts) * len(tried) + levels)
@@ -108,36 +109,59 @@ def find_displacement(
         world = grids[1].unit_to_mm @ matrix @ np.linalg.inv(grids[0].unit_to_mm)
         candidates = transform_lib.Affine(world), transform_lib.Affine(first)
         if affine_lib.plausible(world) and affine_lib.no_worse_in_common(
-            *shown, *candidates
+            level, *candidates
         ):
             maps[f"{name} by {similar}"] = world
             came[f"{name} by {similar}"] = name
-    found = {name: maps[name] for name in maps if name not in starts}
-    fits = {**fits, **affine_lib.compare(*shown, found)}
+    fits |= affine_lib.compare(level, {n: maps[n] for n in maps if n not in starts})
     best = affine_lib.best_of(fits)
     _warn_of_rivals(scans, maps, fits, best)
-    similar = _by_images(options, shown, maps[best])
+    similar = _by_images(options, level, maps[best])
     by = dataclasses.replace(options, io_sim=similar)
-    part, objective, (here, there) = _parts_that_meet(pair, by, scans, maps[best])
+    result = _displaced(pair, by, scans, maps[best], report, common)
+    result = dataclasses.replace(
+        result,
+        history=displacement.chained([*histories, result.history]),
+        start=came[best],
+        similarity=similar,
+    )
+    return _not_worse(result, starts[came[best]], scans, level, options)
+
+
+def _displaced(
+    pair: Pair,
+    options: Options,
+    scans: Scans,
+    matrix: np.ndarray,
+    report: loop.Report | None,
+    common: dict[str, Any],
+) -> loop.Optimized:
+    """Returns a displacement found from an affine map, between the whole grids.
+
+    Args:
+      pair: of the whole scans.
+      options: with the similarity in use.
+      scans: both, on their whole grids.
+      matrix: 4x4, fixed to moving mm.
+      report: told of each step.
+      common: steps, key and, perhaps, learning rate.
+    """
+    part, objective, (here, there) = _parts_that_meet(pair, options, scans, matrix)
     fixed, moving = scans.grids
-    result = displacement.optimize_displacement(
+    found = displacement.optimize_displacement(
         part,
         objective,
-        start=unit_matrix(maps[best], here, there),
+        start=unit_matrix(matrix, here, there),
         found_affine=True,
         extent_mm=_extent_mm(here),
         report=report,
         **common,
     )
-    result = dataclasses.replace(
-        result,
-        forward=_between(result.forward, (fixed, moving), (here, there)),
-        backward=_between(result.backward, (moving, fixed), (there, here)),
-        history=displacement.chained([*histories, result.history]),
-        start=came[best],
-        similarity=similar,
+    return dataclasses.replace(
+        found,
+        forward=_between(found.forward, (fixed, moving), (here, there)),
+        backward=_between(found.backward, (moving, fixed), (there, here)),
     )
-    return _not_worse(result, starts[came[best]], scans, shown, options)
 
 
 def _possible(options: Options) -> tuple[str, ...]:
@@ -153,7 +177,7 @@ def _possible(options: Options) -> tuple[str, ...]:
 
 def _by_images(
     options: Options,
-    shown: tuple[measure.Shown, measure.Shown],
+    level: measure.Level,
     matrix: np.ndarray,
 ) -> str:
     """Returns the similarity for two scans that are roughly aligned by a 4x4 in mm.
@@ -164,7 +188,7 @@ def _by_images(
     possible = _possible(options)
     if len(possible) == 1:
         return possible[0]
-    alike = affine_lib.agreement(*shown, matrix) > _ALIKE
+    alike = level.agreement(matrix) > _ALIKE
     return "lncc" if alike else "nmi"
 
 
@@ -294,7 +318,7 @@ def _not_worse(
     found: loop.Optimized,
     start: np.ndarray,
     scans: Scans,
-    shown: tuple[measure.Shown, measure.Shown],
+    level: measure.Level,
     options: Options,
 ) -> loop.Optimized:
     """Returns what was found, or the start where that fits better; warns of it.
@@ -303,7 +327,7 @@ def _not_worse(
       found: between the scans' network grids.
       start: 4x4, fixed to moving mm.
       scans: both.
-      shown: both as they are compared.
+      level: both as they are compared.
       options: how to register.
     """
     if options.dice_loss_weight > 0 or options.intensity_conservation_loss:
@@ -319,9 +343,9 @@ def _not_worse(
         return np.asarray(transform_lib.Affine(moving.unit_to_mm)(ends))
 
     candidates = {"start": transform_lib.Affine(start), "found": led}
-    compared = affine_lib.compare(*shown, candidates)
+    compared = affine_lib.compare(level, candidates)
     fits = {name: fit.globally for name, fit in compared.items()}
-    common = affine_lib.no_worse_in_common(*shown, led, candidates["start"])
+    common = affine_lib.no_worse_in_common(level, led, candidates["start"])
     if common and affine_lib.as_good(fits["found"], fits["start"]):
         return found
     where = "" if common else " where both results place them on each other"

@@ -21,6 +21,7 @@ from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import preparation, without_network
 from jaxreg.registration import result as result_lib
 from jaxreg.registration.optimization import displacement as displacement_lib
+from jaxreg.registration.prealign import affine as affine_lib
 from jaxreg.registration.prealign import select
 from jaxreg.space import sampling, warping
 from jaxreg.space import transform as transform_lib
@@ -688,7 +689,8 @@ def test_similarity_follows_the_images_where_modalities_do_not_say_it():
     opposed = np.where(tissue, scan.array.max() + 100 - scan.array, scan.array)
     for moving, name in ((scan, "lncc"), (Volume(opposed, scan.grid), "nmi")):
         shown = without_network._as_shown(scans_of(scan, moving), options)
-        assert without_network._by_images(options, shown, np.eye(4)) == name
+        level = affine_lib.judged(*shown)
+        assert without_network._by_images(options, level, np.eye(4)) == name
 
 
 def test_beyond_scans_that_end_apart_their_edges_go_on():
@@ -709,16 +711,16 @@ def test_beyond_scans_that_end_apart_their_edges_go_on():
 def test_a_worse_result_gives_way_to_its_start():
     scan = ball(cube_grid(30, 2.0))
     scans = scans_of(scan, scan)
-    shown = without_network._as_shown(scans, OPTIONS)
+    level = affine_lib.judged(*without_network._as_shown(scans, OPTIONS))
     away = np.eye(4)
     away[:3, 3] = 0.2
     found = dataclasses.replace(displacement_lib.by_affine(away), start="headers")
     with pytest.warns(UserWarning, match="less alike .*so the headers stay"):
-        kept = without_network._not_worse(found, np.eye(4), scans, shown, OPTIONS)
+        kept = without_network._not_worse(found, np.eye(4), scans, level, OPTIONS)
     np.testing.assert_allclose(kept.forward.steps[0].matrix, np.eye(4), atol=1e-6)
     start = scans.grids[1].unit_to_mm @ away @ np.linalg.inv(scans.grids[0].unit_to_mm)
     home = displacement_lib.by_affine(np.eye(4))
-    assert without_network._not_worse(home, start, scans, shown, OPTIONS) is home
+    assert without_network._not_worse(home, start, scans, level, OPTIONS) is home
 
 
 # --- other networks' views ------------------------------------------------------------

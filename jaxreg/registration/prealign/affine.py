@@ -53,7 +53,7 @@ _RIVAL = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a search gives.
+    """The result of a search.
 
     Attributes:
       matrix: 4x4, fixed to moving mm; of positive determinant, see `plausible`.
@@ -157,13 +157,8 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
     candidates = {**starts, "rigid": moved[best], "rough": rough, "fine": fine}
     fits = {k: levels[-1].fit(m) for k, m in candidates.items() if plausible(m)}
     chosen = best_of(fits)
-    return Found(
-        candidates[chosen],
-        chosen if chosen in starts else best,
-        fits,
-        tuple(rivals),
-        certain,
-    )
+    start = chosen if chosen in starts else best
+    return Found(candidates[chosen], start, fits, tuple(rivals), certain)
 
 
 def best_of(fits: Mapping[str, Fit]) -> str:
@@ -183,19 +178,22 @@ def best_of(fits: Mapping[str, Fit]) -> str:
     return min(able, key=able.__getitem__)
 
 
-def compare(fixed: Shown, moving: Shown, maps: Mapping[str, Map]) -> dict[str, Fit]:
+def judged(fixed: Shown, moving: Shown) -> Level:
+    """Returns two scans at the resolution at which maps between them are judged."""
+    return Level.of(fixed, moving, _LEVELS[-1])
+
+
+def compare(level: Level, maps: Mapping[str, Map]) -> dict[str, Fit]:
     """Returns how well maps fit, by the measures by which a search is judged.
 
     All of them are measured alike: in both directions if all are matrices, and
     otherwise, as functions have no inverse here, from the fixed scan's points alone.
 
     Args:
-      fixed: the scan that stays.
-      moving: the scan that is warped.
+      level: both scans, see `judged`.
       maps: names to maps from fixed to moving mm: 4x4 of any determinant but 0, or
         functions of P 3.
     """
-    level = measure.Level.of(fixed, moving, _LEVELS[-1])
     if all(isinstance(found, np.ndarray) for found in maps.values()):
         return {name: level.fit(np.asarray(found)) for name, found in maps.items()}
     return {name: level.fit_of_places(found) for name, found in maps.items()}
@@ -226,24 +224,8 @@ def rivals(
     )
 
 
-def agreement(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
-    """Returns in how far what is bright in one scan is bright in the other, -1 to 1.
-
-    The mean of local correlation times its size, as a share of the mean square, on the
-    grid of `Fit.locally`: 1 where all structures correlate positively, -1 where all do
-    negatively; 0 where nothing is there to compare.
-
-    Args:
-      fixed: the scan that stays.
-      moving: the scan that is warped.
-      matrix: 4x4, fixed to moving mm.
-    """
-    return measure.Level.of(fixed, moving, _LEVELS[-1]).agreement(matrix)
-
-
 def no_worse_in_common(
-    fixed: Shown,
-    moving: Shown,
+    level: Level,
     one: Callable[[np.ndarray], Any],
     other: Callable[[np.ndarray], Any],
 ) -> bool:
@@ -253,12 +235,10 @@ def no_worse_in_common(
     are not pulled over each other by it.
 
     Args:
-      fixed: the scan that stays.
-      moving: the scan that is warped.
+      level: both scans, see `judged`.
       one: from fixed mm P 3 to moving mm P 3.
       other: the same, such as where a search began.
     """
-    level = measure.Level.of(fixed, moving, _LEVELS[-1])
     places = measure.lattice(level.regions[0], 1.0, measure.MANY)
     here = level.counted(0, places, measure.MANY)
     ends = [
@@ -380,7 +360,7 @@ _AFFINE = np.ones(12, np.float32)
 
 
 def _map(numbers: jax.Array, radius: float | jax.Array, base: jax.Array) -> jax.Array:
-    """A base, strained, turned and shifted by 12 numbers in mm at a radius."""
+    """A base after strain, rotation and shift by 12 numbers in mm at a radius."""
     strained = measure.product(_strain(numbers[6:] / radius), base[:3, :3])
     linear = measure.product(_rotation(numbers[3:6] / radius), strained)
     shift = base[:3, 3] + numbers[:3]
@@ -401,7 +381,7 @@ def _strain(numbers: jax.Array) -> jax.Array:
 
 
 def _rotation(turn: jax.Array) -> jax.Array:
-    """Of the quaternion (1, turn / 2): about the vector, by nearly its length."""
+    """Rotation of the quaternion (1, turn / 2): about it, by nearly its length."""
     q = jnp.concatenate([jnp.ones(1), turn / 2])
     a, b, c, d = q / jnp.linalg.norm(q)
     rows = (
@@ -419,7 +399,7 @@ def _descended(
     *,
     base: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns a map after a descent by grey levels at one level.
+    """Returns a map after gradient descent on mutual information at one level.
 
     Args:
       level: the pair.
@@ -440,7 +420,9 @@ def _descended(
 def _descended_locally(
     level: measure.Level, start: np.ndarray, base: np.ndarray
 ) -> np.ndarray:
-    """Returns an affine map after a descent by structure, on the smaller scan's grid.
+    """Returns an affine map after gradient descent on local correlation.
+
+    On the smaller scan's grid.
 
     Args:
       level: the pair.

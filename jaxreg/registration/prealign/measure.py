@@ -77,7 +77,7 @@ class _Points(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """Both scans at one resolution, in buffers of one size."""
+    """A pair of scans at one resolution, in buffers of one size."""
 
     spacing_mm: float
     fixed: _Side
@@ -244,7 +244,15 @@ class Level:
         return finite_or_worst(value)
 
     def agreement(self, matrix: np.ndarray) -> float:
-        """See `agreement`, of a map in mm."""
+        """In how far what is bright in one scan is bright in the other, -1 to 1.
+
+        The mean of local correlation times its size, as a share of the mean square, on
+        the grid of `Fit.locally`: 1 where all structures correlate positively, -1 where
+        all do negatively; 0 where nothing is there to compare.
+
+        Args:
+          matrix: 4x4, fixed to moving mm.
+        """
         side, step = self.from_smaller(matrix)
         places = self.local_places(side)
         value = _agreement(
@@ -356,7 +364,7 @@ def lattice(grid: Grid, scale: float, count: int) -> np.ndarray:
 
 
 def read(side: _Side, places: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Intensities at mm P 3, and whether scan and mask hold the points, 0 to 1."""
+    """Intensities at mm P 3, interpolated, and whether scan and mask hold them."""
     index = moved(side.enter, places)
     last = side.shape - 1.0
     reach = jnp.clip(jnp.minimum(index, last - index) + 1.0, 0.0, 1.0)
@@ -382,7 +390,7 @@ product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
 def _inverse(matrix: jax.Array) -> jax.Array:
-    """Of a 4x4 map."""
+    """Inverse of a 4x4 affine map."""
     a, b, c = matrix[:3, :3]
     columns = jnp.stack([jnp.cross(b, c), jnp.cross(c, a), jnp.cross(a, b)], 1)
     linear = columns / jnp.dot(a, columns[:, 0])

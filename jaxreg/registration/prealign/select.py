@@ -1,11 +1,11 @@
 """Pre-alignment by name: the method, and the map in mm that it finds.
 
-The result is an affine map in mm with, perhaps, a gentle bend of the fixed scan's space
-before it. A network then sees the moving scan over the fixed scan's network grid,
-carried over by that map: voxel by voxel at the same place if the map were perfect. So a
-network that answers the identity leaves the pre-alignment as it is, also where networks
-otherwise match the extents of two scans (GradICON), and what is predicted is composed
-with the map before the original scan is warped, once.
+The result is an affine map in mm with, perhaps, a smooth residual field of the fixed
+scan's space before it. A network then sees the moving scan over the fixed scan's
+network grid, carried over by that map: voxel by voxel at the same place if the map were
+perfect. So a network that answers the identity leaves the pre-alignment as it is, also
+where networks otherwise match the extents of two scans (GradICON), and what is
+predicted is composed with the map before the original scan is warped, once.
 
 References:
   Tian et al., SAME++, 2023; Liu et al., SAME, MICCAI 2021.
@@ -83,7 +83,7 @@ class Prealignment:
 
     @property
     def in_world(self) -> Transform:
-        """The same as files hold it: beyond half a voxel of the bend there is none."""
+        """As files hold it: no residual field beyond half a voxel of its grid."""
         if self.residual_field is None or self.grid is None:
             return self.transform
         residual_field = Transform((Displacement(self.residual_field),))
@@ -92,7 +92,7 @@ class Prealignment:
         )
 
     def residual_on(self, fixed: Grid) -> Transform | None:
-        """Returns the bend in unit coordinates of a grid over the fixed scan."""
+        """Returns the residual field in unit coordinates of a fixed grid."""
         if self.residual_field is None or self.grid is None:
             return None
         enter = np.linalg.inv(self.grid.unit_to_mm) @ fixed.unit_to_mm
@@ -125,7 +125,7 @@ class Scan:
 def find(
     method: Method, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
 ) -> Prealignment:
-    """Looks for a pre-alignment of two scans.
+    """Finds a pre-alignment of two scans.
 
     Args:
       method: how, see `Method`.
@@ -155,7 +155,7 @@ def find(
             given = _by_matches(method, moving, fixed, network)
         else:
             given = Prealignment(_between_centres(moving, fixed), start="centres")
-        found = _not_worse(method, given, *both)
+        found = _not_worse(method, given, affine_lib.judged(*both))
     if affine_lib.mirrored_fits(*both, found.affine_mm):
         warnings.warn(
             f"{moving.volume.source} mirrored, left for right, fits "
@@ -218,7 +218,7 @@ def _doubt_of(
     moving: Scan,
     fixed: Scan,
 ) -> str:
-    """What to say of a search's result, or nothing."""
+    """Returns the warning about a search's result, empty if there is none."""
     names = f"{moving.volume.source} and {fixed.volume.source}"
     begun = starts.get(found.start)
     kept = begun is not None and np.array_equal(found.matrix, begun)
@@ -256,15 +256,14 @@ def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
 def _not_worse(
     method: Method,
     given: Prealignment,
-    fixed: measure.Shown,
-    moving: measure.Shown,
+    level: measure.Level,
 ) -> Prealignment:
     """Returns a pre-alignment, or the headers where they fit better; warns of that.
 
     A coarse field that fits no better than the headers is left out first.
     """
     if given.residual_field is not None:
-        if _unlikeness_beyond_headers(_as_function(given), fixed, moving, method) < 0:
+        if _unlikeness_beyond_headers(_as_function(given), level, method) < 0:
             return given
         warnings.warn(
             f"--prealign {method}: the coarse field fits no better than the scans' "
@@ -272,7 +271,7 @@ def _not_worse(
             stacklevel=3,
         )
         given = Prealignment(given.affine_mm, start=given.start)
-    worse = _unlikeness_beyond_headers(given.affine_mm, fixed, moving, method)
+    worse = _unlikeness_beyond_headers(given.affine_mm, level, method)
     if worse <= 0:
         return given
     warnings.warn(
@@ -295,8 +294,7 @@ def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:
 
 def _unlikeness_beyond_headers(
     found: measure.Map,
-    fixed: measure.Shown,
-    moving: measure.Shown,
+    level: measure.Level,
     method: Method,
 ) -> float:
     """By how much a map fits worse than the headers.
@@ -304,7 +302,7 @@ def _unlikeness_beyond_headers(
     By one measure, which no way that is asked here has made small itself.
     """
     maps = {"headers": np.eye(4), method: found}
-    fits = affine_lib.compare(fixed, moving, maps)
+    fits = affine_lib.compare(level, maps)
     return fits[method].globally - fits["headers"].globally
 
 

@@ -209,7 +209,8 @@ def test_images_that_tell_nothing_leave_the_headers():
 def test_apart_is_as_unlike_as_can_be():
     fixed = scan(SMALL)
     far = turned(0, 0, (500, 0, 0))
-    fits = affine.compare(fixed, fixed, {"far": far, "here": np.eye(4)})
+    level = affine.judged(fixed, fixed)
+    fits = affine.compare(level, {"far": far, "here": np.eye(4)})
     assert fits["far"] == (1, 1)
     assert max(fits["here"]) < 0.7
     assert affine.best_of(fits) == "here"
@@ -219,9 +220,10 @@ def test_functions_are_compared_as_matrices_are():
     """Beside a function, both measures come from the fixed scan's points alone."""
     fixed, truth = scan(SMALL), turned(4, 1, (2, 1, 0))
     maps = {"matrix": truth, "function": lambda places: apply(truth, places)}
-    fits = affine.compare(fixed, fixed, maps)
+    level = affine.judged(fixed, fixed)
+    fits = affine.compare(level, maps)
     np.testing.assert_allclose(fits["matrix"], fits["function"], atol=1e-5)
-    both = affine.compare(fixed, fixed, {"matrix": truth})
+    both = affine.compare(level, {"matrix": truth})
     # As large a scan, so the local measure is the same one.
     assert fits["matrix"].locally == pytest.approx(both["matrix"].locally, abs=1e-5)
     assert fits["matrix"].globally == pytest.approx(both["matrix"].globally, abs=0.02)
@@ -284,16 +286,16 @@ def test_both_measures_have_to_agree():
 def test_agreement_tells_one_contrast_from_another(monkeypatch):
     monkeypatch.setattr(measure, "_LOCAL", (48, 48, 48))  # blobs are small
     fixed, moving = pair(SMALL, WIDE, np.eye(4))
-    assert affine.agreement(fixed, moving, np.eye(4)) > 0.98
-    assert affine.agreement(moving, fixed, np.eye(4)) > 0.98
+    assert affine.judged(fixed, moving).agreement(np.eye(4)) > 0.98
+    assert affine.judged(moving, fixed).agreement(np.eye(4)) > 0.98
 
     def opposed(values):
         return np.where(values > 100, 700 - values, values)
 
     fixed, moving = pair(SMALL, WIDE, np.eye(4), opposed)
-    assert affine.agreement(fixed, moving, np.eye(4)) < 0.75
+    assert affine.judged(fixed, moving).agreement(np.eye(4)) < 0.75
     against = Shown(1 - fixed.array, fixed.grid)
-    assert affine.agreement(fixed, against, np.eye(4)) < -0.98
+    assert affine.judged(fixed, against).agreement(np.eye(4)) < -0.98
 
 
 def test_rivals_fit_nearly_as_well_elsewhere():
