@@ -1,7 +1,7 @@
 """jaxreg: universal medical image registration in JAX and Flax.
 
-    result = jaxreg.register("moving.nii.gz", "fixed.nii.gz", "unigradicon")
-    print(jaxreg.summary(result))
+    result = jaxreg.register(fixed="fixed.nii.gz", moving="moving.nii.gz")
+    result.save(transform="transform.h5", warped="warped.nii.gz", report="report.html")
 
 What is listed in `__all__` is public. It is imported when it is first asked for, so
 that ``import jaxreg`` takes no JAX.
@@ -14,7 +14,7 @@ if typing.TYPE_CHECKING:
     from jaxreg.errors import UserError
     from jaxreg.io.transforms import read_transform, write_transform
     from jaxreg.io.volumes import read_volume, write_volume
-    from jaxreg.registration.options import Options
+    from jaxreg.registration.options import Options, Regions
     from jaxreg.registration.pair import register
     from jaxreg.registration.result import RegistrationResult, summary
     from jaxreg.space.grid import Grid, Volume
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Grid": "space.grid",
     "Options": "registration.options",
+    "Regions": "registration.options",
     "RegistrationResult": "registration.result",
     "Transform": "space.transform",
     "UserError": "errors",
@@ -44,6 +45,7 @@ _MODULES = {
 __all__ = [
     "Grid",
     "Options",
+    "Regions",
     "RegistrationResult",
     "Transform",
     "UserError",

@@ -18,10 +18,10 @@ from scipy import ndimage
 
 from jaxreg import metrics
 from jaxreg.errors import UserError
-from jaxreg.io import files, transforms, volumes
+from jaxreg.io import files, volumes
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
-from jaxreg.registration import report
+from jaxreg.registration import report, scan_pair
 from jaxreg.registration import result as result_lib
 from jaxreg.space import transform as transform_lib
 from jaxreg.space import warping
@@ -31,6 +31,10 @@ from jaxreg.weights import load as load_lib
 _NILEARN = "datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 _PYDEFACE = "data/mean_reg2mean.nii.gz"
 TISSUES = ("grey matter", "white matter")
+_FILES = (
+    *("transform.h5", "displacement.nii.gz", "warped.nii.gz"),
+    *("before_after.png", "report.html"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,29 +213,23 @@ def run(
     loaded = None if model is None else load_lib.load(model)
     folder = files.make_folder(out, "--out")
     files.check_writable(folder / "report.html", "--out")
+    regions = options_lib.Regions(pair.fixed_mask, pair.moving_mask)
+    scans = dataclasses.replace(
+        scan_pair.read(pair.moving, pair.fixed, regions),
+        stored=dataclasses.replace(pair.moving, array=_small(pair.moving.array)),
+    )
     result = pair_lib.register(
-        pair.moving,
-        pair.fixed,
-        loaded,
-        options,
-        regions=options_lib.Regions(
-            fixed_mask=pair.fixed_mask, moving_mask=pair.moving_mask
-        ),
-        progress=progress,
+        scans.moving, scans.fixed, loaded, options, regions=regions, progress=progress
     )
     numbers = {**result_lib.summary(result), **_tissue_numbers(pair, result.transform)}
-    names = ("transform.h5", "displacement.nii.gz", "warped.nii.gz", "before_after.png",
-             "report.html")  # fmt: skip
-    written = [folder / name for name in names]
-    transforms.write_transform(written[0], result.transform, pair.fixed.grid)
-    transforms.write_transform(written[1], result.transform, pair.fixed.grid)
-    mapping = transforms.as_written(written[0], result.transform)
-    stored = Volume(_small(pair.moving.array), pair.moving.grid, pair.moving.source)
-    warped = warping.warp_volume(stored, mapping, pair.fixed.grid)
-    volumes.write_volume(written[2], warped)
+    written = [folder / name for name in _FILES]
+    scan_pair.write(scans, result.transform, transform_out=written[1])
+    scan_pair.write(
+        scans, result.transform, transform_out=written[0], warped_out=written[2]
+    )
     report.write_report(
-        written[4], pair.moving, pair.fixed, result,
-        numbers=numbers, command=command, picture=written[3], notes=[_NOTE],
+        written[4], scans, result.transform, numbers=numbers, history=result.history,
+        command=command, picture=written[3], notes=[_NOTE],
     )  # fmt: skip
     return numbers, written
 

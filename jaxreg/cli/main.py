@@ -373,34 +373,21 @@ def _register(
     sam_weights: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
-    from jaxreg.data import modality as modality_lib
     from jaxreg.io import volumes
     from jaxreg.registration import options as options_lib
-    from jaxreg.registration import pair, preparation
+    from jaxreg.registration import pair, preparation, scan_pair
     from jaxreg.registration import result as result_lib
-    from jaxreg.space import warping
 
     for name, path in scans.items():
         if path is not None:
             volumes.check_source(path, _hyphened(name))
     sam = load_sam(options.prealign, sam_weights, weights)
-    fixed = volumes.read_volume(scans["fixed"])
-    moving = volumes.read_volume(scans["moving"])
-    regions = options_lib.Regions(
-        **{
-            name: volumes.read_volume(
-                path, kind="mask" if name.endswith("mask") else "labels"
-            )
-            for name, path in scans.items()
-            if path is not None and name not in ("fixed", "moving")
-        }
-    )
-    preparation.check_volumes(moving, fixed, regions)
-    stored = moving
-    if outputs["--warped-moving-out"]:
-        stored = volumes.read_volume(scans["moving"], kind="stored")
-    outside = modality_lib.background_of(options.moving_modality, stored, fill)
-    volumes.check_storable(outside.fill, stored)
+    read = scan_pair.read(
+        scans["moving"], scans["fixed"],
+        options_lib.Regions(**{n: scans[n] for n in vars(options_lib.Regions())}),
+        modality=options.moving_modality, fill=fill,
+        to_warp=outputs["--warped-moving-out"] is not None,
+    )  # fmt: skip
     model = None if weights is None else _fetch(weights)
     options = preparation.with_grid(options, model)
     if sam is not None and not preparation.uses_sam(model, options):
@@ -418,46 +405,18 @@ def _register(
         _Bar("optimise", waiting=waiting, shorter=shorter(network=network)) as bar,
     ):
         result = pair.register(
-            moving, fixed, model, options, regions=regions, sam=sam, progress=bar.step
-        )
-
-    result, mapping = _write_transforms(outputs, result, fixed.grid, moving.grid)
-    numbers = result_lib.summary(result)
-    if outputs["--warped-moving-out"]:
-        warped = warping.warp_volume(stored, mapping, fixed.grid, fill=outside)
-        volumes.write_volume(outputs["--warped-moving-out"], warped)
-    if outputs["--report"]:
-        from jaxreg.registration import (
-            report as report_lib,  # for drawing, which takes long to import
-        )
-
-        report_lib.write_report(
-            outputs["--report"], moving, fixed, result,
-            numbers=numbers, fill=outside, command=command,
+            read.moving, read.fixed, model, options,
+            regions=read.regions, sam=sam, progress=bar.step,
         )  # fmt: skip
-    print_numbers(numbers)
+    result = dataclasses.replace(result, scans=read).save(
+        transform=outputs["--transform-out"],
+        warped=outputs["--warped-moving-out"],
+        inverse=outputs["--inverse-out"],
+        report=outputs["--report"],
+        command=command,
+    )
+    print_numbers(result_lib.summary(result))
     _print_written(outputs.values())
-
-
-def _write_transforms(outputs, result, fixed: "Grid", moving: "Grid"):
-    """Writes what was asked for; the result, measured by the files, and their map.
-
-    A displacement field on a scan's grid is read linearly between its voxels, which is
-    another map than that in memory.
-    """
-    from jaxreg.io import transforms
-    from jaxreg.space import warping
-
-    maps = {"transform": result.transform, "inverse": result.inverse}
-    for name, grid in (("transform", fixed), ("inverse", moving)):
-        path, mapping = outputs[f"--{name}-out"], maps[name]
-        if path is not None and mapping is not None:
-            transforms.write_transform(path, mapping, grid)
-            maps[name] = transforms.as_written(path, mapping)
-    if result.inverse is None:
-        return result, maps["transform"]
-    residual = warping.round_trip_mm(**maps, fixed=fixed, moving=moving)
-    return dataclasses.replace(result, inverse_residual_mm=residual), maps["transform"]
 
 
 def _fetch(weights: str | pathlib.Path) -> "LoadedModel":

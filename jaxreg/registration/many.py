@@ -19,18 +19,17 @@ from typing import Any, Literal
 
 import jax
 
-from jaxreg.data import modality, pair_list
+from jaxreg.data import pair_list
 from jaxreg.data.pair_list import PairSpec
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
 from jaxreg.models.sam import TrainedSam
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
-from jaxreg.registration import preparation, result
+from jaxreg.registration import result, scan_pair
 from jaxreg.registration import rows as rows_lib
-from jaxreg.space import warping
-from jaxreg.space.background import Background
-from jaxreg.space.grid import Grid, Volume
+from jaxreg.registration.scan_pair import ScanPair
+from jaxreg.space.grid import Grid
 from jaxreg.weights import zoo
 
 Rows = Mapping[str, PairSpec]
@@ -43,7 +42,7 @@ _AHEAD = 2  # pairs that are read before their turn, and that wait to be written
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a row; its fields are the columns of a summary.
+    """The outcome of a row; its fields are the columns of a summary.
 
     Attributes:
       row: what to call it in a message.
@@ -76,25 +75,6 @@ class Outcome:
     reason: str = ""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scans:
-    """A pair in memory.
-
-    Attributes:
-      fixed: the scan that stays.
-      moving: the scan to be warped.
-      regions: masks and label maps that the options ask for.
-      stored: the moving scan in its own type, if it is to be written warped.
-      fill: what it shows beyond the moving scan.
-    """
-
-    fixed: Volume
-    moving: Volume
-    regions: options_lib.Regions
-    stored: Volume | None
-    fill: Background | None
-
-
 def with_outputs(rows: Rows, folder: pathlib.Path) -> dict[str, PairSpec]:
     """Returns the rows with files in a folder where they name no output of their own.
 
@@ -123,7 +103,7 @@ def finished(rows: Rows) -> dict[str, PairSpec]:
     }
 
 
-def _outputs(pair: PairSpec) -> dict[str, pathlib.Path]:
+def _outputs(pair: PairSpec) -> dict[str, Any]:
     given = {name: getattr(pair, name) for name in OUTPUTS}
     return {name: path for name, path in given.items() if path is not None}
 
@@ -172,7 +152,7 @@ def check_outputs(
 
 
 def _take(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
-    """Remembers whose file it is; refuses one that is somebody's already."""
+    """Claims a file for an output; refuses one that is claimed already."""
     whose = taken.setdefault(path.resolve(), name)
     if whose != name:
         raise UserError(f"{name} {path} is also {whose}; name another file")
@@ -187,7 +167,7 @@ def _check_to_be_made(folder: pathlib.Path) -> None:
 
 
 def check_inputs(rows: Rows, options: options_lib.Options) -> None:
-    """Says what is wrong as far as headers show it, before the first registration.
+    """Checks all rows by their headers, before the first registration.
 
     Raises:
       UserError: names the row.
@@ -204,9 +184,7 @@ def check_inputs(rows: Rows, options: options_lib.Options) -> None:
     rows_lib.warn_of_idle_masks(rows.values(), options, stacklevel=3)
 
 
-def _region_paths(
-    pair: PairSpec, options: options_lib.Options
-) -> dict[str, pathlib.Path | None]:
+def _region_paths(pair: PairSpec, options: options_lib.Options) -> dict[str, Any]:
     """Returns the files of `options.Regions` that the options have a use for."""
     masked = rows_lib.uses_masks(options)
     overlap = options.dice_loss_weight > 0
@@ -237,7 +215,7 @@ def register_all(
       options: of all pairs; a row's own columns come before them, see
         `rows.options_of`.
       sam: see `pair.register`.
-      fill: value beyond the moving scans; that of `preprocess.beyond` if None.
+      fill: value beyond the moving scans; that of `modality.background_of` if None.
 
     Yields:
       The outcome of each row, in their order.
@@ -246,7 +224,7 @@ def register_all(
         on_device = jax.device_put(model.variables)
         model = dataclasses.replace(model, variables=on_device)
     to_read = iter(rows.items())
-    reading: collections.deque[tuple[str, PairSpec, futures.Future[_Scans]]]
+    reading: collections.deque[tuple[str, PairSpec, futures.Future[ScanPair]]]
     writing: collections.deque[tuple[str, PairSpec, futures.Future[Outcome]]]
     reading, writing = collections.deque(), collections.deque()
     reader = futures.ThreadPoolExecutor(1, "read")
@@ -294,47 +272,28 @@ def _options_of_row(
     return dataclasses.replace(row_options, inverse=pair.inverse_out is not None)
 
 
-def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> _Scans:
-    fixed, moving = (volumes.read_volume(path) for path in (pair.fixed, pair.moving))
-    kinds: dict[str, volumes.Kind] = {"mask": "mask", "segmentation": "labels"}
-    regions = options_lib.Regions(
-        **{
-            name: volumes.read_volume(path, kind=kinds[name.partition("_")[2]])
-            for name, path in _region_paths(pair, options).items()
-            if path is not None
-        }
+def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> ScanPair:
+    return scan_pair.read(
+        pair.moving,
+        pair.fixed,
+        options_lib.Regions(**_region_paths(pair, options)),
+        modality=options.moving_modality,
+        fill=fill,
+        to_warp=pair.warped_out is not None,
     )
-    preparation.check_volumes(moving, fixed, regions)
-    outside, stored = None, None
-    if pair.warped_out is not None:
-        stored = volumes.read_volume(pair.moving, kind="stored")
-        outside = modality.background_of(options.moving_modality, stored, fill)
-        volumes.check_storable(outside.fill, stored)
-    return _Scans(fixed, moving, regions, stored, outside)
 
 
 def _write(
-    row: str, pair: PairSpec, scans: _Scans, found: result.RegistrationResult
+    row: str, pair: PairSpec, scans: ScanPair, found: result.RegistrationResult
 ) -> Outcome:
-    mapping = found.transform
-    if pair.transform_out is not None:
-        transforms.write_transform(pair.transform_out, mapping, scans.fixed.grid)
-        mapping = transforms.as_written(pair.transform_out, mapping)
-    if pair.inverse_out is not None and found.inverse is not None:
-        transforms.write_transform(pair.inverse_out, found.inverse, scans.moving.grid)
-    if pair.warped_out is not None and scans.stored and scans.fill:
-        warped = warping.warp_volume(
-            scans.stored, mapping, scans.fixed.grid, fill=scans.fill
-        )
-        volumes.write_volume(pair.warped_out, warped)
+    outputs = _outputs(pair)
+    scan_pair.write(scans, found.transform, found.inverse, **outputs)
     return Outcome(
         row,
         pair.fixed,
         pair.moving,
         "done",
-        pair.transform_out,
-        pair.warped_out,
-        pair.inverse_out,
+        **outputs,
         similarity=found.similarity,
         before=found.similarity_before,
         after=found.similarity_after,
@@ -368,9 +327,7 @@ def skipped(rows: Rows, summary: pathlib.Path | None = None) -> list[Outcome]:
                 pair.fixed,
                 pair.moving,
                 "skipped",
-                pair.transform_out,
-                pair.warped_out,
-                pair.inverse_out,
+                **_outputs(pair),
                 **earlier,
             )  # fmt: skip
         )

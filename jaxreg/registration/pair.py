@@ -2,7 +2,7 @@
 
 The one place where preprocessing, prediction, instance optimisation, inversion and the
 way back to world space meet. The command line, the notebooks and the evaluation all
-call `register`; nothing here opens a file.
+call `register`.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import functools
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,12 @@ from jaxreg.errors import UserError
 from jaxreg.io import given
 from jaxreg.losses import similarity
 from jaxreg.models.sam import TrainedSam
-from jaxreg.registration import conditioning, preparation, without_network
+from jaxreg.registration import (
+    conditioning,
+    preparation,
+    scan_pair,
+    without_network,
+)
 from jaxreg.registration import inverse as inverse_lib
 from jaxreg.registration import options as options_lib
 from jaxreg.registration.optimization import features, loop, map
@@ -45,7 +50,7 @@ _MUCH_FOLDED = 1.0  # per cent of the voxels
 def register(
     moving: given.Scan,
     fixed: given.Scan,
-    model: zoo.LoadedModel | str | os.PathLike[str] | None = None,
+    model: zoo.LoadedModel | str | os.PathLike[str] | None = preparation.DEFAULT,
     options: Options = Options(),
     *,
     regions: Regions | None = None,
@@ -56,11 +61,12 @@ def register(
     """Registers one scan onto another.
 
     Args:
-      moving: the scan to be warped: a volume, D H W, stored intensities; or what
-        `io.given` makes one of, the path of a file or an image of nibabel or SimpleITK.
+      moving: the scan to be warped: the path of a file, an image of nibabel or
+        SimpleITK, or a volume, D H W, stored intensities.
       fixed: the scan that stays, the same.
       model: weights from `load.load`, or what that loads; None where `io_target` can do
-        without, or for a pre-alignment alone (without `io_iterations`).
+        without, or for a pre-alignment alone (without `io_iterations`). By default as
+        on the command line: uniGradICON, or None for a displacement.
       options: how to register.
       regions: masks and label maps of the two scans.
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
@@ -77,81 +83,63 @@ def register(
         an array, whose place nobody knows.
     """
     options_lib.check_options(options)
-    moving, fixed, regions = preparation.as_volumes(moving, fixed, regions)
-    options_lib.check_regions(options, vars(regions))
-    preparation.check_volumes(moving, fixed, regions)
+    scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
+    options_lib.check_regions(options, vars(scans.regions))
     model, conditioned = preparation.conditioning_of(model, options, sam)
-    preparation.warn_of_orientation(fixed, model, options)
+    preparation.warn_of_orientation(scans.fixed, model, options)
     options = preparation.with_rule_of(model, preparation.with_grid(options, model))
-    placement = preparation.placement_of(model, options)
-    moving, fixed, regions = preparation.reoriented(
-        moving, fixed, regions, placement, options
+    found = _register(scans, model, options, conditioned, sam, start, progress)
+    return dataclasses.replace(
+        found,
+        conditioning=conditioned.text,
+        scans=dataclasses.replace(scans, regions=Regions()),
     )
+
+
+def _register(
+    scans: scan_pair.ScanPair,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    conditioned: conditioning.TaskValues,
+    sam: TrainedSam | None,
+    start: select.Prealignment | None,
+    progress: Progress | None,
+) -> RegistrationResult:
+    """Registers scans that go together with the options, each phase timed."""
     alone = _prealigns_alone(model, options)
     seconds: dict[str, float] = {}
-
-    def shown(pair: Pair) -> Pair:
-        return preparation.with_range(conditioned.of(pair), model, options)
-
-    with _Clock(seconds, "preprocess"):
-        grids = (
-            placement.grid(fixed.grid, options.grid_shape),
-            placement.grid(moving.grid, options.grid_shape),
-        )
-        pair = shown(preparation.make_pair(moving, fixed, options, regions))
-    apart, residual_field = (pair, grids), None
-    if options.prealign != "none":
-        with _Clock(seconds, "prealign"):
-            if start is None:
-                start = _prealigned(moving, fixed, model, options, regions, sam)
-            resampled = network_grid.Resampled(grids[0], start.transform)
-            pair = shown(
-                preparation.make_pair(moving, fixed, options, regions, resampled)
-            )
-            grids, residual_field = (
-                (grids[0], start.moved_grid(grids[0])),
-                start.residual_on(grids[0]),
-            )
+    placed = _placed(scans, model, options, conditioned, sam, start, seconds)
+    scan, grids, start = placed.scans.fixed.grid, placed.scans.grids, placed.scans.start
     with _Clock(seconds, "register"):
-        # The network's products only: sampling and losses ask for full precision.
-        with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
-            scans = without_network.Scans(moving, fixed, regions, grids, start)
-            found, options = _optimised(pair, model, options, scans, progress, sam)
-            domains = {} if model is None else conditioning.domains(model, pair)
-        there, back = _with_residual_field(found, residual_field, options.grid_shape)
+        found, options, domains = _found(placed, model, options, progress, sam)
+        there, back = _with_residual_field(
+            found, placed.residual_field, options.grid_shape
+        )
         forward = transform_lib.flatten(there, options.grid_shape)
-        # What the pair's moving image, which is bent already, lacks.
-        rest = forward if residual_field is None else found.forward
         _check_finite(forward, options)
     with _Clock(seconds, "score"):
-        headers = without_network.unit_matrix(np.eye(4), *apart[1])
-        placed = transform_lib.Transform(
-            (transform_lib.Affine(jnp.asarray(headers, "f4")),)
-        )
-        before, warped_before = _score(apart[0], placed, options)
-        between = start and _score(pair, transform_lib.Transform(()), options)[0]
-        after, warped_after = _score(pair, rest, options)
-        transform, forward = _beyond_the_box(there, grids, fixed.grid)
+        # The pair's moving image has the residual field already.
+        rest = forward if placed.residual_field is None else found.forward
+        scores = _scores(placed, rest, options)
+        transform, forward = _beyond_the_box(there, grids, scan)
         if alone and start:  # a pre-alignment alone is exact as it is
             transform = start.in_world
+        placement = preparation.placement_of(model, options)
         folding_percent, sdlogj = metrics.regularity(
-            transform, placement.measured(fixed.grid, options.grid_shape)
+            transform, placement.measured(scan, options.grid_shape)
         )
         _warn_of_folds(folding_percent)
     inverse, residual = None, None
     if options.inverse:
         with _Clock(seconds, "inverse"):
             # With a pre-alignment both network grids lie over the fixed scan.
-            over = (
-                None
-                if options.prealign == "none" or start is None
-                else start.moved_grid(fixed.grid)
-            )
-            inverse = inverse_lib.inverse_of(forward, back, grids, moving.grid, over)
+            over = None
+            if options.prealign != "none" and start is not None:
+                over = start.moved_grid(scan)
+            back_on = placed.scans.moving.grid
+            inverse = inverse_lib.inverse_of(forward, back, grids, back_on, over)
             # Of what is returned: a field is read linearly between its voxels.
-            residual = warping.round_trip_mm(
-                transform, inverse, fixed.grid, moving.grid
-            )
+            residual = warping.round_trip_mm(transform, inverse, scan, back_on)
     return RegistrationResult(
         transform=transform,
         inverse=inverse,
@@ -160,20 +148,115 @@ def register(
         moving_grid=grids[1],
         history={k: np.asarray(v) for k, v in found.history.items()},
         similarity=options.io_sim,
-        similarity_before=before,
-        similarity_after=after,
-        similarity_prealigned=between,
         folding_percent=folding_percent,
         sdlogj=sdlogj,
         domains=domains,
         seconds=seconds,
-        fixed_image=np.asarray(preparation.as_compared(pair).fixed[0, ..., 0]),
-        warped_before=warped_before,
-        warped_after=warped_after,
-        conditioning=conditioned.text,
         prealigned_from=start.start if start else "",
         started_from="" if start else found.start,
+        **scores,
     )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Placed:
+    """Two scans on the network grid, by their headers and by a pre-alignment.
+
+    Attributes:
+      scans: reoriented, with their network grids and pre-alignment.
+      apart: as the headers place them.
+      apart_grids: their network grids then.
+      pair: pre-aligned; `apart` without.
+      residual_field: of the pre-alignment, which the network does not see.
+    """
+
+    scans: without_network.Scans
+    apart: Pair
+    apart_grids: tuple[Grid, Grid]
+    pair: Pair
+    residual_field: transform_lib.Transform | None
+
+
+def _placed(
+    scans: scan_pair.ScanPair,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    conditioned: conditioning.TaskValues,
+    sam: TrainedSam | None,
+    start: select.Prealignment | None,
+    seconds: dict[str, float],
+) -> _Placed:
+    placement = preparation.placement_of(model, options)
+    moving, fixed, regions = preparation.reoriented(
+        scans.moving, scans.fixed, scans.regions, placement, options
+    )
+
+    def shown(resampled: network_grid.Resampled | None = None) -> Pair:
+        pair = preparation.make_pair(moving, fixed, options, regions, resampled)
+        return preparation.with_range(conditioned.of(pair), model, options)
+
+    with _Clock(seconds, "preprocess"):
+        apart_grids = grids = (
+            placement.grid(fixed.grid, options.grid_shape),
+            placement.grid(moving.grid, options.grid_shape),
+        )
+        apart = pair = shown()
+    residual_field = None
+    if options.prealign != "none":
+        with _Clock(seconds, "prealign"):
+            if start is None:
+                start = _prealigned(moving, fixed, model, options, regions, sam)
+            pair = shown(network_grid.Resampled(grids[0], start.transform))
+            grids = grids[0], start.moved_grid(grids[0])
+            residual_field = start.residual_on(grids[0])
+    turned = without_network.Scans(moving, fixed, regions, grids, start)
+    return _Placed(turned, apart, apart_grids, pair, residual_field)
+
+
+def _found(
+    placed: _Placed,
+    model: zoo.LoadedModel | None,
+    options: Options,
+    progress: Progress | None,
+    sam: TrainedSam | None,
+) -> tuple[loop.Optimized, Options, Mapping[str, float]]:
+    """Returns unit transforms, the options with the similarity in use, the domains."""
+    # The network's products only: sampling and losses ask for full precision.
+    with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
+        found = _optimise(placed.pair, model, options, placed.scans, progress, sam)
+        domains = {} if model is None else conditioning.domains(model, placed.pair)
+    similar = found.similarity or options.io_sim
+    return found, dataclasses.replace(options, io_sim=similar), domains
+
+
+def _scores(
+    placed: _Placed, rest: transform_lib.Transform, options: Options
+) -> dict[str, Any]:
+    """Returns the result's similarities, and the images that they compare, by name.
+
+    Args:
+      placed: the pair.
+      rest: unit transform of its moving image.
+      options: with the similarity in use.
+    """
+    headers = without_network.unit_matrix(np.eye(4), *placed.apart_grids)
+    unmoved = transform_lib.Affine(jnp.asarray(headers, "f4"))
+    before, warped_before = _score(
+        placed.apart, transform_lib.Transform((unmoved,)), options
+    )
+    between = None
+    if placed.scans.start is not None:
+        between, _ = _score(placed.pair, transform_lib.Transform(()), options)
+    after, warped_after = _score(placed.pair, rest, options)
+    compared = preparation.as_compared(placed.pair)
+    return {
+        "similarity_before": before,
+        "similarity_prealigned": between,
+        "similarity_after": after,
+        "fixed_image": np.asarray(compared.fixed[0, ..., 0]),
+        "warped_before": warped_before,
+        "warped_after": warped_after,
+    }
 
 
 def _prealigns_alone(model: zoo.LoadedModel | None, options: Options) -> bool:
@@ -260,7 +343,7 @@ def _prealigned(
 def _with_residual_field(
     found: loop.Optimized, residual_field: transform_lib.Transform | None, shape: Shape
 ) -> tuple[transform_lib.Transform, transform_lib.Transform]:
-    """Returns forward and backward with the bend that the network did not see."""
+    """Returns forward and backward with the residual field before the network's map."""
     if residual_field is None:
         return found.forward, found.backward
     back = inverse_lib.solve_inverse(residual_field, jnp.zeros((1, *shape, 3)))
@@ -287,15 +370,6 @@ def _beyond_the_box(
     return world, whole
 
 
-def _optimised(
-    pair: Pair, model: zoo.LoadedModel | None, options: Options, *given: Any
-) -> tuple[loop.Optimized, Options]:
-    """Returns `_optimise`'s result, and the options with the similarity in use."""
-    found = _optimise(pair, model, options, *given)
-    similar = found.similarity or options.io_sim
-    return found, dataclasses.replace(options, io_sim=similar)
-
-
 def _optimise(
     pair: Pair,
     model: zoo.LoadedModel | None,
@@ -304,7 +378,7 @@ def _optimise(
     progress: Progress | None,
     sam: TrainedSam | None,
 ) -> loop.Optimized:
-    """Returns the unit transforms of the chosen way to find them."""
+    """Returns the unit transforms of prediction and instance optimisation."""
     predicted = features.UNTOUCHED
     if model is None and options.io_target != "displacement":
         options, predicted = without_network.placed(options, scans)

@@ -1,4 +1,4 @@
-"""From two scans to the pair that a network or loss sees."""
+"""Preprocessing of two scans to the pair that a network or loss sees."""
 
 import dataclasses
 import functools
@@ -13,7 +13,6 @@ from nibabel import orientations
 from jaxreg.data import modality as modality_lib
 from jaxreg.data import network_grid, preprocess
 from jaxreg.errors import UserError
-from jaxreg.io import given
 from jaxreg.losses import overlap
 from jaxreg.losses.objective import Objective, as_compared
 from jaxreg.models.sam import SAM, TrainedSam, with_sam
@@ -25,6 +24,8 @@ from jaxreg.space.grid import Grid, Volume
 from jaxreg.typing import Pair
 from jaxreg.weights import load, zoo
 
+DEFAULT = "default"
+"""In place of a model: uniGradICON, or none where a displacement is optimised alone."""
 _WITHOUT_WEIGHTS = (175, 175, 175)  # the network grid
 
 
@@ -36,21 +37,6 @@ def with_grid(options: Options, model: zoo.LoadedModel | None) -> Options:
     return dataclasses.replace(options, shape=shape)
 
 
-def as_volumes(
-    moving: given.Scan, fixed: given.Scan, regions: Regions | None
-) -> tuple[Volume, Volume, Regions]:
-    """Returns what a caller from Python gives, as volumes."""
-    regions = regions or Regions()
-    options_lib.check_kind(
-        regions, Regions, "the regions are", "jaxreg.registration.options.Regions(...)"
-    )
-    return (
-        given.volume(moving, "moving scan"),
-        given.volume(fixed, "fixed scan"),
-        regions,
-    )
-
-
 def conditioning_of(
     model: zoo.LoadedModel | str | os.PathLike[str] | None,
     options: Options,
@@ -58,6 +44,8 @@ def conditioning_of(
 ) -> tuple[zoo.LoadedModel | None, conditioning.TaskValues]:
     """Returns the network as it serves the task, and what its pairs are to carry."""
     words = (options.task, options.pairing, options.smoothness)
+    if model == DEFAULT:
+        model = None if options.io_target == "displacement" else "unigradicon"
     if isinstance(model, str | os.PathLike):
         model = load.load(model)
     loaded = zoo.LoadedModel | None

@@ -11,7 +11,8 @@ import html
 import io
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,15 +22,15 @@ from matplotlib.figure import Figure
 from nibabel import orientations
 
 from jaxreg.io import files
+from jaxreg.registration.scan_pair import ScanPair
 from jaxreg.space import background, warping
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 
-if TYPE_CHECKING:
-    from jaxreg.registration.result import RegistrationResult
-
 PLANES = ("axial", "coronal", "sagittal")
 _GRID_LINES_MM = 10.0
+_THUMBNAIL_DPI = (72, 55, 40, 30, 20)  # the first that is small enough
+_THUMBNAIL_BYTES = 220_000  # in a notebook's base64 they are a third more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,21 @@ def _mapped_mm(displacement_mm: np.ndarray | None, fixed: Grid) -> np.ndarray | 
     return (place + displacement_mm).astype(np.float32)
 
 
+class Picture(Figure):
+    """A figure that a notebook shows without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        return _png(self)
+
+
 def before_after_figure(
+    fixed: Volume, before: Volume, after: Volume, **extra: Any
+) -> bytes:
+    """Returns `draw_before_after` as a PNG; the arguments are the same."""
+    return _png(draw_before_after(fixed, before, after, **extra))
+
+
+def draw_before_after(
     fixed: Volume,
     before: Volume,
     after: Volume,
@@ -182,8 +197,8 @@ def before_after_figure(
     displacement_mm: np.ndarray | None = None,
     determinant: np.ndarray | None = None,
     title: str | None = None,
-) -> bytes:
-    """Returns a PNG: three planes of moving before and after, fixed, and overlays.
+) -> Picture:
+    """Returns a figure: three planes of moving before and after, fixed, and overlays.
 
     Args:
       fixed: the fixed scan.
@@ -210,7 +225,7 @@ def before_after_figure(
     names = ["moving before", "moving after", "fixed",
              "before (green) on fixed", "after (green) on fixed"]  # fmt: skip
     names += ["Jacobian, 10 mm grid"] * deformation
-    figure = Figure(figsize=(2.6 * len(names), 8.2), layout="constrained")
+    figure = Picture(figsize=(2.6 * len(names), 8.2), layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(3, len(names))
     centre = _centre(fixed)
@@ -233,7 +248,39 @@ def before_after_figure(
         bar.ax.tick_params(labelsize=7)
     if title:
         figure.suptitle(title, fontsize=10, parse_math=False)
-    return _png(figure)
+    return figure
+
+
+def registration_figure(
+    scans: ScanPair, transform: transform_lib.Transform, *, title: str | None = None
+) -> Picture:
+    """Returns `draw_before_after` of a registration, with its deformation.
+
+    Args:
+      scans: that were registered.
+      transform: fixed mm to moving mm.
+      title: a line above the pictures.
+    """
+    fixed = scans.fixed
+    before, after = (
+        warping.warp_volume(scans.moving, mapping, fixed.grid, fill=scans.background)
+        for mapping in (transform_lib.Transform(()), transform)
+    )
+    return draw_before_after(
+        fixed,
+        before,
+        after,
+        displacement_mm=warping.displacement_mm(transform, fixed.grid),
+        determinant=warping.jacobian_map(transform, fixed.grid),
+        title=title,
+    )
+
+
+def thumbnail(fixed: Volume, before: Volume, after: Volume) -> bytes:
+    """Returns a small PNG of `draw_before_after`; the arguments are the same."""
+    figure = draw_before_after(fixed, before, after)
+    pictures = (_png(figure, dpi=dpi) for dpi in _THUMBNAIL_DPI)
+    return next(data for data in pictures if len(data) <= _THUMBNAIL_BYTES)
 
 
 def _shown(fixed: Volume, before: Volume, after: Volume):
@@ -281,31 +328,11 @@ def history_figure(history: Mapping[str, np.ndarray]) -> bytes:
     return _png(figure)
 
 
-def _png(figure: Figure) -> bytes:
+def _png(figure: Figure, *, dpi: int = 110) -> bytes:
     buffer = io.BytesIO()
     # No software version in the file: the same numbers give the same bytes.
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
-
-
-def before_after_png(
-    path: str | os.PathLike,
-    fixed: Volume,
-    before: Volume,
-    after: Volume,
-    *,
-    displacement_mm: np.ndarray | None = None,
-    determinant: np.ndarray | None = None,
-    title: str | None = None,
-) -> None:
-    """Writes `before_after_figure` to a file, which appears whole or not at all."""
-    data = before_after_figure(
-        fixed, before, after, displacement_mm=displacement_mm, determinant=determinant,
-        title=title,
-    )  # fmt: skip
-    with files.atomic_path(path) as unfinished:
-        with open(unfinished, "wb") as file:
-            file.write(data)
 
 
 _STYLE = """
@@ -318,6 +345,14 @@ td + td { font-variant-numeric: tabular-nums; }
 pre { background: #f4f4f4; padding: .75em; white-space: pre-wrap;
       overflow-wrap: anywhere; }
 """
+
+
+def inline_image(data: bytes, caption: str) -> str:
+    """Returns an HTML image that holds its PNG."""
+    return (
+        f'<img alt="{html.escape(caption)}" '
+        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+    )
 
 
 def html_page(
@@ -342,8 +377,7 @@ def html_page(
         for name, value in numbers.items()
     )
     figures = "\n".join(
-        f'<h2>{html.escape(caption)}</h2>\n<img alt="{html.escape(caption)}" '
-        f'src="data:image/png;base64,{base64.b64encode(data).decode()}">'
+        f"<h2>{html.escape(caption)}</h2>\n{inline_image(data, caption)}"
         for caption, data in pictures.items()
     )
     ran = f"<h2>Command</h2>\n<pre>{html.escape(command)}</pre>" if command else ""
@@ -364,26 +398,24 @@ def write_html(path: str | os.PathLike, page: str) -> None:
 
 
 def write_report(
-    path: str | os.PathLike,
-    moving: Volume,
-    fixed: Volume,
-    result: "RegistrationResult",
+    path: files.PathLike,
+    scans: ScanPair,
+    transform: transform_lib.Transform,
     *,
     numbers: Mapping[str, str],
-    fill: background.Fill = "auto",
+    history: Mapping[str, np.ndarray] = MappingProxyType({}),
     command: str | None = None,
-    picture: str | os.PathLike | None = None,
+    picture: files.PathLike | None = None,
     notes: Sequence[str] = (),
 ) -> None:
     """Writes the HTML page of a registration, and its picture as a PNG if asked.
 
     Args:
       path: the page.
-      moving: the moving scan.
-      fixed: the fixed scan.
-      result: what registering them gave.
+      scans: that were registered.
+      transform: fixed mm to moving mm.
       numbers: rows of the table, see `result.summary`.
-      fill: outside the moving scan, see `warping.warp_volume`.
+      history: parts of the objective per step, by name.
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
       notes: sentences below the table.
@@ -391,26 +423,17 @@ def write_report(
     Raises:
       UserError: a file cannot be written.
     """
-    before, after = (
-        warping.warp_volume(moving, mapping, fixed.grid, fill=fill)
-        for mapping in (transform_lib.Transform(()), result.transform)
-    )
-    data = before_after_figure(
-        fixed,
-        before,
-        after,
-        displacement_mm=warping.displacement_mm(result.transform, fixed.grid),
-        determinant=warping.jacobian_map(result.transform, fixed.grid),
-    )
+    data = _png(registration_figure(scans, transform))
     if picture is not None:
         with files.atomic_path(picture) as unfinished:
             unfinished.write_bytes(data)
     pictures = {"Before and after, on the fixed scan's grid": data}
-    if any(np.size(values) > 1 for values in result.history.values()):
-        pictures["Objective by step"] = history_figure(result.history)
+    if any(np.size(values) > 1 for values in history.values()):
+        pictures["Objective by step"] = history_figure(history)
+    sources = {"moving": scans.moving.source, "fixed": scans.fixed.source}
     page = html_page(
         title="Registration",
-        numbers={"moving": moving.source, "fixed": fixed.source, **numbers},
+        numbers={**sources, **numbers},
         pictures=pictures,
         command=command,
         notes=notes,

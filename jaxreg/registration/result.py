@@ -1,23 +1,36 @@
-"""The result of a registration."""
+"""The result of a registration: the transform, its numbers, pictures and files."""
 
 import dataclasses
+import functools
+import html
+import pathlib
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxreg.errors import UserError
+from jaxreg.io import files, transforms, volumes
+from jaxreg.registration import scan_pair
 from jaxreg.space import transform as transform_lib
-from jaxreg.space.grid import Grid
+from jaxreg.space import warping
+from jaxreg.space.grid import Grid, Volume
+
+if TYPE_CHECKING:
+    from jaxreg.registration.report import Picture
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RegistrationResult:
-    """What registering two scans gives.
+    """The result of registering two scans.
+
+    A notebook shows it as a picture with its numbers.
 
     Attributes:
       transform: fixed mm to moving mm (RAS+), what a resampler needs.
       inverse: moving mm to fixed mm, or None if not asked for.
       inverse_residual_mm: mean and maximum of ``|T(T_inverse(x)) - x|`` within the
-        moving scan, of the two transforms above; see `transform.round_trip_mm`.
+        moving scan, of the two transforms above; see `warping.round_trip_mm`.
       fixed_grid: the fixed scan's network grid.
       moving_grid: the moving scan's network grid; with a pre-alignment, the fixed
         scan's moved by its affine part.
@@ -43,6 +56,8 @@ class RegistrationResult:
         without one.
       started_from: what fitted best before a registration without a network:
         "headers", "centres of mass" or "stretched extents"; else empty.
+      scans: the two scans, which are warped, drawn and written from; what was given as
+        a volume or an image is referred to, not copied.
     """
 
     transform: transform_lib.Transform
@@ -65,6 +80,154 @@ class RegistrationResult:
     conditioning: str = ""
     prealigned_from: str = ""
     started_from: str = ""
+    scans: scan_pair.ScanPair | None = None
+
+    def __repr__(self) -> str:
+        """One line: what was registered, and how well it fits."""
+        names = ""
+        if self.scans is not None:
+            names = f"{self.scans.moving.source} to {self.scans.fixed.source}, "
+        return (
+            f"<RegistrationResult: {names}{self.similarity} loss "
+            f"{self.similarity_before:.4f} before, {self.similarity_after:.4f} after, "
+            f"{self.folding_percent:.2g} % folded>"
+        )
+
+    @functools.cached_property
+    def warped(self) -> Volume:
+        """The moving scan on the fixed scan's grid, in its own type; made when asked.
+
+        What ``jaxreg register --warped-moving-out`` writes. A moving scan that was
+        given as a path is read once more.
+
+        Raises:
+          UserError: it cannot be read any more.
+        """
+        return self._scans.warped(self.transform)
+
+    @property
+    def _scans(self) -> scan_pair.ScanPair:
+        if self.scans is None:
+            raise UserError(
+                "this result has no scans to be warped, drawn or written; take one of "
+                "jaxreg.register, or set its scans"
+            )
+        return self.scans
+
+    def plot(self) -> "Picture":
+        """Returns a figure: both scans and their overlay before and after, the folds.
+
+        On the fixed scan's grid; a notebook shows it, `savefig` writes it. It needs no
+        display and leaves pyplot's figures alone.
+        """
+        # Drawing takes long to import.
+        from jaxreg.registration import report
+
+        return report.registration_figure(self._scans, self.transform)
+
+    def save(
+        self,
+        *,
+        transform: files.PathLike | None = None,
+        warped: files.PathLike | None = None,
+        inverse: files.PathLike | None = None,
+        report: files.PathLike | None = None,
+        command: str | None = None,
+    ) -> "RegistrationResult":
+        """Writes the files that are asked for, as the command line does.
+
+        All names are checked before the first file is written; each file appears whole
+        or not at all.
+
+        Args:
+          transform: fixed to moving points: .h5, .hdf5, .tfm or .txt (ITK's composite)
+            or .nii.gz or .nii (a displacement field).
+          warped: the moving scan on the fixed grid: .nii.gz, .nii, .nrrd or .mha.
+          inverse: moving to fixed points, as `transform`.
+          report: a page with pictures and numbers: .html or .htm.
+          command: the command line, to be shown in the report.
+
+        Returns:
+          The result with the inverse residual of the maps as the files hold them.
+
+        Raises:
+          UserError: nothing or a file of an unknown extension is asked for, a file
+            cannot be written, or there is no inverse.
+        """
+        _check_outputs(self, transform, warped, inverse, report)
+        scans = self._scans if warped is None else self._scans.with_stored()
+        forward, backward = scan_pair.write(
+            scans, self.transform, self.inverse,
+            transform_out=transform, inverse_out=inverse, warped_out=warped,
+        )  # fmt: skip
+        found = self
+        if backward is not None:
+            residual = warping.round_trip_mm(
+                forward, backward, scans.fixed.grid, scans.moving.grid
+            )
+            found = dataclasses.replace(self, inverse_residual_mm=residual)
+        if report is not None:
+            from jaxreg.registration import report as report_lib
+
+            report_lib.write_report(
+                report, scans, self.transform,
+                numbers=summary(found), history=self.history, command=command,
+            )  # fmt: skip
+        return found
+
+    def _repr_html_(self) -> str:
+        """A small picture and the numbers, which notebooks show."""
+        from jaxreg.registration import report
+
+        rows = "".join(
+            f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>"
+            for name, value in summary(self).items()
+        )
+        seen = (self.fixed_image, self.warped_before, self.warped_after)
+        picture = report.thumbnail(*(Volume(array, self.fixed_grid) for array in seen))
+        title = repr(self).strip("<>")
+        return (
+            f"<div><p>{html.escape(title)}</p>\n{report.inline_image(picture, title)}\n"
+            f"<table>{rows}</table></div>"
+        )
+
+
+def _check_outputs(
+    result: RegistrationResult,
+    transform: files.PathLike | None,
+    warped: files.PathLike | None,
+    inverse: files.PathLike | None,
+    report: files.PathLike | None,
+) -> None:
+    """Checks the names of files before any is written."""
+    paths = {
+        "transform": transform,
+        "warped": warped,
+        "inverse": inverse,
+        "report": report,
+    }
+    given = {name: pathlib.Path(p) for name, p in paths.items() if p is not None}
+    if not given:
+        raise UserError(f"nothing to save; give {', '.join(paths)} or several of them")
+    if inverse is not None and result.inverse is None:
+        raise UserError(
+            "there is no inverse to save; register with Options(inverse=True)"
+        )
+    seen: dict[pathlib.Path, str] = {}
+    if result.scans is not None:
+        for scan in (result.scans.fixed, result.scans.moving):
+            seen[pathlib.Path(scan.source).resolve()] = "an input"
+    for name, path in given.items():
+        if name == "warped":
+            volumes.check_volume_path(path, name)
+        elif name == "report":
+            files.check_writable(path, name, suffixes=(".html", ".htm"))
+        else:
+            transforms.check_transform_path(path, name)
+        if path.resolve() in seen:
+            other = seen[path.resolve()]
+            raise UserError(f"{name} {path} is also {other}; name another file")
+        seen[path.resolve()] = name
 
 
 def summary(result: RegistrationResult) -> dict[str, str]:

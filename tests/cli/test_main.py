@@ -777,9 +777,11 @@ def test_a_report_without_a_warped_scan_is_filled_alike(
     curved, inputs, tmp_path, capsys, monkeypatch
 ):
     seen = []
-    monkeypatch.setattr(
-        report, "write_report", lambda *_, fill, **__: seen.append(fill)
-    )
+
+    def note(path, scans, *_, **__):
+        seen.append(scans.background)
+
+    monkeypatch.setattr(report, "write_report", note)
     moving = save(tmp_path / "ct.nii.gz", odd_circle(-1040, -3024))
     line = arguments(
         {**inputs, "moving": moving}, tmp_path, moving_modality="ct",

@@ -15,7 +15,7 @@ from jaxreg.data import pair_list
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
 from jaxreg.models.base import Prediction, RegistrationModel
-from jaxreg.registration import many
+from jaxreg.registration import many, scan_pair
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
 from jaxreg.space.grid import Grid, Volume
@@ -369,7 +369,7 @@ def test_reading_and_writing_keep_a_bounded_distance(folder, monkeypatch):
     def read(pair, *_):
         threads.add(threading.current_thread().name)
         count["read"] += 1
-        return many._Scans(None, None, options_lib.Regions(), None, 0.0)
+        return scan_pair.ScanPair(None, None, options_lib.Regions(), None, "mri")
 
     def register(*_, **__):
         time.sleep(0.01)
