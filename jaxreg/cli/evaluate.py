@@ -251,12 +251,12 @@ def _paired(
 
     Warns of pairs whose modality neither they nor the options (fixed, moving) name.
     """
-    from jaxreg.evaluation import run
+    from jaxreg.evaluation import pairs as pairs_lib
 
     if isinstance(listed, tuple):
         pairs, names = listed, None
     else:
-        pairs, names = run.pairs_of_manifest(listed, **how), listed.labels
+        pairs, names = pairs_lib.pairs_of_manifest(listed, **how), listed.labels
     pairs = pairs[:count]
     _warn_about_modalities(pairs, *modalities)
     return pairs, names

@@ -17,23 +17,20 @@ from typing import Any
 import numpy as np
 
 from jaxreg import metrics
-from jaxreg.data import modality as modality_lib
 from jaxreg.data import network_grid
-from jaxreg.data.manifest import neighbours as neighbours_lib
-from jaxreg.data.manifest import records
-from jaxreg.data.pair_list import Pairing, PairSpec, pair_names
-from jaxreg.data.pair_list import read_pairs as read_pairs
+from jaxreg.data.pair_list import PairSpec, pair_names
 from jaxreg.errors import UserError
+from jaxreg.evaluation import cases
 from jaxreg.evaluation import table as table_lib
-from jaxreg.io import files, tables, transforms, volumes
+from jaxreg.evaluation.cases import Case
+from jaxreg.io import files
 from jaxreg.io.tables import Frame
 from jaxreg.models.sam import TrainedSam
-from jaxreg.registration import conditioning, preparation
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
+from jaxreg.registration import preparation, scan_pair
 from jaxreg.registration import rows as rows_lib
 from jaxreg.registration.prealign import select
-from jaxreg.registration.rows import conditioning_of_pair
 from jaxreg.space import transform as transform_lib
 from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
@@ -44,151 +41,18 @@ Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
 
 
-# --- which pairs ---------------------------------------------------------------------
-
-
-def pairs_of_manifest(
-    manifest: records.Manifest,
-    *,
-    split: str = "val",
-    neighbours: int = 3,
-    across_modalities: bool = False,
-    model: zoo.LoadedModel | None = None,
-    options: options_lib.Options | None = None,
-) -> tuple[PairSpec, ...]:
-    """Returns the pairs of held-out scans, by `neighbours.neighbour_pairs`.
-
-    A pair's task is its dataset. Label maps and landmarks come along where both scans
-    have them. A dataset of which the manifest says no pairing is paired as the network
-    will be told of it: as the options say, or as it was trained on it.
-
-    Args:
-      manifest: the scans.
-      split: which of them.
-      neighbours: moving images per fixed one, at most.
-      across_modalities: see `neighbours.neighbour_pairs`.
-      model: that is to register them.
-      options: how; the defaults if None.
-
-    Raises:
-      UserError: the split leaves no pair.
-    """
-    chosen = [record for record in manifest.records if record.split == split]
-    pairings = {
-        (record.dataset, record.region): _trained_pairing(record, model, options)
-        for record in chosen
-        if record.dataset in manifest.unpaired
-    }
-    chosen = [
-        dataclasses.replace(record, pairing=pairing)
-        if (pairing := pairings.get((record.dataset, record.region))) is not None
-        else record
-        for record in chosen
-    ]
-    found = neighbours_lib.neighbour_pairs(
-        chosen, neighbours, across_modalities=across_modalities
-    )
-    if not found:
-        held = any(record.split == "val" for record in manifest.records)
-        mend = (
-            "give another --split, or hold out at least two subjects (of intra pairs: "
-            "two scans of one)"
-            if held or split != "val"
-            else "give --holdout 5, --split train, or a column split"
-        )
-        raise UserError(
-            f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '
-            f"pair among them; {mend}"
-        )
-    pairs = []
-    for fixed, moving in found:
-        pair = _pair_of_records(fixed, moving)
-        if pairings.get((fixed.dataset, fixed.region), "") is None:
-            pair = dataclasses.replace(pair, pairing=None)
-        pairs.append(pair)
-    return tuple(pairs)
-
-
-def _trained_pairing(
-    record: records.Record,
-    model: zoo.LoadedModel | None,
-    options: options_lib.Options | None,
-) -> Pairing | None:
-    """Returns what a network is told of a record's dataset; None if unsure."""
-    if model is None or not conditioning.needs_region(model):
-        return None
-    pair = dataclasses.replace(_pair_of_records(record, record), pairing=None)
-    try:
-        return conditioning_of_pair(
-            pair, model, options or options_lib.Options()
-        ).pairing
-    except UserError:  # which is said of the pair, with its name
-        return None
-
-
-def _pair_of_records(fixed: records.Record, moving: records.Record) -> PairSpec:
-    fields: dict[str, Any] = {}
-    for name in ("label", "landmarks", "mask"):
-        both = {"fixed": getattr(fixed, name), "moving": getattr(moving, name)}
-        if name == "mask" or None not in both.values():
-            fields |= {f"{side}_{name}": path for side, path in both.items()}
-    return PairSpec(
-        fixed=fixed.image,
-        moving=moving.image,
-        fixed_modality=modality_lib.canonical(fixed.modality),
-        moving_modality=modality_lib.canonical(moving.modality),
-        task=fixed.dataset,
-        region=fixed.region or None,
-        pairing=fixed.pairing,
-        **fields,
-    )
-
-
-def read_landmarks(
-    path: files.PathLike, *, frame: Frame = "lps", grid: Grid | None = None
-) -> np.ndarray:
-    """Reads points of a scan.
-
-    Args:
-      path: CSV with columns x, y, z, by name in a header or the first three; or
-        .fcsv or .mrk.json of 3D Slicer, which say their frame.
-      frame: what the numbers of a CSV are.
-      grid: the scan's grid, for "voxel".
-
-    Returns:
-      P 3, RAS+ mm, float64.
-
-    Raises:
-      UserError: the file is missing or has a row without three finite numbers.
-    """
-    return tables.points_mm(tables.read(path, "landmarks"), frame, grid)
-
-
 # --- register and measure ------------------------------------------------------------
 
 Progress = Callable[[int, int, table_lib.EvalRecord], None]
 """Called after each row with (rows done, rows in all, the row)."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Scans:
-    """A pair in memory; landmarks are P 3, RAS+ mm."""
-
-    spec: PairSpec
-    name: str
-    fixed: Volume
-    moving: Volume
-    regions: options_lib.Regions
-    labels: tuple[Volume, Volume] | None  # fixed, moving
-    landmarks: tuple[np.ndarray, np.ndarray] | None  # fixed, moving
-
-
 @dataclasses.dataclass(frozen=True)
 class _MethodRun:
-    """One row's worth: its name, how to find the transform, what its time means."""
+    """A method: its name, how it finds a transform, whether it compiles programs."""
 
     name: str
-    find: Callable[[_Scans], tuple[Transform, float]]
+    find: Callable[[Case], tuple[Transform, float]]
     compiles: bool = False
 
 
@@ -207,7 +71,7 @@ def evaluate(
     progress: Progress | None = None,
     keep: Callable[[table_lib.Result], None] | None = None,
 ) -> table_lib.Result:
-    """Registers every pair in every way that was asked for, and measures the results.
+    """Registers every pair by every method asked for, and measures the results.
 
     There are always two rows for the start: "initial", where the scans' headers place
     them, and "initial, resized", where both scans' extents coincide; and one more for
@@ -223,7 +87,7 @@ def evaluate(
     go on.
 
     Args:
-      pairs: from `read_pairs` or `pairs_of_manifest`.
+      pairs: from `pair_list.read_pairs` or `pairs.pairs_of_manifest`.
       model: weights from `load.load`; None for the displacement optimisation alone
         (`options.io_target`), or for other tools alone.
       options: how to register; modalities are replaced by a pair's own.
@@ -257,7 +121,7 @@ def evaluate(
         model, options, with_optimisation, name, others or {}, smoothness, sam
     )
     names = pair_names(pairs)
-    _check_pairs(pairs, names, options, landmarks_frame)
+    cases.check_pairs(pairs, names, options, landmarks_frame)
     pairings = [f"pair {name}" for name in names]
     rows_lib.check_conditioning(pairs, pairings, model, options, smoothness)
     rows_lib.warn_of_validation_scans(pairs, model, stacklevel=3)
@@ -284,10 +148,10 @@ def _rows_of(
     labels: Sequence[int] | None,
     frame: Frame,
 ) -> Iterator[table_lib.EvalRecord]:
-    """Yields a pair's rows; one without numbers, and a warning, where a way fails."""
+    """Yields a pair's rows; without numbers, and with a warning, if a method fails."""
     written = next((w for w in reversed(method_runs) if w.compiles), None)
     try:
-        scans = _read(pair, name, options, frame)
+        case = cases.read(pair, name, options, frame)
     except UserError as error:
         warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
         yield from (
@@ -295,16 +159,19 @@ def _rows_of(
             for method_run in method_runs
         )
         return
-    present = _labels_of(scans, labels)
+    present = cases.labels_of(case, labels)
     measured = placement.measured(
-        placement.reoriented(scans.fixed).grid, options.grid_shape
+        placement.reoriented(case.scans.fixed).grid, options.grid_shape
     )
     for method_run in method_runs:
         try:
-            found, seconds = method_run.find(scans)
-            row = _measure(scans, found, method_run.name, present, measured)
+            found, seconds = method_run.find(case)
+            row = _measure(case, found, method_run.name, present, measured)
             if method_run is written:
-                _write_outputs(scans, found, options)
+                scan_pair.write(
+                    case.scans, found,
+                    transform_out=pair.transform_out, warped_out=pair.warped_out,
+                )  # fmt: skip
             yield dataclasses.replace(row, seconds=seconds, first=method_run.compiles)
         except UserError as error:
             warnings.warn(
@@ -355,24 +222,10 @@ def _method_runs(
     smoothness: Sequence[float],
     sam: TrainedSam | None,
 ) -> list[_MethodRun]:
-    """Returns the rows of the table, after checking what was asked for."""
+    """Returns the methods of the table, after checking what was asked for."""
     displacement = options.io_target == "displacement"
     prealigned = options.prealign != "none"
-    if (
-        prealigned
-        and model is None
-        and with_optimisation
-        and options.io_target == "network"
-    ):
-        raise UserError(
-            "--io-iterations has no network to optimise; give a --model or another "
-            "--io-target, or leave it out"
-        )
-    if model is None and not displacement and not others and not prealigned:
-        raise UserError(
-            "there is nothing to evaluate; name a model with --model, pass --io-target "
-            "displacement or --prealign, or name another tool"
-        )
+    _check_requested(model, options, with_optimisation, others)
     start = _prealigned(model, options, sam) if prealigned else None
     method_runs = _starts(model, options, start)
     method_runs += [
@@ -404,31 +257,53 @@ def _method_runs(
         )
         found = _registered(None, alone, sam, start)
         method_runs.append(_MethodRun(options.io_target, found, compiles=True))
+    _check_unlike([method_run.name for method_run in method_runs])
+    return method_runs
+
+
+def _check_requested(
+    model: Any, options: options_lib.Options, with_optimisation, others
+) -> None:
+    displacement = options.io_target == "displacement"
+    prealigned = options.prealign != "none"
+    if (
+        prealigned
+        and model is None
+        and with_optimisation
+        and options.io_target == "network"
+    ):
+        raise UserError(
+            "--io-iterations has no network to optimise; give a --model or another "
+            "--io-target, or leave it out"
+        )
+    if model is None and not displacement and not others and not prealigned:
+        raise UserError(
+            "there is nothing to evaluate; name a model with --model, pass --io-target "
+            "displacement or --prealign, or name another tool"
+        )
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
             "instance optimisation needs a number of steps; pass --io-iterations"
         )
-    _check_unlike([method_run.name for method_run in method_runs])
-    return method_runs
 
 
 def _starts(
     model: Any, options: options_lib.Options, start: "_Start | None"
 ) -> list[_MethodRun]:
-    """Returns the rows before any registration."""
+    """Returns the methods that register nothing: the starts."""
     placement = preparation.placement_of(model, options)
 
-    def resized(scans):
-        return _resized(scans, options, placement), math.nan
+    def resized(case):
+        return _resized(case, options, placement), math.nan
 
     method_runs = [
-        _MethodRun(table_lib.INITIAL, lambda scans: (Transform(()), math.nan)),
+        _MethodRun(table_lib.INITIAL, lambda case: (Transform(()), math.nan)),
         _MethodRun(table_lib.RESIZED, resized),
     ]
     if start is not None:
 
-        def prealigned(scans):
-            found, seconds = start(scans)
+        def prealigned(case):
+            found, seconds = start(case)
             return found.in_world, seconds
 
         name = f"pre-aligned, {options.prealign}"
@@ -443,11 +318,11 @@ def _check_unlike(names: Sequence[str]) -> None:
 
 
 def weight_name(model: str, weight: float) -> str:
-    """Returns what a model that is asked for a smoothness is called in the tables."""
+    """Returns the name in the tables of a model conditional on a smoothness."""
     return f"{model}, smoothness {weight:g}"
 
 
-_Start = Callable[[_Scans], tuple[select.Prealignment, float]]
+_Start = Callable[[Case], tuple[select.Prealignment, float]]
 
 
 def _prealigned(
@@ -456,14 +331,14 @@ def _prealigned(
     """Returns what finds a pair's pre-alignment, once for all its rows."""
 
     @functools.lru_cache(maxsize=1)
-    def find(scans: _Scans) -> tuple[select.Prealignment, float]:
+    def find(case: Case) -> tuple[select.Prealignment, float]:
         start = time.perf_counter()
         found = pair_lib.prealigned(
-            scans.moving,
-            scans.fixed,
+            case.scans.moving,
+            case.scans.fixed,
             model,
-            rows_lib.options_of(scans.spec, options, model),
-            regions=scans.regions,
+            rows_lib.options_of(case.spec, options, model),
+            regions=case.scans.regions,
             sam=sam,
         )
         return found, time.perf_counter() - start
@@ -472,20 +347,22 @@ def _prealigned(
 
 
 def _resized(
-    scans: _Scans, options: options_lib.Options, placement: network_grid.ResamplingRule
+    case: Case,
+    options: options_lib.Options,
+    placement: network_grid.ResamplingRule,
 ) -> Transform:
     """The identity of both unit cubes: what a network that does nothing answers."""
     moving, fixed, _ = preparation.reoriented(
-        scans.moving, scans.fixed, options_lib.Regions(), placement, options
+        case.scans.moving, case.scans.fixed, options_lib.Regions(), placement, options
     )
     grids = (placement.grid(v.grid, options.grid_shape) for v in (fixed, moving))
     return transform_lib.in_world(Transform(()), *grids)
 
 
 def _timed(method: Method):
-    def find(scans: _Scans) -> tuple[Transform, float]:
+    def find(case: Case) -> tuple[Transform, float]:
         start = time.perf_counter()
-        found = method(scans.moving, scans.fixed)
+        found = method(case.scans.moving, case.scans.fixed)
         return found, time.perf_counter() - start
 
     return find
@@ -497,14 +374,14 @@ def _registered(
     sam: TrainedSam | None,
     start: _Start | None,
 ):
-    def find(scans: _Scans) -> tuple[Transform, float]:
-        begin, seconds = (None, 0.0) if start is None else start(scans)
+    def find(case: Case) -> tuple[Transform, float]:
+        begin, seconds = (None, 0.0) if start is None else start(case)
         found = pair_lib.register(
-            scans.moving,
-            scans.fixed,
+            case.scans.moving,
+            case.scans.fixed,
             model,
-            rows_lib.options_of(scans.spec, options, model),
-            regions=scans.regions,
+            rows_lib.options_of(case.spec, options, model),
+            regions=case.scans.regions,
             sam=sam,
             start=begin,
         )
@@ -515,126 +392,17 @@ def _registered(
     return find
 
 
-def _check_pairs(
-    pairs: Sequence[PairSpec],
-    names: Sequence[str],
-    options: options_lib.Options,
-    frame: Frame,
-) -> None:
-    """Says what is wrong as far as headers show it, before the first registration."""
-    grids: dict[pathlib.Path, Grid] = {}
-    outputs: set[pathlib.Path] = set()
-    seen: set[tuple[str, str]] = set()
-    for pair, name in zip(pairs, names, strict=True):
-        if (pair.table, name) in seen:
-            raise UserError(f"pair {name} of {pair.table} is listed twice; remove one")
-        seen.add((pair.table, name))
-        try:
-            _check_pair(pair, options, frame, grids, outputs)
-        except UserError as error:
-            raise UserError(f"pair {name}: {error}") from error
-    rows_lib.warn_of_idle_masks(pairs, options, stacklevel=4)
-    if any(p.inverse_out for p in pairs):
-        warnings.warn(
-            "the column inverse_out has no effect here; jaxreg register --pairs writes "
-            "inverse transforms",
-            stacklevel=3,
-        )
-
-
-def _check_pair(pair: PairSpec, options: options_lib.Options, frame, grids, outputs):
-    options_lib.check_options(rows_lib.options_of(pair, options))
-    given = {name: None for name in vars(options_lib.Regions())}
-    if rows_lib.uses_masks(options):
-        given |= {"fixed_mask": pair.fixed_mask, "moving_mask": pair.moving_mask}
-    options_lib.check_regions(options, given)
-    for side in ("fixed", "moving"):
-        rows_lib.check_grids(pair, side, grids)
-    if (pair.fixed_label is None) != (pair.moving_label is None):
-        raise UserError("it has one label map; give both or neither")
-    _landmarks(pair, frame, grids[pair.fixed], grids[pair.moving])
-    if pair.transform_out is not None:
-        transforms.check_transform_path(pair.transform_out, "transform_out")
-    if pair.warped_out is not None:
-        volumes.check_volume_path(pair.warped_out, "warped_out")
-    for path in (pair.transform_out, pair.warped_out):
-        if path is not None and path.absolute() in outputs:
-            raise UserError(f"{path} is an output twice; name another file")
-        outputs.update([path.absolute()] if path is not None else [])
-
-
-def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
-    """Returns the landmarks of both scans, P 3, RAS+ mm, or None."""
-    if pair.fixed_landmarks is None and pair.moving_landmarks is None:
-        return None
-    if pair.fixed_landmarks is None or pair.moving_landmarks is None:
-        raise UserError("it has one file of landmarks; give both or neither")
-    table = tables.read(pair.fixed_landmarks, "landmarks")
-    here = tables.points_mm(table, frame, fixed)
-    there = read_landmarks(pair.moving_landmarks, frame=frame, grid=moving)
-    if len(here) != len(there):
-        raise UserError(
-            f"{pair.fixed_landmarks} has {len(here)} landmarks, "
-            f"{pair.moving_landmarks} {len(there)}; give the same points in one order"
-        )
-    outside = tables.outside(
-        table, frame, lambda points: tables.count_outside(points, fixed), grid=fixed,
-        points=str(pair.fixed_landmarks), scan=f"the scan {pair.fixed}",
-        option="--landmarks-frame",
-    )  # fmt: skip
-    if outside is not None:
-        raise UserError(outside)
-    return here, there
-
-
-def _read(
-    pair: PairSpec, name: str, options: options_lib.Options, frame: Frame
-) -> _Scans:
-    def read(path: pathlib.Path | None, kind: volumes.Kind) -> Volume | None:
-        return None if path is None else volumes.read_volume(path, kind=kind)
-
-    fixed = volumes.read_volume(pair.fixed)
-    moving = volumes.read_volume(pair.moving)
-    masked = rows_lib.uses_masks(options)
-    fixed_labels = read(pair.fixed_label, "labels")
-    moving_labels = read(pair.moving_label, "labels")
-    return _Scans(
-        spec=pair,
-        name=name,
-        fixed=fixed,
-        moving=moving,
-        regions=options_lib.Regions(
-            fixed_mask=read(pair.fixed_mask, "mask") if masked else None,
-            moving_mask=read(pair.moving_mask, "mask") if masked else None,
-        ),
-        labels=(fixed_labels, moving_labels)
-        if fixed_labels is not None and moving_labels is not None
-        else None,
-        landmarks=_landmarks(pair, frame, fixed.grid, moving.grid),
-    )
-
-
-def _labels_of(scans: _Scans, labels: Sequence[int] | None) -> tuple[int, ...]:
-    """Returns the labels to score: before warping, which may lose a small one."""
-    if scans.labels is None:
-        return ()
-    if labels is not None:
-        return tuple(int(label) for label in labels)
-    found = np.union1d(*(np.unique(volume.array) for volume in scans.labels))
-    return tuple(int(label) for label in found if label > 0)
-
-
 def _measure(
-    scans: _Scans,
+    case: Case,
     found: Transform,
     method: str,
     labels: tuple[int, ...],
     measured: Grid,
 ) -> table_lib.EvalRecord:
     dice, hd95 = {}, {}
-    if scans.labels is not None:
-        fixed, moving = scans.labels
-        grid = scans.fixed.grid
+    if case.labels is not None:
+        fixed, moving = case.labels
+        grid = case.scans.fixed.grid
         warped = warping.warp_volume(moving, found, grid, order=0, fill=0.0)
         dice = metrics.dice(warped.array, fixed.array, labels=labels)
         hd95 = metrics.hd95_mm(
@@ -649,36 +417,21 @@ def _measure(
             for n, score in dice.items()
         }
     tre = math.nan
-    if scans.landmarks is not None:
-        here, there = scans.landmarks
+    if case.landmarks is not None:
+        here, there = case.landmarks
         mapped = np.asarray(found.map_points(here[None]))[0]
         tre = float(metrics.tre_mm(mapped, there).mean())
     folding_percent, sdlogj = metrics.regularity(found, measured)
     return table_lib.EvalRecord(
         method=method,
-        task=scans.spec.table,
-        pair=scans.name,
+        task=case.spec.table,
+        pair=case.name,
         dice=dice,
         hd95_mm=hd95,
         tre_mm=tre,
         folding_percent=folding_percent,
         sdlogj=sdlogj,
     )
-
-
-def _write_outputs(
-    scans: _Scans, found: Transform, options: options_lib.Options
-) -> None:
-    pair = scans.spec
-    if pair.transform_out is not None:
-        transforms.write_transform(pair.transform_out, found, scans.fixed.grid)
-        found = transforms.as_written(pair.transform_out, found)
-    if pair.warped_out is not None:
-        stored = volumes.read_volume(pair.moving, kind="stored")
-        modality = rows_lib.options_of(pair, options).moving_modality
-        fill = modality_lib.background_of(modality, stored)
-        warped = warping.warp_volume(stored, found, scans.fixed.grid, fill=fill)
-        volumes.write_volume(pair.warped_out, warped)
 
 
 # --- the command line's verb ---------------------------------------------------------

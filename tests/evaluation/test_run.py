@@ -19,6 +19,8 @@ from jaxreg.data.manifest import read
 from jaxreg.data.manifest import records as records_lib
 from jaxreg.data.pair_list import PairSpec
 from jaxreg.errors import UserError
+from jaxreg.evaluation import cases
+from jaxreg.evaluation import pairs as pairs_lib
 from jaxreg.evaluation import run as run_lib
 from jaxreg.evaluation import table as table_lib
 from jaxreg.io import transforms, volumes
@@ -242,8 +244,8 @@ def test_other_tools_are_measured_alike(spec):
     assert not tool.first
     assert 0 <= tool.seconds < 10
     assert tool.folding_percent == 100.0
-    here = run_lib.read_landmarks(spec.fixed_landmarks)
-    there = run_lib.read_landmarks(spec.moving_landmarks)
+    here = cases.read_landmarks(spec.fixed_landmarks)
+    there = cases.read_landmarks(spec.moving_landmarks)
     expected = np.linalg.norm(here * [-2, 1, 1] - there, axis=1).mean()
     assert tool.tre_mm == pytest.approx(expected)
 
@@ -656,7 +658,7 @@ def record(name, **fields) -> records_lib.Record:
 def test_pairs_of_a_manifest():
     def of(records, **options):
         manifest = records_lib.Manifest(tuple(records), "m.csv")
-        return run_lib.pairs_of_manifest(manifest, **options)
+        return pairs_lib.pairs_of_manifest(manifest, **options)
 
     scans = [
         record("c", label=pathlib.Path("c_label.nii"), mask=pathlib.Path("c_mask.nii")),
@@ -719,10 +721,10 @@ def test_landmarks_of_every_frame(tmp_path, spec):
         path = tmp_path / f"{frame}.csv"
         np.savetxt(path, numbers, delimiter=",", fmt="%.17g")
         grid = volumes.read_grid(spec.fixed)
-        found = run_lib.read_landmarks(path, frame=frame, grid=grid)
+        found = cases.read_landmarks(path, frame=frame, grid=grid)
         np.testing.assert_allclose(found, ras, atol=1e-5)
     with pytest.raises(ValueError, match="needs the scan's grid"):
-        run_lib.read_landmarks(tmp_path / "voxel.csv", frame="voxel")
+        cases.read_landmarks(tmp_path / "voxel.csv", frame="voxel")
 
 
 def test_landmarks_by_column_name(tmp_path):
@@ -730,7 +732,7 @@ def test_landmarks_by_column_name(tmp_path):
     # As a spreadsheet saves it.
     path.write_text("X,name,Z,Y\n1,left,3,2\n\n", encoding="utf-8-sig")
     np.testing.assert_array_equal(
-        run_lib.read_landmarks(path, frame="ras"), [[1.0, 2.0, 3.0]]
+        cases.read_landmarks(path, frame="ras"), [[1.0, 2.0, 3.0]]
     )
 
 
@@ -748,7 +750,7 @@ def test_landmarks_refused(tmp_path, text, message):
     path = tmp_path / "points.csv"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
-        run_lib.read_landmarks(path)
+        cases.read_landmarks(path)
 
 
 # --- the verb ------------------------------------------------------------------------
@@ -868,7 +870,7 @@ def test_pairs_of_a_manifest_are_those_of_the_training(tmp_path):
     table.write_text("\n".join(["image,subject,session,dataset,split", *rows]))
 
     def of(model, **options):
-        found = run_lib.pairs_of_manifest(
+        found = pairs_lib.pairs_of_manifest(
             read.read_manifest(table),
             model=model,
             options=dataclasses.replace(OPTIONS, **options),
@@ -895,7 +897,7 @@ def test_the_message_about_missing_pairs_names_the_option(tmp_path):
     table = tmp_path / "m.csv"
     table.write_text("image,subject\na.nii,a\nb.nii,b\n")
     with pytest.raises(UserError, match="give --holdout 5, --split train"):
-        run_lib.pairs_of_manifest(read.read_manifest(table))
+        pairs_lib.pairs_of_manifest(read.read_manifest(table))
 
 
 def test_the_prealigned_row_sees_the_tasks_window(spec, monkeypatch):
