@@ -1,9 +1,9 @@
-"""What a registration is judged by: one definition each, on the host, in NumPy.
+"""Metrics of a registration: overlap, distances, folding; one definition each.
 
-Label maps are D H W arrays of integers on one grid; distances are in mm; points are
-world coordinates in mm. `cell_determinant` turns a map in unit coordinates into the
-determinants that the folding measures count; a determinant map in mm
-(`space.warping.jacobian_map`) serves them as well.
+On the host, in NumPy. Label maps are D H W arrays of integers on one grid; distances
+are in mm; points are world coordinates in mm. `cell_determinant` turns a map in unit
+coordinates into the determinants that the folding measures count; a determinant map in
+mm (`space.warping.jacobian_map`) serves them as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -104,16 +104,6 @@ def cell_determinant(
 
 
 _determinant = jax.jit(fields.jacobian_determinant, static_argnames="differences")
-
-
-def folding_count(determinant: np.ndarray) -> float:
-    """Returns the number of negative determinants per sample.
-
-    Args:
-      determinant: N ..., see `cell_determinant`.
-    """
-    determinant = np.asarray(determinant)
-    return float((determinant < 0).sum() / determinant.shape[0])
 
 
 def folding_fraction(determinant: np.ndarray) -> float:

@@ -216,6 +216,8 @@ def _check_same_pairs(a: Mapping, b: Mapping, path_a, path_b) -> None:
 def _bootstrap(
     differences: np.ndarray, resamples: int, seed: int
 ) -> tuple[float, float]:
+    # scipy.stats.bootstrap gives this interval too, but takes no single pair, and its
+    # generator's argument changes its name between the versions that are allowed.
     rng = np.random.default_rng(seed)
     count = len(differences)
     # One resample at a time: many pairs times many resamples would fill the memory.

@@ -22,7 +22,7 @@ RESIZED = "initial, resized"
 
 @dataclasses.dataclass(frozen=True)
 class EvalRecord:
-    """One way of registering one pair; NaN is a number that there is not.
+    """A row: one pair registered by one method; NaN where a number is missing.
 
     Attributes:
       method: how the transform was found.

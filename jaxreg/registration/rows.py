@@ -18,7 +18,7 @@ from jaxreg.weights import zoo
 def conditioning_of_pair(
     pair: PairSpec, model: zoo.LoadedModel, options: options_lib.Options
 ) -> conditioning.Conditioning:
-    """Returns what a network is told of a pair: by the options, else by the pair.
+    """Returns the conditioning of a network for a pair: by the options, else the pair.
 
     Raises:
       UserError: see `conditioning.condition`; it names the column.
@@ -36,7 +36,7 @@ def conditioning_of_pair(
 def options_of(
     pair: PairSpec, options: options_lib.Options, model: zoo.LoadedModel | None = None
 ) -> options_lib.Options:
-    """Returns the options with a pair's modalities, and its words for the network."""
+    """Returns the options with a pair's modalities and conditioning."""
     chosen = dataclasses.replace(
         options,
         fixed_modality=pair.fixed_modality or options.fixed_modality,
@@ -112,7 +112,7 @@ def check_conditioning(
     options: options_lib.Options,
     smoothness: Sequence[float] = (),
 ) -> None:
-    """Says what the network cannot be told or shown of a pair, and warns of doubts.
+    """Checks that a network takes each pair's conditioning, and warns of doubts.
 
     Args:
       pairs: the pairs.

@@ -17,7 +17,7 @@ from jaxreg.registration.optimization.loop import Optimized, Progress, Report
 from jaxreg.space import fields, sampling
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Affine, Displacement, Transform
-from jaxreg.typing import Key, Pair
+from jaxreg.typing import Field, Key, Pair
 
 # --- the displacement itself ---------------------------------------------------------
 
@@ -341,12 +341,7 @@ def optimize_displacement(
     parameters: dict[str, Any] = {"affine": jnp.zeros((3, 4)), "control": None}
     for level, factor in enumerate(config.factors):
         at_level = _coarser(pair, factor)
-        control_shape = tuple(
-            max(4, -(-n // config.control_spacing)) if n > 4 else n
-            for n in at_level.fixed.shape[1:4]
-        )
-        control = parameters["control"] or (jnp.zeros((1, *control_shape, 3)),) * 2
-        control = tuple(sampling.resize_aligned(c, control_shape) for c in control)
+        control = _controls(parameters["control"], at_level, config)
         parameters, history = _direct_loop(
             {**parameters, "control": control},
             at_level,
@@ -369,6 +364,27 @@ def optimize_displacement(
         extent,
     )
     return Optimized(forward, backward, chained(histories))
+
+
+def _controls(
+    control: tuple[Field, Field] | None, pair: Pair, config: DisplacementConfig
+) -> tuple[Field, Field]:
+    """Returns both control grids at a level's resolution; zeros where there are none.
+
+    Args:
+      control: those of the coarser level, each 1 d h w 3.
+      pair: at this level, 1 D H W C.
+      config: how many voxels lie between control points.
+    """
+    shape = tuple(
+        max(4, -(-n // config.control_spacing)) if n > 4 else n
+        for n in pair.fixed.shape[1:4]
+    )
+    first, second = control or (jnp.zeros((1, *shape, 3)),) * 2
+    return (
+        sampling.resize_aligned(first, shape),
+        sampling.resize_aligned(second, shape),
+    )
 
 
 def chained(histories: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -192,7 +192,7 @@ def feature_loss(
 
 
 def _cosine(a: Image, b: Image) -> jax.Array:
-    """Of the angle between features, N D H W; 0 where either is zero."""
+    """Cosine similarity of features, N D H W; 0 where either is zero."""
     return jnp.sum(sam.normalise(a) * sam.normalise(b), -1)
 
 
@@ -218,7 +218,7 @@ def _adam_start(value):
 
 
 def adam_step(gradient_of, state: tuple[Field, Any], learning_rate):
-    """Adam; returns (next state, parts of the loss, the value that they belong to)."""
+    """One step of Adam: (next state, parts of the loss, the value they belong to)."""
     value, adam = state
     gradient, parts = gradient_of(value)
     optimizer = optax.adam(learning_rate, eps=_EPSILON)

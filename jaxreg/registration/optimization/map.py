@@ -30,7 +30,7 @@ def optimize_map(
     folding: float = 10.0,
     progress: Progress | None = None,
 ) -> Optimized:
-    """Returns a map whose every voxel was moved to make intensities agree.
+    """Returns a map optimised voxel by voxel for an intensity similarity.
 
     It does not fold: where a step would take a determinant at a corner of a cell of
     the network grid to 0.1 or below, the step is shortened at that cell's voxels, to
@@ -87,7 +87,7 @@ def _map_step(state, pair, learning_rate, folding, *, loss):
 
 
 def unfolded(field: Field, *, between: bool = False) -> Field:
-    """Returns a displacement without folds, 1 D H W 3, unit: the same if it has none.
+    """Returns a displacement with its folds removed, 1 D H W 3, unit; the same if none.
 
     Where it folds it is mixed with the least smoothed version of itself that does not.
 

@@ -34,7 +34,7 @@ def _auxiliaries(model, variables, pair):
 def auxiliaries(
     model: RegistrationModel, variables: Variables, pair: Pair
 ) -> dict[str, np.ndarray]:
-    """Returns what the model says of moving and fixed besides their transform.
+    """Returns the model's outputs for moving and fixed besides the transform.
 
     Only that is computed: the compiler leaves out the rest of the network.
     """
@@ -43,7 +43,7 @@ def auxiliaries(
 
 
 def predict(model: RegistrationModel, variables: Variables, pair: Pair) -> Optimized:
-    """Returns the model's transforms as they are, in evaluation mode."""
+    """Returns the model's predicted transforms, in evaluation mode."""
     return Optimized(*_predict(model, variables, pair))
 
 
