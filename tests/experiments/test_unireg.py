@@ -5,6 +5,7 @@ import json
 import shutil
 from typing import Any
 
+import chex
 import jax
 import nibabel as nib
 import numpy as np
@@ -53,11 +54,6 @@ def tiny(model, **train) -> Experiment:
     )
 
 
-def assert_same(one, other):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
 # --- SAM's embeddings -----------------------------------------------------------------
 
 
@@ -82,7 +78,7 @@ def trained(embeddings, tmp_path_factory):
 def test_sam_is_frozen_and_travels_with_the_weights(trained, embeddings):
     _, _, outcome = trained
     given, loaded = load.load_sam(embeddings), load.load(outcome.weights)
-    assert_same(loaded.variables["sam"], dict(given.variables))
+    chex.assert_trees_all_equal(loaded.variables["sam"], dict(given.variables))
     held = zoo.sam_of(loaded)
     assert held is not None
     for name in ("spacing_mm", "ct_window", "quantile_range"):
@@ -109,7 +105,7 @@ def test_a_resumed_run_needs_no_sam_but_its_own(trained, embeddings, tmp_path):
     finally:
         hidden.rename(embeddings)
     assert "resumed at step 2 of 4" in said
-    assert_same(
+    chex.assert_trees_all_equal(
         dict(load.load(again.weights).variables),
         dict(load.load(outcome.weights).variables),
     )
@@ -163,7 +159,7 @@ def test_heads_of_tasks_come_after_static_ones():
     for part, layers in found["params"].items():
         for layer, values in layers.items():
             if layer != "head":
-                assert_same(values, before["params"][part][layer])
+                chex.assert_trees_all_equal(values, before["params"][part][layer])
 
 
 def test_weights_carry_the_rules_of_their_tasks():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,11 +123,6 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(a)
 
 
-def assert_same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 # --- accumulation ---------------------------------------------------------------------
 
 
@@ -183,14 +179,14 @@ def test_the_moving_average_is_the_one_by_hand():
     model, adam = Shift(), optax.adam(0.1)
     step = made(model, squares, adam, StepConfig(ema=0.7))
     state = started(model, adam, ema=True)
-    assert_same(state.ema, state.variables)
+    chex.assert_trees_all_equal(state.ema, state.variables)
     average = np.asarray(state.variables["params"]["by"])
     for seed in range(4):
         state, _ = step(state, batch_of(2, seed))
         average = 0.7 * average + 0.3 * np.asarray(state.variables["params"]["by"])
         np.testing.assert_allclose(state.ema["params"]["by"], average, rtol=1e-5)
     used = state_lib.averaged(state)
-    assert_same(used, state.ema)
+    chex.assert_trees_all_equal(used, state.ema)
     assert np.abs(used["params"]["by"] - state.variables["params"]["by"]).max() > 1e-3
 
 
@@ -238,7 +234,7 @@ def test_a_bad_pair_leaves_everything_but_the_step_as_it_was(value):
     assert not parts["finite"]
     assert bad.step == 2
     for name in ("variables", "opt_state", "ema"):
-        assert_same(getattr(bad, name), getattr(good, name))
+        chex.assert_trees_all_equal(getattr(bad, name), getattr(good, name))
     # And it goes on from there.
     after, parts = step(bad, batch_of(2))
     assert parts["finite"] and after.step == 3
@@ -257,7 +253,7 @@ def test_a_gradient_that_is_not_finite_counts_even_if_the_loss_is():
     start = started(model, sgd)
     after, parts = made(model, root, sgd)(start, batch_of(1))
     assert np.isfinite(parts["loss"]) and not parts["finite"]
-    assert_same(after.variables, start.variables)
+    chex.assert_trees_all_equal(after.variables, start.variables)
 
 
 # --- batch statistics of replicas -----------------------------------------------------
