@@ -13,9 +13,16 @@ import pytest
 import SimpleITK as sitk
 
 # Before jax is imported: the grids are tiny, and compiling a network's gradient takes
-# far longer than running it. Halves the compile time; numbers agree to rounding.
+# far longer than running it. XLA's older code generator takes half the time of its
+# present one, and splitting a program among threads costs more than it gains. Numbers
+# agree to rounding; what XLA_FLAGS says already comes last and counts.
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_backend_optimization_level=0", os.environ.get("XLA_FLAGS", "")]
+    [
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 ).strip()
 
 # A program that several tests compile is compiled once: the processes of a run share a
