@@ -37,7 +37,7 @@ _MODULES = {
     "read_volume": "io.volumes",
     "register": "registration.pair",
     "summary": "registration.result",
-    "warp_volume": "space.transform",
+    "warp_volume": "space.warping",
     "write_transform": "io.transforms",
     "write_volume": "io.volumes",
 }

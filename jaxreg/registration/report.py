@@ -197,8 +197,9 @@ def draw_before_after(
     displacement_mm: np.ndarray | None = None,
     determinant: np.ndarray | None = None,
     title: str | None = None,
+    planes: Sequence[str] = PLANES,
 ) -> Picture:
-    """Returns a figure: three planes of moving before and after, fixed, and overlays.
+    """Returns a figure: planes of moving before and after, fixed, and overlays.
 
     Args:
       fixed: the fixed scan.
@@ -209,6 +210,7 @@ def draw_before_after(
       determinant: D H W, Jacobian determinant on the fixed grid, drawn in colour from
         0 (blue) over 1 (white) to 3 (red), with folded voxels in yellow.
       title: a line above the pictures.
+      planes: a row of pictures for each of these, of `PLANES`.
 
     Raises:
       ValueError: a volume is not on the fixed grid.
@@ -225,12 +227,13 @@ def draw_before_after(
     names = ["moving before", "moving after", "fixed",
              "before (green) on fixed", "after (green) on fixed"]  # fmt: skip
     names += ["Jacobian, 10 mm grid"] * deformation
-    figure = Picture(figsize=(2.6 * len(names), 8.2), layout="constrained")
+    size = (2.6 * len(names), 0.4 + 2.6 * len(planes))
+    figure = Picture(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(3, len(names))
+    grid = figure.subplots(len(planes), len(names), squeeze=False)
     centre = _centre(fixed)
     drawn = None
-    for row, plane in enumerate(PLANES):
+    for row, plane in enumerate(planes):
         view = _PLANES[plane]
         aspect = spacing[view.vertical] / spacing[view.horizontal]
         cuts = [
