@@ -22,9 +22,6 @@ _AHEAD = 2
 """Batches that each worker prepares ahead; they lie in the cache, not in memory."""
 
 
-# --- batches --------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class _Share:
     """One process's part of the global batches `first` to `last`, for Grain."""
@@ -159,18 +156,7 @@ class Batches(Iterator[Batch]):
           UserError: the processes cannot share the batch equally, or `start` is
             negative.
         """
-        if batch_size < 1 or process_count < 1 or batch_size % process_count:
-            raise UserError(
-                f"batch_size is {batch_size}, which {process_count} processes cannot "
-                f"share equally; give a multiple of {process_count}"
-            )
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process {process_index} of {process_count}")
-        if start < 0:
-            raise UserError(
-                f"start is {start}, expected the number of batches consumed so far (0 "
-                "or more)"
-            )
+        _check_share(batch_size, process_index, process_count, start)
         self._source = source
         self._loading = loading
         self._next = start
@@ -268,6 +254,23 @@ class Batches(Iterator[Batch]):
     def __exit__(self, *_: object) -> None:
         """Closes."""
         self.close()
+
+
+def _check_share(
+    batch_size: int, process_index: int, process_count: int, start: int
+) -> None:
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch_size is {batch_size}, which {process_count} processes cannot "
+            f"share equally; give a multiple of {process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}")
+    if start < 0:
+        raise UserError(
+            f"start is {start}, expected the number of batches consumed so far (0 "
+            "or more)"
+        )
 
 
 def _by_threads(batches: Any, loading: Loading) -> grain.DatasetIterator[Any]:

@@ -288,9 +288,7 @@ def network_pair(
     placement: ResamplingRule = network_grid.AS_GRADICON,
     moving_placement: ResamplingRule | Resampled | None = None,
 ) -> Pair:
-    """Returns both scans as model and objective see them.
-
-    Segmentations are not part of it: a Dice term adds its one-hots of `network_labels`.
+    """Returns both scans as model and objective see them, without segmentations.
 
     Args:
       moving: the scan that is warped.
@@ -308,42 +306,31 @@ def network_pair(
     Raises:
       UserError: see `network_image`; or a mask is missing that was asked for.
     """
-    masks = (moving_mask, fixed_mask)
-    given = sum(mask is not None for mask in masks)
-    if mask_loss and given < 2:
+    count = sum(mask is not None for mask in (moving_mask, fixed_mask))
+    if mask_loss and count < 2:
         raise UserError(
-            f"loss masking needs a mask of both images, got {given}; give "
+            f"loss masking needs a mask of both images, got {count}; give "
             "--fixed-mask and --moving-mask"
         )
-    if mask_inputs and not given:
+    if mask_inputs and not count:
         raise UserError(
             "input masking needs a mask, got none; give --fixed-mask or --moving-mask"
         )
-    for mask, image in ((moving_mask, moving), (fixed_mask, fixed)):
+    sides = {
+        "moving": (moving, moving_rule, moving_mask, moving_placement or placement),
+        "fixed": (fixed, fixed_rule, fixed_mask, placement),
+    }
+    for image, _, mask, _ in sides.values():
         if mask is not None:
             check_same_grid(mask, image)
-    placements = (moving_placement or placement, placement)
-    images = [
-        network_image(
-            image,
-            shape,
-            rule,
-            mask=mask if mask_inputs else None,
-            placement=where,
+    shown: dict[str, jnp.ndarray] = {}
+    for side, (image, rule, mask, rule_of_grid) in sides.items():
+        inputs = mask if mask_inputs else None
+        shown[side] = jnp.asarray(
+            network_image(image, shape, rule, mask=inputs, placement=rule_of_grid)
         )
-        for image, rule, mask, where in zip(
-            (moving, fixed), (moving_rule, fixed_rule), masks, placements, strict=True
-        )
-    ]
-    on_network = [
-        jnp.asarray(network_mask(mask, shape, placement=where))
-        if mask is not None and mask_loss
-        else None
-        for mask, where in zip(masks, placements, strict=True)
-    ]
-    return Pair(
-        moving=jnp.asarray(images[0]),
-        fixed=jnp.asarray(images[1]),
-        moving_mask=on_network[0],
-        fixed_mask=on_network[1],
-    )
+        if mask is not None and mask_loss:
+            shown[f"{side}_mask"] = jnp.asarray(
+                network_mask(mask, shape, placement=rule_of_grid)
+            )
+    return Pair(**shown)

@@ -4,6 +4,7 @@ Frame: the file's own, LPS mm, components in x, y, z. Arrays are D H W 3.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from jaxreg.space.grid import Shape, unit_to_voxel
 TOLERANCE_MM = 0.01
 """How far a B-spline's samples, read linearly, may be from it, as memory allows."""
 
-# A field ends half a sample beyond its last one, a B-spline with its domain.
+# A field ends half a sample outside its last one, a B-spline with its domain.
 _COARSEST_MM = 4.0
 _MOST_SAMPLES = 2**24  # of a B-spline: 200 MB in float32
 _REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
@@ -49,7 +50,7 @@ def displacement(
 def spline(
     parameters: np.ndarray, fixed: np.ndarray, order: int = 3
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Samples a B-spline over its domain; beyond it, ITK moves nothing.
+    """Samples a B-spline over its domain, outside of which ITK displaces nothing.
 
     The samples divide each interval of control points into as many parts as
     `TOLERANCE_MM` needs: linear reading between samples h apart is wrong by at most
@@ -78,32 +79,19 @@ def spline(
     d, h, w = shape
     if not np.isfinite(vectors).all():
         raise ValueError("not all of its control points are finite")
-    bends = [
+    curvatures = [
         float(np.linalg.norm(np.diff(vectors, 2, axis), axis=-1).max())
         if order > 1
         else 0.0
         for axis in range(3)
     ]
-    if not np.isfinite(bends).all():
+    if not np.isfinite(curvatures).all():
         raise ValueError("its control points lie too far apart to sample between")
     intervals = [n - order for n in shape]
     steps_mm = np.linalg.norm(voxel_to_file[:3, :3], axis=0)
-    parts = [
-        max(
-            math.ceil(math.sqrt(3 * bend / (8 * TOLERANCE_MM))),
-            math.ceil(min(step / _COARSEST_MM, _MOST_SAMPLES)),
-            1,
-        )
-        for bend, step in zip(bends, steps_mm, strict=True)
-    ]
-
-    def samples():
-        return math.prod(i * p + 1 for i, p in zip(intervals, parts, strict=True))
-
-    while samples() > _MOST_SAMPLES:
-        if max(parts) == 1:
-            raise ValueError(f"{w} x {h} x {d} control points are too many to sample")
-        parts = [max(1, int(0.8 * p)) for p in parts]
+    parts = _parts(intervals, steps_mm, curvatures)
+    if not parts:
+        raise ValueError(f"{w} x {h} x {d} control points are too many to sample")
     for axis, (count, divided) in enumerate(zip(intervals, parts, strict=True)):
         weights = _weights(count, divided, order)
         vectors = np.moveaxis(np.tensordot(weights, vectors, (1, axis)), 0, axis)
@@ -111,9 +99,37 @@ def spline(
     # A cubic one's domain starts at the second control point.
     to_control = np.diag([*(1.0 / np.asarray(parts)), 1.0])
     to_control[:3, 3] = (order - 1) / 2
-    error = sum(b / (8 * p * p) for b, p in zip(bends, parts, strict=True))
+    error = sum(c / (8 * p * p) for c, p in zip(curvatures, parts, strict=True))
     matrix = voxel_to_file @ to_control @ unit_to_voxel((d, h, w))
     return vectors, matrix, error
+
+
+def _parts(
+    intervals: Sequence[int], steps_mm: np.ndarray, curvatures: Sequence[float]
+) -> list[int]:
+    """Returns into how many parts each axis's intervals are divided; [] if too many.
+
+    Args:
+      intervals: of control points along each axis.
+      steps_mm: their lengths.
+      curvatures: largest second differences of the control points, mm.
+    """
+    parts = [
+        max(
+            math.ceil(math.sqrt(3 * curvature / (8 * TOLERANCE_MM))),
+            math.ceil(min(step / _COARSEST_MM, _MOST_SAMPLES)),
+            1,
+        )
+        for curvature, step in zip(curvatures, steps_mm, strict=True)
+    ]
+    while (
+        math.prod(i * p + 1 for i, p in zip(intervals, parts, strict=True))
+        > _MOST_SAMPLES
+    ):
+        if max(parts) == 1:
+            return []
+        parts = [max(1, int(0.8 * p)) for p in parts]
+    return parts
 
 
 def _weights(intervals: int, parts: int, order: int) -> np.ndarray:

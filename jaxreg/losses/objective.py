@@ -40,8 +40,8 @@ _SHARE = "pairs with "
 def as_compared(pair: Pair) -> Pair:
     """Returns the pair with its images as the similarity sees them, N D H W C.
 
-    Each is cut to `Pair.similarity_range`, whose ends become 0 and 1. What is beyond an
-    image's grid then is what is at the range's lower end: air in CT.
+    Each is clipped to `Pair.similarity_range`, whose ends become 0 and 1. Outside an
+    image's grid lies then the value of the range's lower end: air in CT.
     """
     if pair.similarity_range is None:
         return pair
@@ -81,7 +81,7 @@ class Objective:
         each axis. True reproduces that, False puts it where it belongs.
       stride: see `regularity.gradicon_points`; 2 sparse, 1 dense.
       noise_scale: see `regularity.gradicon_points`; 2 sparse, 1 dense.
-      outside: how images are warped beyond their grid: "zeros" in unigradicon, "edge"
+      outside: how images are warped outside their grid: "zeros" in unigradicon, "edge"
         in the generic losses of icon_registration. One-hot labels and target images
         (`Pair.moving_target`) are always warped with "edge", as the original does, so
         passing a target image changes the rule.
@@ -138,8 +138,8 @@ class Objective:
 
         Args:
           forward: fixed to moving points, unit.
-          backward: moving to fixed points, unit; not looked at, and None if need be,
-            where only the forward direction counts.
+          backward: moving to fixed points, unit; ignored, and may be None, where only
+            the forward direction counts.
           pair: the images and what else the chosen terms need.
           noise: standard normal, 1 D H W 3, see `regularity.gradicon_points`.
           aux: auxiliary values of the model, one entry per pair.
@@ -162,20 +162,8 @@ class Objective:
           unigradicon 1.0.6, __init__.py: GradientICONSparse.forward.
         """
         _check_pair(self, pair)
-        _, *spatial, _ = pair.fixed.shape
-        shape = (spatial[0], spatial[1], spatial[2])
-        grid = sampling.identity(shape)
-        map_forward = _mapper(forward)
-        to_moving, to_fixed = map_forward(grid), None
-        consistency = jnp.zeros(())
-        if self.directions == "both":
-            assert backward is not None  # the caller's promise
-            map_backward = _mapper(backward)
-            to_fixed = map_backward(grid)
-            points = regularity.gradicon_points(
-                shape, noise, stride=self.stride, noise_scale=self.noise_scale
-            )
-            consistency = regularity.gradicon(map_forward, map_backward, points)
+        grid = sampling.identity(pair.fixed.shape[1:4])
+        to_moving, to_fixed, consistency = self._maps(forward, backward, grid, noise)
         alike = _similarity(self, pair, to_moving, to_fixed, axis)
         parts = {
             "inverse_consistency": consistency,
@@ -184,30 +172,62 @@ class Objective:
             "folds": _folds(to_moving if to_fixed is None else to_fixed),
         }
         loss = self.inverse_consistency_weight * consistency + alike
-        if self.dice_weight > 0:
-            parts["dice"] = _dice(pair, to_moving, to_fixed, axis)
-        if _has("smoothness", self, pair):
-            rough = _smoothness(to_moving, to_fixed)
-            parts["smoothness"] = jnp.mean(rough)
-            own = pair.smoothness
-            weight = self.smoothness_weight if own is None else own
-            loss = loss + jnp.mean(weight * rough)
-        if self.orthogonality_weight > 0:
-            parts["orthogonality"] = _mean_of(aux, "orthogonality")
-        if self.task_weight > 0:
-            parts["task_similarity"] = _mean_of(aux, "task_similarity")
-        for name, weight in _OPTIONAL.items():
-            if name in parts and name != "smoothness":  # whose weight may be a pair's
-                loss = loss + getattr(self, weight) * parts[name]
-        parts = {"loss": loss, **parts}
+        optional, weighted = self._optional_terms(pair, to_moving, to_fixed, aux, axis)
+        loss = sum(weighted, loss)
+        parts = {"loss": loss, **parts, **optional}
         if axis is not None:
             parts = jax.lax.pmean(parts, axis)
         return parts["loss"], parts
 
+    def _maps(
+        self, forward: Transform, backward: Transform | None, grid: Points, noise
+    ) -> tuple[Points, Points | None, jax.Array]:
+        """Returns where each direction maps the voxels, and `regularity.gradicon`."""
+        map_forward = _mapper(forward)
+        to_moving = map_forward(grid)
+        if self.directions == "forward":
+            return to_moving, None, jnp.zeros(())
+        assert backward is not None  # the caller's promise
+        map_backward = _mapper(backward)
+        to_fixed = map_backward(grid)
+        points = regularity.gradicon_points(
+            grid.shape[1:4], noise, stride=self.stride, noise_scale=self.noise_scale
+        )
+        consistency = regularity.gradicon(map_forward, map_backward, points)
+        return to_moving, to_fixed, consistency
+
+    def _optional_terms(
+        self,
+        pair: Pair,
+        to_moving: Points,
+        to_fixed: Points | None,
+        aux: Mapping[str, jax.Array],
+        axis: str | None,
+    ) -> tuple[dict[str, jax.Array], list[jax.Array]]:
+        """Returns the optional parts by name, and what each adds to the loss."""
+        parts, weighted = {}, []
+        if self.dice_weight > 0:
+            parts["dice"] = _dice(pair, to_moving, to_fixed, axis)
+        if _has("smoothness", self, pair):
+            each = _smoothness(to_moving, to_fixed)
+            parts["smoothness"] = jnp.mean(each)
+            own = pair.smoothness
+            weight = self.smoothness_weight if own is None else own
+            weighted.append(jnp.mean(weight * each))
+        for name in ("orthogonality", "task_similarity"):
+            if _has(name, self, pair):
+                parts[name] = _mean_of(aux, name)
+        weighted += [
+            getattr(self, weight) * parts[name]
+            for name, weight in _OPTIONAL.items()
+            if name in parts and name != "smoothness"  # whose weight may be a pair's
+        ]
+        return parts, weighted
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskObjective:
-    """Several objectives in one batch: each pair by the one that its task asks for.
+    """Several objectives in one batch, each pair scored by its own task's.
 
     Attributes:
       objectives: `Pair.objective` is an index into them.
@@ -217,7 +237,7 @@ class TaskObjective:
 
     @property
     def directions(self) -> Literal["both", "forward"]:
-        """Both, unless no objective looks at the backward transform."""
+        """Both, unless no objective uses the backward transform."""
         several = {objective.directions for objective in self.objectives}
         return "both" if "both" in several else "forward"
 
@@ -358,10 +378,7 @@ def _similarity(
     pair = as_compared(pair)
     moving, fixed, outside = pair.moving, pair.fixed, objective.outside
     options = dict(objective.similarity_options)
-    if objective.similarity in (
-        "mind",
-        "box_ncc",
-    ):  # the others see one sample at a time
+    if objective.similarity in ("mind", "box_ncc"):  # others: one sample at a time
         options["axis"] = axis
     if pair.moving_target is not None or pair.fixed_target is not None:
         outside = "edge"

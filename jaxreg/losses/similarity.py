@@ -185,11 +185,10 @@ def box_ncc(
 ) -> jax.Array:
     """Returns minus the mean squared correlation in boxes of voxels, in [-1, 0].
 
-    Beyond the image lie zeros, which count as voxels, as released networks trained.
-    With a mask the sums are those inside it, their number of voxels the mask's, and
-    only boxes that it fills to a quarter count: those of the whole batch weigh alike.
-    The original's mask is the product of the fixed one and the moving one, warped to
-    the nearest voxel.
+    Outside the image are zeros, which count as voxels, as released networks trained.
+    With a mask, sums and counts of voxels are those inside it, and only boxes that it
+    fills to a quarter count, equally over the whole batch. The original's mask is the
+    product of the fixed and the warped moving one (nearest voxel).
 
     Args:
       warped: N D H W C.
