@@ -115,6 +115,15 @@ def test_before_and_after_are_drawn(deformation):
     assert picture.std() > 0
 
 
+def test_a_row_for_each_plane():
+    heights = [
+        len(matplotlib.image.imread(io.BytesIO(data)))
+        for planes in (["axial"], report.PLANES)
+        for data in [report.before_after_figure(*volumes(), planes=planes)]
+    ]
+    assert heights == [330, 902]
+
+
 def test_same_numbers_same_bytes():
     first, second = (report.before_after_figure(*volumes()) for _ in range(2))
     assert first == second
