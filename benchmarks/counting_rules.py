@@ -10,6 +10,7 @@ import counting
 import jax
 import numpy as np
 from counting import Array, Layer, Product, Rules, arrays_of
+from flax import linen as nn
 
 from jaxreg.losses import contrastive, regularity, similarity
 from jaxreg.losses.objective import Objective
@@ -179,7 +180,7 @@ _MODULES = {
     unet.BatchNorm: _batch_norm,
     heads.GroupNorm: _group_norm,
     heads.Controller: _linear_layer,
-    prompts.Linear: _linear_layer,
+    nn.Dense: _linear_layer,
     prompts.PromptGenerator: _bank,
 }
 
