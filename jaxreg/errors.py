@@ -12,7 +12,7 @@ class UserError(Exception):
     """
 
 
-def near_match(name: str, known: Iterable[str], most: int = 1) -> str:
+def near_match(name: str, known: Iterable[str]) -> str:
     """Returns " (did you mean X or Y?)" of known names like this one, else ""."""
-    near = difflib.get_close_matches(name.lower(), list(known), most)
+    near = difflib.get_close_matches(name.lower(), list(known), n=2, cutoff=0.5)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

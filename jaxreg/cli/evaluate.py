@@ -1,50 +1,32 @@
 """Verbs that score: ``jaxreg evaluate``, ``tune-lambda`` and ``compare``.
 
-Their bodies live in `evaluation`; here options become arguments
-and results become text. Heavy imports live inside the verbs.
+Their bodies live in `evaluation`; here options become arguments and results become
+text. Heavy imports live inside the verbs.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from jaxreg.cli.options import (
-    FIXED_MODALITY,
-    MOVING_MODALITY,
-    CtWindow,
-    InputMasking,
-    IoLr,
-    IoSim,
-    IoTarget,
+    OPTIMISATION,
+    PANELS,
     LandmarksFrame,
-    LevelIterations,
-    LossMasking,
-    Modality,
-    PairingName,
-    Prealign,
-    PrealignWay,
-    QuantileRange,
     SamWeights,
-    Seed,
-    Similarity,
-    Smoothness,
-    Target,
-    TaskName,
-    choice,
+    app,
     load_sam,
-    option,
-    parse_iterations,
     parse_labels,
-    parse_shape,
+    with_modalities,
 )
+from jaxreg.cli.parser import verb
 from jaxreg.cli.progress import Bar, interrupted
 from jaxreg.errors import UserError
+from jaxreg.registration.options import Options
 
 if TYPE_CHECKING:
     from jaxreg.data.manifest.records import Manifest
@@ -52,178 +34,111 @@ if TYPE_CHECKING:
     from jaxreg.evaluation.run import Progress
     from jaxreg.evaluation.table import EvalRecord
 
-_WHICH, _HOW = "Which pairs", "Registration"
-Out = Annotated[
-    pathlib.Path, option("--out", "Rows as .csv; the tables go beside it as .md.")
-]
-Pairs = Annotated[
-    pathlib.Path | None, option("--pairs", "CSV or JSON of pairs.", _WHICH)
-]
-ManifestPath = Annotated[
-    pathlib.Path | None,
-    option("--manifest", "Instead: a manifest or folder of scans.", _WHICH),
-]
-Split = Annotated[str, option("--split", "Of the manifest.", _WHICH)]
-Holdout = Annotated[
-    int | None,
-    option(
-        "--holdout",
-        "Every n-th subject of a manifest without splits belongs to val.",
-        _WHICH,
-    ),
-]
-Neighbours = Annotated[
-    int, option("--neighbours", "Moving scans per fixed scan of a manifest.", _WHICH)
-]
-AcrossModalities = Annotated[
-    bool,
-    option(
-        "--across-modalities",
-        "Pair scans of two modalities of a manifest as well.",
-        _WHICH,
-    ),
-]
-Count = Annotated[
-    int | None, option("--count", "Only so many pairs, from the first.", _WHICH, min=1)
-]
-Labels = Annotated[
-    str | None, option("--labels", "Which to score, such as 1,2.", _WHICH)
-]
-Name = Annotated[str | None, option("--name", "What the tables call it.", _HOW)]
-GridShape = Annotated[
-    str | None, option("--shape", "Network grid. Default: the weights' own.", _HOW)
-]
+Path = pathlib.Path
 
 
-def evaluate_verb(  # noqa: PLR0913
-    *,
-    out: Out,
-    pairs: Pairs = None,
-    manifest: ManifestPath = None,
-    split: Split = "val",
-    holdout: Holdout = None,
-    neighbours: Neighbours = 3,
-    across_modalities: AcrossModalities = False,
-    count: Count = None,
-    labels: Labels = None,
-    landmarks_frame: Annotated[
-        LandmarksFrame,
-        choice(
-            "--landmarks-frame",
-            "What landmark files hold: mm as in ITK (lps) or NIfTI (ras), or NIfTI's "
-            "voxel indices, as Learn2Reg's do.",
-            _WHICH,
-        ),
-    ] = LandmarksFrame.LPS,
-    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
-    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
-    model: Annotated[
-        str | None,
-        option("--model", "Name of jaxreg models, or a path; none for none.", _HOW),
-    ] = None,
-    name: Name = None,
-    shape: GridShape = None,
-    prealign: PrealignWay = Prealign.NONE,
-    sam_weights: SamWeights = None,
-    io_iterations: Annotated[
-        str,
-        option(
-            "--io-iterations",
-            "Adds rows with so many steps of optimisation; None adds none.",
-            _HOW,
-            metavar="N",
-        ),
-    ] = "None",
-    io_target: IoTarget = Target.NETWORK,
-    io_sim: IoSim = Similarity.AUTO,
-    io_lr: IoLr = None,
-    seed: Seed = 0,
-    task: TaskName = "auto",
-    pairing: PairingName = None,
-    smoothness: Smoothness = None,
-    level_iterations: LevelIterations = None,
-    input_masking: InputMasking = False,
-    loss_function_masking: LossMasking = False,
-    ct_window: CtWindow = None,
-    quantile_range: QuantileRange = None,
-    others: Annotated[
-        str | None,
-        option("--others", "Other tools beside it: SyN-MI, SyN-CC, greedy.", _HOW),
-    ] = None,
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Which pairs are scored, and the table of their scores.
+
+    Attributes:
+      out: Rows as .csv; the tables go beside it as .md.
+      pairs: CSV or JSON of pairs.
+      manifest: Instead: a manifest or folder of scans.
+      split: Of the manifest.
+      holdout: Every n-th subject of a manifest without splits belongs to val.
+      neighbours: Moving scans per fixed scan of a manifest.
+      across_modalities: Pair scans of two modalities of a manifest as well.
+      count: Only so many pairs, from the first.
+      labels: Which to score, such as 1,2.
+      name: What the tables call the model.
+    """
+
+    PANEL: ClassVar = "Which pairs"
+
+    out: Path
+    pairs: Path | None = None
+    manifest: Path | None = None
+    split: str = "val"
+    holdout: int | None = None
+    neighbours: int = 3
+    across_modalities: bool = False
+    count: int | None = None
+    labels: Annotated[tuple[int, ...] | None, parse_labels] = None
+    name: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Methods:
+    """What is scored.
+
+    Attributes:
+      model: Name of jaxreg models, or a path; none for none.
+      others: Other tools beside it: SyN-MI, SyN-CC, greedy.
+      landmarks_frame: What landmark files hold: mm as in ITK (lps) or NIfTI (ras), or
+        NIfTI's voxel indices, as Learn2Reg's do.
+    """
+
+    PANEL: ClassVar = "Methods"
+
+    model: Annotated[str | None, str] = None
+    others: str = ""
+    landmarks_frame: LandmarksFrame = "lps"
+
+
+_ANY_MODALITY = {"fixed_modality": None, "moving_modality": None}
+
+
+@verb(
+    app,
+    "evaluate",
+    only=PANELS,
+    panels=PANELS,
+    defaults={**_ANY_MODALITY, "io_iterations": None},
+)
+def evaluate_verb(
+    chosen: Pairs, methods: Methods, sam_network: SamWeights, options: Options
 ) -> None:
     """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
 
-    A pair that names no modality takes the options', MRI without. The files of --out
-    are written anew after every pair; a pair that fails is warned about and left empty.
+    A pair that names no modality takes the options', MRI without. With --io-iterations
+    there are rows with so many steps of optimisation as well. The files of --out are
+    written anew after every pair; a pair that fails is warned about and left empty.
     """
-    if (pairs is None) == (manifest is None):
-        raise UserError("give either --pairs or --manifest, to say what to evaluate")
+    _check_source(chosen, "evaluate")
     from jaxreg.evaluation import baselines, run, table
-    from jaxreg.registration import options as options_lib
     from jaxreg.weights import load
 
-    tools = [tool.strip() for tool in (others or "").split(",") if tool.strip()]
+    tools = [tool.strip() for tool in methods.others.split(",") if tool.strip()]
     baselines.check_installed(tools)
-    displacement = io_target is Target.DISPLACEMENT
-    nothing = not tools and not displacement and prealign is Prealign.NONE
-    if (model is None or model == "none") and nothing:
+    named = None if methods.model == "none" else methods.model
+    displacement = options.io_target == "displacement"
+    if named is None and not (tools or displacement or options.prealign != "none"):
         raise UserError(
             "give a --model, --others SyN-MI,greedy, --io-target displacement or "
             "--prealign, to evaluate"
         )
-    wanted = None if labels is None else parse_labels(labels)
-    iterations = parse_iterations(io_iterations)
-    listed = _read(pairs, manifest, holdout)
-    named = None if model == "none" else model
-    sam = load_sam(prealign.value, sam_weights, named)
+    listed = _read(chosen)
+    sam = load_sam(options.prealign, sam_network.sam_weights, named)
     loaded = None if named is None else load.load(named)
-    options = options_lib.Options(
-        fixed_modality=(fixed_modality or Modality.MRI).value,
-        moving_modality=(moving_modality or Modality.MRI).value,
-        task=task,
-        pairing=None if pairing is None else pairing.value,
-        smoothness=smoothness,
-        level_iterations=level_iterations,
-        input_masking=input_masking,
-        loss_function_masking=loss_function_masking,
-        io_iterations=iterations,
-        io_target=io_target.value,
-        io_sim=io_sim.value,
-        io_lr=io_lr,
-        prealign=prealign.value,
-        seed=seed,
-        ct_window=ct_window,
-        quantile_range=quantile_range,
-        shape=None if shape is None else parse_shape(shape),
-        inverse=False,
-    )
-    chosen, names = _paired(
-        listed,
-        count,
-        (fixed_modality, moving_modality),
-        split=split,
-        neighbours=neighbours,
-        across_modalities=across_modalities,
-        model=loaded,
-        options=options,
-    )
-    with _shown(out) as progress:
+    pairs, names, options = _paired(listed, chosen, loaded, options)
+    with _shown(chosen.out) as progress:
         found = run.evaluate_files(
-            chosen,
+            pairs,
             loaded,
             options,
-            out=out,
+            out=chosen.out,
             label_names=names,
-            with_optimisation=iterations is not None,
+            with_optimisation=options.io_iterations is not None,
             others={tool: baselines.TOOLS[tool] for tool in tools},
-            labels=wanted,
-            landmarks_frame=landmarks_frame.value,
-            name=name,
+            labels=chosen.labels,
+            landmarks_frame=methods.landmarks_frame,
+            name=chosen.name,
             sam=sam,
             progress=progress,
         )
     print(table.markdown(found, label_names=names))
-    print(f"wrote {out} and {out.with_suffix('.md')}")
+    print(f"wrote {chosen.out} and {chosen.out.with_suffix('.md')}")
     if found.failed:
         raise UserError(
             f"{len(found.failed)} of {len(found.rows)} rows failed for the reasons "
@@ -231,35 +146,53 @@ def evaluate_verb(  # noqa: PLR0913
         )
 
 
-def _read(
-    pairs: pathlib.Path | None, manifest: pathlib.Path | None, holdout: int | None
-) -> "Manifest | tuple[PairSpec, ...]":
+def _check_source(chosen: Pairs, purpose: str) -> None:
+    if (chosen.pairs is None) == (chosen.manifest is None):
+        raise UserError(f"give either --pairs or --manifest, to say what to {purpose}")
+    if chosen.count is not None and chosen.count < 1:
+        raise UserError(f"--count is {chosen.count}, expected at least 1 pair")
+
+
+def _read(chosen: Pairs) -> "Manifest | tuple[PairSpec, ...]":
     """Returns what a list of pairs or a manifest holds."""
     from jaxreg.data import pair_list
     from jaxreg.data.manifest import read
 
-    if pairs is not None:
-        return pair_list.read_pairs(pairs)
-    assert manifest is not None  # the caller's promise
-    return read.read_manifest(manifest, holdout=holdout)
+    if chosen.pairs is not None:
+        return pair_list.read_pairs(chosen.pairs)
+    assert chosen.manifest is not None  # the caller's promise
+    return read.read_manifest(chosen.manifest, holdout=chosen.holdout)
 
 
 def _paired(
-    listed: "Manifest | tuple[PairSpec, ...]", count: int | None, modalities, **how
-):
-    """Returns the first pairs, and a manifest's names of labels.
+    listed: "Manifest | tuple[PairSpec, ...]",
+    chosen: Pairs,
+    model: Any,
+    options: Options,
+) -> tuple[Any, Any, Options]:
+    """Returns the first pairs, a manifest's names of labels, and the options.
 
-    Warns of pairs whose modality neither they nor the options (fixed, moving) name.
+    Warns of pairs whose modality neither they nor the options name, which counts as MR.
     """
     from jaxreg.evaluation import pairs as pairs_lib
 
+    given = options.fixed_modality, options.moving_modality
+    options = dataclasses.replace(with_modalities(options), inverse=False)
     if isinstance(listed, tuple):
         pairs, names = listed, None
     else:
-        pairs, names = pairs_lib.pairs_of_manifest(listed, **how), listed.labels
-    pairs = pairs[:count]
-    _warn_about_modalities(pairs, *modalities)
-    return pairs, names
+        names = listed.labels
+        pairs = pairs_lib.pairs_of_manifest(
+            listed,
+            split=chosen.split,
+            neighbours=chosen.neighbours,
+            across_modalities=chosen.across_modalities,
+            model=model,
+            options=options,
+        )
+    pairs = pairs[: chosen.count]
+    _warn_about_modalities(pairs, *given)
+    return pairs, names, options
 
 
 def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
@@ -301,155 +234,111 @@ def _written_at(path: pathlib.Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
-def tune_verb(  # noqa: PLR0913
-    *,
-    out: Out,
-    model: Annotated[
-        str, option("--model", "Checkpoint folder, trained with a range.", _HOW)
-    ],
-    pairs: Pairs = None,
-    manifest: ManifestPath = None,
-    split: Split = "val",
-    holdout: Holdout = None,
-    neighbours: Neighbours = 3,
-    across_modalities: AcrossModalities = False,
-    count: Count = None,
-    labels: Labels = None,
-    fixed_modality: Annotated[Modality | None, FIXED_MODALITY] = None,
-    moving_modality: Annotated[Modality | None, MOVING_MODALITY] = None,
-    steps: Annotated[
-        int | None,
-        option("--steps", "How many weights to try, over the range. Default: 7.", _HOW),
-    ] = None,
-    smoothness: Annotated[
-        str | None,
-        option("--smoothness", "Instead: these weights, such as 0.1,1,10.", _HOW),
-    ] = None,
-    name: Name = None,
-    shape: GridShape = None,
-    prealign: PrealignWay = Prealign.NONE,
-    sam_weights: SamWeights = None,
-    task: TaskName = "auto",
-    pairing: PairingName = None,
-    level_iterations: LevelIterations = None,
-    input_masking: InputMasking = False,
-    ct_window: CtWindow = None,
-    quantile_range: QuantileRange = None,
-    write: Annotated[
-        bool,
-        option("--write", "Store each task's best weight in the checkpoint.", _HOW),
-    ] = False,
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """Which network is asked for which weights.
+
+    Attributes:
+      model: Checkpoint folder, trained with a range.
+      steps: How many weights to try, over the range. Default: 7.
+      smoothness: Instead: these weights, such as 0.1,1,10.
+      write: Store each task's best weight in the checkpoint.
+    """
+
+    PANEL: ClassVar = "Sweep"
+
+    model: str
+    steps: int | None = None
+    smoothness: tuple[float, ...] | None = None
+    write: bool = False
+
+
+@verb(
+    app,
+    "tune-lambda",
+    only=[name for name in PANELS if name not in (*OPTIMISATION, "smoothness")],
+    panels=PANELS,
+    defaults=_ANY_MODALITY,
+)
+def tune_verb(
+    chosen: Pairs, asked: Sweep, sam_network: SamWeights, options: Options
 ) -> None:
     """Find the smoothness (lambda) that serves each task best, on labelled pairs.
 
     One network, trained with model.smoothness_range, is asked for several weights.
     Dice per structure and overall, folding and roughness of each are printed. Register
-    as you will later: pre-alignment, masks and intensities are those of evaluate.
+    as you will later: all options of a prediction are those of register.
     """
-    if (pairs is None) == (manifest is None):
-        raise UserError("give either --pairs or --manifest, to say what to tune on")
-    if steps is not None and smoothness is not None:
+    _check_source(chosen, "tune on")
+    model, given = asked.model, asked.smoothness
+    if asked.steps is not None and given is not None:
         raise UserError("--steps and --smoothness both say what to try; give one")
-    if write and not os.path.isdir(model):
+    if asked.write and not os.path.isdir(model):
         raise UserError(f"--write needs a checkpoint folder, --model is {model}")
     from jaxreg.evaluation import sweep, table
-    from jaxreg.registration import options as options_lib
     from jaxreg.weights import load
 
-    given = None if smoothness is None else _parse_weights(smoothness)
-    wanted = None if labels is None else parse_labels(labels)
-    listed = _read(pairs, manifest, holdout)
-    sam = load_sam(prealign.value, sam_weights, model)
+    listed = _read(chosen)
+    sam = load_sam(options.prealign, sam_network.sam_weights, model)
     loaded = load.load(model)
-    tried = given or sweep.weights_to_try(loaded, 7 if steps is None else steps)
+    steps = 7 if asked.steps is None else asked.steps
+    tried = given or sweep.weights_to_try(loaded, steps)
     sweep.check_weights(loaded, tried)
-    options = options_lib.Options(
-        fixed_modality=(fixed_modality or Modality.MRI).value,
-        moving_modality=(moving_modality or Modality.MRI).value,
-        task=task,
-        pairing=None if pairing is None else pairing.value,
-        level_iterations=level_iterations,
-        input_masking=input_masking,
-        io_iterations=None,
-        prealign=prealign.value,
-        ct_window=ct_window,
-        quantile_range=quantile_range,
-        shape=None if shape is None else parse_shape(shape),
-        inverse=False,
-    )
-    chosen, names = _paired(
-        listed,
-        count,
-        (fixed_modality, moving_modality),
-        split=split,
-        neighbours=neighbours,
-        across_modalities=across_modalities,
-        model=loaded,
-        options=options,
-    )
-    with _shown(out) as progress:
+    options = dataclasses.replace(options, io_iterations=None)
+    pairs, names, options = _paired(listed, chosen, loaded, options)
+    with _shown(chosen.out) as progress:
         found = sweep.sweep(
-            chosen,
+            pairs,
             loaded,
             options,
             tried,
-            out=out,
+            out=chosen.out,
             label_names=names,
-            labels=wanted,
-            name=name,
+            labels=chosen.labels,
+            name=chosen.name,
             sam=sam,
             progress=progress,
         )
     print(table.markdown(found.result, label_names=names))
     print("\n".join(sweep.lines_of(found, label_names=names)))
-    print(f"wrote {out} and {out.with_suffix('.md')}")
+    print(f"wrote {chosen.out} and {chosen.out.with_suffix('.md')}")
     sweep.check_found(found)
-    if write:
+    if asked.write:
         sweep.store_best(model, found.best)
         print(f"stored in {model}; register takes it for these tasks from now on")
 
 
-def _parse_weights(text: str) -> tuple[float, ...]:
-    try:
-        found = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(
-            f"--smoothness is {text}, expected numbers such as 0.1,1,10"
-        ) from None
-    return found
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """Two results.
+
+    Attributes:
+      a: A .csv of jaxreg evaluate.
+      b: Another one, or the same.
+      metric: dice, hd95_mm, tre_mm, folding_percent, sdlogj or seconds; dice_N or
+        hd95_mm_N for label N.
+      method_a: Which method of the first.
+      method_b: Which method of the second.
+    """
+
+    a: Path
+    b: Path
+    metric: str = "dice"
+    method_a: str | None = None
+    method_b: str | None = None
 
 
-def compare_verb(
-    *,
-    a: Annotated[pathlib.Path, typer.Argument(help="A .csv of jaxreg evaluate.")],
-    b: Annotated[pathlib.Path, typer.Argument(help="Another one, or the same.")],
-    metric: Annotated[
-        str,
-        option(
-            "--metric",
-            "dice, hd95_mm, tre_mm, folding_percent, sdlogj or seconds; dice_N or "
-            "hd95_mm_N for label N.",
-        ),
-    ] = "dice",
-    method_a: Annotated[
-        str | None, option("--method-a", "Which method of the first.")
-    ] = None,
-    method_b: Annotated[
-        str | None, option("--method-b", "Which method of the second.")
-    ] = None,
-) -> None:
+@verb(app, "compare", positional=("a", "b"))
+def compare_verb(results: Compared) -> None:
     """Test whether two results differ by more than chance, pair by pair."""
     from jaxreg.evaluation import statistics
 
     print(
         statistics.compare_files(
-            a, b, metric=metric, method_a=method_a, method_b=method_b
+            results.a,
+            results.b,
+            metric=results.metric,
+            method_a=results.method_a,
+            method_b=results.method_b,
         )
     )
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
-    app.command("evaluate")(evaluate_verb)
-    app.command("tune-lambda")(tune_verb)
-    app.command("compare")(compare_verb)

@@ -4,105 +4,91 @@ The work is done by `matching.points`; here options become arguments and results
 text.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import typer
-
-from jaxreg.cli.options import (
-    FIXED_MODALITY,
-    MOVING_MODALITY,
-    SCANS,
-    CtWindow,
-    LandmarksFrame,
-    Modality,
-    QuantileRange,
-    choice,
-    option,
-)
+from jaxreg.cli.options import PANELS, SCANS, LandmarksFrame, app
+from jaxreg.cli.parser import REQUIRED, verb
 from jaxreg.errors import UserError
+from jaxreg.registration import options as options_lib
+from jaxreg.registration.options import Options
 
 if TYPE_CHECKING:
     from jaxreg.matching.points import Described
     from jaxreg.space.grid import Volume
 
-_POINTS, _HOW = "Points", "Descriptors"
 _MIND = "mind"
 
 
-def match_verb(  # noqa: PLR0913
-    *,
-    fixed: Annotated[
-        pathlib.Path, option("--fixed", "Scan in which the points are.", SCANS)
-    ],
-    moving: Annotated[
-        pathlib.Path, option("--moving", "Scan in which to find them.", SCANS)
-    ],
-    fixed_modality: Annotated[Modality, FIXED_MODALITY],
-    moving_modality: Annotated[Modality, MOVING_MODALITY],
-    model: Annotated[
-        str,
-        option(
-            "--model",
-            "Weights of SAM (a checkpoint folder, or the released code's .pth), or "
-            "mind, which needs none and looks at a few voxels around.",
-            _HOW,
-        ),
-    ],
-    point: Annotated[
-        tuple[float, float, float] | None,
-        option("--point", "One place in the fixed scan.", _POINTS, metavar="X Y Z"),
-    ] = None,
-    points: Annotated[
-        pathlib.Path | None,
-        option(
-            "--points",
-            "Places in the fixed scan: .csv with columns x, y, z (by name or the first "
-            "three), or .fcsv or .mrk.json of 3D Slicer. Other columns are kept.",
-            _POINTS,
-        ),
-    ] = None,
-    points_out: Annotated[
-        pathlib.Path | None,
-        option(
-            "--points-out",
-            "The same points in the moving scan, with their similarity: .csv .fcsv "
-            ".mrk.json. Default: a table is printed.",
-            _POINTS,
-        ),
-    ] = None,
-    points_frame: Annotated[
-        LandmarksFrame,
-        choice(
-            "--points-frame",
-            "What the numbers are, given and found: mm as in ITK (lps) or NIfTI (ras), "
-            "or NIfTI's voxel indices of the scan that the point is in. 3D Slicer's "
-            "files say it themselves.",
-            _POINTS,
-        ),
-    ] = LandmarksFrame.LPS,
-    cycle: Annotated[
-        bool,
-        option(
-            "--cycle",
-            "Adds how far from the point, in mm, its match's own match lies: small "
-            "where the two agree.",
-            _POINTS,
-        ),
-    ] = False,
-    spacing: Annotated[
-        float | None,
-        option(
-            "--spacing",
-            "Of the voxels that MIND sees, mm. Default: 2. Weights have their own.",
-            _HOW,
-            metavar="MM",
-        ),
-    ] = None,
-    ct_window: CtWindow = None,
-    quantile_range: QuantileRange = None,
+@dataclasses.dataclass(frozen=True)
+class Scans:
+    """The two scans.
+
+    Attributes:
+      fixed: Scan in which the points are.
+      moving: Scan in which to find them.
+    """
+
+    PANEL: ClassVar = SCANS
+
+    fixed: pathlib.Path
+    moving: pathlib.Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Points:
+    """Which points are found, and how they are told.
+
+    Attributes:
+      point: One place in the fixed scan.
+      points: Places in the fixed scan: .csv with columns x, y, z (by name or the first
+        three), or .fcsv or .mrk.json of 3D Slicer. Other columns are kept.
+      points_out: The same points in the moving scan, with their similarity: .csv .fcsv
+        .mrk.json. Default: a table is printed.
+      points_frame: What the numbers are, given and found: mm as in ITK (lps) or NIfTI
+        (ras), or NIfTI's voxel indices of the scan that the point is in. 3D Slicer's
+        files say it themselves.
+      cycle: Adds how far from the point, in mm, its match's own match lies: small where
+        the two agree.
+    """
+
+    PANEL: ClassVar = "Points"
+
+    point: tuple[float, float, float] | None = None
+    points: pathlib.Path | None = None
+    points_out: pathlib.Path | None = None
+    points_frame: LandmarksFrame = "lps"
+    cycle: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Descriptors:
+    """What describes a place.
+
+    Attributes:
+      model: Weights of SAM (a checkpoint folder, or the released code's .pth), or mind,
+        which needs none and looks at a few voxels around.
+      spacing: Of the voxels that MIND sees, mm. Default: 2. Weights have their own.
+    """
+
+    PANEL: ClassVar = "Descriptors"
+
+    model: str
+    spacing: float | None = None
+
+
+@verb(
+    app,
+    "match",
+    only=("fixed_modality", "moving_modality", "ct_window", "quantile_range"),
+    panels=PANELS,
+    defaults={"fixed_modality": REQUIRED, "moving_modality": REQUIRED},
+)
+def match_verb(
+    given: Scans, wanted: Points, descriptors: Descriptors, options: Options
 ) -> None:
     """Find points of one scan in another by what their surroundings look like.
 
@@ -110,13 +96,19 @@ def match_verb(  # noqa: PLR0913
     at most 1. Points of one scan that is symmetric, or empty there, have no good match;
     --cycle tells.
     """
-    _check(point, points, points_out, [fixed, moving], model, spacing)
+    fixed, moving = given.fixed, given.moving
+    points, points_out = wanted.points, wanted.points_out
+    model, spacing = descriptors.model, descriptors.spacing
+    _check(wanted, [fixed, moving], model, spacing)
     from jaxreg.data import modality as modality_lib
     from jaxreg.io import tables, volumes
-    from jaxreg.registration import options
 
-    modalities = [modality_lib.kind(m.value) for m in (fixed_modality, moving_modality)]
-    options.check_intensities(ct_window, quantile_range, modalities)
+    modalities = [
+        modality_lib.kind(name)
+        for name in (options.fixed_modality, options.moving_modality)
+    ]
+    rule = options.ct_window, options.quantile_range
+    options_lib.check_intensities(*rule, modalities)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
         volumes.check_source(path, name)
@@ -129,9 +121,11 @@ def match_verb(  # noqa: PLR0913
 
     scans = [volumes.read_volume(path) for path in (fixed, moving)]
     if table is None:
-        cells = [f"{x:g}" for x in point or ()]
-        table = tables.Table(["x", "y", "z"], [0, 1, 2], [cells], np.array([point]))
-    frame, grid = points_frame.value, scans[0].grid
+        cells = [f"{x:g}" for x in wanted.point or ()]
+        table = tables.Table(
+            ["x", "y", "z"], [0, 1, 2], [cells], np.array([wanted.point])
+        )
+    frame, grid = wanted.points_frame, scans[0].grid
     outside = tables.outside(
         table, frame, lambda places: tables.count_outside(places, grid), grid=grid,
         points="--point" if points is None else str(points),
@@ -141,12 +135,12 @@ def match_verb(  # noqa: PLR0913
         raise UserError(outside)
     here = tables.points_mm(table, frame, grid)
     described = [
-        describe(scan, modality, ct_window, quantile_range)
+        describe(scan, modality, *rule)
         for scan, modality in zip(scans, modalities, strict=True)
     ]
     found = matching_points.find(here, *described)
     columns = {"similarity": [f"{value:.4f}" for value in found.similarity]}
-    if cycle:
+    if wanted.cycle:
         returned = matching_points.cycle_mm(here, found, *described)
         columns["cycle_mm"] = [f"{value:.3f}" for value in returned]
     if points_out is None:
@@ -163,11 +157,12 @@ def match_verb(  # noqa: PLR0913
 _Describe = Callable[..., "Described"]
 
 
-def _check(point, points, points_out, scans, model: str, spacing) -> None:
+def _check(wanted: Points, scans, model: str, spacing: float | None) -> None:
     """Checks the options before anything is read."""
     from jaxreg.io import tables
 
-    if (point is None) == (points is None):
+    points, points_out = wanted.points, wanted.points_out
+    if (wanted.point is None) == (points is None):
         raise UserError("give either --point X Y Z or --points FILE.csv, to say where")
     if spacing is not None and model.lower() != _MIND:
         raise UserError(
@@ -233,8 +228,3 @@ def _print(given: Any, there: Any, columns: dict[str, list[str]]) -> None:
         cells = (f"{cell:>{n}}" for cell, n in zip(row, widths, strict=True))
         print("  ".join(cells))
     sys.stdout.flush()
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds the verb to the command line."""
-    app.command("match")(match_verb)

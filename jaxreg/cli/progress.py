@@ -13,6 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
+from jaxreg.cli.parser import spelled
+
 _FIRST_WORD_S, _WORD_S = 5.0, 60.0
 """Silence after which a line says that work goes on: the first one, and later ones."""
 _LINE_S = 30.0
@@ -115,6 +117,7 @@ class Bar:
 
     def report(self, text: str) -> None:
         """Shows a sentence at once."""
+        text = spelled(text)
         self._said = time.monotonic()
         if self._progress is not None:
             self._progress.console.print(f"{self._title}: {text}", markup=False)

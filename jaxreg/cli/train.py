@@ -1,18 +1,19 @@
-"""The verbs ``jaxreg train`` and ``jaxreg data``, and those of `cli.evaluate`.
+"""The verbs ``jaxreg train`` and ``jaxreg data check``.
 
 Their bodies live in `experiments` and `data`; here options become arguments and results
 become text. Heavy imports live inside the verbs.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, ClassVar
 
 import typer
 
-from jaxreg.cli import evaluate
-from jaxreg.cli.options import option, print_numbers
+from jaxreg.cli.options import app, print_numbers
+from jaxreg.cli.parser import spelled, verb
 from jaxreg.cli.progress import Bar, interrupted
 from jaxreg.errors import UserError
 
@@ -21,88 +22,84 @@ if TYPE_CHECKING:
 
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 data_app = typer.Typer(help="Look after training data.")
+app.add_typer(data_app, name="data")
 
 
-_PROCESSES = "Several hosts"
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What is trained, and where to.
+
+    Attributes:
+      config: The experiment: configs/NAME.py.
+      out: Folder of the run; new, or with --resume an old one.
+      resume: Go on with the run in --out, from its last checkpoint.
+      dry_run: Build everything, compile the training step, print parameters,
+        arithmetic, and memory per device and pair; trains nothing, allocates nothing,
+        needs no data.
+    """
+
+    config: pathlib.Path
+    out: pathlib.Path | None = None
+    resume: bool = False
+    dry_run: bool = False
 
 
-def train_verb(
-    context: typer.Context,
-    *,
-    config: Annotated[
-        pathlib.Path, option("--config", "The experiment: configs/NAME.py.")
-    ],
-    out: Annotated[
-        pathlib.Path | None,
-        option("--out", "Folder of the run; new, or with --resume an old one."),
-    ] = None,
-    resume: Annotated[
-        bool,
-        option("--resume", "Go on with the run in --out, from its last checkpoint."),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        option(
-            "--dry-run",
-            "Build everything, compile the training step, print parameters, "
-            "arithmetic, and memory per device and pair; trains nothing, allocates "
-            "nothing, needs no data.",
-        ),
-    ] = False,
-    distributed: Annotated[
-        bool,
-        option(
-            "--distributed",
-            "This is one of several processes; SLURM, Open MPI, Kubernetes and Cloud "
-            "TPU pods tell JAX which.",
-            _PROCESSES,
-        ),
-    ] = False,
-    coordinator: Annotated[
-        str | None,
-        option(
-            "--coordinator", "HOST:PORT of process 0, elsewhere than there.", _PROCESSES
-        ),
-    ] = None,
-    processes: Annotated[
-        int | None, option("--processes", "How many there are.", _PROCESSES)
-    ] = None,
-    process: Annotated[
-        int | None, option("--process", "Which one this is, from 0.", _PROCESSES)
-    ] = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Hosts:
+    """The processes of one run.
+
+    Attributes:
+      distributed: This is one of several processes; SLURM, Open MPI, Kubernetes and
+        Cloud TPU pods tell JAX which.
+      coordinator: HOST:PORT of process 0, elsewhere than there.
+      processes: How many there are.
+      process: Which one this is, from 0.
+    """
+
+    PANEL: ClassVar = "Several hosts"
+
+    distributed: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+@verb(app, "train", context_settings=_PASS_ON)
+def train_verb(context: typer.Context, run: Run, hosts: Hosts) -> None:
     """Train a network: all stages of an experiment, or one that was interrupted.
 
     Any setting of the experiment can follow as `--section.field value`, for example
     `--data.manifests scans.csv --optimizer.learning_rate 1e-4`.
     """
     changes = setting_pairs(context.args)
-    if out is None and not dry_run:
+    if run.out is None and not run.dry_run:
         raise UserError("--out is missing; name a folder for the run, or --dry-run")
-    if distributed or (coordinator, processes, process) != (None, None, None):
-        _join(coordinator, processes, process)
+    processes = hosts.coordinator, hosts.processes, hosts.process
+    if hosts.distributed or processes != (None, None, None):
+        _join(*processes)
 
-    from jaxreg.experiments import files, overrides, run, sam, sam_config
+    from jaxreg.experiments import files, overrides, sam, sam_config
+    from jaxreg.experiments import run as run_lib
 
-    found = files.load_any(config)
+    found = files.load_any(run.config)
     if isinstance(found, sam_config.SamExperiment):
         itself = sam_config.override(found, changes)
         dry = functools.partial(sam.dry_run, itself)
         train = functools.partial(sam.run, itself)
     else:
-        chosen = overrides.override(files.checked(found, config), changes)
+        chosen = overrides.override(files.checked(found, run.config), changes)
         dry = functools.partial(_dry_rows, chosen)
-        train = functools.partial(run.run, chosen)
-    if dry_run:
+        train = functools.partial(run_lib.run, chosen)
+    if run.dry_run:
         with Bar("dry run") as bar:
             rows = dry(report=bar.report)
         print_numbers(rows)
         return
-    assert out is not None
+    assert run.out is not None
     with interrupted(
-        f"what was saved is in {out}; go on with the same command and --resume"
+        f"what was saved is in {run.out}; go on with the same command and --resume"
     ):
-        outcome = train(out, resume=resume, report=_print_line)
+        outcome = train(run.out, resume=run.resume, report=_print_line)
     _print_line(
         f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all"
     )
@@ -155,24 +152,28 @@ def _print_line(text: str) -> None:
     import jax
 
     if jax.process_index() == 0:
-        print(text, flush=True)
+        print(spelled(text), flush=True)
 
 
-@data_app.command("check")
-def check_verb(
-    manifest: Annotated[
-        pathlib.Path, typer.Argument(help="CSV, JSON or a folder of scans.")
-    ],
-    *,
-    holdout: Annotated[
-        int | None,
-        option("--holdout", "Every n-th subject validates, if no split is given."),
-    ] = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A manifest to be checked.
+
+    Attributes:
+      manifest: CSV, JSON or a folder of scans.
+      holdout: Every n-th subject validates, if no split is given.
+    """
+
+    manifest: pathlib.Path
+    holdout: int | None = None
+
+
+@verb(data_app, "check", positional=("manifest",))
+def check_verb(checked: Checked) -> None:
     """Read every file of a manifest and report what would stop or spoil training."""
     from jaxreg.data.manifest import check, read
 
-    found = read.read_manifest(manifest, holdout=holdout)
+    found = read.read_manifest(checked.manifest, holdout=checked.holdout)
 
     with Bar("check") as bar:
         problems = check.check(
@@ -187,14 +188,7 @@ def check_verb(
     serious = [p for p in problems if p.level == "error"]
     if serious:
         raise UserError(
-            f"{manifest} has {len(serious)} problems, listed above; mend these files "
-            "or leave them out"
+            f"{checked.manifest} has {len(serious)} problems, listed above; mend these "
+            "files or leave them out"
         )
     print("no problem found" if not problems else f"{len(problems)} warnings")
-
-
-def add_to(app: typer.Typer) -> None:
-    """Adds the verbs to the command line."""
-    app.command("train", context_settings=_PASS_ON)(train_verb)
-    evaluate.add_to(app)
-    app.add_typer(data_app, name="data")

@@ -1,7 +1,6 @@
 """Pairs of images that a dataset offers, and how it is trained on."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
@@ -9,7 +8,7 @@ import numpy as np
 
 from jaxreg.data import modality as modality_lib
 from jaxreg.data.manifest.records import Pairing, Record
-from jaxreg.errors import UserError
+from jaxreg.errors import UserError, near_match
 
 Strategy = Literal["B", "F", "R"]
 """What the similarity compares.
@@ -185,11 +184,10 @@ def records_of(records: Sequence[Record], task: Task) -> list[int]:
     members = [i for i, record in enumerate(records) if record.dataset == task.dataset]
     if not members:
         names = sorted({record.dataset for record in records})
-        near = difflib.get_close_matches(task.dataset, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "correct the name"
         raise UserError(
             f"task {task.dataset!r} has no records, the manifest has the datasets "
-            f"{', '.join(names) or '(none)'}; {hint}"
+            f"{', '.join(names) or '(none)'}{near_match(task.dataset, names)}; "
+            "correct the name"
         )
     return members
 

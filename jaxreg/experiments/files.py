@@ -8,7 +8,7 @@ import runpy
 from collections.abc import Mapping
 from typing import Any
 
-from jaxreg.errors import UserError
+from jaxreg.errors import UserError, near_match
 from jaxreg.experiments import fields
 from jaxreg.experiments.config import Experiment
 from jaxreg.io import files
@@ -49,7 +49,7 @@ def load_any(path: str | os.PathLike[str]) -> Any:
         near = sorted(path.parent.glob("*.py")) if os.path.isdir(path.parent) else []
         raise UserError(
             f"--config {path} does not exist"
-            f"{fields.near_names(path.name, [p.name for p in near])}"
+            f"{near_match(path.name, [p.name for p in near])}"
         )
     get_config = runpy.run_path(str(path)).get("get_config")
     return get_config() if callable(get_config) else None

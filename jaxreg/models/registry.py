@@ -55,7 +55,7 @@ def kind_named(kind: str, source: str) -> type[Architecture]:
     if kind not in _KINDS:
         raise UserError(
             f"{source}: {kind!r} is not a kind of network that jaxreg knows"
-            f"{near_match(kind, _KINDS, most=2)}; expected one of {', '.join(_KINDS)}"
+            f"{near_match(kind, _KINDS)}; expected one of {', '.join(_KINDS)}"
         )
     return _KINDS[kind]
 

@@ -1,111 +1,141 @@
-"""Options of a registration, and whether they fit together."""
+"""Options of a registration, and whether they fit together.
+
+The command line makes its options of `Options`: a field's name, annotation, default and
+line of documentation are those of the option as well. Imports no JAX, so that its help
+is quick.
+"""
 
 import dataclasses
-import difflib
 import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
-
+from jaxreg import settings
 from jaxreg.data import modality as modality_lib
-from jaxreg.data import network_grid
+from jaxreg.data.manifest.records import Pairing
 from jaxreg.errors import UserError
-from jaxreg.io import given
-from jaxreg.losses import similarity
-from jaxreg.nn.heads import Pairing
-from jaxreg.registration.prealign import select
 from jaxreg.space.grid import Shape, Volume
+
+if TYPE_CHECKING:
+    from jaxreg.data import network_grid
 
 Target = Literal["network", "displacement", "features", "map"]
 REFINING = ("features", "map")
-_WHOLE_NUMBERS = ("io_iterations", "level_iterations", "seed")
-_NUMBERS = ("io_lr", "dice_loss_weight", "smoothness")
+SIMILARITIES = ("auto", "lncc", "lncc2", "mind", "nmi", "ncc", "box_ncc", "mse")
+"""The keys of `losses.similarity.SIMILARITIES`, and a choice by the scans."""
+Prealign = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
+"""none; centres of mass; an affine map by intensities; by SAM's matches an affine map
+("sam-affine") or a coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
+SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
 MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
+MODALITIES = tuple(modality_lib.CONTRASTS)
+
+
+def read_shape(text: str) -> Shape:
+    """Returns (D, H, W) of "D,H,W" or "DxHxW", or of one number, a cube's edge.
+
+    Raises:
+      UserError: these are not one or three positive numbers.
+    """
+    parts = text.lower().replace("x", ",").split(",")
+    try:
+        d, h, w = (int(part) for part in (parts * 3 if len(parts) == 1 else parts))
+    except ValueError:
+        raise UserError(
+            f"`shape` is {text}, expected three whole numbers such as 175,175,175, or "
+            "one for a cube"
+        ) from None
+    if min(d, h, w) < 1:
+        raise UserError(
+            f"`shape` is {text}, expected positive numbers such as 175,175,175"
+        )
+    return d, h, w
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to register; the names are the command line's, with underscores.
-
-    A shape of one number is that of a cube.
+    """How to register.
 
     Attributes:
-      fixed_modality: a key of `preprocess.CONTRASTS`: how the fixed scan's intensities
-        are scaled, "ct" or as any MR.
-      moving_modality: the same for the moving scan.
-      ct_window: lowest and highest Hounsfield unit kept; if None the model's own, or
-        -1000 to 1000 where there is none.
-      quantile_range: for MRI, the quantiles that become 0 and 1; if None the model's
-        own, or the minimum and the 0.99 quantile where there are none.
-      foreground: these quantiles are of the voxels above 0 alone; if None as the
-        model's.
-      input_masking: set preprocessed intensities outside the masks to 0.
-      loss_function_masking: count similarity inside the masks only.
-      io_iterations: steps of instance optimisation, for a displacement per level of
-        resolution; None for a single prediction.
-      io_target: optimise the network's weights ("network"); without it an affine map
-        and a displacement ("displacement"); or after it, by the images' features, a
-        displacement ("features") or, by intensities, the map itself ("map"), see
-        `optimization.features`.
-      io_sim: similarity, a key of `losses.similarity.SIMILARITIES`; or "auto": "lncc",
-        but without a network "nmi" where the modalities differ or, where they do not
-        say it, what is bright in one scan is not bright in the other.
-      io_lr: learning rate of Adam; the target's own default if None.
-      dice_loss_weight: weight of the Dice term; needs both segmentations.
-      intensity_conservation_loss: multiply warped CT by the Jacobian determinant.
-      shape: the network grid, voxels along the network's array axes: (D, H, W), or
-        the reverse where its placement has NIfTI's order; if None that of the weights,
-        or 175 x 175 x 175 where there are none.
-      precision: of the network's products, where the device has a choice; all else is
-        float32, coordinates and losses included.
-      stored_orientation: feed both scans as they are stored, as the original does,
-        instead of turned to the orientation of the network's training, or where that
-        is not known the moving one to the fixed one's; see `oriented_like`.
-      seed: of the noise in the inverse consistency term.
-      inverse: compute the inverse transform as well.
-      task: for a network with a prompt bank: "auto" weighs all its domains, names (with
-        commas) these alone. For UniReg a region, or a task that it was trained on.
-        Other networks know no tasks.
-      pairing: for UniReg: scans of two subjects or of one; that of the task if None.
-      smoothness: for a network that can be asked for it: the weight of the smoothness
-        term as in training; the task's own if None.
-      level_iterations: for a UniReg-RPN: most steps of each level, 10 for the released
-        UniReg-IIRPN; the weights' own number if None.
-      placement: how scans become arrays on the network grid; if None the model's own,
-        or GradICON's where there is none.
-      prealign: how the scans are aligned in mm before anything else, see
-        `select.Method`; the network sees the moving scan carried over by that, and
-        the results hold it.
+      fixed_modality: Kind of the fixed scan; of MR, also its contrast.
+      moving_modality: Kind of the moving scan; of MR, also its contrast.
+      shape: Network grid in voxels, the slowest axis of the volume first, as the
+        network sees it turned (without weights: superior, anterior, right; its fastest
+        for weights that see NIfTI's order, as PromptReg's), or one number for a cube.
+        Default: the grid that the weights were trained on, 175,175,175 for the
+        published ones.
+      precision: Of the network's products, where the device has a choice: weights and
+        images stay float32, and a CPU always computes in it.
+      stored_orientation: Feed both scans as they are stored, as the PyTorch tool does.
+        Default: their axes are permuted and flipped into the order that the weights
+        were trained with, where they say it, else the moving scan's into the fixed
+        scan's.
+      task: For a network with a prompt bank: auto weighs all its domains, NAME or
+        NAME,NAME these alone. The closest domains are printed. For UniReg: a region, or
+        a task that it was trained on; for another part of the body the nearest one.
+      pairing: For UniReg: scans of two subjects (inter) or of one (intra). Default:
+        that of the task in training.
+      smoothness: For a network that can be asked for it: weight of the smoothness term,
+        as in training (lambda). Default: what tune-lambda found, else the task's own in
+        training, else the middle.
+      level_iterations: For UniReg-RPN: repeat each level up to so many times, as long
+        as it helps; 10 is the released UniReg-IIRPN. Default: the weights' own (1).
+      prealign: What comes before the network, in mm: centre puts centres of mass onto
+        each other, affine matches intensities; sam-affine and sam-coarse (sam is the
+        same) follow SAM's matches.
+      io_iterations: Steps of instance optimisation (for a displacement per level of
+        resolution), or None for a single prediction.
+      io_target: What is optimised: a copy of the network's weights; an affine and a
+        displacement field without any network; after the network, a displacement by
+        features (of SAM, or MIND's descriptors), or its map by intensities.
+      io_sim: Similarity. auto: lncc; without a network nmi where contrasts differ, by
+        the modalities or else by the intensities.
+      io_lr: Learning rate of Adam. Default: 2e-5 (network), 0.05 (features), 0.008
+        (map), the optimiser's own (displacement).
+      seed: Seed of the optimisation's noise.
+      input_masking: Set intensities outside the masks to 0.
+      loss_function_masking: Count similarity inside the masks only; needs both masks.
+      dice_loss_weight: Weight of the Dice term; needs both segmentations.
+      intensity_conservation_loss: Multiply warped intensity by the Jacobian
+        determinant; both scans CT.
+      ct_window: Hounsfield units that become 0 and 1. Default: the weights' own (-1000
+        1000 for the published ones).
+      quantile_range: Quantiles of an MRI that become 0 and 1. Default: the weights' own
+        (the minimum and 0.99 for the published ones).
+      foreground: Take these quantiles of the voxels above 0 alone. Default: as the
+        weights do.
+      inverse: Compute the inverse transform as well.
+      placement: How scans become arrays on the network grid. Default: as the weights
+        do, or as GradICON.
     """
 
-    fixed_modality: str = "mri"
-    moving_modality: str = "mri"
-    ct_window: tuple[float, float] | None = None
-    quantile_range: tuple[float, float] | None = None
-    foreground: bool | None = None
-    input_masking: bool = False
-    loss_function_masking: bool = False
-    io_iterations: int | None = 50
-    io_target: Target = "network"
-    io_sim: str = "auto"
-    io_lr: float | None = None
-    dice_loss_weight: float = 0.0
-    intensity_conservation_loss: bool = False
-    shape: Shape | None = None
+    fixed_modality: Annotated[str, MODALITIES] = "mri"
+    moving_modality: Annotated[str, MODALITIES] = "mri"
+    shape: Annotated[Shape | None, read_shape] = None
     precision: Literal["float32", "bfloat16"] = "float32"
     stored_orientation: bool = False
-    seed: int = 0
-    inverse: bool = True
     task: str = "auto"
     pairing: Pairing | None = None
     smoothness: float | None = None
     level_iterations: int | None = None
-    placement: network_grid.ResamplingRule | None = None
-    prealign: select.Method = "none"
+    prealign: Prealign = "none"
+    io_iterations: int | None = 50
+    io_target: Target = "network"
+    io_sim: Annotated[str, SIMILARITIES] = "auto"
+    io_lr: float | None = None
+    seed: int = 0
+    input_masking: bool = False
+    loss_function_masking: bool = False
+    dice_loss_weight: float = 0.0
+    intensity_conservation_loss: bool = False
+    ct_window: tuple[float, float] | None = None
+    quantile_range: tuple[float, float] | None = None
+    foreground: bool | None = None
+    inverse: bool = True
+    placement: "network_grid.ResamplingRule | None" = None
 
     def __post_init__(self):
         """Makes a cube of one number.
@@ -115,13 +145,13 @@ class Options:
         """
         if self.shape is None:
             return
-        one = isinstance(self.shape, int | np.integer)
+        one = isinstance(self.shape, numbers.Integral)
         shape = (self.shape,) * 3 if one else self.shape
         try:
             d, h, w = (operator.index(n) for n in shape)  # pyright: ignore
         except (TypeError, ValueError):
             raise UserError(
-                f"shape is {self.shape!r}, expected three whole numbers such as "
+                f"`shape` is {self.shape!r}, expected three whole numbers such as "
                 "(175, 175, 175), or one for a cube"
             ) from None
         object.__setattr__(self, "shape", (d, h, w))
@@ -151,6 +181,8 @@ class Regions:
         Raises:
           UserError: see `given.volume`.
         """
+        from jaxreg.io import given  # with all libraries of image files
+
         for name, region in vars(self).items():
             if region is not None:
                 kind = "mask" if name.endswith("mask") else "labels"
@@ -167,34 +199,35 @@ def check_options(options: Options) -> None:
     check_kind(
         options, Options, "the options are", "jaxreg.registration.options.Options(...)"
     )
-    _check_numbers(options)
-    for name, known in (("io_target", get_args(Target)), ("precision", tuple(MATMUL))):
-        if getattr(options, name) not in known:
-            near = difflib.get_close_matches(str(getattr(options, name)), known, n=1)
-            raise UserError(
-                f"{option_name(name)} is {getattr(options, name)}, expected one of "
-                f"{', '.join(known)}" + "".join(f"; did you mean {n}?" for n in near)
+    for field in dataclasses.fields(options):
+        if not isinstance(field.type, str):  # placement, which names a later module
+            settings.read(
+                getattr(options, field.name), field.type, field.name, parse=False
             )
     _check_modality_options(options)
     _check_prealign(options)
-    if options.io_sim not in ("auto", *similarity.SIMILARITIES):
-        known = ", ".join(["auto", *sorted(similarity.SIMILARITIES)])
-        raise UserError(f"--io-sim is {options.io_sim}, expected one of {known}")
     if options.io_iterations is not None and options.io_iterations < 1:
         raise UserError(
-            f"--io-iterations is {options.io_iterations}, expected a positive number, "
+            f"`io_iterations` is {options.io_iterations}, expected a positive number, "
             "or None to register without instance optimisation"
         )
     if options.io_lr is not None and not 0 < options.io_lr < math.inf:
-        raise UserError(f"--io-lr is {options.io_lr:g}, expected a positive number")
+        raise UserError(f"`io_lr` is {options.io_lr:g}, expected a positive number")
     if not 0 <= options.dice_loss_weight < math.inf:
         raise UserError(
-            f"--dice-loss-weight is {options.dice_loss_weight:g}, expected 0 or more"
+            f"`dice_loss_weight` is {options.dice_loss_weight:g}, expected 0 or more"
         )
     if options.shape is not None and min(options.shape) < 8:
         raise UserError(
-            f"--shape is {','.join(map(str, options.shape))}, expected three numbers "
+            f"`shape` is {','.join(map(str, options.shape))}, expected three numbers "
             "of at least 8; leave it out for the grid of the weights"
+        )
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"`seed` is {options.seed}, expected 0 to {2**32 - 1}")
+    if options.level_iterations is not None and options.level_iterations < 1:
+        raise UserError(
+            f"`level_iterations` is {options.level_iterations}, expected a positive "
+            "number"
         )
     _check_target(options)
 
@@ -205,76 +238,48 @@ def check_kind(value: object, kind: Any, what: str, words: str) -> None:
         raise UserError(f"{what} a {type(value).__name__}, expected {words}")
 
 
-def _check_numbers(options: Options) -> None:
-    """Checks what the command line makes numbers of, for callers from Python."""
-    for name, kind, words in (
-        *((n, numbers.Integral, "a whole number") for n in _WHOLE_NUMBERS),
-        *((n, numbers.Real, "a number") for n in _NUMBERS),
-    ):
-        value = getattr(options, name)
-        optional = value is None and name not in ("seed", "dice_loss_weight")
-        if not optional and not isinstance(value, kind):
-            raise UserError(f"{option_name(name)} is {value!r}, expected {words}")
-    for name in ("ct_window", "quantile_range"):
-        ends = getattr(options, name)
-        if ends is None:
-            continue
-        two = isinstance(ends, Sequence | np.ndarray) and len(ends) == 2
-        if not two or not all(isinstance(end, numbers.Real) for end in ends):
-            raise UserError(f"{option_name(name)} is {ends!r}, expected two numbers")
-
-
 def _check_target(options: Options) -> None:
     if options.stored_orientation and options.io_target == "displacement":
         raise UserError(
-            "--stored-orientation is for networks; --io-target displacement starts "
+            "`stored_orientation` is for networks; `io_target` displacement starts "
             "from the scans' headers, leave one of the two away"
         )
     if options.io_target in REFINING and (
         options.dice_loss_weight > 0 or options.intensity_conservation_loss
     ):
         raise UserError(
-            f"--io-target {options.io_target} knows neither --dice-loss-weight nor "
-            "--intensity-conservation-loss; leave them out"
+            f"`io_target` {options.io_target} knows neither `dice_loss_weight` nor "
+            "`intensity_conservation_loss`; leave them out"
         )
     if options.io_iterations is None:
         for name, used in (
-            (f"--io-target {options.io_target}", options.io_target != "network"),
-            ("--dice-loss-weight", options.dice_loss_weight > 0),
-            ("--intensity-conservation-loss", options.intensity_conservation_loss),
+            (f"`io_target` {options.io_target}", options.io_target != "network"),
+            ("`dice_loss_weight`", options.dice_loss_weight > 0),
+            ("`intensity_conservation_loss`", options.intensity_conservation_loss),
         ):
             if used:
                 raise UserError(
-                    f"{name} needs instance optimisation, which --io-iterations None "
+                    f"{name} needs instance optimisation, which `io_iterations` None "
                     "switches off; pass a number of iterations"
                 )
 
 
 def _check_prealign(options: Options) -> None:
-    if options.prealign not in select.METHODS:
-        known = ", ".join(select.METHODS)
-        raise UserError(f"--prealign is {options.prealign}, expected one of {known}")
     if options.prealign != "none" and options.stored_orientation:
         raise UserError(
-            "--stored-orientation shows the network the moving scan as it is stored, "
-            f"--prealign {options.prealign} over the fixed scan; leave one of the two "
+            "`stored_orientation` shows the network the moving scan as it is stored, "
+            f"`prealign` {options.prealign} over the fixed scan; leave one of the two "
             "away"
         )
 
 
 def _check_modality_options(options: Options) -> None:
     modalities = (options.fixed_modality, options.moving_modality)
-    for name, modality in zip(("fixed", "moving"), modalities, strict=True):
-        if str(modality).lower() not in modality_lib.CONTRASTS:
-            raise UserError(
-                f"--{name}-modality is {modality}, expected one of "
-                f"{', '.join(modality_lib.CONTRASTS)}"
-            )
     modalities = tuple(modality_lib.kind(modality) for modality in modalities)
     check_intensities(options.ct_window, options.quantile_range, modalities)
     if options.intensity_conservation_loss and set(modalities) != {"ct"}:
         raise UserError(
-            "--intensity-conservation-loss needs two CT scans, the modalities are "
+            "`intensity_conservation_loss` needs two CT scans, the modalities are "
             f"{modalities[0]} and {modalities[1]}; leave it out"
         )
 
@@ -298,24 +303,24 @@ def check_intensities(
         low, high = ct_window
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise UserError(
-                f"--ct-window is {low:g} {high:g}, expected two Hounsfield units, the "
+                f"`ct_window` is {low:g} {high:g}, expected two Hounsfield units, the "
                 "smaller first"
             )
         if "ct" not in modalities:
             raise UserError(
-                "--ct-window has no effect, because neither modality is ct; leave it "
+                "`ct_window` has no effect, because neither modality is ct; leave it "
                 "out or correct the modality"
             )
     if quantile_range is not None:
         low, high = quantile_range
         if not 0 <= low < high <= 1:
             raise UserError(
-                f"--quantile-range is {low:g} {high:g}, expected two numbers between 0 "
+                f"`quantile_range` is {low:g} {high:g}, expected two numbers between 0 "
                 "and 1, the smaller first"
             )
         if "mri" not in modalities:
             raise UserError(
-                "--quantile-range has no effect, because neither modality is mri; "
+                "`quantile_range` has no effect, because neither modality is mri; "
                 "leave it out or correct the modality"
             )
 
@@ -336,31 +341,25 @@ def check_regions(options: Options, given: Mapping[str, Any]) -> None:
     ]
     if len(segmentations) == 1:
         raise UserError(
-            f"{option_name(segmentations[0])} was given alone; pass both segmentations "
-            "or neither"
+            f"`{segmentations[0]}` was given alone; pass both segmentations or neither"
         )
     if options.dice_loss_weight > 0 and not segmentations:
         raise UserError(
-            f"--dice-loss-weight {options.dice_loss_weight:g} needs "
-            "--fixed-segmentation and --moving-segmentation"
+            f"`dice_loss_weight` {options.dice_loss_weight:g} needs "
+            "`fixed_segmentation` and `moving_segmentation`"
         )
     if options.loss_function_masking and len(masks) < 2:
         raise UserError(
-            "--loss-function-masking needs both --fixed-mask and --moving-mask, "
-            f"{option_name(masks[0]) + ' alone' if masks else 'neither'} was given"
+            "`loss_function_masking` needs both `fixed_mask` and `moving_mask`, "
+            f"{f'`{masks[0]}` alone' if masks else 'neither'} was given"
         )
     if options.input_masking and not masks:
-        raise UserError("--input-masking needs --fixed-mask or --moving-mask, or both")
+        raise UserError("`input_masking` needs `fixed_mask` or `moving_mask`, or both")
     if masks and not (options.input_masking or options.loss_function_masking):
         raise UserError(
-            f"{option_name(masks[0])} has no effect by itself; add --input-masking, "
-            "--loss-function-masking, or both"
+            f"`{masks[0]}` has no effect by itself; add `input_masking`, "
+            "`loss_function_masking`, or both"
         )
-
-
-def option_name(name: str) -> str:
-    """Returns a field's option on the command line."""
-    return "--" + name.replace("_", "-")
 
 
 def map_regions(

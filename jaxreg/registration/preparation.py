@@ -19,7 +19,6 @@ from jaxreg.models.sam import SAM, TrainedSam, with_sam
 from jaxreg.registration import conditioning
 from jaxreg.registration import options as options_lib
 from jaxreg.registration.options import Options, Regions
-from jaxreg.registration.prealign import select
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.typing import Pair
 from jaxreg.weights import load, zoo
@@ -190,10 +189,9 @@ def check_units(model: zoo.LoadedModel, options: Options) -> None:
     for name in ("fixed_modality", "moving_modality"):
         modality = getattr(options, name)
         if modality_lib.kind(modality) != "ct" and config.network_window is not None:
-            given = options_lib.option_name(name)
             raise UserError(
-                f"{given} is {modality}, but {model.name} reads Hounsfield units; "
-                f"give {given} ct if it is one, or weights trained with "
+                f"`{name}` is {modality}, but {model.name} reads Hounsfield units; "
+                f"give `{name}` ct if it is one, or weights trained with "
                 "--model.features mind --model.backbone_window None"
             )
     low, high = options.ct_window or model.ct_window or needed
@@ -225,7 +223,7 @@ def uses_sam(model: zoo.LoadedModel | None, options: Options) -> bool:
         and options.io_target == "features"
         and both_ct(options)
     )
-    return lacks or shown or options.prealign in select.SAM_METHODS
+    return lacks or shown or options.prealign in options_lib.SAM_METHODS
 
 
 def compared_window(

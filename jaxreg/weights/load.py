@@ -185,7 +185,7 @@ def _from_path(name: str) -> Bundle:
     looks_like_path = path.suffix.lower() in zoo.TORCH_SUFFIXES or len(path.parts) > 1
     if not os.path.exists(path) and not looks_like_path:
         raise UserError(
-            f"there is no model {name!r}{near_match(name, zoo.ZOO, most=2)}; expected "
+            f"there is no model {name!r}{near_match(name, zoo.ZOO)}; expected "
             f"one of {', '.join(zoo.ZOO)}, a checkpoint folder or a PyTorch file"
         )
     if zoo.is_torch(path):

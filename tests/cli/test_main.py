@@ -1223,7 +1223,7 @@ def test_a_pre_alignment_alone(inputs, tmp_path, capsys):
 
 @pytest.mark.parametrize("text", ["16,16,16", "16x16x16", "16X16x16", "16"])
 def test_one_form_of_shape(text):
-    assert cli_options.parse_shape(text) == (16, 16, 16)
+    assert options_lib.read_shape(text) == (16, 16, 16)
 
 
 def test_hyphens_leaves_values_alone():

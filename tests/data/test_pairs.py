@@ -493,7 +493,7 @@ def test_given_weights_replace_the_formula():
     ("records", "tasks", "options", "message"),
     [
         (HCP, [], {}, "no task"),
-        (HCP, [Task("hpc")], {}, "'hpc' has no records.*did you mean 'hcp'"),
+        (HCP, [Task("hpc")], {}, "'hpc' has no records.*did you mean hcp"),
         ([], [Task("hcp")], {}, "datasets \\(none\\)"),
         (HCP, [Task("hcp")], {"pairs_per_epoch": 0}, "pairs_per_epoch is 0"),
         (HCP, [Task("hcp")], {"seed": -1}, "seed is -1"),

@@ -522,7 +522,7 @@ def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
     with pytest.raises(UserError, match=f"weights state -9 9, .* {mend}"):
         preparation.check_units(hounsfield(ct_window=[-9, 9]), two_ct)
     mixed = dataclasses.replace(two_ct, moving_modality="mri")
-    with pytest.raises(UserError, match="--moving-modality is mri, .* Hounsfield"):
+    with pytest.raises(UserError, match="`moving_modality` is mri, .* Hounsfield"):
         preparation.check_units(hounsfield(), mixed)
     free = dataclasses.replace(PAPER, backbone_window=None).build()
     model = dataclasses.replace(hounsfield(), model=free)

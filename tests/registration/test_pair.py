@@ -912,17 +912,22 @@ def test_a_sam_network_that_is_given_is_shown_the_units_that_it_knows():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"io_target": "displacment"}, "--io-target is displacment, .*displacement"),
-        ({"io_sim": "lnc"}, "--io-sim is lnc"),
-        ({"prealign": "affin"}, "--prealign is affin"),
-        ({"precision": "float16"}, "--precision is float16"),
-        ({"fixed_modality": "t3"}, "--fixed-modality is t3, .* t1, "),
-        ({"io_iterations": "10"}, "--io-iterations is '10', expected a whole number"),
-        ({"io_iterations": 1.5}, "--io-iterations is 1.5, expected a whole number"),
-        ({"seed": None}, "--seed is None, expected a whole number"),
-        ({"io_lr": "fast"}, "--io-lr is 'fast', expected a number"),
-        ({"ct_window": (1,)}, r"--ct-window is \(1,\), expected two numbers"),
-        ({"quantile_range": ("a", "b")}, "--quantile-range is .* two numbers"),
+        (
+            {"io_target": "displacment"},
+            "`io_target` is 'displacment', .* mean disp",
+        ),
+        ({"io_sim": "lnc"}, "`io_sim` is 'lnc', expected one of auto, lncc"),
+        ({"prealign": "affin"}, "`prealign` is 'affin'"),
+        ({"precision": "float16"}, "`precision` is 'float16'"),
+        ({"fixed_modality": "t3"}, "`fixed_modality` is 't3', .* t1, "),
+        ({"io_iterations": "10"}, "`io_iterations` is '10', expected a whole number"),
+        ({"io_iterations": 1.5}, "`io_iterations` is 1.5, expected a whole number"),
+        ({"seed": None}, "`seed` is None, expected a whole number"),
+        ({"io_lr": "fast"}, "`io_lr` is 'fast', expected a number"),
+        ({"seed": -1}, "`seed` is -1, expected 0 to 4294967295"),
+        ({"level_iterations": 0}, "`level_iterations` is 0, expected a positive"),
+        ({"ct_window": (1,)}, r"`ct_window` is \(1,\), expected 2 numbers"),
+        ({"quantile_range": ("a", "b")}, "`quantile_range` is 'a', expected a number"),
     ],
 )
 def test_misspelt_values_of_options(change, words):

@@ -5,18 +5,17 @@ A manifest names files and reads none of them; `check` reads them all.
 
 import csv
 import dataclasses
-import difflib
 import io
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from jaxreg.data.manifest import records as records_lib
 from jaxreg.data.manifest.records import Manifest, Pairing, Record, Split
-from jaxreg.errors import UserError
+from jaxreg.errors import UserError, near_match
 from jaxreg.io import files, volumes
 
 # What unigradicon-finetune calls the same things.
@@ -176,7 +175,7 @@ def _read_own_json(content: dict[str, Any], path: pathlib.Path) -> Manifest:
         if name not in ("data", "labels"):
             raise UserError(
                 f"manifest {path} has the unknown key {name!r}, expected data and "
-                f"labels; {_hint(name, ('data', 'labels'))}"
+                f"labels{near_match(name, ('data', 'labels'))}; remove or rename it"
             )
     if not isinstance(data, list):
         raise UserError(
@@ -214,7 +213,8 @@ def _known_names(
             known = (*records_lib.FIELDS, *_ALIASES)
             raise UserError(
                 f"manifest {path} has the unknown {what} {name!r}, expected some of "
-                f"{', '.join(records_lib.FIELDS)}; {_hint(name, known)}"
+                f"{', '.join(records_lib.FIELDS)}{near_match(name, known)}; "
+                "remove or rename it"
             )
         if names.count(name) > 1:
             raise UserError(
@@ -227,11 +227,6 @@ def _known_names(
             "add it"
         )
     return names
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"did you mean {near[0]!r}?" if near else "remove or rename it"
 
 
 def _record(
@@ -251,7 +246,7 @@ def _record(
             if value and value not in known:
                 raise UserError(
                     f"{where}: {name} is {value!r}, expected one of "
-                    f"{', '.join(known)}; {_hint(value, known)}"
+                    f"{', '.join(known)}{near_match(value, known)}; correct it"
                 )
         if value:
             values[name] = (

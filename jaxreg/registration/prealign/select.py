@@ -14,7 +14,7 @@ References:
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +28,7 @@ from jaxreg.errors import UserError
 from jaxreg.matching import nearest
 from jaxreg.matching import points as points_lib
 from jaxreg.models import sam
+from jaxreg.registration.options import SAM_METHODS, Prealign
 from jaxreg.registration.prealign import affine as affine_lib
 from jaxreg.registration.prealign import from_matches, measure
 from jaxreg.space import affine, sampling
@@ -35,12 +36,6 @@ from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Affine, Displacement, Transform
 from jaxreg.typing import Field, Image
-
-Method = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
-"""none; centres of mass; an affine map by intensities; by SAM's matches an affine map
-("sam-affine") or a coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
-SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
-METHODS = ("none", "centre", "affine", *SAM_METHODS)
 
 _BODY_HU = -500.0
 _BODY_MRI = 0.1  # of the scaled intensities
@@ -123,12 +118,16 @@ class Scan:
 
 
 def find(
-    method: Method, moving: Scan, fixed: Scan, *, network: sam.TrainedSam | None = None
+    method: Prealign,
+    moving: Scan,
+    fixed: Scan,
+    *,
+    network: sam.TrainedSam | None = None,
 ) -> Prealignment:
     """Finds a pre-alignment of two scans.
 
     Args:
-      method: how, see `Method`.
+      method: how, see `Prealign`.
       moving: the scan that is warped.
       fixed: the scan that stays.
       network: for SAM's ways, which need scans of the kind that it knows.
@@ -143,8 +142,9 @@ def find(
       UserError: SAM's weights are missing, or its matches are too few or contradict
         each other; or a scan has nothing to see.
     """
-    if method not in METHODS:
-        raise UserError(f"--prealign is {method}, expected one of {', '.join(METHODS)}")
+    if method not in get_args(Prealign):
+        known = ", ".join(get_args(Prealign))
+        raise UserError(f"`prealign` is {method}, expected one of {known}")
     if method == "none":
         return Prealignment(np.eye(4))
     both = shown(fixed), shown(moving)
@@ -254,7 +254,7 @@ def _between_centres(moving: Scan, fixed: Scan) -> np.ndarray:
 
 
 def _not_worse(
-    method: Method,
+    method: Prealign,
     given: Prealignment,
     level: measure.Level,
 ) -> Prealignment:
@@ -295,7 +295,7 @@ def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:
 def _unlikeness_beyond_headers(
     found: measure.Map,
     level: measure.Level,
-    method: Method,
+    method: Prealign,
 ) -> float:
     """By how much a map fits worse than the headers.
 
@@ -327,7 +327,7 @@ def without_sam(method: str) -> UserError:
 
 
 def _by_matches(
-    method: Method, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
+    method: Prealign, moving: Scan, fixed: Scan, network: sam.TrainedSam | None
 ) -> Prealignment:
     if network is None:
         raise without_sam(method)
