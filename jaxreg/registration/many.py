@@ -126,7 +126,7 @@ def check_outputs(
     """
     taken: dict[pathlib.Path, str] = {}
     for name, path in others.items():
-        _take(path, name, taken)
+        scan_pair.claim(path, name, taken)
     for row, pair in rows.items():
         for name, path in vars(pair).items():
             if isinstance(path, pathlib.Path) and name not in OUTPUTS:
@@ -148,14 +148,7 @@ def check_outputs(
                     else transforms.check_transform_path
                 )
                 check(path, f"{row}: {name}")
-            _take(path, f"{row}: {name}", taken)
-
-
-def _take(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
-    """Claims a file for an output; refuses one that is claimed already."""
-    whose = taken.setdefault(path.resolve(), name)
-    if whose != name:
-        raise UserError(f"{name} {path} is also {whose}; name another file")
+            scan_pair.claim(path, f"{row}: {name}", taken)
 
 
 def _check_to_be_made(folder: pathlib.Path) -> None:

@@ -84,13 +84,17 @@ class RegistrationResult:
 
     def __repr__(self) -> str:
         """One line: what was registered, and how well it fits."""
+        return f"<RegistrationResult: {self._line}>"
+
+    @property
+    def _line(self) -> str:
         names = ""
         if self.scans is not None:
-            names = f"{self.scans.moving.source} to {self.scans.fixed.source}, "
+            scans = (self.scans.moving, self.scans.fixed)
+            names = " to ".join(pathlib.PurePath(s.source).name for s in scans) + ", "
         return (
-            f"<RegistrationResult: {names}{self.similarity} loss "
-            f"{self.similarity_before:.4f} before, {self.similarity_after:.4f} after, "
-            f"{self.folding_percent:.2g} % folded>"
+            f"{names}{self.similarity} loss {self.similarity_before:.4f} before, "
+            f"{self.similarity_after:.4f} after, {self.folding_percent:.2g} % folded"
         )
 
     @functools.cached_property
@@ -123,7 +127,7 @@ class RegistrationResult:
         # Drawing takes long to import.
         from jaxreg.registration import report
 
-        return report.registration_figure(self._scans, self.transform)
+        return report.registration_figure(self._scans, self.transform, title=self._line)
 
     def save(
         self,
@@ -154,7 +158,15 @@ class RegistrationResult:
           UserError: nothing or a file of an unknown extension is asked for, a file
             cannot be written, or there is no inverse.
         """
-        _check_outputs(self, transform, warped, inverse, report)
+        _check_outputs(
+            self,
+            {
+                "transform": transform,
+                "warped": warped,
+                "inverse": inverse,
+                "report": report,
+            },
+        )
         scans = self._scans if warped is None else self._scans.with_stored()
         forward, backward = scan_pair.write(
             scans, self.transform, self.inverse,
@@ -185,38 +197,28 @@ class RegistrationResult:
         )
         seen = (self.fixed_image, self.warped_before, self.warped_after)
         picture = report.thumbnail(*(Volume(array, self.fixed_grid) for array in seen))
-        title = repr(self).strip("<>")
+        image = report.inline_image(picture, self._line)
         return (
-            f"<div><p>{html.escape(title)}</p>\n{report.inline_image(picture, title)}\n"
+            f"<div><p>{html.escape(self._line)}</p>\n{image}\n"
             f"<table>{rows}</table></div>"
         )
 
 
 def _check_outputs(
-    result: RegistrationResult,
-    transform: files.PathLike | None,
-    warped: files.PathLike | None,
-    inverse: files.PathLike | None,
-    report: files.PathLike | None,
+    result: RegistrationResult, paths: Mapping[str, files.PathLike | None]
 ) -> None:
     """Checks the names of files before any is written."""
-    paths = {
-        "transform": transform,
-        "warped": warped,
-        "inverse": inverse,
-        "report": report,
-    }
     given = {name: pathlib.Path(p) for name, p in paths.items() if p is not None}
     if not given:
         raise UserError(f"nothing to save; give {', '.join(paths)} or several of them")
-    if inverse is not None and result.inverse is None:
+    if "inverse" in given and result.inverse is None:
         raise UserError(
             "there is no inverse to save; register with Options(inverse=True)"
         )
-    seen: dict[pathlib.Path, str] = {}
+    taken: dict[pathlib.Path, str] = {}
     if result.scans is not None:
         for scan in (result.scans.fixed, result.scans.moving):
-            seen[pathlib.Path(scan.source).resolve()] = "an input"
+            taken[pathlib.Path(scan.source).resolve()] = "an input"
     for name, path in given.items():
         if name == "warped":
             volumes.check_volume_path(path, name)
@@ -224,10 +226,7 @@ def _check_outputs(
             files.check_writable(path, name, suffixes=(".html", ".htm"))
         else:
             transforms.check_transform_path(path, name)
-        if path.resolve() in seen:
-            other = seen[path.resolve()]
-            raise UserError(f"{name} {path} is also {other}; name another file")
-        seen[path.resolve()] = name
+        scan_pair.claim(path, name, taken)
 
 
 def summary(result: RegistrationResult) -> dict[str, str]:

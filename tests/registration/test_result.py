@@ -15,7 +15,7 @@ import jaxreg
 from jaxreg.cli import main
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
-from jaxreg.models.base import Prediction
+from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.registration import pair as pair_lib
 from jaxreg.registration import preparation
 from jaxreg.space.grid import Grid, Volume
@@ -31,7 +31,7 @@ CALLS = ("--fixed-modality", "mri", "--moving-modality", "ct", "--shape", "10,9,
 
 
 @dataclasses.dataclass(frozen=True)
-class Bending:
+class Bending(RegistrationModel):
     """A stand-in for a network: a displacement that depends on both images."""
 
     def apply(self, variables, moving, fixed, **_):
