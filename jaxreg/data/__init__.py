@@ -1,1 +1,1 @@
-"""What the network sees: preprocessing and pairs, on the host."""
+"""Network inputs on the host: manifests, pairs, preprocessing, batches."""

@@ -40,7 +40,7 @@ class Augmentation:
     Attributes:
       permute: one of the 6 orders of the axes, common to both images.
       flip: the sign of each axis, common to both images; reflections are allowed.
-      noise: standard deviation of all 12 entries of each image's own affine noise.
+      noise: standard deviation of all 12 entries of each image's affine noise.
       shared_noise: standard deviation of affine noise that both images share.
       aligned: whether -1 and 1 are the centres of the corner voxels (as unigradicon's
         fine-tuning has it) or the outer edges of the grid (as the released weights
@@ -72,7 +72,7 @@ def draw(key: Key, numbers: jax.Array, config: Augmentation) -> tuple[Theta, The
 
     Args:
       key: of this step.
-      numbers: N, what tells the pairs of the global batch apart, such as the sampler's
+      numbers: N, different for each pair of the global batch, such as the sampler's
         indices.
       config: what to draw.
 
@@ -132,9 +132,9 @@ def transform_image(
     order: Literal[0, 1] = 1,
     aligned: bool = False,
 ) -> jax.Array:
-    """Returns the image as seen through the matrices, N D H W C, same shape and type.
+    """Returns the image resampled through the matrices, N D H W C, same shape and type.
 
-    Beyond the grid the nearest voxel is repeated.
+    Outside the grid the nearest voxel is repeated.
 
     Args:
       image: N D H W C; for order 0 whole numbers below 2**24.
@@ -163,12 +163,12 @@ def to_pair(
     *,
     classes: Sequence[int] = (),
 ) -> Pair:
-    """Makes the pairs that a training step sees; jit-able.
+    """Makes the pairs of a training step; jit-able.
 
     Args:
       batch: by name, X being "moving" and "fixed": "X" (N D H W C, float, or unsigned
         integers that stand for value / largest), "X_target" likewise if the similarity
-        sees other images, "X_inverted" and "X_target_inverted" (N, bool: the image
+        compares other images, "X_inverted" and "X_target_inverted" (N, bool: the image
         becomes 1 - image), "X_mask" and "X_labels" (N D H W 1, integers), "task" (N),
         "index" (N, see `draw`; the place in this batch if absent). Other names are
         passed over.

@@ -1,4 +1,4 @@
-"""Batches of pairs: shared out, prepared ahead, prefetched."""
+"""Batches of pairs: one share a process, prefetched by threads or workers."""
 
 import contextlib
 import dataclasses
@@ -228,7 +228,7 @@ class Batches(Iterator[Batch]):
         """Returns what to keep in a checkpoint: batches consumed, not those read ahead.
 
         ``batches`` is the `start` of a continuation, on any number of processes and
-        workers; ``batch_size`` tells whether that number still means the same pairs.
+        workers; ``batch_size`` shows whether that number still means the same pairs.
         """
         return {"batches": self._next, "batch_size": self._batch_size}
 

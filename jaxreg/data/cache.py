@@ -30,7 +30,7 @@ VERSION = 1
 """Part of every entry's name: raise it when preprocessing gives other numbers."""
 
 DETACHED = (".nhdr", ".mhd")
-"""Formats whose voxels lie in a second file: the hash of the first says little."""
+"""Formats whose voxels lie in a second file: the hash of the first is not enough."""
 
 _MAGIC = b"JXRGC001"
 _TAIL = struct.Struct("<QL8s")
@@ -57,7 +57,7 @@ class Cache:
     reserve_bytes: int = 2**30
 
     def __post_init__(self):
-        """Starts with nothing known."""
+        """Starts with no digest and no verified entry."""
         self.folder = pathlib.Path(self.folder)
         self._digests: dict[str, tuple[tuple[int, int], str]] = {}
         self._verified: dict[str, tuple[int, int]] = {}
@@ -66,7 +66,7 @@ class Cache:
     def digest(self, path: files.PathLike, what: str = "file") -> str:
         """Returns the SHA-256 of a file, remembered by path, size and time of change.
 
-        The file is looked at every time and read again only if it changed.
+        The file is read again only if size or time of change differ.
 
         Args:
           path: the file.

@@ -51,16 +51,16 @@ class Loading:
         and the 0.99 quantile if None.
       foreground: those quantiles are of the voxels above 0 alone.
       canonical: the same as the orientation "RAS".
-      orientation: turn every scan to these directions first, so that scans stored in
-        different orders look alike, see `preprocess.Placement`; as stored if None.
-        Training decides it where it is not given, see `datasets.seen_orientation`.
-      resize: see `preprocess.Placement`.
-      axes: see `preprocess.Placement`.
-      spacing_mm: see `preprocess.Placement`.
+      orientation: reorient every scan to these directions first, so that scans stored
+        in different orders look alike, see `network_grid.ResamplingRule`; as stored if
+        None. Training chooses it where it is not set, see `datasets.seen_orientation`.
+      resize: see `network_grid.ResamplingRule`.
+      axes: see `network_grid.ResamplingRule`.
+      spacing_mm: see `network_grid.ResamplingRule`.
       workers: processes that preprocess (or make pairs); 0 for threads of this process
         alone.
       read_threads: batches read at a time in this process, at most `prefetch`.
-      prefetch: batches read ahead, 0 to read each when asked for.
+      prefetch: batches read ahead, 0 to read each on demand.
       use_labels: put label maps into the batch.
       use_masks: put masks into the batch.
       mask_inputs: set images to 0 outside their masks, after scaling; images without a
@@ -138,7 +138,7 @@ class Loading:
 
         Args:
           modality: of the scan.
-          task: whose own ranges come first.
+          task: its ranges take precedence.
         """
         own = (task.ct_window, task.quantile_range) if task else (None, None)
         return preprocess.IntensityRule(
@@ -212,7 +212,7 @@ class ScanReader:
         return out
 
     def prepare(self, indices: Sequence[int]) -> None:
-        """Sees to it that the cache has what `batch` will read."""
+        """Fills the cache with what `batch` will read."""
         for index in indices:
             plan = self.source.plan(index)
             with self._naming(index):
@@ -237,12 +237,16 @@ class ScanReader:
         for key in pair_source.SIDES:
             network, target = getattr(plan, key), getattr(plan, f"{key}_target")
             record = records[network.record]
-            yield key, self._shown(network, task), record
+            yield key, self._image_reader(network, task), record
             if target is not None and (
                 target.record != network.record
-                or self._hides(target) != self._hides(network)
+                or self._inverts(target) != self._inverts(network)
             ):
-                yield f"{key}_target", self._shown(target, task), records[target.record]
+                yield (
+                    f"{key}_target",
+                    self._image_reader(target, task),
+                    records[target.record],
+                )
             if self.loading.use_labels:
                 yield f"{key}_labels", self._labels, record
             if self.loading.use_masks:
@@ -259,18 +263,23 @@ class ScanReader:
             if key in out and key not in read:
                 out[key][...] = out[network]
             if f"{key}_inverted" in out:
-                view = getattr(plan, key) or getattr(plan, network)
-                out[f"{key}_inverted"][...] = view.inverted and not self._hides(view)
+                image_ref = getattr(plan, key) or getattr(plan, network)
+                out[f"{key}_inverted"][...] = image_ref.inverted and not self._inverts(
+                    image_ref
+                )
 
-    def _hides(self, view: ImageRef) -> bool:
-        """Whether a view is inverted here: the device would turn a mask's 0 into 1."""
-        masked = self.loading.mask_inputs and self.source.records[view.record].mask
-        return view.inverted and bool(masked)
+    def _inverts(self, image_ref: ImageRef) -> bool:
+        """Whether an image is inverted here: the device would make 1 of a mask's 0."""
+        record = self.source.records[image_ref.record]
+        masked = self.loading.mask_inputs and record.mask
+        return image_ref.inverted and bool(masked)
 
-    def _shown(
-        self, view: ImageRef, task: Task
+    def _image_reader(
+        self, image_ref: ImageRef, task: Task
     ) -> Callable[[Record, np.ndarray | None], None]:
-        return functools.partial(self._image, task=task, inverted=self._hides(view))
+        return functools.partial(
+            self._image, task=task, inverted=self._inverts(image_ref)
+        )
 
     def _image(
         self, record: Record, out: np.ndarray | None, *, task: Task, inverted: bool
@@ -349,7 +358,7 @@ class ScanReader:
         """Fills `out`, D H W 1, from the cache or anew; None just fills the cache.
 
         Returns:
-          The entry's notes; none of them for an entry that was not looked into.
+          The entry's notes; {} for an entry that was not read.
         """
         name = self._entry_name(fields, sources)
         cache = self.cache if name is not None else None

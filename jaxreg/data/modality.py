@@ -38,7 +38,7 @@ CONTRASTS: Mapping[str, str] = MappingProxyType(
         **{name: name for name in ("flair", "pd", "dwi", "adc", "fa", "fat", "water")},
     }
 )
-"""Names of modalities to the contrast that they mean; "mri" where that is not said."""
+"""Names of modalities to their contrast; "mri" where it is not known."""
 
 
 def canonical(modality: str) -> str:
@@ -50,8 +50,8 @@ def canonical(modality: str) -> str:
 def same_contrast(first: str, second: str) -> bool:
     """Whether two modalities may show tissue alike, so that intensities compare.
 
-    CT, ultrasound, PET and MR never do, T1 and T2 do not; an MR whose contrast is not
-    said ("mr", "mri") may be like any other MR.
+    CT, ultrasound, PET and MR never do, T1 and T2 do not; an MR of unknown
+    contrast ("mr", "mri") may be like any other MR.
 
     Args:
       first: name of a modality, in any case; a key of `CONTRASTS` or any other word.
@@ -73,7 +73,7 @@ def background_of(
     *,
     nearest: bool = False,
 ) -> background.Background:
-    """Returns what a warped scan shows where there is nothing of it.
+    """Returns the fill value of a warped scan, and which of its voxels are padding.
 
     Args:
       modality: see `kind`; None goes by the values.

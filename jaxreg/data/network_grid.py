@@ -1,4 +1,4 @@
-"""The network's grid in a scan: axes, orientation, and the resizing to it and back."""
+"""Network grids: orientation, axes and resampling of a scan to the network's shape."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ _FEWEST_KEPT = 4  # voxels along each axis of a part
 _WHOLE = 0.8  # share of an axis from which all of it is kept
 CANONICAL = "RAS"
 ANY_ORIENTATION = "any"
-"""What weights say that were trained on scans turned and mirrored at random."""
+"""Orientation of weights that were trained on randomly rotated and flipped scans."""
 
 
 def _world_axes(orientation: str) -> np.ndarray:
@@ -68,12 +68,12 @@ class ResamplingRule:
         its corner voxels (PromptReg); "pad_crop" voxels of `spacing_mm` about the
         scan's centre (UniReg).
       axes: order of the network's array axes: "kji", as `Volume` has them; "ijk",
-        NIfTI's own (PromptReg); "spl": the scan is turned first, so that array
+        NIfTI's own (PromptReg); "spl": the scan is reoriented first, so that array
         indices grow towards superior, posterior and left (UniReg).
       spacing_mm: of the network's voxels, for "pad_crop" alone.
-      orientation: what scans are turned to before that, as NIfTI counts it: "RAS" is i
-        towards right, j anterior, k superior, as near as permuting and flipping axes
-        comes. None leaves them as they are stored. For "spl" there is none to give.
+      orientation: what scans are reoriented to before that, in NIfTI's terms: "RAS" is
+        i towards right, j anterior, k superior, as near as permuting and flipping axes
+        comes. None leaves them as they are stored. "spl" takes none.
     """
 
     resize: Resize = "half_pixel"
@@ -144,7 +144,7 @@ class ResamplingRule:
         return volume.transposed() if self.axes == "ijk" else volume
 
     def grid(self, grid: Grid, shape: Shape) -> Grid:
-        """Returns the network grid over a turned scan's grid."""
+        """Returns the network grid over a reoriented scan's grid."""
         if self._fixed_spacing:
             return grid.centred(shape, self.spacing_mm)
         if self.resize == "aligned":
@@ -152,10 +152,10 @@ class ResamplingRule:
         return grid.resized(shape)
 
     def measured(self, grid: Grid, shape: Shape) -> Grid:
-        """Returns where a map is judged: what the network sees of a turned scan's grid.
+        """Returns the grid on which folds and roughness are measured.
 
-        All of it, but for "pad_crop" the scan's voxels within the network's box. Beyond
-        it the map only goes on, and papers measure on the box.
+        The reoriented scan's, but for "pad_crop" its voxels within the network's box:
+        outside it the map is extrapolated, and papers measure on the box.
         """
         return grid.within(self.grid(grid, shape)) if self._fixed_spacing else grid
 
@@ -165,10 +165,10 @@ class ResamplingRule:
         """Resamples linearly.
 
         Args:
-          array: D H W, float32, turned.
+          array: D H W, float32, reoriented.
           grid: of the array.
           shape: of the network grid.
-          outside: value beyond the array, for "pad_crop".
+          outside: fill value outside the array, for "pad_crop".
         """
         if self._fixed_spacing:
             ratio = self.spacing_mm / grid.spacing_mm
@@ -177,7 +177,7 @@ class ResamplingRule:
         return linear(array, shape)
 
     def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
-        """Resamples to the nearest voxel, 0 beyond; arguments as `image`, any type."""
+        """Resamples to the nearest voxel, 0 outside; arguments as `image`, any type."""
         if self._fixed_spacing:
             return resample.nearest_centred(
                 array, shape, self.spacing_mm / grid.spacing_mm
@@ -190,8 +190,7 @@ class ResamplingRule:
 
 AS_GRADICON = ResamplingRule()
 WITHOUT_WEIGHTS = ResamplingRule(orientation=CANONICAL)
-"""Where no network says what it was trained on: one result, however scans are stored.
-"""
+"""Without a network: RAS first, so that the stored orientation does not matter."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -215,7 +214,7 @@ class Resampled:
         return self._read(array, grid, shape, order=1, fill=outside)
 
     def labels(self, array: np.ndarray, grid: Grid, shape: Shape) -> np.ndarray:
-        """Resamples to the nearest voxel, 0 beyond; see `ResamplingRule.labels`."""
+        """Resamples to the nearest voxel, 0 outside; see `ResamplingRule.labels`."""
         return self._read(array, grid, shape, order=0, fill=0.0)
 
     def _read(

@@ -22,7 +22,7 @@ Pairing = records.Pairing
 
 @dataclasses.dataclass(frozen=True)
 class PairSpec:
-    """Two scans and what is known of them; the fields are the columns of a pairs file.
+    """Two scans and what belongs to them; the fields are the columns of a pairs file.
 
     Attributes:
       fixed: the scan that stays.
@@ -33,14 +33,14 @@ class PairSpec:
       moving_mask: the same for the moving scan.
       fixed_landmarks: CSV of points in the fixed scan; both or neither.
       moving_landmarks: the same points in the moving scan, in the same order.
-      fixed_modality: a key of `preprocess.CONTRASTS`; the options' own if None.
+      fixed_modality: a key of `modality.CONTRASTS`; the options' own if None.
       moving_modality: the same for the moving scan.
-      task: which table the pair counts in ("all" if None), and what a network with
-        heads for tasks is told unless the options name one.
-      region: part of the body; where such a network knows it, it is told that.
-      pairing: "inter" or "intra" subject, told to such a network; that of the task in
-        its training if None.
-      transform_out: where to write the transform of the last way of registering.
+      task: which table the pair counts in ("all" if None), and the task that a network
+        with task heads is conditioned on unless the options name one.
+      region: part of the body; conditions such a network where it was trained on it.
+      pairing: "inter" or "intra" subject, conditions such a network; that of the task
+        in its training if None.
+      transform_out: where to write the transform of the last method.
       warped_out: where to write the moving scan warped by it.
       inverse_out: where `jaxreg register` writes the inverse transform.
     """

@@ -1,4 +1,4 @@
-"""Pairs of records, in the order in which a run asks for them."""
+"""Sources of pairs: scans on disk by a sampler, or pairs made ready."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ class PairSource:
     """Pairs of scans on disk.
 
     Attributes:
-      records: what ``View.record`` counts.
+      records: what ``ImageRef.record`` counts.
       sampler: the plan of pair i.
       classes: the label values that a dataset may have besides 0, by dataset (a
         manifest's ``labels`` will do); what is not listed is not checked.
@@ -63,16 +63,16 @@ class PairSource:
         """Returns "moving FILE, fixed FILE (dataset D)" for a sampler index."""
         plan = self.plan(index)
         names = [
-            f"{key.replace('_', ' ')} {self.records[view.record].image}"
+            f"{key.replace('_', ' ')} {self.records[image_ref.record].image}"
             for key in IMAGES
-            if (view := getattr(plan, key)) is not None
+            if (image_ref := getattr(plan, key)) is not None
         ]
         dataset = self.records[plan.fixed.record].dataset
         return f"{', '.join(names)} (dataset {dataset})"
 
     @property
     def label_type(self) -> np.dtype:
-        """The integer type of label maps in a batch; small if all classes are known."""
+        """Integer type of label maps in a batch; small if all classes are listed."""
         labelled = {r.dataset for r in self.records if r.label is not None}
         if not all(self.classes.get(dataset) for dataset in labelled):
             return np.dtype(np.int32)

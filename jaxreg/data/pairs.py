@@ -1,4 +1,4 @@
-"""Pairs of images that a dataset offers, and how it is trained on."""
+"""Tasks of training and the pairs of images that a dataset offers for each."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -44,11 +44,11 @@ class Task:
       ct_window: Hounsfield values that become 0 and 1 in this task's scans; that of
         the loading if None.
       quantile_range: the same for other modalities.
-      network_window: Hounsfield values that a network which reads them (UniReg) is
-        shown of this task's scans, within those that are loaded; its own
+      network_window: Hounsfield window of this task's scans for a network that reads
+        Hounsfield values (UniReg), within the loaded one; the network's
         `backbone_window` if None.
-      similarity_window: those that the similarity compares, the scans being cut to
-        them; if None what such a network is shown, or all that is loaded.
+      similarity_window: Hounsfield window to which the similarity clips both scans;
+        `network_window` for such a network, else the loaded one, if None.
     """
 
     dataset: str
@@ -68,11 +68,11 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class ImageRef:
-    """One image as it is shown.
+    """One record's image, plain or inverted.
 
     Attributes:
       record: index into the sampler's records.
-      inverted: shown as one minus its normalised intensities.
+      inverted: as one minus its normalised intensities.
     """
 
     record: int
@@ -85,8 +85,8 @@ class PairPlan:
 
     Attributes:
       task: index into the sampler's tasks.
-      moving: what the network sees as moving image.
-      fixed: what it sees as fixed image.
+      moving: the network's moving image.
+      fixed: the network's fixed image.
       moving_target: what the similarity takes for the moving image: another modality of
         the same scan, or None for the network's own image.
       fixed_target: the same of the fixed image.
@@ -171,10 +171,10 @@ def pick_image(rng: np.random.Generator, scan: Scan) -> ImageRef:
 
 
 def pairing_of(records: Sequence[Record], task: Task) -> Pairing:
-    """Returns the kind of a task's pairs, as it says or its dataset's records do.
+    """Returns the pairing of a task: its own, else that of its dataset's records.
 
     Raises:
-      UserError: there are no records, or they say both.
+      UserError: there are no records, or they have both.
     """
     return checked_pairing(records, task, records_of(records, task))
 
@@ -193,7 +193,7 @@ def records_of(records: Sequence[Record], task: Task) -> list[int]:
 
 
 def image_refs_of(records: Sequence[Record], task: Task, i: int) -> dict[str, ImageRef]:
-    """Returns what record i can be shown as, by modality."""
+    """Returns record i by modality: as it is, and inverted if the task inverts CT."""
     modality = records[i].modality.lower()
     image_refs = {modality: ImageRef(i)}
     if task.invert_ct and modality_lib.kind(modality) == "ct":
@@ -323,7 +323,7 @@ def _split_by_session(
 def target_scans(
     records: Sequence[Record], task: Task, members: Sequence[int], pairing: Pairing
 ) -> dict[int, Scan]:
-    """Returns the scan of each record; empty for strategy B, which asks for none.
+    """Returns the scan of each record; empty for strategy B, which needs none.
 
     Raises:
       UserError: a scan has two images of a modality, so they may not be aligned.

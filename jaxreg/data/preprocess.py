@@ -1,4 +1,4 @@
-"""Preprocessing of a scan: intensities, mask, network grid.
+"""Preprocessing of a scan for a network: intensities, mask, resampling.
 
 The rules are those of unigradicon 1.0.6, on which released weights depend: a CT window
 or a k-th value quantile on the scan's own grid, then a half-pixel resize to the network
@@ -66,14 +66,14 @@ class IntensityRule:
 
     @property
     def outside(self) -> float:
-        """What is beyond a scan, scaled: air in CT, else 0."""
+        """Scaled fill value outside a scan: air in CT, else 0."""
         if self.modality != "ct":
             return 0.0
         low, high = self.ct_window
         return min(max((background.AIR_HU - low) / (high - low), 0.0), 1.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON knows them."""
+        """Returns the fields as JSON has them."""
         return {
             "modality": self.modality,
             "ct_window": list(self.ct_window),
@@ -158,7 +158,7 @@ def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
     """Checks that what belongs to an image lies on its grid.
 
     A header's rounding is passed over (`ROUNDING_VOXELS`). Up to `SAME_GRID_VOXELS`
-    between two corners a warning is given and voxels are taken for those of the same
+    between two corners a warning is issued and voxels are taken for those of the same
     index, which are also the nearest. Half a voxel, the mistake of a grid that is
     counted from its edge, is not near.
 
@@ -179,7 +179,7 @@ def check_grids(grid: Grid, image: Grid, name: str, image_name: object) -> None:
         warnings.warn(
             f"{name} lies up to {apart} from the grid of its image {image_name}; taken "
             "for rounding, and for the same grid",
-            stacklevel=1,  # once for a mask, wherever it is looked at
+            stacklevel=1,  # once for a mask, wherever it is checked
         )
         return
     here, there = (" x ".join(map(str, g.shape[::-1])) for g in (grid, image))
@@ -204,7 +204,7 @@ def network_image(
     inverted: bool = False,
     placement: ResamplingRule | Resampled = network_grid.AS_GRADICON,
 ) -> np.ndarray:
-    """Returns the network's view of a scan, 1 D H W 1, float32 in [0, 1].
+    """Returns a scan as network input, 1 D H W 1, float32 in [0, 1].
 
     Args:
       volume: the scan.
@@ -213,7 +213,7 @@ def network_image(
       mask: on the scan's grid; where it is not above 0 the image becomes 0, after the
         intensities of the whole scan were scaled.
       inverted: one minus the intensities, before the mask.
-      placement: how the scan, turned by it, is resized.
+      placement: how the scan, reoriented by it, is resized.
 
     Raises:
       UserError: see `normalise` and `check_same_grid`; or the mask leaves nothing.
@@ -260,7 +260,7 @@ def network_labels(
     """Returns a label map on the network grid, 1 D H W 1, int32; see `network_mask`.
 
     Raises:
-      UserError: a label is negative or beyond 32 bits.
+      UserError: a label is negative or larger than 32 bits.
     """
     labels = volume.array
     volumes.check_labels(labels, volume.source)
@@ -300,11 +300,11 @@ def network_pair(
       fixed_mask: on the fixed scan's grid.
       mask_inputs: set each image to 0 outside its mask.
       mask_loss: put the masks into the pair; needs both.
-      placement: how all of them, turned by it, are resized.
+      placement: how all of them, reoriented by it, are resized.
       moving_placement: another one for what belongs to the moving scan.
 
     Raises:
-      UserError: see `network_image`; or a mask is missing that was asked for.
+      UserError: see `network_image`; or a mask that is needed is missing.
     """
     count = sum(mask is not None for mask in (moving_mask, fixed_mask))
     if mask_loss and count < 2:

@@ -54,7 +54,7 @@ def centred(
       array: D H W, float32.
       shape: (D, H, W) of the result.
       ratio: spacing of the result's voxels in voxels of `array`, along each axis.
-      outside: value of voxels whose centre lies beyond the array's outer faces.
+      outside: fill value of voxels whose centre lies outside the array's faces.
 
     Returns:
       D H W, float32.
@@ -93,7 +93,7 @@ def _centred_positions(
 def _filled(
     array: np.ndarray, positions: Sequence[np.ndarray], source: Shape, value: float
 ) -> np.ndarray:
-    """Sets what lies more than half a voxel beyond the source's outer centres."""
+    """Sets what lies more than half a voxel outside the source's outer centres."""
     for axis, (position, n) in enumerate(zip(positions, source, strict=True)):
         padded = np.abs(position - (n - 1) / 2) > n / 2 + _ROUNDING
         array[(slice(None),) * axis + (padded,)] = value

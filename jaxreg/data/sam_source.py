@@ -1,6 +1,6 @@
 """Pairs of crops of single scans, for self-supervised training.
 
-What `batches.Batches` calls a pair is here one scan seen twice.
+A pair of `batches.Batches` is here two crops of one scan.
 """
 
 import dataclasses
@@ -21,19 +21,19 @@ _SPL = network_grid.ResamplingRule("pad_crop", "spl")
 
 @dataclasses.dataclass(frozen=True)
 class ViewSource:
-    """Two views of scan after scan: every scan once per epoch, in a new order.
+    """Two crops of scan after scan: every scan once per epoch, in a new order.
 
-    A batch never holds one scan twice; what is left of an epoch is not shown. All is a
+    A batch never holds one scan twice; the rest of an epoch is dropped. All is a
     function of seed and index.
 
     Attributes:
       records: the scans.
       batch: scans of a global batch, at most as many as there are.
       rule: modality to intensity rule.
-      scale: scaled intensities [0, 1] and the rule to what the network sees.
-      config: of the views.
-      seed: of order and views.
-      shuffled: false shows the scans in their order, each always in the same views.
+      scale: scaled intensities [0, 1] and the rule to the network's range.
+      config: of the crops.
+      seed: of order and crops.
+      shuffled: false takes the scans in their order, each always in the same crops.
       cache: of decoded scans, or None.
     """
 
@@ -47,7 +47,7 @@ class ViewSource:
     cache: cache_lib.Cache | None = None
 
     def record(self, index: int) -> Record:
-        """Returns whose views element `index` is."""
+        """Returns the scan of element `index`."""
         if not self.shuffled:
             return self.records[index % len(self.records)]
         whole = len(self.records) // self.batch * self.batch
@@ -56,14 +56,14 @@ class ViewSource:
         return self.records[order.permutation(len(self.records))[place]]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Returns the views of element `index`.
+        """Returns the crops of element `index`.
 
         Returns:
           moving and fixed, D H W 1, the two images; moving_places and fixed_places,
           D H W 3 in mm; moving_valid and fixed_valid, D H W 1.
 
         Raises:
-          UserError: the scan cannot be read or shows nothing; names it.
+          UserError: the scan cannot be read or is constant; names it.
         """
         record = self.record(index)
         rule = self.rule(record.modality)
@@ -91,7 +91,7 @@ class ViewSource:
         return f"image {record.image} (dataset {record.dataset})"
 
     def _scan(self, record: Record, rule: preprocess.IntensityRule) -> Volume:
-        """The scan on its own voxels, [0, 1], turned to superior, posterior, left."""
+        """Returns the scan, [0, 1], reoriented to superior, posterior, left."""
         path = pathlib.Path(record.image)
         attached = path.suffix.lower() not in cache_lib.DETACHED
         if self.cache is None or not attached:

@@ -1,8 +1,8 @@
 """Two overlapping crops of one volume, for self-supervised training.
 
-Each view is a crop at its own scale, with noise and blur, and knows of each voxel where
-in the volume it was read, in mm. Host side, NumPy; every draw comes from the Generator
-that is passed in.
+Each has its own scale, noise and blur, and stores for each voxel where in the volume
+it was read, in mm. Host side, NumPy; every draw comes from the Generator that is passed
+in.
 
 References:
   Yan et al., SAM: Self-supervised learning of pixel-wise anatomical embeddings in
@@ -21,17 +21,17 @@ _SURPLUS = 1.05  # of a crop's size over what is read of it
 
 @dataclasses.dataclass(frozen=True)
 class ViewConfig:
-    """How views are drawn; the defaults are those of the released code.
+    """How crops are drawn; the defaults are those of the released code.
 
     Attributes:
-      shape: of a view, D H W.
-      spacing_mm: of a view's voxels at scale 1.
-      scale: smallest and largest factor of a view's spacing.
+      shape: of a crop, D H W.
+      spacing_mm: of a crop's voxels at scale 1.
+      scale: smallest and largest factor of a crop's spacing.
       overlapping: how often, per axis, the crops are made to overlap where the volume
         has room for two.
       least_overlap: then, per axis, in voxels at scale 1; less where the crops are
         not much larger.
-      gamma: largest factor of the contrast's exponent, either way, over the volume's
+      gamma: largest factor of the contrast's exponent or its inverse, over the volume's
         range of intensities; 1 keeps the contrast, as in CT it should be.
       noise: largest deviation of Gaussian noise, in the image's intensities.
       blur_mm: largest deviation of the Gaussian blur.
@@ -68,7 +68,7 @@ class ViewConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Crops:
-    """Two views of a volume, host arrays, float32.
+    """Two crops of a volume, host arrays, float32.
 
     Attributes:
       images: 2 D H W 1.
@@ -88,11 +88,10 @@ def two_crops(
     rng: np.random.Generator,
     config: ViewConfig = ViewConfig(),
 ) -> Crops:
-    """Returns two views of a volume.
+    """Returns two crops of a volume.
 
     Args:
-      image: D H W, in the intensities that the network sees; outside of it views show
-        its edge.
+      image: D H W, in the network's intensities; outside of it crops repeat its edge.
       spacing_mm: of its voxels along D, H and W.
       rng: for all draws.
       config: see `ViewConfig`.
@@ -113,7 +112,7 @@ def two_crops(
     # The first voxel's outer edge is where the body's box begins.
     ends = float(image.min()), float(image.max())
     middles = (first - 0.5) * spacing + (starts + sizes / 2) * config.spacing_mm
-    views = []
+    crops = []
     for middle, scale in zip(middles, scales, strict=True):
         step = config.spacing_mm * scale
         axes = [
@@ -121,16 +120,16 @@ def two_crops(
             for m, n in zip(middle, config.shape, strict=True)
         ]
         index = [mm / s for mm, s in zip(axes, spacing, strict=True)]
-        view = _contrasted(_read(image, index), ends, rng, config.gamma)
-        view = _noisy(view, rng, config.noise)
-        view = _blurred(view, rng, config.blur_mm / step)
+        crop = _contrasted(_read(image, index), ends, rng, config.gamma)
+        crop = _noisy(crop, rng, config.noise)
+        crop = _blurred(crop, rng, config.blur_mm / step)
         inside = [
             (i >= -0.5) & (i <= n - 0.5)
             for i, n in zip(index, image.shape, strict=True)
         ]
         places = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
-        views.append((view[..., None], places, _all(inside)[..., None]))
-    parts = zip(*views, strict=True)
+        crops.append((crop[..., None], places, _all(inside)[..., None]))
+    parts = zip(*crops, strict=True)
     return Crops(*(np.stack(part).astype(np.float32) for part in parts))
 
 
@@ -162,7 +161,7 @@ def _crops(extent: np.ndarray, scales, rng, config: ViewConfig):
         joint = sizes[:, axis].sum() - overlap
         spare = extent[axis] - joint
         begin = rng.integers(min(spare, 0), max(spare, 0) + 1)
-        # Anywhere in the joint box: the views may overlap more than was drawn.
+        # Anywhere in the joint box: the crops may overlap more than was drawn.
         starts[:, axis] = begin + rng.integers(0, joint - sizes[:, axis] + 1)
     return starts, sizes
 
@@ -205,31 +204,31 @@ def _read(image: np.ndarray, index: list[np.ndarray]) -> np.ndarray:
 
 
 def _contrasted(
-    view: np.ndarray, ends: tuple[float, float], rng: np.random.Generator, most: float
+    crop: np.ndarray, ends: tuple[float, float], rng: np.random.Generator, most: float
 ) -> np.ndarray:
     low, high = ends
     if most == 1 or low == high:
-        return view
+        return crop
     exponent = most ** rng.uniform(-1, 1)
-    return low + (high - low) * ((view - low) / (high - low)).clip(0, 1) ** exponent
+    return low + (high - low) * ((crop - low) / (high - low)).clip(0, 1) ** exponent
 
 
-def _noisy(view: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+def _noisy(crop: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
     deviation = rng.uniform(0, most)
-    return view + deviation * rng.standard_normal(view.shape)
+    return crop + deviation * rng.standard_normal(crop.shape)
 
 
-def _blurred(view: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
+def _blurred(crop: np.ndarray, rng: np.random.Generator, most: float) -> np.ndarray:
     """Gaussian blur with up to `most` voxels of deviation, renormalised at the edge."""
     deviation = rng.uniform(0, most)
     if deviation == 0:
-        return view
-    for axis, n in enumerate(view.shape):
+        return crop
+    for axis, n in enumerate(crop.shape):
         distance = np.arange(n)[:, None] - np.arange(n)
         weights = np.exp(-0.5 * (distance / deviation) ** 2)
         weights /= weights.sum(1, keepdims=True)
-        view = np.moveaxis(np.tensordot(weights, view, (1, axis)), 0, axis)
-    return view
+        crop = np.moveaxis(np.tensordot(weights, crop, (1, axis)), 0, axis)
+    return crop
 
 
 def _all(inside: list[np.ndarray]) -> np.ndarray:

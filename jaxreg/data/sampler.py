@@ -4,7 +4,7 @@ uniGradICON draws as many pairs from every dataset (``schedule="per_dataset"``),
 multiGradICON draws datasets with replacement by weight (``"weighted"``). The two images
 of the network and, where a task randomises the similarity, the two images that the
 similarity compares come from separate random streams: changing the strategy never
-changes what the network sees. (In the first multiGradICON models the similarity's
+changes the network's inputs. (In the first multiGradICON models the similarity's
 images had overwritten the network's.)
 """
 
@@ -93,7 +93,7 @@ class Sampler:
     def _targets(
         self, task: int, moving: ImageRef, fixed: ImageRef, rng: np.random.Generator
     ) -> tuple[ImageRef | None, ImageRef | None]:
-        """Draws what the similarity compares; sees the subjects, not the images."""
+        """Draws what the similarity compares; depends on the subjects alone."""
         strategy = self.tasks[task].randomise
         if strategy == "B":
             return None, None
@@ -120,7 +120,7 @@ def sampler(
 
     An inter pair shares the region; each image's modality is drawn uniformly, then the
     image uniformly among that modality's. An intra pair is a subject drawn uniformly
-    and two of its scans; scans are told apart by `Record.session`, and where a subject
+    and two of its scans; scans differ by `Record.session`, and where a subject
     has one session only, every image counts as a scan. Targets (F, R) are images of the
     same scans as the network's: same subject, region and session. F falls back to the
     network's images where two scans share no modality.
@@ -219,7 +219,7 @@ def region_weights(anatomies: Mapping[str, Collection[str]]) -> dict[str, float]
       anatomies: what each dataset shows, e.g. ``{"UKB": ("abdomen", "lung", "knee")}``.
 
     Raises:
-      UserError: a dataset shows nothing.
+      UserError: a dataset has no anatomy.
     """
     counts: dict[str, int] = {}
     for dataset, names in anatomies.items():
@@ -245,7 +245,7 @@ def _rng(seed: int, stream: int, index: int) -> np.random.Generator:
 
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """Returns a permutation of `count`, kept because every pair of an epoch asks."""
+    """Returns a permutation of `count`, cached for all pairs of an epoch."""
     order = _rng(seed, _ORDER, epoch).permutation(count)
     order.setflags(write=False)
     return order

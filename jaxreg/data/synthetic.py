@@ -1,4 +1,4 @@
-"""Endless labelled pairs with known deformation, made of nothing but a seed.
+"""Synthetic labelled pairs of known deformation, endless, from a seed alone.
 
 A *template* is a body with a wall and organs of random place, size and shape. A
 *subject* is the template under a smooth diffeomorphism of its own. A pair is two
@@ -248,7 +248,7 @@ class SyntheticPairs:
     """A map-style source of pairs that goes through its tasks in turn.
 
     ``source[i]`` is pair ``i // T`` of task ``i % T`` of T, for any i >= 0. An epoch
-    has ``len(source)`` pairs; indices beyond it give the next epochs fresh ones.
+    has ``len(source)`` pairs; larger indices give the next epochs new ones.
     """
 
     def __init__(
@@ -461,7 +461,7 @@ def _scan(
     identity: tuple[int, int, int],
     modalities: Sequence[int],
 ) -> SyntheticSubject:
-    """Paints the template as seen through a displacement on the lattice."""
+    """Paints the template deformed by a displacement on the lattice."""
     lattice = fields.lattice_shape(config.shape)
     to_template = fields.on_grid(lattice_to_template, config.shape)
     place = (

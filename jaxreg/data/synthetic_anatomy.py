@@ -34,7 +34,7 @@ class Template:
       body: the outermost surface.
       organs: labels 2, 3, ...
       cores: the share of each organ's squared radius that its core fills, or 0.
-      roughness: displacement in unit coordinates that bends the ellipsoids, on a
+      roughness: displacement in unit coordinates that deforms the ellipsoids, on a
         lattice.
       texture: one channel per modality, on a lattice.
       contrast: intensities, modality by structure: air, wall, body, organs, cores.

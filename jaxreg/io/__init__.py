@@ -1,1 +1,1 @@
-"""What is on disk: the only room that opens files."""
+"""Files of scans, transforms, points and their checks."""

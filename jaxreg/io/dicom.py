@@ -1,8 +1,8 @@
-"""Folders of one DICOM series: where its slices lie, and their voxels.
+"""DICOM series: a folder of slices, their place in space and their voxels.
 
 GDCM, by which SimpleITK reads DICOM, takes memory for whatever length a damaged file
-claims; so it reads in a process of its own, which may take little more than the files
-have. What it passes over in silence is looked at here: files that it cannot read, and
+claims; so it reads in a worker process, which may take little more memory than the
+files have. What it does not report is checked here: files that it cannot read, and
 slices that are not evenly spaced.
 
 References:
@@ -120,7 +120,7 @@ def read_voxels(series: Series) -> np.ndarray:
       (Z, Y, X).
 
     Raises:
-      UserError: they are damaged, or memory lacks.
+      UserError: they are damaged, or there is not enough memory.
     """
     path, shape, dtype = series.path, series.shape[::-1], series.dtype
     claimed = math.prod(shape) * dtype.itemsize

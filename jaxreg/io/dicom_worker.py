@@ -1,4 +1,4 @@
-"""The process that `dicom` starts: reads slices for as long as it is asked.
+"""Worker process of `dicom`: reads slices on request.
 
 A script that imports nothing of jaxreg. Asked by lines of JSON on stdin, for the header
 of one file or for the voxels of several, it answers on stdout with a line of JSON,

@@ -25,7 +25,7 @@ def write_nifti(path: files.PathLike, transform: Transform, fixed: Grid) -> None
     """Writes ``T(x) - x`` on the fixed grid, as ITK and ANTs apply it.
 
     A NIfTI of shape (X, Y, Z, 1, 3), intent "vector", components in LPS mm, float32.
-    Outside its grid such a file says nothing: readers take the identity there.
+    Outside its grid such a file defines nothing: readers take the identity there.
 
     Raises:
       UserError: the path cannot be written.
@@ -46,7 +46,7 @@ def read_nifti(path: files.PathLike) -> Transform:
         vector", as ITK has it; in LPS with any other, which is warned about.
 
     Returns:
-      Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
+      Fixed mm to moving mm (RAS+), the identity half a voxel and more outside the grid.
 
     Raises:
       UserError: the file is missing, damaged or no such field.
@@ -60,8 +60,8 @@ def read_nifti(path: files.PathLike) -> Transform:
             'with the intent "vector" (1007)',
             stacklevel=2,
         )
-    turn = np.eye(4) if intent == "displacement vector" else FLIP
-    return _on_grid(field, grid, turn, path)
+    to_ras = np.eye(4) if intent == "displacement vector" else FLIP
+    return _on_grid(field, grid, to_ras, path)
 
 
 def read_itk(path: files.PathLike) -> Transform:
@@ -73,7 +73,7 @@ def read_itk(path: files.PathLike) -> Transform:
         vectors, are in the header's unit, mm if it names none.
 
     Returns:
-      Fixed mm to moving mm (RAS+), the identity beyond half a voxel outside the grid.
+      Fixed mm to moving mm (RAS+), the identity half a voxel and more outside the grid.
 
     Raises:
       UserError: the file is missing, damaged or no such field.
@@ -108,8 +108,8 @@ def read_itk(path: files.PathLike) -> Transform:
     scale = itk_images.unit_mm(fields, path)
     grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ REVERSE)
     _check_regular(grid, path)
-    turn = FLIP @ np.diag([scale, scale, scale, 1.0])
-    return _on_grid(sitk.GetArrayFromImage(image), grid, turn, path)
+    to_ras = FLIP @ np.diag([scale, scale, scale, 1.0])
+    return _on_grid(sitk.GetArrayFromImage(image), grid, to_ras, path)
 
 
 def _check_claim(path: pathlib.Path, size: tuple[int, ...]) -> None:
@@ -142,11 +142,11 @@ def _check_regular(grid: Grid, path: pathlib.Path) -> None:
 
 
 def _on_grid(
-    vectors: np.ndarray, grid: Grid, turn: np.ndarray, path: pathlib.Path
+    vectors: np.ndarray, grid: Grid, to_ras: np.ndarray, path: pathlib.Path
 ) -> Transform:
-    """Returns a field D H W 3 on its grid; `turn` takes its components to RAS+."""
+    """Returns a field D H W 3 on its grid; `to_ras` takes its components to RAS+."""
     to_unit = np.linalg.inv(grid.unit_to_mm)
-    step = unit_step(vectors, (to_unit @ turn)[:3, :3], path)
+    step = unit_step(vectors, (to_unit @ to_ras)[:3, :3], path)
     return Transform((Affine(to_unit), step, Affine(grid.unit_to_mm)))
 
 

@@ -1,4 +1,4 @@
-"""Files as such: whole or not at all, checked before work starts, hashed."""
+"""Files: atomic writing, checks before work starts, reading of compressed bytes."""
 
 import contextlib
 import errno
@@ -242,7 +242,7 @@ def read_bytes(
     """Reads so many bytes, compressed or not, once and into memory of just that size.
 
     Compressed data are read to their end, so that their checksum counts. A warning says
-    when more follows than was asked for.
+    when more follows than was requested.
 
     Args:
       path: the file.
@@ -255,7 +255,7 @@ def read_bytes(
       uint8, (size,).
 
     Raises:
-      UserError: the file ends too early, is damaged, or memory lacks.
+      UserError: the file ends too early, is damaged, or there is not enough memory.
     """
     path = pathlib.Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Scans given in Python: paths, images of nibabel and SimpleITK, volumes.
+"""Scans passed in Python: paths, images of nibabel and SimpleITK, volumes.
 
 An image is written to a temporary file and read from there, so that the rules and
 checks of `volumes` for headers hold for it as for any file.

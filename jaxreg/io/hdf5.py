@@ -1,4 +1,4 @@
-"""ITK's transforms in HDF5, read in a process of its own with a limit on its time.
+"""ITK's transforms in HDF5, read in a worker process with a time limit.
 
 A damaged file can make the HDF5 library loop for ever, whoever calls it, in code that
 no exception and no signal handler of Python reaches; or end the process that reads it.

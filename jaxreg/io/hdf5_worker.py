@@ -1,4 +1,4 @@
-"""The process that `hdf5` starts: reads transform files for as long as it is asked.
+"""Worker process of `hdf5`: reads transform files on request.
 
 A script that imports nothing of jaxreg, so that it starts in a fifth of a second. Asked
 by lines of JSON on stdin, it answers on stdout with a line of JSON, then the numbers.

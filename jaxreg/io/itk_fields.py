@@ -1,4 +1,4 @@
-"""ITK's transforms that are fields: from their parameters to vectors on a grid.
+"""ITK's displacement-field and B-spline transforms: parameters to vectors on a grid.
 
 Frame: the file's own, LPS mm, components in x, y, z. Arrays are D H W 3.
 """

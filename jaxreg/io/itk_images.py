@@ -1,6 +1,6 @@
 """NRRD and MetaImage through SimpleITK: the place in space and the voxels.
 
-What ITK 5.4 passes over in silence is looked at here: units of length other than mm,
+What ITK 5.4 does not report is checked here: units of length other than mm,
 the end and the checksum of compressed data (of a damaged MetaImage it returns whatever
 was in memory), and sizes that the file cannot hold.
 
@@ -152,7 +152,7 @@ def read_itk(image: ItkImage) -> np.ndarray:
       The shape reversed, (..., Z, Y, X).
 
     Raises:
-      UserError: they are damaged, end early, or memory lacks.
+      UserError: they are damaged, end early, or there is not enough memory.
     """
     path = image.path
     size = math.prod(image.shape) * image.dtype.itemsize
@@ -215,7 +215,7 @@ def _compressed(
 ) -> tuple[pathlib.Path, int, files.Wrapper, Literal["<", ">"]] | None:
     """Returns where compressed voxels are: file, first byte, wrapper and byte order.
 
-    None where they are not compressed, or lie in a way that is left to ITK.
+    None where they are not compressed, or stored in a layout that is left to ITK.
     """
     fields, path = image.fields, image.path
     wrapper: files.Wrapper

@@ -1,4 +1,4 @@
-"""ITK's transforms that are one matrix: from their parameters to it.
+"""ITK's linear transforms: parameters to a 4x4 matrix.
 
 The names, the order of parameters and the conventions are those of ITK's classes, 5.4;
 what they mean together is ``x -> M (x - c) + c + t`` with the centre c of the fixed

@@ -243,7 +243,7 @@ def _record(
 def _write_hdf5(path: pathlib.Path, records: list[_Record]) -> None:
     text = h5py.string_dtype("ascii")
     with h5py.File(path, "w") as file:
-        # ITK's readers look for these four and do not judge what they say.
+        # ITK's readers look for these four and ignore their values.
         for name, value in {
             "HDFVersion": f"HDF5 library version: {h5py.version.hdf5_version}",
             "ITKVersion": "5.4.0",

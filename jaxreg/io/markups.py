@@ -1,4 +1,4 @@
-"""Point lists of 3D Slicer: .fcsv and .mrk.json, which say what frame they are in.
+"""Point lists of 3D Slicer: .fcsv and .mrk.json, which state their frame.
 
 References:
   3D Slicer, Modules/Loadable/Markups: vtkMRMLMarkupsFiducialStorageNode and the schema

@@ -1,6 +1,6 @@
-"""NIfTI files: what the header says, where the voxels lie, and the voxels themselves.
+"""NIfTI files: header, place in space, and voxels.
 
-nibabel knows the fields; the reading is here, so that a damaged header is refused in a
+nibabel names the fields; the reading is here, so that a damaged header is refused in a
 sentence before memory is taken for what it claims, a gzip's checksum is compared, and
 the voxels are in memory once.
 
@@ -110,7 +110,8 @@ def read_voxels(file: Nifti) -> np.ndarray:
       The shape reversed, (..., Z, Y, X), in the machine's byte order, contiguous.
 
     Raises:
-      UserError: the file ends early, its gzip checksum does not fit, or memory lacks.
+      UserError: the file ends early, its gzip checksum does not fit, or there is
+        not enough memory.
     """
     path, dtype = file.path, file.dtype
     start = int(file.header["vox_offset"]) or _data_offset(file.header)

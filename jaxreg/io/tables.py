@@ -1,4 +1,4 @@
-"""Tables of points: a row for each point, and the frames they are in.
+"""Tables of points, one row a point, and their frames.
 
 CSV, whose frame is the caller's to know, and 3D Slicer's .fcsv and .mrk.json, which say
 theirs.
@@ -34,7 +34,7 @@ class Table:
       columns: which of them are x, y and z.
       rows: cells of each point.
       places: P 3, float64, as in the file; of .mrk.json in LPS mm.
-      frame: what the file itself says that they are; None in CSV.
+      frame: as the file states it; None in CSV.
       kept: what else there is in a file of Slicer: the comments of .fcsv, the document
         of .mrk.json.
     """
@@ -244,11 +244,11 @@ def _fcsv_text(table: Table, points_mm: np.ndarray, more: Mapping, frame: Frame)
 
 
 def points_mm(table: Table, frame: Frame, grid: Grid | None = None) -> np.ndarray:
-    """Returns a table's points in RAS+ mm, P 3, by its own frame where it says one.
+    """Returns a table's points in RAS+ mm, P 3, by its file's frame if stated.
 
     Args:
       table: what was read.
-      frame: what the numbers are where the file does not say.
+      frame: of the numbers where the file states none.
       grid: the scan's, for "voxel".
     """
     return to_mm(table.places, table.frame or frame, grid)

@@ -1,4 +1,4 @@
-"""The text headers of NRRD and MetaImage: their fields, and what would harm a reader.
+"""Text headers of NRRD and MetaImage: fields, and checks of what would crash a reader.
 
 SimpleITK reads them by libraries that trust a header: NrrdIO and MetaIO copy texts into
 memory of a fixed size and take a name of files for a format of C. A damaged header

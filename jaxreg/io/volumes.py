@@ -38,7 +38,7 @@ NIFTI = (".nii", ".nii.gz")
 ITK_READ = (".nrrd", ".nhdr", ".mha", ".mhd")
 
 MAX_VOXELS = 2**31
-"""Refused before reading: a damaged header easily asks for more than any memory."""
+"""Refused before reading: a damaged header may claim more than any memory."""
 
 _SIDES_MM = (1e-7, 1e5)
 """The sides of a voxel, from an atom's size to 100 m: others are a damaged header."""
@@ -69,7 +69,7 @@ def read_volume(path: files.PathLike, *, kind: Kind = "image") -> Volume:
 
     Returns:
       A volume, D H W, whose source is the path. NIfTI's affine is the sform if its code
-      is set, else the qform; a warning says when both are set and differ.
+      is set, else the qform; a warning is given when both are set and differ.
 
     Raises:
       UserError: the file is missing, damaged, of another type, not one real 3D volume,
@@ -344,7 +344,7 @@ def _open_nifti(path: pathlib.Path) -> nifti.Nifti:
 
 
 def _check_one_number(file: nifti.Nifti) -> None:
-    """Refuses what has no single real number per voxel, and says what it is."""
+    """Refuses what has not one real number per voxel, and names what it is."""
     path, shape = file.path, file.shape
     full = " x ".join(map(str, shape))
     if file.dtype.fields is not None:
@@ -381,7 +381,7 @@ def _nifti_values(file: nifti.Nifti, kind: Kind) -> np.ndarray:
     """Returns a file's values, D H W: as stored, or scaled by slope and intercept."""
     array = nifti.read_voxels(file)
     array = array.reshape(array.shape[-3:])
-    if array.dtype.itemsize > 8:  # long double, which nothing behind this knows
+    if array.dtype.itemsize > 8:  # long double, which no later stage takes
         array = array.astype(np.float64)
     if file.scale is None:
         return array

@@ -1,6 +1,6 @@
-"""Processes of their own for libraries that a damaged file can hang, crash or bloat.
+"""Worker processes for libraries that a damaged file can hang, crash or bloat.
 
-A second process can be ended, and may be given less memory than this one. It runs a
+A second process can be ended and limited in time and memory. It runs a
 script that imports nothing of jaxreg, so that it starts in a fraction of a second; it
 is started by the first request and stays for the next ones.
 
@@ -62,7 +62,7 @@ class Worker:
 
         Args:
           request: the request; "cpu_s" is added, the processor time that it may take.
-          receive: is given the line of JSON and the stream of what follows it.
+          receive: takes the line of JSON and the stream of what follows it.
           size: bytes that are to be read, by which the time is limited.
 
         Raises:

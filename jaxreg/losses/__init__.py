@@ -1,1 +1,1 @@
-"""How wrong a transform is: pure, differentiable."""
+"""Differentiable losses: similarity, regularity, overlap, their weighted sum."""

@@ -1,4 +1,4 @@
-"""How well embeddings tell places apart: SAM's self-supervised losses.
+"""Contrastive losses of SAM's self-supervised training.
 
 Two views of a volume know of each voxel where in the body it lies, in mm. A voxel's
 embedding is to be more like that of the same place in the other view than like those
@@ -38,7 +38,7 @@ class ContrastiveConfig:
     fine_ignore_mm 20 and coarse_global 1000.
 
     Attributes:
-      candidates: voxels per view that are looked at for a fine positive.
+      candidates: voxels per view among which fine positives are sought.
       positives: of them at most so many that have one.
       hard: most similar voxels of both views per fine query.
       negatives: of them so many are taken.
@@ -84,7 +84,7 @@ def contrastive(
         other.
       coarse: N D' H' W' C, likewise.
       places_mm: N D" H" W" 3, where the views' voxels lie; component 0 is along D.
-      valid: N D" H" W" 1, zero where a voxel shows nothing.
+      valid: N D" H" W" 1, zero where a voxel is outside the volume.
       key: for all choices.
       config: see `ContrastiveConfig`.
 

@@ -1,4 +1,4 @@
-"""The weighted sum that training and instance optimisation minimise.
+"""Objectives: the weighted sum that training and instance optimisation minimise.
 
     loss = w_ic * inverse consistency + S(moving o T, fixed) + S(fixed o T', moving)
            + w_dice * dice + w_smooth * smoothness
@@ -38,7 +38,7 @@ _SHARE = "pairs with "
 
 
 def as_compared(pair: Pair) -> Pair:
-    """Returns the pair with its images as the similarity sees them, N D H W C.
+    """Returns the pair with its images as the similarity compares them, N D H W C.
 
     Each is clipped to `Pair.similarity_range`, whose ends become 0 and 1. Outside an
     image's grid lies then the value of the range's lower end: air in CT.
@@ -257,7 +257,7 @@ class TaskObjective:
         that only some objectives have are means over the pairs that have them.
 
         Raises:
-          ValueError: the pair does not say which objective is its own.
+          ValueError: the pair has no index of its objective.
           UserError: see `Objective`.
         """
         if pair.objective is None:

@@ -1,4 +1,4 @@
-"""How badly label maps overlap: the soft Dice loss and what it needs.
+"""Overlap of label maps: the soft Dice loss and its one-hots.
 
 `shared_labels` and `valid_classes` look at values and run on the host, in NumPy;
 `one_hot` and `dice_loss` are pure JAX.
@@ -102,7 +102,7 @@ def dice_loss(
     """Returns 1 - Dice, averaged over a pair's valid classes and then over pairs.
 
     Per class ``(2 sum(p t) + 1e-6) / (sum p + sum t + 1e-6)``. A pair without any valid
-    class is left out of the mean, so that it does not spoil a training batch.
+    class is left out of the mean, so that it does not affect a training batch.
 
     Args:
       pred: N D H W K, the warped one-hot labels, [0, 1].

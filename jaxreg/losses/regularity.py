@@ -1,4 +1,4 @@
-"""How irregular a map or displacement is; smaller is better.
+"""Regularity of maps and displacements: penalties, smaller is better.
 
 All derivatives are finite differences in unit coordinates: displacement and position
 both run over [0, 1], so the numbers do not depend on the resolution.

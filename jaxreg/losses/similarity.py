@@ -1,4 +1,4 @@
-"""How alike two images are: scalar losses, smaller is better.
+"""Similarity of two images: scalar losses, smaller is better.
 
 Every measure is ``f(warped, target, *, mask=None, **options)`` on images N D H W C of
 one shape. A mask (N D H W 1, any non-zero value counts) belongs to the target and is
@@ -69,9 +69,9 @@ def _gaussian_matrix(n: int, sigma: int) -> np.ndarray:
 def gaussian_blur(image: Image, sigma: int = 5) -> Image:
     """Returns the image blurred along D, H and W with a truncated Gaussian.
 
-    The kernel has length 4 sigma + 1, is cut at 2 sigma and normalised to sum 1; beyond
-    the image lie zeros, and the border is not renormalised (a quirk that trained
-    weights know).
+    The kernel has length 4 sigma + 1, is cut at 2 sigma and normalised to sum 1;
+    outside the image are zeros, and the border is not renormalised (a quirk on which
+    trained weights depend).
 
     Args:
       image: N D H W C.
@@ -288,7 +288,7 @@ def parzen_weights(
     """Returns cubic B-spline weights on the bins, values.shape + (bins,), sum 1.
 
     Args:
-      values: of any shape; beyond the range they count as its nearer end.
+      values: of any shape, clipped to the range.
       bins: at least 4.
       low: centre of the first window.
       high: centre of the last window.

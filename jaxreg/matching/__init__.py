@@ -1,1 +1,1 @@
-"""The same place in another scan, by descriptors."""
+"""Corresponding places of two scans, by descriptors."""

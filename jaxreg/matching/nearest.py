@@ -178,7 +178,7 @@ def stable_match(
 
     Every place walks to its match and back; after some rounds most have come to such
     a pair, and the others are dropped. Several places may end in one pair, which is
-    listed once. Queries are therefore not the given places but voxels near them.
+    listed once. Queries are therefore voxels near the start points.
 
     Args:
       points: P 3, voxels of the query's image to start from.

@@ -1,10 +1,10 @@
 """Corresponding points of two scans in mm, by descriptors of both.
 
-Scans are turned so that array indices grow towards Superior, Posterior and Left, and
-resampled to voxels of one size. Every voxel of a descriptor grid has a vector of length
-1: SAM's coarse and fine embedding, or MIND, which needs no weights. The place that is
-found is the voxel whose vector is most like that at the point, moved to the top of the
-parabola through it and its neighbours along each axis.
+Scans are reoriented so that array indices grow towards Superior, Posterior and Left,
+and resampled to voxels of one size. Every voxel of a descriptor grid has a vector of
+length 1: SAM's coarse and fine embedding, or MIND, which needs no weights. The place
+that is found is the voxel whose vector is most like that at the point, moved to the top
+of the parabola through it and its neighbours along each axis.
 
 References:
   Yan et al., SAM, IEEE TMI 2022, section III-D; Heinrich et al., MIND-SSC, MICCAI 2013.
@@ -38,7 +38,7 @@ class Described:
     Attributes:
       vectors: D H W C, float32, of length 1 over C.
       grid: of the vectors.
-      inside: D H W bool, false where a vector lies beyond the scan.
+      inside: D H W bool, false where a vector lies outside the scan.
       scan: the scan's own grid, and what to call it in a message.
     """
 
@@ -78,8 +78,7 @@ def as_sam_sees(array: Any, rule: IntensityRule) -> Any:
 def shown_to_sam(image: Volume, rule: IntensityRule) -> Volume:
     """Returns a scan as SAM sees it, of sizes that its strides divide.
 
-    What is added at the ends of the axes repeats the edge, as training shows what is
-    beyond a scan.
+    Padding at the ends of the axes repeats the edge, as in training.
 
     Args:
       image: from `placed`.
@@ -96,7 +95,7 @@ def check_known(network: sam.TrainedSam, rule: IntensityRule, source: str) -> No
     """Checks that a scan is of a kind that a SAM network was trained on.
 
     Raises:
-      UserError: the network knows CT alone, and it is another scan.
+      UserError: the network was trained on CT alone, and it is another scan.
     """
     if rule.modality != "ct" and network.quantile_range is None:
         raise UserError(f"this SAM network knows CT alone, {source} is another scan")
@@ -111,7 +110,7 @@ _embed = jax.jit(sam.features, static_argnames="config")
 
 
 def placed(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
-    """Returns a scan as descriptors are made of it: turned, [0, 1], resampled.
+    """Returns a scan as descriptors need it: reoriented, scaled to [0, 1], resampled.
 
     Args:
       volume: the scan.
@@ -228,7 +227,7 @@ def cycle_mm(
       query: the scan of the points.
       key: the scan in which they were found.
     """
-    # A place on the outermost voxels may lie a little beyond the scan.
+    # A place on the outermost voxels may lie a little outside the scan.
     there = _clipped(found.points_mm, key.scan)
     back = find(there, key, query)
     return np.linalg.norm(back.points_mm - np.asarray(points_mm), axis=-1)

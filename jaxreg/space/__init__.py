@@ -1,1 +1,1 @@
-"""Where a voxel is: grids, sampling, displacement fields, transforms."""
+"""Geometry: grids, sampling, displacement fields, transforms."""

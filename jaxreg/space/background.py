@@ -1,4 +1,4 @@
-"""What is no part of a scan: the value beyond it, and the padding that its file holds.
+"""Background of a scan: the fill value outside it, and padding stored in its file.
 
 One rule for every verb that resamples scans. A CT of a round field of view is stored
 in a square: the scanner pads the corners with a number far below air (-2000, -2048,
@@ -24,7 +24,7 @@ _SLICES = 16  # that show whether regions are flat
 
 @dataclasses.dataclass(frozen=True)
 class Background:
-    """What a resampled scan shows where there is nothing of it.
+    """The fill value of a resampled scan, and which stored voxels are padding.
 
     Attributes:
       fill: the value there, in the scan's unit.
@@ -37,7 +37,7 @@ class Background:
 
 
 Fill = float | Literal["auto"] | Background
-"""A value, which knows of no padding, or what `find` says."""
+"""A fill value without padding, or the rule of `find`."""
 
 
 def find(
@@ -95,7 +95,7 @@ def find(
 
 
 def without_padding(volume: Volume) -> Volume:
-    """Returns a scan with its padding replaced by what lies beyond it, for the eye."""
+    """Returns a scan with its padding replaced by the fill value, for display."""
     array = np.asarray(volume.array)
     if not np.fmin.reduce(array, axis=None) < _USUAL_AIR_HU[0]:
         return volume

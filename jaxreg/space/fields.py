@@ -45,7 +45,7 @@ def warp(
       points: N D' H' W' 3, where each fixed voxel lies in the moving image, unit.
       order: 1 linear, 0 nearest.
       outside: see `sampling.Outside`.
-      fill: the value beyond half a voxel, for "half_voxel" only.
+      fill: the value more than half a voxel outside, for "half_voxel" only.
     """
     return sampling.sample(image, points, order=order, outside=outside, fill=fill)
 
@@ -107,7 +107,7 @@ def compose_voxels(
     Args:
       outer: N D H W 3, voxels of its grid.
       inner: N D H W 3, on the same grid.
-      outside: what `outer` is beyond its grid, see `sampling.Outside`.
+      outside: what `outer` is outside its grid, see `sampling.Outside`.
     """
     return inner + warp_voxels(outer, inner, outside=outside)
 

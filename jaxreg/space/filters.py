@@ -44,13 +44,13 @@ def box_matrix(n: int, radius: int) -> np.ndarray:
 
 
 def window_matrix(n: int, size: int) -> np.ndarray:
-    """Returns n x n weights of a sum over an odd number of voxels, zeros beyond."""
+    """Returns n x n weights of a sum over an odd number of voxels, zeros outside."""
     distance = np.arange(n)[None, :] - np.arange(n)[:, None]
     return (np.abs(distance) <= size // 2).astype(np.float64)
 
 
 def mean_filter(image: Image, times: int = 1) -> Image:
-    """Returns means over 3^3 voxels, zeros beyond the image counted; N D H W C.
+    """Returns means over 3^3 voxels, zeros outside the image counted; N D H W C.
 
     Args:
       image: N D H W C.

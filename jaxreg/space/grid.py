@@ -1,4 +1,4 @@
-"""Where a voxel is: the one statement of axis order and of the three frames.
+"""Grids: axis order and the three frames, voxel, unit and mm.
 
 * voxel: continuous array index (d, h, w) of ``array[d, h, w]``; integers are centres.
   ``array[d, h, w] == nifti[w, h, d]``, so (d, h, w) is ITK's (k, j, i).
@@ -125,7 +125,7 @@ class Grid:
         return self.gap_mm(other) <= tolerance_mm
 
     def padding(self, other: "Grid") -> np.ndarray:
-        """Returns how many voxels this grid lacks to cover another, (3, 2).
+        """Returns how many voxels must be added to cover another grid, (3, 2).
 
         Before and after each axis. Nothing where it covers all of the other's voxel
         centres by its own voxels' extent; else as much as covers their extents.

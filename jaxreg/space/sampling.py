@@ -23,8 +23,8 @@ Outside = Literal["edge", "zeros", "half_voxel"]
 """What lies outside the array.
 
 edge: the nearest voxel of the array (PyTorch's "border").
-zeros: 0 beyond the last voxel, reached linearly within one voxel.
-half_voxel: the nearest voxel up to half a voxel outside, `fill` beyond (ITK's rule).
+zeros: 0 outside the grid, reached linearly within one voxel.
+half_voxel: the nearest voxel up to half a voxel outside, else `fill` (ITK's rule).
 """
 
 
@@ -53,10 +53,10 @@ def sample(
       points: N ... 3 in unit coordinates of `values`, or 1 ... 3 for all of the batch.
       order: 1 linear, 0 nearest.
       outside: see `Outside`.
-      fill: the value beyond half a voxel, for "half_voxel" only.
+      fill: the value more than half a voxel outside, for "half_voxel" only.
 
     The gradient with respect to `points` is zero where a clamped coordinate lies at or
-    beyond the corner voxel's centre, as in PyTorch's border sampling. Nearest sampling
+    outside the corner voxel's centre, as in PyTorch's border sampling. Nearest sampling
     has no gradient.
     """
     scale = grid_lib.unit_scale(values.shape[1:4])
@@ -79,7 +79,7 @@ def sample_voxels(
       index: N ... 3, voxels of `values`, or 1 ... 3 for all of the batch.
       order: 1 linear, 0 nearest.
       outside: see `Outside`.
-      fill: the value beyond half a voxel, for "half_voxel" only.
+      fill: the value more than half a voxel outside, for "half_voxel" only.
     """
     values = jnp.asarray(values)
     flat = index.reshape(index.shape[0], -1, 3)
@@ -194,7 +194,7 @@ _OFFSETS = np.array(list(np.ndindex(2, 2, 2)), np.int32)  # low and high corners
 
 
 def _cell(index: jax.Array, shape, *, zeros: bool) -> tuple[jax.Array, jax.Array]:
-    """Returns the low corner of P 3 indices, whole numbers, and the way beyond it."""
+    """Returns the low corner of P 3 indices, integers, and the fraction above it."""
     last = np.asarray(shape[:3]) - 1
     at = index if zeros else _clamp(index, shape)
     low = jnp.floor(at)
@@ -206,8 +206,8 @@ def _cell(index: jax.Array, shape, *, zeros: bool) -> tuple[jax.Array, jax.Array
 def _corner(low: jax.Array, offset, shape, *, zeros: bool):
     """Returns a corner's flat voxel index, P, and whether it lies in the array.
 
-    True for all of them if not `zeros`: the way beyond the low corner is 0 where there
-    is no high one.
+    True for all of them if not `zeros`: the fraction above the low corner is 0 where
+    there is no high one.
     """
     corner = low + offset
     bounded = jnp.clip(corner, 0, np.asarray(shape[:3]) - 1)
@@ -217,7 +217,7 @@ def _corner(low: jax.Array, offset, shape, *, zeros: bool):
 
 
 def _taken(taps: jax.Array, at: jax.Array) -> jax.Array:
-    """Returns rows of P ... at indices that are known to be in bounds."""
+    """Returns rows of P ... at indices that are in bounds."""
     rows = jax.lax.GatherDimensionNumbers(tuple(range(1, taps.ndim)), (0,), (0,))
     sizes = 1, *taps.shape[1:]
     return jax.lax.gather(taps, at[:, None], rows, sizes, mode="promise_in_bounds")
@@ -331,7 +331,7 @@ def _like(gradient, array):
 
 
 def _linear_backward(zeros, saved, dy):
-    # Two loops, so that the one whose gradient nobody asks for is removed.
+    # Two loops, so that the one whose gradient is unused is removed.
     values, index = saved
     return (
         _values_gradient(values, index, dy, zeros=zeros),

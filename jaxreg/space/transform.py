@@ -125,7 +125,7 @@ def in_world(unit: Transform, fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Tr
       moving: the moving scan's network grid, in mm.
 
     Displacement fields switch to the file's rule outside their grid ("half_voxel"):
-    the edge value for half a voxel, no displacement beyond.
+    the edge value for half a voxel, then no displacement.
     """
     steps = tuple(
         dataclasses.replace(s, outside="half_voxel")
@@ -183,8 +183,8 @@ def count_beyond(transform: Transform, points_mm: np.ndarray) -> int:
 def beyond_percent(transform: Transform, grid: grid_lib.Grid) -> float:
     """Returns how much of a grid the transform's first field does not reach, 0 to 100.
 
-    Beyond half a voxel outside its own grid a field displaces nothing. Of a large grid
-    up to 64 voxels along each axis are looked at, evenly, the outermost among them.
+    More than half a voxel outside its grid a field displaces nothing. Of a large grid
+    up to 64 voxels along each axis are checked, evenly, the outermost among them.
 
     Args:
       transform: from the grid's mm, its fields with outside="half_voxel".
@@ -193,7 +193,7 @@ def beyond_percent(transform: Transform, grid: grid_lib.Grid) -> float:
     found = _first_field(transform)
     if found is None:
         return 0.0
-    axes = [np.linspace(0, n - 1, min(n, _LOOKED_AT)) for n in grid.shape]
+    axes = [np.linspace(0, n - 1, min(n, _MOST_CHECKED)) for n in grid.shape]
     index = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
     voxels = np.asarray(found[0](Affine(grid.voxel_to_mm)(index)))
     edge = 0.5 + 1e-3  # a rounding of headers
@@ -201,7 +201,7 @@ def beyond_percent(transform: Transform, grid: grid_lib.Grid) -> float:
     return float(100 * (~inside.all(-1)).mean())
 
 
-_LOOKED_AT = 64
+_MOST_CHECKED = 64
 
 
 def _first_field(transform: Transform) -> tuple[Affine, grid_lib.Shape] | None:
@@ -232,7 +232,7 @@ def padded_to_unit(shape: grid_lib.Shape, padding: np.ndarray) -> np.ndarray:
 def padded(unit: Transform, shape: grid_lib.Shape, padding: np.ndarray) -> Transform:
     """Returns the same map as one field on a padded grid, in that one's unit.
 
-    Beyond its own grid a field goes on with the nearest voxel's displacement: a shift
+    Outside its grid a field continues with the nearest voxel's displacement: a shift
     stays that shift, and the determinant stays above 0 wherever it is along the edge.
 
     Args:

@@ -36,7 +36,7 @@ def _merge_affines(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 def _map_slab(steps, start, shape, *, count: int):
     """Where voxels lead, 1 P 3: `count` from (slice, voxel of it) in order of storage.
 
-    What is beyond the last voxel of the shape belongs to slices that are not there.
+    Voxels after the last one of the shape belong to slices that do not exist.
     """
     points = _voxels_of_slab(start, shape, count)
     for step in steps:

@@ -1,1 +1,1 @@
-"""What XLA is told besides the arithmetic."""
+"""XLA: scheduling of computations and the cache of compiled programs."""

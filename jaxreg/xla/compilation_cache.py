@@ -29,7 +29,7 @@ _UNREADABLE = re.compile(
 def keep() -> None:
     """Lets JAX keep compiled programs in the user's cache.
 
-    A folder that $JAX_COMPILATION_CACHE_DIR or JAX's own setting names stays as it is,
+    A folder that $JAX_COMPILATION_CACHE_DIR or JAX's setting names stays as it is,
     and nothing is kept where $JAXREG_COMPILATION_CACHE is "off" or the folder cannot be
     made. JAX itself is not imported: what needs none stays quick.
     """
@@ -49,7 +49,7 @@ def keep() -> None:
         os.environ.setdefault(_LEAST_SECONDS, "0")
         return
     config.update(_FOLDER.lower(), str(folder))
-    # Of somebody who has set it, it is another than JAX's own.
+    # A user who has set it has another than JAX's default.
     if _LEAST_SECONDS not in os.environ and getattr(config, _LEAST) == _JAX_LEAST:
         config.update(_LEAST, 0.0)
 
@@ -136,8 +136,8 @@ def _is_damaged(path: pathlib.Path) -> bool:
 def _machine() -> str:
     """Returns a name for this kind of processor.
 
-    JAX takes programs of one processor for another's, which may lack instructions:
-    machines that share a home need folders of their own.
+    JAX takes programs of one processor for another's, which may not have all
+    instructions: machines that share a home need separate folders.
     """
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""Which scans there are, and what is wrong with them."""
+"""Manifests of scans: records, readers and checks."""

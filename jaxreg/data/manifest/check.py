@@ -58,7 +58,7 @@ def check(
 
 @dataclasses.dataclass(frozen=True)
 class _Reading:
-    """What one file turned out to be.
+    """What reading one file found.
 
     Attributes:
       problems: of the file by itself.

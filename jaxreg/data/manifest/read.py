@@ -70,7 +70,7 @@ def read_manifest(path: files.PathLike, *, holdout: int | None = None) -> Manife
 
     Args:
       path: file or folder.
-      holdout: as `every` of `hold_out`; None: splits as the manifest says.
+      holdout: as `every` of `hold_out`; None: splits as in the manifest.
 
     Raises:
       UserError: it is no manifest, or an entry is wrong. Missing images are found by
@@ -140,7 +140,7 @@ def _read_csv(text: str, path: pathlib.Path) -> Manifest:
 def _unpaired(
     entries: Sequence[Mapping[str, Any]], records: Sequence[Record]
 ) -> frozenset[str]:
-    """Returns the datasets of which no entry says a pairing."""
+    """Returns the datasets of which no entry states a pairing."""
     stated = {
         record.dataset
         for entry, record in zip(entries, records, strict=True)
@@ -232,7 +232,7 @@ def _known_names(
 def _record(
     entry: Mapping[str, Any], where: str, base: pathlib.Path, dataset: str
 ) -> Record:
-    """Returns the record of one row; the subject stays empty where none is given."""
+    """Returns the record of one row; the subject stays empty where it is missing."""
     values: dict[str, Any] = {"subject": "", "dataset": dataset}
     for name, value in entry.items():
         if isinstance(value, int) and not isinstance(value, bool):
@@ -308,7 +308,7 @@ def _label_names(content: Any, path: pathlib.Path) -> dict[int, str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Listed:
-    """What a dataset JSON says of one image.
+    """What a dataset JSON lists for one image.
 
     Attributes:
       split: the most withheld one of the lists that name it.

@@ -23,7 +23,7 @@ class Record:
       subject: who was scanned; a name means one person within a dataset.
       dataset: what the image is a part of.
       modality: any name (ct, t1, t2, fa, fat); those of CT select the CT window,
-        anything else the MRI rule, see `preprocess.kind`.
+        anything else the MRI rule, see `modality.kind`.
       region: part of the body; the images of a pair show the same.
       label: label map on the image's grid.
       mask: mask on the image's grid, above 0 inside.
@@ -55,8 +55,8 @@ class Manifest:
     Attributes:
       records: in the file's order.
       source: the file or folder, for messages.
-      labels: names of label values by dataset; empty where the file says nothing.
-      unpaired: datasets of which the file says no pairing; that of their records is
+      labels: names of label values by dataset; empty where the file has none.
+      unpaired: datasets of which the file states no pairing; that of their records is
         the default.
     """
 
@@ -72,7 +72,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something in a manifest that stops or spoils a training run.
+    """A fault in a manifest that stops or harms a training run.
 
     Attributes:
       file: the file that it is about, or the manifest.
