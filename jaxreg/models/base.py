@@ -153,7 +153,6 @@ class NetworkConfig(Architecture):
 
     def names_in(self, variables: Variables) -> int:
         """Returns how many prompts or regions weights have; 0 without conditioning."""
-        del variables
         return 0
 
     def with_names(self, names: Sequence[str], tasks: RegionPairings) -> Self:
@@ -163,7 +162,6 @@ class NetworkConfig(Architecture):
           names: of the bank's rows or of the regions.
           tasks: region and pairing of each task, for networks that are told regions.
         """
-        del names, tasks
         return self
 
     def with_region_pairings(
@@ -205,7 +203,6 @@ class NetworkConfig(Architecture):
             new.
           known: how many prompts or regions `variables` have.
         """
-        del shape, fresh, rows, known
         return variables
 
     # Intensities.
@@ -228,12 +225,10 @@ class NetworkConfig(Architecture):
 
     def task_window(self, task: tuple[int, Pairing]) -> Window | None:
         """Returns the Hounsfield units that it is shown of a region and pairing."""
-        del task
         return self.network_window
 
     def with_network_windows(self, windows: Sequence[Window | None]) -> Self:
         """Returns the configuration with the window of each task; None: its own."""
-        del windows
         return self
 
     # Other networks, and repetition.
@@ -245,7 +240,6 @@ class NetworkConfig(Architecture):
 
     def with_sam_window(self, window: Window) -> Self:
         """Returns the configuration for a SAM network that knows a window."""
-        del window
         return self
 
     @property
@@ -330,7 +324,6 @@ class RegistrationModel:
 
         For many calls on one pair whose other variables change.
         """
-        del moving, fixed
         return variables
 
 

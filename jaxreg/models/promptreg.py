@@ -58,7 +58,6 @@ class PromptRegConfig(PromptConfig, rdp.RdpConfig):
 
     def with_names(self, names: Sequence[str], tasks: RegionPairings) -> Self:
         """Returns the configuration for a prompt of each name."""
-        del tasks
         return dataclasses.replace(self, tasks=len(names))
 
     def with_prompts(self, variables: Variables, rows: Sequence[int]) -> Variables:
@@ -92,7 +91,6 @@ class PromptRegConfig(PromptConfig, rdp.RdpConfig):
 
         See `NetworkConfig.fitted`.
         """
-        del known
         if not self.names_in(variables):
             return variables
         if bank_of(variables).shape[-1] != bank_of(fresh).shape[-1]:

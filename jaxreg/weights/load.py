@@ -12,6 +12,7 @@ from jaxreg.data.network_grid import ResamplingRule
 from jaxreg.errors import UserError, near_match
 from jaxreg.io import files
 from jaxreg.models import registry
+from jaxreg.models.base import NetworkConfig
 from jaxreg.models.sam import TrainedSam
 from jaxreg.typing import Variables
 from jaxreg.weights import bundle as bundle_lib
@@ -141,11 +142,12 @@ def _check_shapes(bundle: Bundle, variables: Variables, source: str) -> None:
     Raises:
       UserError: leaves are unknown, missing or misshapen.
     """
-    config = registry.config_of(bundle.model, bundle.config)
-    shape = bundle.preprocessing.get("shape", config.least_grid)
-    fresh = jax.eval_shape(
-        functools.partial(config.build().init, shape=tuple(shape)), jax.random.key(0)
-    )
+    config: NetworkConfig = registry.config_of(bundle.model, bundle.config)
+    model = LoadedModel(source, config.build(), variables, bundle)
+    _check_stated(model)
+    shape = model.shape if "shape" in bundle.preprocessing else config.least_grid
+    init = functools.partial(model.model.init, shape=shape)
+    fresh = jax.eval_shape(init, jax.random.key(0))
     expected, got = (
         {
             jax.tree_util.keystr(path): np.shape(leaf)

@@ -71,7 +71,6 @@ class RegionConfig(NetworkConfig):
 
     def names_in(self, variables: Variables) -> int:
         """Returns how many regions a dynamic head can be made for."""
-        del variables
         return self.regions if self.head == "dynamic" else 0
 
     def with_names(self, names: Sequence[str], tasks: RegionPairings) -> Self:
@@ -82,7 +81,6 @@ class RegionConfig(NetworkConfig):
         self, tasks: RegionPairings, window: Window | None
     ) -> Self:
         """Returns the configuration for another table of regions and pairings."""
-        del window
         return dataclasses.replace(self, tasks=tasks)
 
     def fitted(
@@ -97,7 +95,6 @@ class RegionConfig(NetworkConfig):
 
         See `NetworkConfig.fitted`.
         """
-        del shape
         behind = self.conditioning_size - self.regions
         if self.pairing_first:
             behind -= len(self.pairings)

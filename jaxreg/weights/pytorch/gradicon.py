@@ -140,23 +140,19 @@ class _Table(TensorTable[Mapping[str, Any]]):
     network = "uniGradICON"
 
     def owns(self, state: Mapping[str, Any]) -> bool:
-        """See `TensorTable`."""
         return any(_LAYER.fullmatch(key) for key in state)
 
     def config_fields(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        """See `TensorTable`."""
         return dict(sizes)
 
     def variable_sizes(
         self, variables: Variables, config: Mapping[str, Any], *, source: str
     ) -> Mapping[str, Any]:
         """Returns the fields; the variables are not looked at."""
-        del variables, source
         return config
 
     def preprocessing(self, variables: Variables) -> Mapping[str, Any]:
         """Returns the published networks'."""
-        del variables
         return {
             "shape": [175, 175, 175],
             **ResamplingRule("half_pixel", "kji").to_dict(),

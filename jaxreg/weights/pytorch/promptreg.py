@@ -166,18 +166,15 @@ class _Table(TensorTable[Sizes]):
         self.prompted = prompted
 
     def owns(self, state: Mapping[str, Any]) -> bool:
-        """See `TensorTable`."""
         with_bank = any(key.startswith("prompt_generator.") for key in state)
         pyramid = any(key.startswith("encoder_moving.") for key in state)
         return with_bank if self.prompted else pyramid and not with_bank
 
     def plain(self, state: Mapping[str, np.ndarray], *, source: str) -> State:
         """Returns the tensors without grids of voxel indices, which say nothing."""
-        del source
         return {key: array for key, array in state.items() if not _is_buffer(key)}
 
     def sizes_of(self, state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
-        """See `TensorTable`."""
         first = np.shape(state.get("encoder_moving.conv0.conv.weight", ()))
         bank = np.shape(state.get("prompt_generator.static_prompt", ()))
         prompted = any(key.startswith("prompt_") for key in state)
@@ -198,8 +195,6 @@ class _Table(TensorTable[Sizes]):
     def variable_sizes(
         self, variables: Variables, config: Mapping[str, Any], *, source: str
     ) -> Sizes:
-        """See `TensorTable`."""
-        del config
         try:
             params = variables["params"]
             first = np.shape(params["encoder_moving"]["block_1"]["conv"]["kernel"])

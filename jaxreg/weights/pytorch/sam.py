@@ -92,7 +92,6 @@ class _Table(TensorTable[Mapping[str, Any]]):
     beside = MappingProxyType({"meta": {}})
 
     def owns(self, state: Mapping[str, Any]) -> bool:
-        """See `TensorTable`."""
         own = ("backbone.conv1.conv.", "read_out_head.")
         return any(key.startswith(own) for key in state)
 
@@ -110,7 +109,6 @@ class _Table(TensorTable[Mapping[str, Any]]):
     def sizes_of(
         self, state: Mapping[str, np.ndarray], *, source: str
     ) -> dict[str, Any]:
-        """See `TensorTable`."""
         keys = [f"backbone.layer{stage}.1.conv2.bn.weight" for stage in (1, 2, 3, 4)]
         keys.append("read_out_head.fpn_convs.0.conv.bias")
         absent = [key for key in keys if len(np.shape(state.get(key, 0))) != 1]
@@ -143,7 +141,6 @@ class _Table(TensorTable[Mapping[str, Any]]):
         return {name: config.get(name, size) for name, size in sizes.items()}
 
     def config_fields(self, sizes: Mapping[str, Any]) -> dict[str, Any]:
-        """See `TensorTable`."""
         return dict(sizes)
 
     def entries(self, sizes: Mapping[str, Any]) -> Iterator[Entry]:
@@ -152,7 +149,6 @@ class _Table(TensorTable[Mapping[str, Any]]):
 
     def preprocessing(self, variables: Variables) -> dict[str, Any]:
         """Returns the released network's, which knows CT alone: no quantiles of MR."""
-        del variables
         rule = ResamplingRule("pad_crop", "spl", SPACING_MM)
         return {**rule.to_dict(), "ct_window": list(HU_RANGE)}
 

@@ -70,14 +70,12 @@ class TensorTable(abc.ABC, Generic[Sizes]):
 
     def preprocessing(self, variables: Variables) -> Mapping[str, Any]:
         """Returns what the input of weights looks like that do not say their own."""
-        del variables
         return {}
 
     # What some files have beside the tensors of the table.
 
     def plain(self, state: Mapping[str, np.ndarray], *, source: str) -> State:
         """Returns PyTorch's tensors by the network's own names, and no others."""
-        del source
         return dict(state)
 
     def check_exportable(self, config: Mapping[str, Any], *, source: str) -> None:
@@ -86,23 +84,19 @@ class TensorTable(abc.ABC, Generic[Sizes]):
         Raises:
           UserError: it cannot.
         """
-        del config, source
 
     def completed(self, variables: Variables, entries: Sequence[Entry]) -> Variables:
         """Returns variables with what a file must hold and a network need not have."""
-        del entries
         return variables
 
     def held(
         self, entries: Sequence[Entry], variables: Variables, config: Mapping[str, Any]
     ) -> Sequence[Entry]:
         """Returns those entries that the variables of a configuration must hold."""
-        del variables, config
         return entries
 
     def buffers(self, sizes: Sizes) -> State:
         """Returns tensors of a file that are no weights and follow from the sizes."""
-        del sizes
         return {}
 
     def in_order(

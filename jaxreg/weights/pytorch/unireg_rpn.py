@@ -142,17 +142,14 @@ class _Table(TensorTable[Sizes]):
     ordered = True
 
     def owns(self, state: Mapping[str, Any]) -> bool:
-        """See `TensorTable`."""
         return _FIRST in self.plain(state)
 
     def plain(self, state: Mapping[str, np.ndarray], *, source: str = "") -> State:
         """Returns the network's own names: no prefixes of wrappers, no grids."""
-        del source
         named = {_PREFIX.sub("", key): array for key, array in state.items()}
         return {key: array for key, array in named.items() if not _GRID.match(key)}
 
     def sizes_of(self, state: Mapping[str, np.ndarray], *, source: str) -> Sizes:
-        """See `TensorTable`."""
         is_dynamic = any(".dynamic_flow." in key for key in state)
         controller = np.shape(state.get(_CONTROLLER, ())) if is_dynamic else None
         return _sizes(np.shape(state.get(_FIRST, ())), controller, source)
@@ -160,8 +157,6 @@ class _Table(TensorTable[Sizes]):
     def variable_sizes(
         self, variables: Variables, config: Mapping[str, Any], *, source: str
     ) -> Sizes:
-        """See `TensorTable`."""
-        del config
         try:
             params = variables["params"]
             first = np.shape(params["encoder"]["block_1"]["kernel"])
@@ -264,7 +259,6 @@ class _Table(TensorTable[Sizes]):
         Raises:
           UserError: these are not the six regions that the released code knows.
         """
-        del config
         sizes = self.variable_sizes(variables, {}, source=source)
         if sizes.head == "static":
             return variables, ()
