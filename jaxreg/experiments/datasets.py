@@ -1,4 +1,10 @@
-"""Datasets of an experiment: manifests or synthetic anatomies to pairs."""
+"""Datasets of an experiment: manifests or synthetic anatomies to pairs.
+
+A *task* is a recipe's entry for one dataset, `pairs.Task`; its number, in the order of
+the recipe, is `Pair.task` of its pairs. The *bank* holds the names that a network's
+prompts or regions have, those of the weights it starts from first; a task's *row* is
+the place of its name there. `Pair.objective` is the number of the task's objective.
+"""
 
 import collections
 import contextlib
@@ -66,12 +72,12 @@ class Sources:
       validation_count: how many.
       objectives: which objective scores each task, as an index into `objectives_of`.
       classes: label values of the Dice term.
-      tasks: names of the tasks, as batches count them.
+      tasks: names of the tasks' datasets, as `Pair.task` counts them.
       regions: of each task.
       pairings: of each task.
       rules: of each task.
-      bank: names that the weights carry, see `with_bank`.
-      rows: of each task in the bank.
+      bank: names of the network's prompts or regions, see `with_bank`.
+      rows: of each task, its place in the bank.
       orientation: of the scans as the network sees them, see `preprocess.Placement`;
         None if not known.
     """
@@ -564,7 +570,7 @@ def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
 
 
 def with_bank(sources: Sources, known: Sequence[str], model: NetworkConfig) -> Sources:
-    """Returns the sources with the names that the weights of a network carry.
+    """Returns the sources with the bank of a network.
 
     The known ones come first and the new ones after them: tasks of a bank of prompts,
     or regions of heads. A known one whose data are not there keeps its place; tasks of
@@ -578,8 +584,8 @@ def with_bank(sources: Sources, known: Sequence[str], model: NetworkConfig) -> S
     return dataclasses.replace(sources, bank=bank, rows=rows)
 
 
-def with_tasks(experiment: Experiment, sources: Sources) -> Experiment:
-    """Returns the experiment with a network for as many tasks as the bank names."""
+def with_bank_model(experiment: Experiment, sources: Sources) -> Experiment:
+    """Returns the experiment with a network for the names of the bank."""
     if experiment.model.conditioning is None:
         return experiment
     tasks = tuple(zip(sources.rows, sources.pairings, strict=False))

@@ -23,7 +23,7 @@ from jaxreg.experiments.datasets import (
     make_sources,
     rule_of,
     with_bank,
-    with_tasks,
+    with_bank_model,
 )
 from jaxreg.experiments.stage import (
     PairStage,
@@ -41,7 +41,7 @@ from jaxreg.training.stage import Report
 from jaxreg.weights import load
 from jaxreg.xla import compilation_cache
 
-_SOME_TASKS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
+_MADE_UP_DATASETS = tuple(f"task {i}" for i in range(5))  # where a dry run cannot know
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,13 +319,13 @@ def _with_sources(
     there = _is_there(experiment.data)
     found = make_sources(experiment) if there else _likely_sources(experiment)
     sources = with_bank(found, known, experiment.model)
-    return with_tasks(experiment, sources), sources
+    return with_bank_model(experiment, sources), sources
 
 
 def _likely_sources(experiment: Experiment) -> Sources:
     """Returns sources without pairs, in place of manifests that are not there yet."""
     data = experiment.data
-    named = data.tasks or tuple(pairs.Task(name) for name in _SOME_TASKS)
+    named = data.tasks or tuple(pairs.Task(name) for name in _MADE_UP_DATASETS)
     tasks = tuple(task for task in named if task.dataset not in data.exclude)
     names = ["default", *(name for name, _ in experiment.objectives)]
     return Sources(

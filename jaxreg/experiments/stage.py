@@ -21,7 +21,7 @@ from jaxreg.experiments.datasets import (
     make_prepare,
     make_sources,
     with_bank,
-    with_tasks,
+    with_bank_model,
 )
 from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
 from jaxreg.experiments.warm_start import Read
@@ -120,7 +120,7 @@ def make_step(
     """Returns ``step(state, batch) -> (state, parts)`` of a stage, for its devices.
 
     Args:
-      experiment: as it is during the stage, with its network, see `with_tasks`.
+      experiment: as it is during the stage, with its network, see `with_bank_model`.
       sources: of its pairs.
       rule: of `make_optimizer`.
       layout: its devices.
@@ -201,7 +201,7 @@ class PairStage:
         experiment.model.check_grid(experiment.loading.shape)
         found = make_sources(experiment, number=self.number)
         self.sources = with_bank(found, before, experiment.model)
-        experiment = with_tasks(experiment, self.sources)
+        experiment = with_bank_model(experiment, self.sources)
         if sam is not None:
             model = experiment.model.with_sam_window(sam.ct_window)
             experiment = dataclasses.replace(experiment, model=model)

@@ -49,7 +49,7 @@ def prompted(*domains: str, **train) -> Experiment:
 def saved_bank(folder, chosen, tasks):
     """Writes weights as a run of that experiment leaves them; returns the variables."""
     sources = datasets.with_bank(sources_of(tasks), (), chosen.model)
-    chosen = datasets.with_tasks(chosen, sources)
+    chosen = datasets.with_bank_model(chosen, sources)
     variables = jax.tree.map(
         np.array, chosen.model.build().init(jax.random.key(7), (16, 16, 16))
     )
@@ -61,7 +61,7 @@ def started(chosen, known, tasks):
     """What a stage starts with, and what was said."""
     said = []
     sources = datasets.with_bank(sources_of(tasks), known, chosen.model)
-    chosen = datasets.with_tasks(chosen, sources)
+    chosen = datasets.with_bank_model(chosen, sources)
     variables = warm_start.initial_variables(
         chosen, chosen.model.build(), None, said.append, sources.bank, known
     )
@@ -232,7 +232,7 @@ def test_an_excluded_domain_takes_no_part():
     sources = datasets.make_sources(chosen)
     assert sources.tasks == ("inter_mono", "intra_mono")
     sources = datasets.with_bank(sources, (), chosen.model)
-    assert datasets.with_tasks(chosen, sources).model.tasks == 2
+    assert datasets.with_bank_model(chosen, sources).model.tasks == 2
     wrong = overrides.override(chosen, [("data.exclude", "liver")])
     with pytest.raises(UserError, match="liver is not among"):
         datasets.make_sources(wrong)

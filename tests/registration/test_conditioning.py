@@ -70,7 +70,7 @@ def sources_of(
 def saved(folder, model, sources, seed=3):
     """Writes weights as a run leaves them, with controllers that make a difference."""
     sources = datasets.with_bank(sources, sources.bank, model)
-    chosen = datasets.with_tasks(told(model), sources)
+    chosen = datasets.with_bank_model(told(model), sources)
     rng = np.random.default_rng(seed)
 
     def loud(path, leaf):
@@ -122,7 +122,7 @@ def test_regions_keep_their_rows_in_a_controller_of_more_regions():
 def test_a_network_gets_a_region_for_each_name(model):
     sources = datasets.with_bank(sources_of(), ("brain", "liver"), model)
     assert sources.bank == ("brain", "liver", "head")
-    found = datasets.with_tasks(told(model), sources).model
+    found = datasets.with_bank_model(told(model), sources).model
     assert found.regions == 3
     assert found.tasks == ((2, "inter"), (1, "intra"), (2, "intra"))
     pair = Pair(jnp.zeros((3, 1)), jnp.zeros((3, 1)), task=jnp.array([2, 0, 1]))
@@ -134,7 +134,7 @@ def test_static_heads_know_no_regions():
     model = dataclasses.replace(SMALL, head="static")
     sources = datasets.with_bank(sources_of(), (), model)
     assert sources.bank == ()
-    assert datasets.with_tasks(told(model), sources).model == model
+    assert datasets.with_bank_model(told(model), sources).model == model
 
 
 def test_regions_and_pairings_are_those_of_the_records(tmp_path):
@@ -206,7 +206,7 @@ def test_a_grown_network_answers_as_before_for_old_regions(tmp_path, model):
         known,
         model,
     )
-    chosen = datasets.with_tasks(chosen, grown)
+    chosen = datasets.with_bank_model(chosen, grown)
     assert chosen.model.regions == 3
     network = chosen.model.build()
     said = []
