@@ -29,6 +29,10 @@ from jaxreg.space.grid import Grid, Volume
 
 PLANES = ("axial", "coronal", "sagittal")
 _GRID_LINES_MM = 10.0
+_COLUMNS = (
+    *("moving before", "moving after", "fixed"),
+    *("before (green) on fixed", "after (green) on fixed", "Jacobian, 10 mm grid"),
+)
 _THUMBNAIL_DPI = (72, 55, 40, 30, 20)  # the first that is small enough
 _THUMBNAIL_BYTES = 220_000  # in a notebook's base64 they are a third more
 
@@ -224,15 +228,12 @@ def draw_before_after(
         for a in (determinant, _mapped_mm(displacement_mm, fixed.grid))
     ]
     deformation = any(part is not None for part in parts)
-    names = ["moving before", "moving after", "fixed",
-             "before (green) on fixed", "after (green) on fixed"]  # fmt: skip
-    names += ["Jacobian, 10 mm grid"] * deformation
+    names = _COLUMNS if deformation else _COLUMNS[:-1]
     size = (2.6 * len(names), 0.4 + 2.6 * len(planes))
     figure = Picture(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(planes), len(names), squeeze=False)
-    centre = _centre(fixed)
-    drawn = None
+    centre, drawn = _centre(fixed), None
     for row, plane in enumerate(planes):
         view = _PLANES[plane]
         aspect = spacing[view.vertical] / spacing[view.horizontal]
