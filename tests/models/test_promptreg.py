@@ -162,7 +162,7 @@ def test_each_form_has_its_own_orthogonality(golden, form, expected):
     g = golden(NAME)
     _, variables, _ = network_of(g)
     bank = promptreg.bank_of(variables)
-    found = prompts.orthogonality(bank, form.prompts.orthogonality)
+    found = prompts.orthogonality(bank, form.orthogonality)
     assert distance(found, g[expected]) < 1e-5
 
 

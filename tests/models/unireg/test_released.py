@@ -33,7 +33,7 @@ def variables_of(g):
 
 def model_of(g, group="", **options):
     """The model whose tasks are the stored pairs', in their order."""
-    types = [released.TYPES[t] for t in g[f"{group}task_type"]]
+    types = [released.UniRegRpnConfig.pairings[t] for t in g[f"{group}task_type"]]
     tasks = tuple(zip(g[f"{group}task_id"].tolist(), types, strict=True))
     _, sizes = variables_of(g)
     config = released.UniRegRpnConfig(**{**sizes, "tasks": tasks, **options})
@@ -81,7 +81,7 @@ def test_what_happens_between(golden):
             variables, *images, capture_intermediates=True, mutable=["intermediates"]
         )
     )
-    _, seen = run(*images_of(g), model._conditioning(task, None))
+    _, seen = run(*images_of(g), model.config.condition(task, None))
     seen = seen["intermediates"]
     for level in (4, 3, 2, 1):
         decoder = seen[f"decoder_{level}"]
