@@ -44,8 +44,8 @@ def test_memory_is_of_the_program_that_training_runs(tmp_path, monkeypatch):
     class Found(Exception):
         pass
 
-    def planned(state, job, config):
-        batch = parallel.place_batch(next(job.batches), job.layout)
+    def planned(state, job, config, batches, *_):
+        batch = parallel.place_batch(next(batches), job.layout)
         raise Found(job.step.lower(state, batch).compile().memory_analysis())
 
     monkeypatch.setattr(loop, "run", planned)
