@@ -234,6 +234,20 @@ def _written_at(path: pathlib.Path) -> int | None:
     return path.stat().st_mtime_ns if path.exists() else None
 
 
+def parse_weights(text: str) -> tuple[float, ...]:
+    """Returns the weights of "0.1,1,10".
+
+    Raises:
+      UserError: these are not numbers.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(
+            f"--smoothness is {text}, expected numbers such as 0.1,1,10"
+        ) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """Which network is asked for which weights.
@@ -249,7 +263,7 @@ class Sweep:
 
     model: str
     steps: int | None = None
-    smoothness: tuple[float, ...] | None = None
+    smoothness: Annotated[tuple[float, ...] | None, parse_weights] = None
     write: bool = False
 
 

@@ -200,7 +200,7 @@ def print_numbers(numbers: Mapping[str, str]) -> None:
     """Prints names and values in two columns."""
     width = max(len(name) for name in numbers)
     for name, value in numbers.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {spelled(value)}")
 
 
 def print_written(paths: Iterable[pathlib.Path | None]) -> None:

@@ -20,8 +20,6 @@ REQUIRED: Any = ...
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", pathlib.Path: "PATH"}
 _TUPLES = {2: "MIN MAX", 3: "X Y Z"}
 _FORMS = {"shape": "D,H,W", "fill": "NUMBER|auto"}
-_spellings: dict[str, str] = {}
-"""Fields that are options of some verb, and how these are spelt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +64,7 @@ class _Option:
         if self.positional:
             option = typer.Argument(**info)
         else:
-            option = typer.Option(_spellings[self.name], **info)
+            option = typer.Option(option_name(self.name), **info)
         default = self.default
         if default is REQUIRED:
             default = inspect.Parameter.empty
@@ -120,7 +118,6 @@ def verb(
             for option in own:
                 if part != [*classes][-1] or not only or option.name in only:
                     options.setdefault(option.name, option)
-                    _spellings[option.name] = option_name(option.name)
 
         def run(context: typer.Context, **given: Any) -> None:
             read: dict[str, dict[str, Any]] = {part: {} for part in classes}
@@ -176,10 +173,12 @@ def option_name(field: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """Returns a sentence with fields in backticks as the options that they are."""
+    """Returns a sentence with fields in backticks as options.
+
+    ``io_lr`` is --io-lr, ``train.batch`` of an experiment --train.batch.
+    """
 
     def option(found: re.Match[str]) -> str:
-        name = found[1]
-        return f"--{name}" if "." in name else _spellings.get(name, found[0])
+        return f"--{found[1]}" if "." in found[1] else option_name(found[1])
 
     return re.sub(r"`([\w-]+(?:\.[\w-]+)*)`", option, text)

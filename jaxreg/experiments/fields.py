@@ -72,7 +72,7 @@ def replaced(tree: Any, changes: Iterable[Change], above: str) -> Any:
         here = f"{above}{name}"
         if name not in fields:
             raise UserError(
-                f"there is no setting --{here}{near_match(name, fields)}; "
+                f"there is no setting `{here}`{near_match(name, fields)}; "
                 f"{above.rstrip('.') or 'an experiment'} has "
                 f"{', '.join(sorted(fields))}"
             )
@@ -85,7 +85,7 @@ def replaced(tree: Any, changes: Iterable[Change], above: str) -> Any:
             child = _named_replaced(child, below, here)
         elif below and not dataclasses.is_dataclass(child):
             raise UserError(
-                f"--{here}.{'.'.join(below[0][0])}: {here} is {child!r} and has no "
+                f"`{here}.{'.'.join(below[0][0])}`: {here} is {child!r} and has no "
                 "fields"
             )
         elif below:
@@ -102,7 +102,7 @@ def _named_replaced(items: tuple, changes: Iterable[Change], here: str) -> tuple
         name, rest = path[0], path[1:]
         if name not in names or not rest:
             raise UserError(
-                f"there is no setting --{here}.{'.'.join(path)}; {here} has "
+                f"there is no setting `{here}.{'.'.join(path)}`; {here} has "
                 f"{', '.join(names) or 'no entries'}, each with fields of its own"
                 f"{near_match(name, names)}"
             )

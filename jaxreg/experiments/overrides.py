@@ -66,9 +66,9 @@ def _check_lasting(
     ]
     if undoing:
         name = ".".join(path)
-        own = " ".join(f"--stages.{stage}.{name} VALUE" for stage in undoing)
+        own = " ".join(f"`stages.{stage}.{name}` VALUE" for stage in undoing)
         raise UserError(
-            f"--{name} has no effect in stages that have a value of their own "
+            f"`{name}` has no effect in stages that have a value of their own "
             f"({', '.join(undoing)}); give {own}"
         )
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import pathlib
+import warnings
 from typing import Annotated, Literal, get_args
 
 import pytest
 import typer
 
 from jaxreg import settings
-from jaxreg.cli import main, parser
+from jaxreg.cli import main, parser, progress
 from jaxreg.cli import options as cli_options
 from jaxreg.errors import UserError
 from jaxreg.losses import similarity
@@ -125,7 +126,16 @@ def test_text_that_says_nothing_is_refused(value, annotation, words):
 
 
 def test_errors_of_the_package_name_options_on_the_command_line():
-    text = "`io_iterations` None and `sam_weights`; `model.features` mind; `so`"
+    text = "`io_iterations` None and `sam_weights`; `model.channels_up` 1; `f(x)`"
     assert parser.spelled(text) == (
-        "--io-iterations None and --sam-weights; --model.features mind; `so`"
+        "--io-iterations None and --sam-weights; --model.channels_up 1; `f(x)`"
     )
+
+
+def test_warnings_name_options_on_the_command_line(capsys):
+    with main._plain_warnings():
+        warnings.warn("pass `io_lr`", stacklevel=1)
+    assert capsys.readouterr().err == "jaxreg: warning: pass --io-lr\n"
+    with progress.Bar("fit") as bar:
+        bar.report("give `train.batch` 1")
+    assert capsys.readouterr().err == "fit: give --train.batch 1\n"

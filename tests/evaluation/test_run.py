@@ -497,7 +497,7 @@ def wrong(spec, tmp_path):
          {"options": options(io_iterations=3, dice_loss_weight=1.0)}),
         ("number of steps", {"with_optimisation": True}),
         ("two rows would be called initial", {"name": "initial"}),
-        ("needs both --fixed-mask", {"options": options(loss_function_masking=True)}),
+        ("needs both `fixed_mask`", {"options": options(loss_function_masking=True)}),
     ):  # fmt: skip
         yield message, [spec], known | changes
 

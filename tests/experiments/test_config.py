@@ -77,7 +77,7 @@ def test_text_becomes_the_fields_type(name, text, section, value):
         ("loading.orientation", "RLS", 'orientation is "RLS", expected a letter of'),
         ("objective.similarity_options", "radius=1", "takes no option radius, only s"),
         ("objective.similarity_options", "sigma=0", "sigma of similarity lncc is 0"),
-        ("stages.one.model.refinments", "1", r"--stages\.one\.model\.refinments .did"),
+        ("stages.one.model.refinments", "1", r"`stages\.one\.model\.refinments` .did"),
         ("stages.one.train.batch", "0", "train.batch is 0"),
         ("stages.one.train.batch", "x", "`stages.one.train.batch` is 'x'"),
         ("stages.on.train.batch", "2", 'is "on", expected one of one'),
@@ -176,13 +176,13 @@ def test_a_change_that_stages_would_undo_is_refused():
     with pytest.raises(UserError) as caught:
         overrides.override(STAGED, [("model.fullres_steps", "2")])
     assert str(caught.value) == (
-        "--model.fullres_steps has no effect in stages that have a value of their own "
-        "(a, b); give --stages.a.model.fullres_steps VALUE "
-        "--stages.b.model.fullres_steps VALUE"
+        "`model.fullres_steps` has no effect in stages that have a value of their own "
+        "(a, b); give `stages.a.model.fullres_steps` VALUE "
+        "`stages.b.model.fullres_steps` VALUE"
     )
     # A value of all of a section counts, and one within a section that is replaced.
     quiet = dataclasses.replace(STAGED, stages=(Stage("a", 1, (("augment", None),)),))
-    with pytest.raises(UserError, match=r"--stages\.a\.augment\.noise VALUE"):
+    with pytest.raises(UserError, match=r"`stages\.a\.augment\.noise` VALUE"):
         overrides.override(quiet, [("augment.noise", "0.1")])
     # Neighbours in the section are free.
     assert (
@@ -244,7 +244,7 @@ def test_stages_and_objectives_are_changed_by_name():
     assert [o.dice_weight for _, o in changed.objectives] == [0.5, 0.0]
     with pytest.raises(UserError, match="stages has a, b"):
         overrides.override(named, [("stages.c.epochs", "9")])
-    with pytest.raises(UserError, match=r"no setting --stages\.a\.epoch .did you mean"):
+    with pytest.raises(UserError, match=r"no setting `stages\.a\.epoch` .did you mean"):
         overrides.override(named, [("stages.a.epoch", "9")])
 
 
@@ -354,7 +354,7 @@ def test_settings_go_by_their_former_names_too():
     assert dataclasses.replace(PLAIN, stages=stages) == STAGED
     changed = overrides.override(STAGED, [("stages.a.model.refinements", "2")])
     assert dict(changed.stages[0].changes)["model.fullres_steps"] == 2
-    with pytest.raises(UserError, match=r"stages\.a\.model\.fullres_steps VALUE"):
+    with pytest.raises(UserError, match=r"stages\.a\.model\.fullres_steps` VALUE"):
         overrides.override(STAGED, [("model.refinements", "2")])
 
 

@@ -257,7 +257,7 @@ def test_finetuning_has_the_original_tools_defaults():
 def test_what_a_stage_of_a_recipe_has_of_its_own_is_changed_by_its_name():
     chosen = load("unigradicon")
     with pytest.raises(
-        UserError, match=r"--stages\.stage_2\.model\.fullres_steps VALUE"
+        UserError, match=r"`stages\.stage_2\.model\.fullres_steps` VALUE"
     ):
         overrides.override(chosen, [("model.fullres_steps", "0")])
     changed = overrides.override(chosen, [("stages.stage_2.model.fullres_steps", "0")])

@@ -289,8 +289,8 @@ def test_without_a_network_extents_are_not_stretched():
 
 def test_what_it_does_not_know_is_refused():
     options = options_lib.Options(io_target="features", dice_loss_weight=1.0)
-    with pytest.raises(UserError, match="knows neither --dice-loss-weight"):
+    with pytest.raises(UserError, match="knows neither `dice_loss_weight`"):
         options_lib.check_options(options)
     options = options_lib.Options(io_target="map", io_iterations=None)
-    with pytest.raises(UserError, match="--io-target map needs instance"):
+    with pytest.raises(UserError, match="`io_target` map needs instance"):
         options_lib.check_options(options)
