@@ -99,21 +99,11 @@ def register_list(
     Raises:
       UserError: something is wrong, or pairs failed.
     """
-    from jaxreg.data import pair_list
     from jaxreg.io import files
     from jaxreg.registration import many
     from jaxreg.registration import rows as rows_lib
 
-    assert listed.pairs is not None  # the caller's promise
-    rows: Rows = pair_list.read_rows(listed.pairs)
-    _check_modalities(rows, modalities)
-    if listed.out_dir is not None:
-        rows = many.with_outputs(rows, listed.out_dir)
-    others = {"--pairs": listed.pairs}
-    if listed.summary is not None:
-        files.check_writable(listed.summary, "--summary", suffixes=(".csv",))
-        others["--summary"] = listed.summary
-    many.check_outputs(rows, others=others, made=listed.out_dir)
+    rows = _read(listed, modalities)
     there = many.finished(rows) if listed.skip_existing else {}
     waiting = {row: pair for row, pair in rows.items() if row not in there}
     many.check_inputs(waiting, options)
@@ -142,6 +132,25 @@ def register_list(
             outcomes.sort(key=lambda outcome: place[outcome.row])
             many.write_summary(listed.summary, outcomes)
     _conclude(outcomes, time.perf_counter() - start, listed.summary)
+
+
+def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
+    """Returns the rows of a list with their outputs, checked."""
+    from jaxreg.data import pair_list
+    from jaxreg.io import files
+    from jaxreg.registration import many
+
+    assert listed.pairs is not None  # the caller's promise
+    rows: Rows = pair_list.read_rows(listed.pairs)
+    _check_modalities(rows, modalities)
+    if listed.out_dir is not None:
+        rows = many.with_outputs(rows, listed.out_dir)
+    others = {"--pairs": listed.pairs}
+    if listed.summary is not None:
+        files.check_writable(listed.summary, "--summary", suffixes=(".csv",))
+        others["--summary"] = listed.summary
+    many.check_outputs(rows, others=others, made=listed.out_dir)
+    return rows
 
 
 def _check_modalities(rows: "Rows", given: Mapping[str, Any]) -> None:

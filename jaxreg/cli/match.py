@@ -17,6 +17,7 @@ from jaxreg.registration import options as options_lib
 from jaxreg.registration.options import Options
 
 if TYPE_CHECKING:
+    from jaxreg.io.tables import Table
     from jaxreg.matching.points import Described
     from jaxreg.space.grid import Volume
 
@@ -112,19 +113,12 @@ def match_verb(
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
         volumes.check_source(path, name)
-    table = None if points is None else tables.read(points, "--points")
+    table = _table(wanted)
     describe = _by_mind(spacing) if model.lower() == _MIND else _by_sam(model)
-
-    import numpy as np
 
     from jaxreg.matching import points as matching_points
 
     scans = [volumes.read_volume(path) for path in (fixed, moving)]
-    if table is None:
-        cells = [f"{x:g}" for x in wanted.point or ()]
-        table = tables.Table(
-            ["x", "y", "z"], [0, 1, 2], [cells], np.array([wanted.point])
-        )
     frame, grid = wanted.points_frame, scans[0].grid
     outside = tables.outside(
         table, frame, lambda places: tables.count_outside(places, grid), grid=grid,
@@ -152,6 +146,18 @@ def match_verb(
         points_out, table, found.points_mm, columns, frame=frame, grid=scans[1].grid
     )
     print(f"wrote {points_out}")
+
+
+def _table(wanted: Points) -> "Table":
+    """Returns the points of a file, or the one of the command line."""
+    import numpy as np
+
+    from jaxreg.io import tables
+
+    if wanted.points is not None:
+        return tables.read(wanted.points, "--points")
+    cells = [f"{x:g}" for x in wanted.point or ()]
+    return tables.Table(["x", "y", "z"], [0, 1, 2], [cells], np.array([wanted.point]))
 
 
 _Describe = Callable[..., "Described"]
