@@ -55,6 +55,27 @@ def read_shape(text: str) -> Shape:
     return d, h, w
 
 
+def read_iterations(text: str) -> int | None:
+    """Returns a number of steps, or None for "None".
+
+    Raises:
+      UserError: it is neither.
+    """
+    if text.strip().lower() == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise _wrong_iterations(text) from None
+
+
+def _wrong_iterations(given: int | str) -> UserError:
+    return UserError(
+        f"`io_iterations` is {given}, expected a positive number, or None to register "
+        "without instance optimisation"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How to register.
@@ -122,7 +143,7 @@ class Options:
     smoothness: float | None = None
     level_iterations: int | None = None
     prealign: Prealign = "none"
-    io_iterations: int | None = 50
+    io_iterations: Annotated[int | None, read_iterations] = 50
     io_target: Target = "network"
     io_sim: Annotated[str, SIMILARITIES] = "auto"
     io_lr: float | None = None
@@ -207,10 +228,7 @@ def check_options(options: Options) -> None:
     _check_modality_options(options)
     _check_prealign(options)
     if options.io_iterations is not None and options.io_iterations < 1:
-        raise UserError(
-            f"`io_iterations` is {options.io_iterations}, expected a positive number, "
-            "or None to register without instance optimisation"
-        )
+        raise _wrong_iterations(options.io_iterations)
     if options.io_lr is not None and not 0 < options.io_lr < math.inf:
         raise UserError(f"`io_lr` is {options.io_lr:g}, expected a positive number")
     if not 0 <= options.dice_loss_weight < math.inf:
