@@ -255,8 +255,7 @@ def measure(program: Program, runs: int) -> tuple[list[float], float]:
     return seconds, counted
 
 
-def main() -> None:
-    """Parses the command line, counts, perhaps measures, prints."""
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
@@ -275,7 +274,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="XLA's count beside ours")
     parser.add_argument("--measure", action="store_true", help="run it here")
     parser.add_argument("--runs", type=int, default=5)
-    given = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parses the command line, counts, perhaps measures, prints."""
+    given = _arguments()
     devices = {n: this_cpu() if n == "cpu" else DEVICES[n] for n in given.device}
     for name, device in devices.items():
         print(

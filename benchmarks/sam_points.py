@@ -26,12 +26,12 @@ from jaxreg.data.preprocess import IntensityRule
 from jaxreg.io import volumes
 from jaxreg.losses.similarity import gaussian_blur
 from jaxreg.matching import points
-from jaxreg.matching.points import Described
+from jaxreg.matching.points import DescribedScan
 from jaxreg.space import fields
 from jaxreg.space.grid import Grid, Shape, Volume
 from jaxreg.weights import load
 
-Describe = Callable[[Volume, IntensityRule], Described]
+Describe = Callable[[Volume, IntensityRule], DescribedScan]
 RULE = IntensityRule("mri")
 TURNED = network_grid.ResamplingRule("pad_crop", "spl")
 MARGIN = 2  # voxels between a point and the scan's edge

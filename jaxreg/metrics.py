@@ -149,7 +149,7 @@ def regularity(transform: transform_lib.Transform, grid: Grid) -> tuple[float, f
 
     Args:
       transform: fixed mm to moving mm.
-      grid: of the fixed scan, see `network_grid.Placement.measured`.
+      grid: of the fixed scan, see `ResamplingRule.measured`.
     """
     determinant = warping.jacobian_map(transform, grid)
     return folding_fraction(determinant), sdlogj(determinant)

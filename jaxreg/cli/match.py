@@ -18,7 +18,7 @@ from jaxreg.registration.options import Options
 
 if TYPE_CHECKING:
     from jaxreg.io.tables import Table
-    from jaxreg.matching.points import Described
+    from jaxreg.matching.points import DescribedScan
     from jaxreg.space.grid import Volume
 
 _MIND = "mind"
@@ -160,7 +160,7 @@ def _table(wanted: Points) -> "Table":
     return tables.Table(["x", "y", "z"], [0, 1, 2], [cells], np.array([wanted.point]))
 
 
-_Describe = Callable[..., "Described"]
+_Describe = Callable[..., "DescribedScan"]
 
 
 def _check(wanted: Points, scans, model: str, spacing: float | None) -> None:

@@ -114,7 +114,8 @@ class Batches(Iterator[Batch]):
     An element is a dict of NumPy arrays whose first axis is ``batch_size //
     process_count`` long:
 
-    * moving, fixed: N D H W 1, float32 in [0, 1] or uint16 (`QUANTA` times that).
+    * moving, fixed: N D H W 1, float32 in [0, 1] or uint16 (`pair_source.QUANTA` times
+      that).
     * moving_target, fixed_target: the same, where a task draws them.
     * moving_inverted and so on, one for each image: N, bool, where a task inverts CT:
       the image is to become ``1 - x``.

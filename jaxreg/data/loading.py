@@ -134,7 +134,7 @@ class Loading:
         )
 
     def rule(self, modality: str, task: Task | None = None) -> preprocess.IntensityRule:
-        """Returns the intensity rule of a modality, see `preprocess.kind`.
+        """Returns the intensity rule of a modality, see `modality.kind`.
 
         Args:
           modality: of the scan.

@@ -27,8 +27,8 @@ class Task:
 
     Attributes:
       dataset: whose records; several tasks may share one dataset.
-      weight: share of the pairs up to normalisation; None: `modality_weights`. Only
-        ``schedule="weighted"`` looks at it.
+      weight: share of the pairs up to normalisation, for ``schedule="weighted"`` alone;
+        `sampler.modality_weights` if None.
       pairing: "inter" pairs two subjects, "intra" two scans of one; None: what the
         dataset's records say.
       randomise: see `Strategy`.

@@ -74,12 +74,12 @@ class Sampler:
         index = operator.index(index)
         if index < 0:
             raise IndexError(f"pair {index}: pairs are counted from 0")
-        task = self._task(index)
-        moving, fixed = self._pools[task].draw(_rng(self.seed, _NETWORK, index))
-        targets = self._targets(task, moving, fixed, _rng(self.seed, _TARGET, index))
-        return PairPlan(task, moving, fixed, *targets)
+        number = self._task_number(index)
+        moving, fixed = self._pools[number].draw(_rng(self.seed, _NETWORK, index))
+        targets = self._targets(number, moving, fixed, _rng(self.seed, _TARGET, index))
+        return PairPlan(number, moving, fixed, *targets)
 
-    def _task(self, index: int) -> int:
+    def _task_number(self, index: int) -> int:
         if self.schedule == "weighted":
             edges = np.cumsum(self.shares)[:-1]
             draw = _rng(self.seed, _TASK, index).random()
@@ -91,14 +91,14 @@ class Sampler:
         return (start + int(order[place])) % len(self.tasks)
 
     def _targets(
-        self, task: int, moving: ImageRef, fixed: ImageRef, rng: np.random.Generator
+        self, number: int, moving: ImageRef, fixed: ImageRef, rng: np.random.Generator
     ) -> tuple[ImageRef | None, ImageRef | None]:
         """Draws what the similarity compares; depends on the subjects alone."""
-        strategy = self.tasks[task].randomise
+        strategy = self.tasks[number].randomise
         if strategy == "B":
             return None, None
-        of_moving = self._scans[task][moving.record]
-        of_fixed = self._scans[task][fixed.record]
+        of_moving = self._scans[number][moving.record]
+        of_fixed = self._scans[number][fixed.record]
         if strategy == "R":
             return pairs.pick_image(rng, of_moving), pairs.pick_image(rng, of_fixed)
         common = sorted(of_moving.keys() & of_fixed.keys())

@@ -319,7 +319,7 @@ def _source(experiment: SamExperiment, records: Sequence[Record], *, held: bool)
         records,
         experiment.train.batch,
         loading.rule,
-        points.as_sam_sees,
+        points.in_sam_range,
         experiment.views,
         seed=_VALIDATION_SEED if held else experiment.train.seed,
         shuffled=not held,

@@ -32,7 +32,7 @@ _NUDGE = 1e-3  # of a voxel: how far rounding may put a point outside its scan
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class DescribedScan:
     """A scan by its descriptors.
 
     Attributes:
@@ -50,7 +50,7 @@ class Described:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FoundPoints:
     """Where points are in another scan.
 
     Attributes:
@@ -62,7 +62,7 @@ class Found:
     similarity: np.ndarray
 
 
-def as_sam_sees(array: Any, rule: IntensityRule) -> Any:
+def in_sam_range(array: Any, rule: IntensityRule) -> Any:
     """Returns intensities in SAM's range: CT keeps its Hounsfield units, MR fills it.
 
     The one rule for training, points, pre-alignment and optimisation by features.
@@ -75,18 +75,18 @@ def as_sam_sees(array: Any, rule: IntensityRule) -> Any:
     return sam.to_sam_range(array, window)
 
 
-def shown_to_sam(image: Volume, rule: IntensityRule) -> Volume:
+def padded_for_sam(image: Volume, rule: IntensityRule) -> Volume:
     """Returns a scan as SAM sees it, of sizes that its strides divide.
 
     Padding at the ends of the axes repeats the edge, as in training.
 
     Args:
-      image: from `placed`.
+      image: from `resampled`.
       rule: of its intensities.
     """
     sizes = zip(image.array.shape, sam.COARSE_STRIDE, strict=True)
     surplus = [(0, -n % m) for n, m in sizes]
-    padded = np.pad(as_sam_sees(image.array, rule), surplus, "edge")
+    padded = np.pad(in_sam_range(image.array, rule), surplus, "edge")
     grid = Grid(padded.shape, image.grid.affine_mm)
     return Volume(padded, grid, image.source)
 
@@ -109,7 +109,7 @@ def embed(network: sam.TrainedSam, image: Image) -> sam.Embeddings:
 _embed = jax.jit(sam.features, static_argnames="config")
 
 
-def placed(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
+def resampled(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
     """Returns a scan as descriptors need it: reoriented, scaled to [0, 1], resampled.
 
     Args:
@@ -134,7 +134,7 @@ def by_sam(
     volume: Volume,
     rule: IntensityRule,
     network: sam.TrainedSam,
-) -> Described:
+) -> DescribedScan:
     """Returns a scan described by SAM: coarse and fine embedding on the fine grid.
 
     Args:
@@ -143,11 +143,11 @@ def by_sam(
       network: the trained one; the fine grid's voxels are twice its own.
 
     Raises:
-      UserError: see `placed` and `check_known`.
+      UserError: see `resampled` and `check_known`.
     """
     check_known(network, rule, volume.source)
-    image = placed(volume, rule, network.spacing_mm)
-    shown = shown_to_sam(image, rule)
+    image = resampled(volume, rule, network.spacing_mm)
+    shown = padded_for_sam(image, rule)
     found = embed(network, jnp.asarray(shown.array)[None, ..., None])
     vectors = nearest.descriptors(found, aligned=False)[0] * math.sqrt(0.5)
     fine = vectors.shape[:3]
@@ -155,7 +155,7 @@ def by_sam(
     index = np.indices(fine)
     limit = -(-np.asarray(image.array.shape) // sam.FINE_STRIDE)
     inside = np.all(index < limit.reshape(3, 1, 1, 1), 0)
-    return Described(vectors, grid, inside, volume.grid, volume.source)
+    return DescribedScan(vectors, grid, inside, volume.grid, volume.source)
 
 
 def by_mind(
@@ -165,7 +165,7 @@ def by_mind(
     spacing_mm: float = sam.SPACING_MM,
     radius: int = 2,
     dilation: int = 2,
-) -> Described:
+) -> DescribedScan:
     """Returns a scan described by MIND, voxel for voxel.
 
     Args:
@@ -176,19 +176,21 @@ def by_mind(
       dilation: see `filters.mind_descriptor`.
 
     Raises:
-      UserError: see `placed`.
+      UserError: see `resampled`.
     """
-    image = placed(volume, rule, spacing_mm)
+    image = resampled(volume, rule, spacing_mm)
     vectors = filters.mind_descriptor(
         jnp.asarray(image.array)[None, ..., None], radius=radius, dilation=dilation
     )
     inside = np.ones(image.array.shape, bool)
-    return Described(
+    return DescribedScan(
         sam.normalise(vectors)[0], image.grid, inside, volume.grid, volume.source
     )
 
 
-def find(points_mm: np.ndarray, query: Described, key: Described) -> Found:
+def find(
+    points_mm: np.ndarray, query: DescribedScan, key: DescribedScan
+) -> FoundPoints:
     """Returns where points of one scan are in another.
 
     Args:
@@ -202,7 +204,7 @@ def find(points_mm: np.ndarray, query: Described, key: Described) -> Found:
     points_mm = np.asarray(points_mm, np.float64).reshape(-1, 3)
     _check_inside(points_mm, query)
     if not len(points_mm):
-        return Found(points_mm, np.zeros(0, np.float32))
+        return FoundPoints(points_mm, np.zeros(0, np.float32))
     at = _voxels(points_mm, query.grid)
     index, offset, similarity = _peaks(
         correlation.normalised(_at(query.vectors, at)),
@@ -213,11 +215,11 @@ def find(points_mm: np.ndarray, query: Described, key: Described) -> Found:
     where = where + np.asarray(offset, np.float64)
     matrix = key.grid.affine_mm
     found = where @ matrix[:3, :3].T + matrix[:3, 3]
-    return Found(found, np.asarray(similarity))
+    return FoundPoints(found, np.asarray(similarity))
 
 
 def cycle_mm(
-    points_mm: np.ndarray, found: Found, query: Described, key: Described
+    points_mm: np.ndarray, found: FoundPoints, query: DescribedScan, key: DescribedScan
 ) -> np.ndarray:
     """Returns how far from each point its match's own match lies, P.
 
@@ -249,7 +251,7 @@ def _clipped(points_mm: np.ndarray, grid: Grid) -> np.ndarray:
     return at @ grid.affine_mm[:3, :3].T + grid.affine_mm[:3, 3]
 
 
-def _check_inside(points_mm: np.ndarray, described: Described) -> None:
+def _check_inside(points_mm: np.ndarray, described: DescribedScan) -> None:
     at = _voxels(points_mm, described.scan)
     edge = np.asarray(described.scan.shape) - 0.5
     outside = np.any((at < -0.5 - _NUDGE) | (at > edge + _NUDGE), -1)

@@ -34,7 +34,7 @@ def records(tmp_path_factory):
 
 def source(records, **changes):
     made = sam_source.ViewSource(
-        records, 2, lambda modality: IntensityRule("mri"), points.as_sam_sees, CONFIG
+        records, 2, lambda modality: IntensityRule("mri"), points.in_sam_range, CONFIG
     )
     return dataclasses.replace(made, **changes)
 

@@ -119,11 +119,11 @@ def test_the_top_of_a_parabola_is_found():
     vectors = np.zeros((1, 1, 8, 2), np.float32)
     vectors[0, 0, :, 0], vectors[0, 0, :, 1] = np.cos(angles), np.sin(angles)
     grid = Grid((1, 1, 8), np.diag([1.0, 1.0, 1.0, 1.0]))
-    made = points.Described(
+    made = points.DescribedScan(
         jnp.asarray(vectors), grid, np.ones((1, 1, 8), bool), grid, "row"
     )
     query = Grid((1, 1, 1), np.eye(4))
-    one = points.Described(
+    one = points.DescribedScan(
         jnp.array([[[[1.0, 0.0]]]]), query, np.ones((1, 1, 1), bool), query,
         "one",
     )  # fmt: skip
@@ -149,13 +149,13 @@ def test_no_points_are_no_matches():
 def test_intensities_are_those_of_sam():
     ct = IntensityRule("ct", sam.HU_RANGE)
     scaled = np.array([0.0, 0.25, 1.0], np.float32)
-    np.testing.assert_allclose(points.as_sam_sees(scaled, ct), [-50, 13.75, 205])
-    np.testing.assert_allclose(points.as_sam_sees(scaled, RULE), [-50, 13.75, 205])
+    np.testing.assert_allclose(points.in_sam_range(scaled, ct), [-50, 13.75, 205])
+    np.testing.assert_allclose(points.in_sam_range(scaled, RULE), [-50, 13.75, 205])
     narrow = IntensityRule("ct", (-1024.0, 1023.5))
     np.testing.assert_allclose(
-        points.as_sam_sees(scaled, narrow), [-50, -18.125, 77.5], atol=1e-4
+        points.in_sam_range(scaled, narrow), [-50, -18.125, 77.5], atol=1e-4
     )
-    assert isinstance(points.as_sam_sees(scaled, ct), np.ndarray)
+    assert isinstance(points.in_sam_range(scaled, ct), np.ndarray)
 
 
 def test_a_network_of_ct_is_shown_nothing_else():

@@ -1,6 +1,6 @@
 """Manifests from CSV, JSON and folders.
 
-A manifest names files and reads none of them; `check` reads them all.
+A manifest names files and reads none of them; `manifest.check` reads them all.
 """
 
 import csv
@@ -74,7 +74,7 @@ def read_manifest(path: files.PathLike, *, holdout: int | None = None) -> Manife
 
     Raises:
       UserError: it is no manifest, or an entry is wrong. Missing images are found by
-        `check`.
+        `manifest.check`.
     """
     path = pathlib.Path(os.path.abspath(os.path.expanduser(path)))
     manifest = _read_folder(path) if os.path.isdir(path) else _read_file(path)

@@ -81,8 +81,8 @@ def sam_features(
       image: N D H W 1, [0, 1].
       window: the Hounsfield units of 0 and 1; SAM sees none beyond its own window.
     """
-    shown = points_lib.as_sam_sees(image, IntensityRule("ct", window))
-    ends = points_lib.as_sam_sees(
+    shown = points_lib.in_sam_range(image, IntensityRule("ct", window))
+    ends = points_lib.in_sam_range(
         np.array([0.0, 1.0], np.float32), IntensityRule("ct", network.ct_window)
     )
     return points_lib.embed(network, shown.clip(*ends))

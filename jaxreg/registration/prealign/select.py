@@ -382,7 +382,7 @@ def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarr
     rule = dataclasses.replace(
         scan.rule, ct_window=network.ct_window, quantile_range=network.quantile_range
     )
-    image = points_lib.placed(scan.volume, rule, network.spacing_mm)
+    image = points_lib.resampled(scan.volume, rule, network.spacing_mm)
     if scan.mask is None:
         low, high = rule.ct_window
         air = max((_BODY_HU - low) / (high - low), 0.0)
@@ -394,7 +394,7 @@ def _for_sam(scan: Scan, network: sam.TrainedSam) -> tuple[Image, Grid, np.ndarr
         placement = ResamplingRule("pad_crop", "spl", network.spacing_mm)
         mask = placement.reoriented(scan.mask)
         body = placement.labels(mask.array > 0, mask.grid, image.grid.shape)
-    shown = points_lib.shown_to_sam(image, rule)
+    shown = points_lib.padded_for_sam(image, rule)
     sizes = zip(image.array.shape, shown.array.shape, strict=True)
     body = np.pad(body, [(0, n - m) for m, n in sizes])
     return jnp.asarray(shown.array)[None, ..., None], shown.grid, body
