@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.nn.heads import Pairing, RegionPairings, SmoothnessRange
+from jaxreg.nn.layers import init_lazily
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -332,8 +333,6 @@ def fresh_variables(
 ) -> Variables:
     """Returns fresh variables of a Flax module that is called with two images.
 
-    Lazily: the network is traced, not compiled and run.
-
     Args:
       network: the module.
       key: of the weights.
@@ -342,4 +341,4 @@ def fresh_variables(
       *others: shapes of what it is called with after the images.
     """
     image = jax.ShapeDtypeStruct((1, *shape, channels), jnp.float32)
-    return network.lazy_init(key, image, image, *others)
+    return init_lazily(network, key, image, image, *others)

@@ -23,7 +23,7 @@ from flax import linen as nn
 from jaxreg.errors import UserError
 from jaxreg.models.base import Architecture
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import StridedConvolution, value, xavier_uniform
+from jaxreg.nn.layers import StridedConvolution, init_lazily, value, xavier_uniform
 from jaxreg.nn.unet import BatchNorm, Precision
 from jaxreg.space import sampling
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -342,7 +342,7 @@ class TrainedSam:
 def init(config: SamConfig, key: Key) -> Variables:
     """Returns fresh variables, which serve images of any size."""
     image = jax.ShapeDtypeStruct((1, 4, 16, 16, 1), jnp.float32)
-    return SamNetwork(config).lazy_init(key, image, train=False)
+    return init_lazily(SamNetwork(config), key, image)
 
 
 def config_of(variables: Variables, *, form: api.Form = "auto") -> SamConfig:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxreg.nn.conv import api
-from jaxreg.typing import Image
+from jaxreg.typing import Image, Key, Variables
 from jaxreg.xla import scheduling
 
 _NORM_EPSILON = 1e-5
@@ -41,6 +42,28 @@ def host_initializer(draw: Callable[..., np.ndarray]) -> Callable:
         return jax.pure_callback(on_host, result, jax.random.key_data(key))
 
     return init
+
+
+@functools.partial(jax.jit, static_argnames=("network", "inputs"))
+def _init_lazily(network, key, inputs):
+    return network.lazy_init(key, *inputs)
+
+
+def init_lazily(network: nn.Module, key: Key, *inputs: Any) -> Variables:
+    """Returns the variables that a network starts from.
+
+    The network is traced, not run. One program makes the variables: operation by
+    operation, what a network does to its weights before it meets an image would be
+    compiled as hundreds of them.
+
+    Args:
+      network: whose weights are drawn by `host_initializer`.
+      key: seeds them.
+      *inputs: `jax.ShapeDtypeStruct` of its inputs.
+    """
+    # The host draws: its own device waits for no other.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return _init_lazily(network, key, inputs)
 
 
 def uniform(fan_in: int) -> Callable:
