@@ -61,8 +61,12 @@ def init_lazily(network: nn.Module, key: Key, *inputs: Any) -> Variables:
       key: seeds them.
       *inputs: `jax.ShapeDtypeStruct` of its inputs.
     """
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names other platforms alone
+        return _init_lazily(network, key, inputs)
     # The host draws: its own device waits for no other.
-    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+    with jax.default_device(host):
         return _init_lazily(network, key, inputs)
 
 
