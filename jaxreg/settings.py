@@ -8,6 +8,7 @@ text of a form of its own, which the function reads.
 import ast
 import dataclasses
 import inspect
+import math
 import numbers
 import pathlib
 import re
@@ -148,9 +149,12 @@ def _read_scalar(value: Any, base: type, wrong: UserError) -> Any:
         value = {"true": True, "false": False}.get(value.lower())
     elif isinstance(value, str):
         try:
-            return base(value)
+            number = base(value)
         except ValueError:
             raise wrong from None
+        if not math.isfinite(number):  # "nan", "inf"
+            raise wrong
+        return number
     wanted = {int: numbers.Integral, float: numbers.Real}.get(base, base)
     if not isinstance(value, wanted) or isinstance(value, bool) != (base is bool):
         raise wrong
