@@ -20,11 +20,10 @@ from typing import IO, Any
 import numpy as np
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, workers
+from jaxreg.io import files, itk_images, workers
 
 SUFFIXES = (".dcm", ".ima")
 
-_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _UNEVEN = 0.05  # of the mean step between slices
 _MEND = "convert it with dcm2niix and give the .nii.gz"
 _WORKER = workers.Worker(pathlib.Path(__file__).with_name("dicom_worker.py"))
@@ -110,7 +109,7 @@ def open_series(path: pathlib.Path) -> Series:
     affine[:3, 3] = slices[0].position
     shape = (*first.size, len(slices))
     names = tuple(one.name for one in slices)
-    return Series(path, shape, _LPS @ affine, first.dtype, names)
+    return Series(path, shape, itk_images.LPS @ affine, first.dtype, names)
 
 
 def read_voxels(series: Series) -> np.ndarray:

@@ -12,13 +12,10 @@ import SimpleITK as sitk
 from nibabel import nifti1
 
 from jaxreg.errors import UserError
-from jaxreg.io import files, itk_images, text_headers, volumes
+from jaxreg.io import files, itk_fields, itk_images, nifti, text_headers, volumes
 from jaxreg.space import warping
 from jaxreg.space.grid import Grid
 from jaxreg.space.transform import Affine, Displacement, Transform
-
-FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
-REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
 
 
 def write_nifti(path: files.PathLike, transform: Transform, fixed: Grid) -> None:
@@ -30,14 +27,14 @@ def write_nifti(path: files.PathLike, transform: Transform, fixed: Grid) -> None
     Raises:
       UserError: the path cannot be written.
     """
-    displacement = warping.displacement_mm(transform, fixed) @ FLIP[:3, :3]
+    displacement = warping.displacement_mm(transform, fixed) @ itk_images.LPS[:3, :3]
     image = volumes.nifti_image(displacement.astype(np.float32)[..., None, :], fixed)
     image.header.set_intent("vector")
     with files.atomic_path(path) as temporary:
         nifti1.save(image, temporary)
 
 
-def read_nifti(path: files.PathLike) -> Transform:
+def read_nifti(path: pathlib.Path) -> Transform:
     """Reads a NIfTI displacement field.
 
     Args:
@@ -49,9 +46,8 @@ def read_nifti(path: files.PathLike) -> Transform:
       Fixed mm to moving mm (RAS+), the identity half a voxel and more outside the grid.
 
     Raises:
-      UserError: the file is missing, damaged or no such field.
+      UserError: the file is damaged or no such field.
     """
-    path = files.check_readable(path, "transform")
     field, grid, intent = volumes.read_nifti_vectors(path)
     if intent not in ("vector", "displacement vector"):
         warnings.warn(
@@ -60,11 +56,11 @@ def read_nifti(path: files.PathLike) -> Transform:
             'with the intent "vector" (1007)',
             stacklevel=2,
         )
-    to_ras = np.eye(4) if intent == "displacement vector" else FLIP
+    to_ras = np.eye(4) if intent == "displacement vector" else itk_images.LPS
     return _on_grid(field, grid, to_ras, path)
 
 
-def read_itk(path: files.PathLike) -> Transform:
+def read_itk(path: pathlib.Path) -> Transform:
     """Reads a displacement field of NRRD or MetaImage: Slicer's, elastix' or ITK's.
 
     Args:
@@ -76,9 +72,8 @@ def read_itk(path: files.PathLike) -> Transform:
       Fixed mm to moving mm (RAS+), the identity half a voxel and more outside the grid.
 
     Raises:
-      UserError: the file is missing, damaged or no such field.
+      UserError: the file is damaged or no such field.
     """
-    path = files.check_readable(path, "transform")
     fields, _ = text_headers.check(path)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
@@ -106,9 +101,12 @@ def read_itk(path: files.PathLike) -> Transform:
             stacklevel=2,
         )
     scale = itk_images.unit_mm(fields, path)
-    grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ REVERSE)
-    _check_regular(grid, path)
-    to_ras = FLIP @ np.diag([scale, scale, scale, 1.0])
+    grid = Grid(size[::-1], itk_images.affine_mm(reader, scale) @ itk_fields.REVERSE)
+    if not nifti.is_place(grid.affine_mm):
+        raise UserError(
+            f"{path} has a singular grid; repair its header or write it again"
+        )
+    to_ras = itk_images.LPS @ np.diag([scale, scale, scale, 1.0])
     return _on_grid(sitk.GetArrayFromImage(image), grid, to_ras, path)
 
 
@@ -130,15 +128,6 @@ def _says_other_frame(path: pathlib.Path) -> bool:
         return False
     space = text_headers.read(path)[0].get("space", "").lower()
     return space not in ("", "left-posterior-superior", "lps")
-
-
-def _check_regular(grid: Grid, path: pathlib.Path) -> None:
-    lengths = grid.spacing_mm
-    regular = np.isfinite(grid.affine_mm).all() and (lengths > 0).all()
-    if not regular or abs(np.linalg.det(grid.affine_mm[:3, :3] / lengths)) < 1e-6:
-        raise UserError(
-            f"{path} has a singular grid; repair its header or write it again"
-        )
 
 
 def _on_grid(

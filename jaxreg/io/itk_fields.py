@@ -16,7 +16,7 @@ TOLERANCE_MM = 0.01
 # A field ends half a sample outside its last one, a B-spline with its domain.
 _COARSEST_MM = 4.0
 _MOST_SAMPLES = 2**24  # of a B-spline: 200 MB in float32
-_REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
+REVERSE = np.eye(4)[[2, 1, 0, 3]]  # d, h, w to x, y, z and back
 _GEOMETRY = 18  # fixed parameters: size, origin, spacing, direction
 
 
@@ -168,4 +168,4 @@ def _geometry(parameters: np.ndarray, fixed: np.ndarray) -> tuple[Shape, np.ndar
     axes = matrix[:3, :3] / np.maximum(np.linalg.norm(matrix[:3, :3], axis=0), 1e-300)
     if not np.isfinite(matrix).all() or abs(np.linalg.det(axes)) < 1e-9:
         raise ValueError("its grid is singular")
-    return (d, h, w), matrix @ _REVERSE
+    return (d, h, w), matrix @ REVERSE

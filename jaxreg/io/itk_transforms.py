@@ -20,6 +20,7 @@ from jaxreg.io import (
     files,
     hdf5,
     itk_fields,
+    itk_images,
     itk_linear,
     matlab,
 )
@@ -77,7 +78,7 @@ def write(path: files.PathLike, transform: Transform) -> None:
         write(temporary, records)
 
 
-def read(path: files.PathLike) -> Transform:
+def read(path: pathlib.Path) -> Transform:
     """Reads an ITK transform, single or composite.
 
     Args:
@@ -89,10 +90,9 @@ def read(path: files.PathLike) -> Transform:
       B-spline becomes a displacement field, see `itk_fields.spline`.
 
     Raises:
-      UserError: the file is missing, damaged, or holds a kind of transform that is
+      UserError: the file is damaged, or holds a kind of transform that is
         neither one of `itk_linear.KINDS` nor a displacement field nor a B-spline.
     """
-    path = files.check_readable(path, "transform")
     suffix = files.full_suffix(path).lower()
     if suffix in HDF5:
         records = _read_hdf5(path)
@@ -111,7 +111,7 @@ def as_written(path: files.PathLike, transform: Transform) -> Transform:
 def _to_records(transform: Transform) -> list[_Record]:
     """Returns ITK's records in the order in which a point meets them."""
     records: list[_Record] = []
-    pending = displacements.FLIP
+    pending = itk_images.LPS
     centre = np.zeros(3)
     for step in transform.steps:
         if isinstance(step, Affine):
@@ -125,11 +125,11 @@ def _to_records(transform: Transform) -> list[_Record]:
             )
         d, h, w = step.field.shape[1:4]
         centre = (np.array([w, h, d]) - 1) / 2
-        to_voxel_xyz = displacements.REVERSE @ unit_to_voxel((d, h, w))
+        to_voxel_xyz = itk_fields.REVERSE @ unit_to_voxel((d, h, w))
         records.append(_affine_record(to_voxel_xyz @ pending, centre))
         records.append(_field_record(np.asarray(step.field[0])))
         pending = np.linalg.inv(to_voxel_xyz)
-    return [*records, _affine_record(displacements.FLIP @ pending, centre)]
+    return [*records, _affine_record(itk_images.LPS @ pending, centre)]
 
 
 def _affine_record(matrix: np.ndarray, centre: np.ndarray) -> _Record:
@@ -170,7 +170,7 @@ def _members(records: list[_Record], path: pathlib.Path) -> list[_Record]:
 
 def _from_records(records: list[_Record], path: pathlib.Path) -> Transform:
     steps: list[Step] = []
-    pending = displacements.FLIP
+    pending = itk_images.LPS
     for record in records:
         kind, parameters, fixed = record.kind, record.parameters, record.fixed
         try:
@@ -189,7 +189,7 @@ def _from_records(records: list[_Record], path: pathlib.Path) -> Transform:
         pending = unit_to_file
     if not np.isfinite(pending).all():
         raise _damaged(path, "its matrices multiply to infinity")
-    return Transform((*steps, Affine(displacements.FLIP @ pending)))
+    return Transform((*steps, Affine(itk_images.LPS @ pending)))
 
 
 def _vectors(record: _Record, path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,7 @@ def read(source: files.PathLike, what: str) -> Table:
         raise UserError(f"{what} {path} is no {kind} text ({error})") from error
     columns = [0, 1, 2]
     first = 1 if kept is None else 1 + len(kept)
-    if header is None and rows and not _is_number(rows[0][0]):
+    if header is None and rows and _number(rows[0][0]) is None:
         header, *rows = rows
         first = 2
     if header is not None:
@@ -116,12 +116,13 @@ def read(source: files.PathLike, what: str) -> Table:
     places = []
     for number, row in enumerate(rows, start=first):
         cells = [row[c] if c < len(row) else "" for c in columns]
-        if not all(_is_number(cell) and math.isfinite(float(cell)) for cell in cells):
+        place = [number for cell in cells if (number := _number(cell)) is not None]
+        if len(place) < 3 or not all(map(math.isfinite, place)):
             raise UserError(
                 f"{what} {path}, row {number}: {', '.join(cells)} are not three finite "
                 "numbers x, y, z; correct it"
             )
-        places.append([float(cell) for cell in cells])
+        places.append(place)
     _check_any(places, path, what)
     return Table(header, columns, rows, np.array(places), _frame(frame), kept)
 
@@ -341,9 +342,8 @@ def _signs(frame: Frame) -> np.ndarray:
     return np.array([-1.0, -1.0, 1.0]) if frame == "lps" else np.ones(3)
 
 
-def _is_number(text: str) -> bool:
+def _number(text: str) -> float | None:
     try:
-        float(text)
+        return float(text)
     except ValueError:
-        return False
-    return True
+        return None
