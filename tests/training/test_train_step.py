@@ -15,6 +15,7 @@ from jaxreg.models.base import Prediction
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.nn.unet import BatchNorm
 from jaxreg.space.transform import Displacement, Transform
+from jaxreg.training import parallel
 from jaxreg.training import state as state_lib
 from jaxreg.training import step as step_lib
 from jaxreg.training.step import StepConfig
@@ -121,6 +122,18 @@ def distance(a, b):
     """L2 distance of two trees, relative to the first."""
     a, b = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (a, b))
     return np.linalg.norm(a - b) / np.linalg.norm(a)
+
+
+def test_steps_share_one_program():
+    """What a step returns is traced as what it was given: training compiles once."""
+    model, adam = Shift(), optax.adam(0.1)
+    step = step_lib.make_train_step(model, squares, adam, pair_of, StepConfig(ema=0.7))
+    once = parallel.compile_step(
+        chex.assert_max_traces(step, n=1), parallel.Layout("single")
+    )
+    state = started(model, adam, ema=True)
+    for seed in range(3):
+        state, _ = once(state, batch_of(2, seed))
 
 
 # --- accumulation ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ Against the original: tests/models/test_gradicon.py.
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,6 +133,24 @@ def test_no_steps_are_refused(steps):
         displacement.optimize_displacement(
             tiny_pair(), CHEAP, steps=steps, key=jax.random.key(0)
         )
+
+
+def test_pairs_of_one_shape_share_one_program(monkeypatch):
+    """Neither another pair, nor weights, rate or number of steps is traced anew."""
+    once = chex.assert_max_traces(network._network_step.__wrapped__, n=1)
+    monkeypatch.setattr(
+        network, "_network_step",
+        jax.jit(once, static_argnames=("model", "objective"), donate_argnames="state"),
+    )  # fmt: skip
+    predict = chex.assert_max_traces(network._predict.__wrapped__, n=1)
+    monkeypatch.setattr(network, "_predict", jax.jit(predict, static_argnames="model"))
+    for seed, rate, steps in ((0, 1e-2, 2), (1, 1e-3, 3)):
+        variables, pair = tiny_variables(seed), tiny_pair(seed)
+        network.predict(TINY, variables, pair)
+        network.optimize_network(
+            TINY, variables, pair, CHEAP,
+            steps=steps, learning_rate=rate, key=jax.random.key(seed),
+        )  # fmt: skip
 
 
 def test_predict_equals_the_model():
