@@ -33,9 +33,34 @@ if STARTED_HERE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-GOLDEN = pathlib.Path(
-    os.environ.get("JAXREG_GOLDEN", pathlib.Path(__file__).parent / "golden")
+TESTS = pathlib.Path(__file__).parent
+# Whole files go to the workers of a run. One that takes minutes starts early, or the
+# others wait for it at the end. With --no-loadscope-reorder: xdist would start with the
+# files of most tests, which are short ones.
+LONGEST = (
+    "models/test_gradicon.py",
+    "test_notebooks.py",
+    "models/test_promptreg.py",
+    "experiments/test_run.py",
+    "experiments/test_configs.py",
+    "registration/optimization/test_network.py",
+    "training/test_parallel.py",
+    "registration/prealign/test_select.py",
+    "cli/test_main.py",
+    "cli/test_train.py",
+    "experiments/test_sam.py",
+    "training/test_traced.py",
+    "training/test_train_step.py",
+    "models/test_sam.py",
 )
+
+GOLDEN = pathlib.Path(os.environ.get("JAXREG_GOLDEN", TESTS / "golden"))
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first; the order within a file stays."""
+    place = {TESTS / name: n for n, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def pytest_unconfigure():
