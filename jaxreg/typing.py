@@ -3,6 +3,9 @@
 Axes: N batch, D H W the array axes 0, 1, 2 of a volume (NIfTI's k, j, i), C channel,
 P points. Component i of a coordinate or displacement moves along array axis i.
 Coordinates are *unit*: 0 is the centre of an axis' first voxel, 1 of its last.
+
+An axis with an underscore may have another size in each argument and result: a function
+that resizes has two of each.
 """
 
 import dataclasses
@@ -13,13 +16,13 @@ from typing import Any
 import jax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
-Image = Float[Array, "N D H W C"]
+Image = Float[Array, "_N _D _H _W _C"]
 """Intensities, [0, 1] after preprocessing."""
-Labels = Shaped[Array, "N D H W C"]
+Labels = Shaped[Array, "_N _D _H _W _C"]
 """Integer label maps or masks."""
-Field = Float[Array, "N D H W 3"]
+Field = Float[Array, "_N _D _H _W 3"]
 """Displacement in unit coordinates."""
-Points = Float[Array, "N *P 3"]
+Points = Float[Array, "_N *_P 3"]
 """Unit coordinates; N is 1 where one set of points serves the whole batch."""
 Key = PRNGKeyArray
 """A key from jax.random.key."""

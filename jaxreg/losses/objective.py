@@ -432,8 +432,9 @@ def _smoothness(*maps: Points | None) -> jax.Array:
 
     def one(points):
         d, h, w, _ = points.shape
-        moved = points - sampling.identity((d, h, w))
-        return regularity.smoothness(moved * unit_scale((d, h, w)))
+        moved = points[None] - sampling.identity((d, h, w))
+        scale = unit_scale((d, h, w))[None, None, None, None]
+        return regularity.smoothness(moved * scale)
 
     return sum(
         (jax.vmap(one)(points) for points in maps if points is not None),

@@ -66,7 +66,9 @@ def gradicon(
     References:
       Tian et al., GradICON, CVPR 2023.
     """
-    shifts = [jnp.zeros(3, points.dtype), *(delta * jnp.eye(3, dtype=points.dtype))]
+    steps = [jnp.zeros(3, points.dtype), *(delta * jnp.eye(3, dtype=points.dtype))]
+    lead = tuple(range(points.ndim - 1))
+    shifts = [jnp.expand_dims(step, lead) for step in steps]  # 1 ... 3
     # The four point sets in one evaluation, end to end along the first point axis.
     stacked = jnp.concatenate([points + shift for shift in shifts], axis=1)
     error = stacked - forward(backward(stacked))

@@ -296,7 +296,9 @@ def parzen_weights(
     # One bin is kept free on either side, so that no window is cut off.
     unit = jnp.clip((values - low) / (high - low), 0.0, 1.0)
     position = 1.0 + unit * (bins - 3)
-    t = jnp.abs(position[..., None] - jnp.arange(bins, dtype=values.dtype))
+    centres = jnp.arange(bins, dtype=values.dtype)
+    centres = jnp.expand_dims(centres, tuple(range(values.ndim)))
+    t = jnp.abs(position[..., None] - centres)
     near = 2.0 / 3.0 - t**2 + 0.5 * t**3
     far = jnp.clip(2.0 - t, 0.0) ** 3 / 6.0
     return jnp.where(t < 1.0, near, far)

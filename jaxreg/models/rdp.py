@@ -183,7 +183,9 @@ class RdpNetwork(nn.Module):
 def as_transform(field: jax.Array) -> Transform:
     """Returns a field in voxels of its own grid as a transform in unit coordinates."""
     scale = jnp.asarray(unit_scale(field.shape[1:4]), field.dtype)
-    return Transform((Displacement(field.astype(jnp.float32) / scale),))
+    return Transform(
+        (Displacement(field.astype(jnp.float32) / scale[None, None, None, None]),)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -288,7 +288,8 @@ class GroupNorm(nn.Module):
         mean = grouped.mean(axes, keepdims=True)
         variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
         grouped = (grouped - mean) * jax.lax.rsqrt(variance + _NORM_EPSILON)
-        return grouped.reshape(x.shape) * scale + bias  # N D H W C
+        normal = grouped.reshape(x.shape)  # N D H W C
+        return normal * scale[None, None, None, None] + bias[None, None, None, None]
 
 
 # Not nn.Dense: stored weights have the kernel of a 1x1x1 convolution.
@@ -311,7 +312,7 @@ class Controller(nn.Module):
         product = jnp.matmul(  # N P
             condition, kernel[0, 0, 0], precision=jax.lax.Precision.HIGHEST
         )
-        return product + bias
+        return product + bias[None]
 
 
 class DynamicHead(nn.Module):

@@ -243,7 +243,7 @@ class StridedConvolution(nn.Module):
         if not self.biased:
             return y
         bias = self.param("bias", nn.initializers.zeros, (self.outputs,))
-        return y + bias.astype(y.dtype)
+        return y + bias.astype(y.dtype)[None, None, None, None]
 
 
 def _strided(x, kernel, **settings):

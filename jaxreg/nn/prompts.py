@@ -81,7 +81,7 @@ def similarities(dynamic: Image, bank: Bank) -> Float[Array, "N Z"]:
     a, b = dynamic.reshape(len(dynamic), -1), bank.reshape(len(bank), -1)  # rows DHWC
     dot = jnp.einsum("nv,zv->nz", a, b, precision=jax.lax.Precision.HIGHEST)
     lengths = [jnp.maximum(_length(x), _COSINE_FLOOR) for x in (a, b)]
-    return dot / (lengths[0][:, None] * lengths[1])
+    return dot / (lengths[0][:, None] * lengths[1][None])
 
 
 def _length(rows: jax.Array) -> jax.Array:

@@ -82,7 +82,9 @@ class BatchNorm(nn.Module):
         if not train:
             factor = scale * jax.lax.rsqrt(var.value + _NORM_EPSILON)
             shift = bias - mean.value * factor
-            return Scaled(x, factor, shift)
+            return Scaled(
+                x, factor[None, None, None, None], shift[None, None, None, None]
+            )
         groups = batching.calls * max(batching.replicas, 1)
         grouped = x.reshape(groups, -1, *x.shape[1:])  # G N/G D H W C
         now_mean, now_var = _moments(grouped, batching)
@@ -99,7 +101,8 @@ class BatchNorm(nn.Module):
                 mean.value = keep * mean.value + (1 - keep) * call_mean
                 var.value = keep * var.value + (1 - keep) * call_var
             count.value = count.value + batching.calls
-        factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)
+        scale, bias = (a.reshape(1, 1, 1, 1, 1, c) for a in (scale, bias))
+        factor = scale * jax.lax.rsqrt(now_var + _NORM_EPSILON)  # G 1 1 1 1 C
         shift = bias - now_mean * factor
         samples = x.shape[0] // groups
         # G 1 1 1 1 C to N 1 1 1 C

@@ -103,12 +103,13 @@ def fit(
     total = jnp.maximum(jnp.sum(weight), jnp.finfo(start.dtype).tiny)
     # About the middle: the digits are spent on directions, and a shift costs nothing.
     from_middle, to_middle = (
-        jnp.sum(weight[:, None] * points, 0) / total for points in (start, end)
+        jnp.sum(weight[:, None] * points, 0, keepdims=True) / total
+        for points in (start, end)
     )
     root = jnp.sqrt(weight)[:, None]
     linear = jnp.linalg.lstsq(root * (start - from_middle), root * (end - to_middle))[0]
-    shift = to_middle - _product(from_middle[None], linear)[0]
-    top = jnp.concatenate([linear.T, shift[:, None]], 1)
+    shift = to_middle - _product(from_middle, linear)
+    top = jnp.concatenate([linear.T, shift.T], 1)
     return jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]], top.dtype)])
 
 

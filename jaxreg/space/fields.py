@@ -53,6 +53,7 @@ def warp(
 def inside(points: Points, shape: Shape) -> jax.Array:
     """Returns whether unit points lie within the voxels of an image, N ... 1."""
     last = jnp.asarray(shape) - 1.0
+    last = jnp.expand_dims(last, tuple(range(points.ndim - 1)))
     half = 0.5 + _ROUNDING
     index = points * last
     return jnp.all((index >= -half) & (index <= last + half), axis=-1, keepdims=True)
@@ -83,7 +84,7 @@ def compose(outer: Field, inner: Field) -> Field:
 def _voxels(field: jax.Array) -> jax.Array:
     """Returns where a displacement in voxels leads, N D H W 3."""
     axes = [jnp.arange(n, dtype=field.dtype) for n in field.shape[1:4]]
-    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1) + field
+    return jnp.stack(jnp.meshgrid(*axes, indexing="ij"), -1)[None] + field
 
 
 def warp_voxels(

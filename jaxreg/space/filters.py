@@ -115,8 +115,8 @@ def mind_channels(
     }
     squares = jnp.stack([(shifted[a] - shifted[b]) ** 2 for a, b in _MIND_PAIRS])
     distance = along_axes(squares, [box_matrix(n, radius) for n in squares.shape[-3:]])
-    excess = distance - jnp.min(distance, 0)
-    variance = jnp.mean(excess, 0)
+    excess = distance - jnp.min(distance, 0, keepdims=True)
+    variance = jnp.mean(excess, 0, keepdims=True)
     # One number for the whole batch and volume, constant in the gradient.
     mean_variance = jax.lax.stop_gradient(jnp.mean(variance))
     if axis is not None:

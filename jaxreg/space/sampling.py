@@ -60,7 +60,8 @@ def sample(
     has no gradient.
     """
     scale = grid_lib.unit_scale(values.shape[1:4])
-    index = points * jnp.asarray(scale, points.dtype)
+    scale = jnp.asarray(scale, points.dtype)
+    index = points * jnp.expand_dims(scale, tuple(range(points.ndim - 1)))
     return sample_voxels(values, index, order=order, outside=outside, fill=fill)
 
 
@@ -91,6 +92,7 @@ def sample_voxels(
     result = result.reshape(batch, *index.shape[1:-1], values.shape[-1])
     if outside == "half_voxel":
         last = jnp.asarray(np.asarray(values.shape[1:4]) - 1, index.dtype)
+        last = jnp.expand_dims(last, tuple(range(index.ndim - 1)))
         inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
         result = jnp.where(inside, result, jnp.asarray(fill, result.dtype))
     return result
@@ -159,7 +161,7 @@ def _per_point(function, values, *per_point, cpu=None):
 def _clamp(index: jax.Array, shape) -> jax.Array:
     """Clamps P 3 voxel indices to an array of shape D H W C."""
     last = jnp.asarray(np.asarray(shape[:3]) - 1, index.dtype)
-    return jnp.clip(index, 0.0, last)
+    return jnp.clip(index, 0.0, last[None])
 
 
 # Jitted, as the gradients below: a network samples arrays of the same few shapes many
@@ -199,7 +201,7 @@ def _cell(index: jax.Array, shape, *, zeros: bool) -> tuple[jax.Array, jax.Array
     at = index if zeros else _clamp(index, shape)
     low = jnp.floor(at)
     if not zeros:
-        low = jnp.minimum(low, jnp.asarray(np.maximum(last - 1, 0), at.dtype))
+        low = jnp.minimum(low, jnp.asarray(np.maximum(last - 1, 0), at.dtype)[None])
     return low.astype(jnp.int32), at - low
 
 
@@ -209,8 +211,8 @@ def _corner(low: jax.Array, offset, shape, *, zeros: bool):
     True for all of them if not `zeros`: the fraction above the low corner is 0 where
     there is no high one.
     """
-    corner = low + offset
-    bounded = jnp.clip(corner, 0, np.asarray(shape[:3]) - 1)
+    corner = low + offset[None]
+    bounded = jnp.clip(corner, 0, (np.asarray(shape[:3]) - 1)[None])
     inside = jnp.all(bounded == corner, axis=-1) if zeros else True
     d, h, w = bounded[:, 0], bounded[:, 1], bounded[:, 2]
     return (d * shape[1] + h) * shape[2] + w, inside
@@ -274,7 +276,7 @@ def _index_gradient(values, index, dy, *, zeros: bool):
             return slope
         # PyTorch's border rule; clip alone would pass half the gradient at a tie.
         last = jnp.asarray(np.asarray(values.shape[:3]) - 1, at.dtype)
-        return jnp.where((at > 0) & (at < last), slope, 0.0)
+        return jnp.where((at > 0) & (at < last[None]), slope, 0.0)
 
     return _per_point(
         functools.partial(gradient, by_rows),

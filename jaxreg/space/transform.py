@@ -27,9 +27,12 @@ class Affine:
 
     def __call__(self, points):
         """Maps points N ... 3 (or ... 3); NumPy float64 in, NumPy float64 out."""
-        m = self.matrix
+        # Columns with the points' leading axes, as 1.
+        columns = [
+            self.matrix[(*[None] * (points.ndim - 1), slice(3), i)] for i in range(4)
+        ]
         # Written out: a matrix product would run in bfloat16 on TPU.
-        return sum(points[..., i, None] * m[:3, i] for i in range(3)) + m[:3, 3]
+        return sum(points[..., i, None] * columns[i] for i in range(3)) + columns[3]
 
 
 @functools.partial(

@@ -87,7 +87,7 @@ def _nearest_slab(points, shape):
 
 
 def _voxel_at(points, shape):
-    last = (shape - 1).astype(points.dtype)
+    last = (shape - 1).astype(points.dtype)[None, None]
     index = points * jnp.maximum(last, 1.0)
     inside = jnp.all((index >= -0.5) & (index <= last + 0.5), -1, keepdims=True)
     return jnp.clip(index, 0.0, last), inside
@@ -320,9 +320,10 @@ def round_trip_mm(
         _merge_affines(there),
         points.astype(np.float32),
     )
+    partner = np.asarray(partner)
     inside = (partner >= 0) & (partner <= np.asarray(fixed.shape) - 1)
     gap_mm = np.asarray(gap) @ moving.voxel_to_mm[:3, :3].T
-    residual = np.linalg.norm(gap_mm, axis=-1)[np.asarray(inside).all(-1)]
+    residual = np.linalg.norm(gap_mm, axis=-1)[inside.all(-1)]
     if not residual.size:
         return math.nan, math.nan
     return float(residual.mean()), float(residual.max())

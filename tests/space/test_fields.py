@@ -24,14 +24,16 @@ def fading(shape=(16, 15, 17), size=0.04, seed=0):
     waves = jnp.asarray(rng.uniform(-1.5, 1.5, (3, 3)), "f4")
     phase = jnp.asarray(rng.uniform(0, 6, 3), "f4")
     bump = jnp.prod(jnp.sin(jnp.pi * x), axis=-1, keepdims=True)
-    angle = jnp.pi * (x[..., None] * waves).sum(-2) + phase
+    waves = waves[None, None, None, None]
+    angle = jnp.pi * (x[..., None] * waves).sum(-2) + phase[None, None, None, None]
     return size * bump * jnp.sin(angle)
 
 
 def affine_field(matrix, shift, shape=SHAPE):
     x = sampling.identity(shape)
-    return x @ jnp.asarray(np.asarray(matrix, "f4") - np.eye(3, dtype="f4")).T + (
-        jnp.asarray(shift, "f4")
+    return (
+        x @ jnp.asarray(np.asarray(matrix, "f4") - np.eye(3, dtype="f4")).T
+        + (jnp.asarray(shift, "f4")[None, None, None, None])
     )
 
 
@@ -52,7 +54,9 @@ def test_evaluate_at_the_own_grid_adds_the_field():
 def test_warp_reads_the_moving_image_at_the_points():
     image = jnp.asarray(np.random.default_rng(0).normal(size=(1, *SHAPE, 1)), "f4")
     one_voxel = jnp.array([1 / 6, 0, 0], "f4")  # pulls: fixed voxel d shows d + 1
-    warped = fields.warp(image, sampling.identity(SHAPE) + one_voxel)
+    warped = fields.warp(
+        image, sampling.identity(SHAPE) + one_voxel[None, None, None, None]
+    )
     np.testing.assert_allclose(warped[:, :-1], image[:, 1:], atol=1e-5)
     np.testing.assert_allclose(warped[:, -1], image[:, -1], atol=1e-5)
 
@@ -135,7 +139,7 @@ def test_inverse_starts_at_the_guess_and_reports_the_residual():
 def test_inverse_of_a_divergent_map_keeps_the_best():
     # Slope -2 in the first axis: the iteration runs away, the first guess is best.
     def forward(p):
-        return p * jnp.array([-2.0, 1.0, 1.0])
+        return p * jnp.array([-2.0, 1.0, 1.0])[None, None, None, None]
 
     inverse, residual = fields.invert(forward, SHAPE, iterations=20)
     assert np.isfinite(inverse).all()

@@ -107,7 +107,7 @@ def test_zeros_over_the_edges_of_two_axes():
 @pytest.mark.parametrize("outside", ["edge", "half_voxel"])
 def test_axis_of_one_voxel(outside):
     values = random(1, 1, 4, 5, 1)
-    at = sampling.identity((1, 4, 5)) + jnp.array([0.4, 0, 0])
+    at = sampling.identity((1, 4, 5)) + jnp.array([[[[[0.4, 0, 0]]]]])
     got = sampling.sample(values, at, outside=outside)
     np.testing.assert_allclose(got, values, atol=1e-6)
     zeros = sampling.sample(values, at, outside="zeros")

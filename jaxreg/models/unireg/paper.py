@@ -325,7 +325,8 @@ class UniRegNetwork(nn.Module):
             flow = convolution(
                 api.conv3, 16, 3, "flow", config.form, kernel_init=_near_zero()
             )
-            return flow(x) * (0.5 * jnp.asarray(unit_scale(x.shape[1:4]), x.dtype))
+            scale = 0.5 * jnp.asarray(unit_scale(x.shape[1:4]), x.dtype)
+            return flow(x) * scale[None, None, None, None]
         x = Layer(16, EMBEDDING, form=config.form, name="embedding")(x)
         if config.head == "dynamic":
             assert conditioning is not None

@@ -211,7 +211,7 @@ def conv1(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
       bias: O.
       form: see the module's docstring.
     """
-    return _valid(_parts(x, kernel), kernel, form) + bias
+    return _valid(_parts(x, kernel), kernel, form) + bias[None, None, None, None]
 
 
 def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
@@ -228,7 +228,7 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
         y = _own_or(few_outputs.same, _same_native, form, xs, kernel)
     else:
         y = _same(xs, kernel, form)
-    return cast(jax.Array, y) + bias
+    return cast(jax.Array, y) + bias[None, None, None, None]
 
 
 def conv3_stride2(
@@ -249,8 +249,8 @@ def conv3_stride2(
     n, *spatial, _ = x.shape
     if large_kernel.outweighs(kernel.shape, n * math.prod(-(-m // 2) for m in spatial)):
         y = _own_or(large_kernel.down3, _down3_native, form, x, kernel)
-        return cast(jax.Array, y) + bias
-    return _down3(x, kernel, form) + bias
+        return cast(jax.Array, y) + bias[None, None, None, None]
+    return _down3(x, kernel, form) + bias[None, None, None, None]
 
 
 def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
@@ -344,8 +344,8 @@ def conv4_transpose2(
     if large_kernel.outweighs(kernel.shape, math.prod(xs[0].shape[:4])):
         x = jnp.concatenate(xs, -1)
         y = _own_or(large_kernel.up4, _up4_native, form, x, kernel)
-        return cast(jax.Array, y) + bias
-    return _up4(xs, kernel, form) + bias
+        return cast(jax.Array, y) + bias[None, None, None, None]
+    return _up4(xs, kernel, form) + bias[None, None, None, None]
 
 
 def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:

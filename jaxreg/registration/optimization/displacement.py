@@ -104,7 +104,7 @@ def _inverse(affine: Affine) -> Affine:
     rows = [jnp.cross(linear[:, (i + 1) % 3], linear[:, (i + 2) % 3]) for i in range(3)]
     inverse = jnp.stack(rows) / jnp.sum(linear[:, 0] * rows[0])
     top = jnp.concatenate(
-        [inverse, -(inverse * shift).sum(axis=1, keepdims=True)], axis=1
+        [inverse, -(inverse * shift[None]).sum(axis=1, keepdims=True)], axis=1
     )
     return Affine(jnp.concatenate([top, jnp.asarray([[0.0, 0.0, 0.0, 1.0]])]))
 
@@ -113,9 +113,8 @@ def _maps(affine: Affine, control, shape: Shape, extent) -> tuple[Transform, Tra
     """Returns forward = affine after field, backward = field' after inverse affine."""
     if control is None:
         return Transform((affine,)), Transform((_inverse(affine),))
-    forward, backward = (
-        sampling.resize_aligned(c, shape) / jnp.asarray(extent) for c in control
-    )
+    extent = jnp.asarray(extent)[None, None, None, None]
+    forward, backward = (sampling.resize_aligned(c, shape) / extent for c in control)
     return (
         Transform((Displacement(forward), affine)),
         Transform((_inverse(affine), Displacement(backward))),
