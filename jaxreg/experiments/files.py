@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxreg.errors import UserError, near_match
-from jaxreg.experiments import fields
+from jaxreg.experiments import fields, former_modules
 from jaxreg.experiments.config import Experiment
 from jaxreg.io import files
 from jaxreg.models.base import present_names
@@ -41,8 +41,10 @@ def checked(found: Any, path: str | os.PathLike[str]) -> Experiment:
 def load_any(path: str | os.PathLike[str]) -> Any:
     """Runs a configuration file and returns what its `get_config` does, or None.
 
+    Modules are found by the names of earlier versions as well, see `former_modules`.
+
     Raises:
-      UserError: there is no such file.
+      UserError: there is no such file, or it imports what is not there.
     """
     path = pathlib.Path(path)
     if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
@@ -51,8 +53,15 @@ def load_any(path: str | os.PathLike[str]) -> Any:
             f"--config {path} does not exist"
             f"{near_match(path.name, [p.name for p in near])}"
         )
-    get_config = runpy.run_path(str(path)).get("get_config")
-    return get_config() if callable(get_config) else None
+    with former_modules.importable(str(path)):
+        try:
+            get_config = runpy.run_path(str(path)).get("get_config")
+            return get_config() if callable(get_config) else None
+        except ImportError as error:
+            raise UserError(
+                f"--config {path} cannot be run: {error}; import what is there, as "
+                "configs/demo.py does"
+            ) from error
 
 
 def to_dict(experiment: Any) -> dict[str, Any]:

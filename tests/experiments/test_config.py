@@ -1,10 +1,13 @@
 """Settings from files and from the command line, and what a resumed run may change."""
 
 import dataclasses
+import importlib
 import json
+import pathlib
 
 import pytest
 
+from jaxreg.data import pairs
 from jaxreg.data.augment import Augmentation
 from jaxreg.data.loading import Loading
 from jaxreg.data.pairs import Task
@@ -13,6 +16,7 @@ from jaxreg.experiments import config, files, overrides
 from jaxreg.experiments.config import DataConfig, Experiment, Stage
 from jaxreg.losses.objective import Objective
 
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 PLAIN = Experiment(name="plain", stages=(Stage("one", 3),))
 
 
@@ -370,3 +374,48 @@ def test_a_run_of_an_older_jaxreg_goes_on(tmp_path):
     other = overrides.override(STAGED, [("model.halvings", "1")])
     with pytest.raises(UserError, match="model.downsampled_steps 2 -> 1"):
         files.check_same(path, other)
+
+
+FORMER = """
+from jaxreg import experiment
+from jaxreg.data.augment import Augmentation
+from jaxreg.data.pairs import Task, region_weights
+from jaxreg.data.pipeline import Loading
+from jaxreg.data.views import ViewConfig
+from jaxreg.experiment import DataConfig, Experiment, Stage, TrainConfig
+from jaxreg.losses.contrastive import ContrastiveConfig
+from jaxreg.losses.objective import Objective
+from jaxreg.models.gradicon import GradIconConfig
+from jaxreg.models.promptreg import AS_PAPER
+from jaxreg.models.rdp import RdpConfig
+from jaxreg.models.sam import SamConfig
+from jaxreg.models.unireg import UniRegConfig
+from jaxreg.models.unireg_rpn import UniRegRpnConfig
+from jaxreg.sam_experiment import RELEASED_RULE, SamData, SamExperiment, SamTrain
+from jaxreg.training.loop import LoopConfig
+from jaxreg.training.optimizer import OptimizerConfig
+
+
+def get_config():
+    return experiment.load(DEMO)
+"""
+
+
+def test_configurations_of_earlier_versions_are_read(tmp_path):
+    path = tmp_path / "former.py"
+    path.write_text(FORMER.replace("DEMO", repr(str(CONFIGS / "demo.py"))))
+    with pytest.warns(UserWarning, match="jaxreg.data.loading now") as caught:
+        found = files.load(path)
+    assert found == files.load(CONFIGS / "demo.py")
+    assert len(caught) == 7  # once for each module
+    with pytest.raises(ImportError):
+        importlib.import_module("jaxreg.data.pipeline")
+    with pytest.raises(AttributeError):
+        _ = pairs.region_weights
+
+
+def test_an_import_that_fails_is_named(tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("from jaxreg.data.pairs import NoSuchTask\n")
+    with pytest.raises(UserError, match="wrong.py cannot be run.*NoSuchTask"):
+        files.load(path)
