@@ -1,23 +1,17 @@
-"""Who may import whom, what importing costs, and whether documents say what is true.
+"""Who may import whom, and what importing costs.
 
 The contracts themselves are in pyproject.toml, for import-linter.
 """
 
 import ast
 import pathlib
-import re
-import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import pytest
-import typer
-from packaging import requirements, utils, version
 
 import jaxreg
-from jaxreg.cli import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxreg"
@@ -156,96 +150,3 @@ def test_the_main_path_leaves_torch_alone():
 def test_importing_the_command_line_is_quick():
     """--help needs no JAX."""
     assert "jax" not in modules_after("import jaxreg.cli.main")
-
-
-# --- what the documents print ---------------------------------------------------------
-
-
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
-def blocks_of(page: pathlib.Path, language: str) -> list[str]:
-    text = page.read_text(encoding="utf-8")
-    return re.findall(rf"^```(?:{language})\n(.*?)^```", text, re.M | re.S)
-
-
-def shell_lines() -> list[str]:
-    """Returns the jaxreg commands of the shell blocks of README and documentation."""
-    blocks = [block for page in PAGES for block in blocks_of(page, "sh|bash|shell")]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    parts = (part.strip() for line in lines for part in line.split("&&"))
-    return [part for part in parts if re.match(r"(\S*/)?jaxreg(\s|$)", part)]
-
-
-def parse(line: str) -> None:
-    """Parses a command line as `main.main` does, without carrying it out."""
-    argv = main._hyphens(shlex.split(line, comments=True)[1:])
-    command = typer.main.get_command(main.app)
-    while argv and argv[0] in (verbs := getattr(command, "commands", {})):
-        command, argv = verbs[argv[0]], argv[1:]
-    with command.make_context("jaxreg", list(argv), obj=argv):
-        pass
-
-
-def test_the_documents_show_every_verb():
-    assert set(typer.main.get_command(main.app).commands) <= {
-        line.split()[1] for line in shell_lines()
-    }
-
-
-@pytest.mark.parametrize("line", sorted(set(shell_lines())))
-def test_command_of_the_documents_parses(line):
-    try:
-        parse(line)
-    except typer.Exit as stop:  # --help and --version
-        assert stop.exit_code == 0
-
-
-def test_parse_refuses_an_unknown_option():
-    with pytest.raises(main._ClickException):
-        parse("jaxreg models --no-such-option")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_python_of_the_documents_uses_what_is_public(page):
-    for block in blocks_of(page, "python"):
-        tree = ast.parse(block)
-        assert imported(ast.walk(tree)) == {"jaxreg"}
-        used = {
-            node.attr
-            for node in ast.walk(tree)
-            if isinstance(node, ast.Attribute)
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "jaxreg"
-        }
-        assert used
-        assert used <= set(jaxreg.__all__)
-
-
-def test_links_of_the_documents_lead_somewhere():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        for link in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", text):
-            if "://" not in link:
-                assert (page.parent / link).exists(), f"{page}: {link}"
-
-
-def test_constraints_fit_the_project():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    asked = [
-        requirements.Requirement(text)
-        for group in (
-            project["dependencies"],
-            *project["optional-dependencies"].values(),
-        )
-        for text in group
-    ]
-    pinned = {}
-    for text in (ROOT / "constraints.txt").read_text().splitlines():
-        if text and not text.startswith("#"):
-            name, _, number = text.partition("==")
-            pinned[utils.canonicalize_name(name)] = version.Version(number)
-    for need in asked:
-        name = utils.canonicalize_name(need.name)
-        assert name in pinned, f"{need.name} has no tested version"
-        assert need.specifier.contains(pinned[name], prereleases=True), str(need)
