@@ -310,11 +310,11 @@ def network_pair(
     if mask_loss and count < 2:
         raise UserError(
             f"loss masking needs a mask of both images, got {count}; give "
-            "--fixed-mask and --moving-mask"
+            "`fixed_mask` and `moving_mask`"
         )
     if mask_inputs and not count:
         raise UserError(
-            "input masking needs a mask, got none; give --fixed-mask or --moving-mask"
+            "input masking needs a mask, got none; give `fixed_mask` or `moving_mask`"
         )
     sides = {
         "moving": (moving, moving_rule, moving_mask, moving_placement or placement),

@@ -159,7 +159,7 @@ def _landmarks(pair: PairSpec, frame: Frame, fixed: Grid, moving: Grid):
     outside = tables.outside(
         table, frame, lambda points: tables.count_outside(points, fixed), grid=fixed,
         points=str(pair.fixed_landmarks), scan=f"the scan {pair.fixed}",
-        option="--landmarks-frame",
+        option="`landmarks_frame`",
     )  # fmt: skip
     if outside is not None:
         raise UserError(outside)

@@ -58,10 +58,10 @@ def pairs_of_manifest(
     if not found:
         held = any(record.split == "val" for record in manifest.records)
         mend = (
-            "give another --split, or hold out at least two subjects (of intra pairs: "
+            "give another `split`, or hold out at least two subjects (of intra pairs: "
             "two scans of one)"
             if held or split != "val"
-            else "give --holdout 5, --split train, or a column split"
+            else "give `holdout` 5, `split` train, or a column split"
         )
         raise UserError(
             f'{manifest.source} has {len(chosen)} scans of the split "{split}" and no '

@@ -113,7 +113,7 @@ def evaluate(
         raise UserError("there are no pairs to evaluate; list at least one")
     if options.dice_loss_weight > 0:
         raise UserError(
-            f"--dice-loss-weight is {options.dice_loss_weight:g}: the evaluation would "
+            f"`dice_loss_weight` is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
     options = preparation.with_grid(dataclasses.replace(options, inverse=False), model)
@@ -273,17 +273,17 @@ def _check_requested(
         and options.io_target == "network"
     ):
         raise UserError(
-            "--io-iterations has no network to optimise; give a --model or another "
-            "--io-target, or leave it out"
+            "`io_iterations` has no network to optimise; give a `model` or another "
+            "`io_target`, or leave it out"
         )
     if model is None and not displacement and not others and not prealigned:
         raise UserError(
-            "there is nothing to evaluate; name a model with --model, pass --io-target "
-            "displacement or --prealign, or name another tool"
+            "there is nothing to evaluate; name a model with `model`, pass `io_target` "
+            "displacement or `prealign`, or name another tool"
         )
     if (with_optimisation or displacement) and options.io_iterations is None:
         raise UserError(
-            "instance optimisation needs a number of steps; pass --io-iterations"
+            "instance optimisation needs a number of steps; pass `io_iterations`"
         )
 
 
@@ -464,8 +464,8 @@ def evaluate_files(
     Raises:
       UserError: see `evaluate`; or a file cannot be written, which is said first.
     """
-    out = files.check_writable(out, "--out", suffixes=(".csv",))
-    tables = files.check_writable(out.with_suffix(".md"), "--out")
+    out = files.check_writable(out, "`out`", suffixes=(".csv",))
+    tables = files.check_writable(out.with_suffix(".md"), "`out`")
 
     def keep(result: table_lib.Result) -> None:
         table_lib.write_csv(out, result)

@@ -83,7 +83,7 @@ def weights_to_try(model: zoo.LoadedModel, count: int) -> tuple[float, ...]:
     """
     smoothness_range = _range(model)
     if count < 2:
-        raise UserError(f"--steps is {count}, expected at least 2 weights to try")
+        raise UserError(f"`steps` is {count}, expected at least 2 weights to try")
     return tuple(
         float(w)
         for w in np.geomspace(smoothness_range.low, smoothness_range.high, count)
@@ -101,12 +101,12 @@ def check_weights(model: zoo.LoadedModel, weights: Sequence[float]) -> None:
     given = ",".join(f"{weight:g}" for weight in weights)
     if len(weights) < 2 or len(set(weights)) < len(weights):
         raise UserError(
-            f"--smoothness is {given}, expected two or more unlike weights to compare"
+            f"`smoothness` is {given}, expected two or more unlike weights to compare"
         )
     for weight in weights:
         if not smoothness_range.low <= weight <= smoothness_range.high:  # nan as well
             raise UserError(
-                f"--smoothness has {weight:g}, but {model.name} was trained for "
+                f"`smoothness` has {weight:g}, but {model.name} was trained for "
                 f"{smoothness_range.low:g} to {smoothness_range.high:g}; give numbers "
                 "between"
             )
@@ -117,7 +117,7 @@ def _range(model: zoo.LoadedModel) -> SmoothnessRange:
     if smoothness_range is None:
         raise UserError(
             f"{model.name} was not trained to be asked for a smoothness; train with "
-            "model.smoothness_range, or give --model of such weights"
+            "model.smoothness_range, or give `model` of such weights"
         )
     return smoothness_range
 
@@ -250,7 +250,7 @@ def check_found(found: Tuned) -> None:
     if found.unscored:
         raise UserError(
             f"{' and '.join(found.unscored)} has no pair with a Dice for every weight, "
-            "so that nothing is stored; give --labels that its label maps hold"
+            "so that nothing is stored; give `labels` that its label maps hold"
         )
 
 

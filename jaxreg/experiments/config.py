@@ -266,7 +266,7 @@ class Experiment:
                     f"{name} is {window[0]:g} to {window[1]:g} HU, but the network "
                     f"takes 0 and 1 for {needed[0]:g} and {needed[1]:g} HU "
                     "(model.window); give both the same, or for a network without "
-                    "units --model.backbone_window None and --model.features mind"
+                    "units `model.backbone_window` None and `model.features` mind"
                 )
 
     def _check_windows_of(self, task: Task) -> None:
@@ -290,7 +290,7 @@ class Experiment:
             raise UserError(
                 f"task {task.dataset} has a network_window, but the network is not "
                 "told of tasks or reads no Hounsfield units; give the task a "
-                "ct_window, or --model.backbone_window for all"
+                "ct_window, or `model.backbone_window` for all"
             )
 
 

@@ -164,8 +164,8 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         return _synthetic_sources(experiment, number)
     if not experiment.data.manifests:
         raise UserError(
-            "the experiment names no data; give --data.manifests PATH (a manifest or a "
-            "folder of scans) or --data.synthetic inter_mono"
+            "the experiment names no data; give `data.manifests` PATH (a manifest or a "
+            "folder of scans) or `data.synthetic` inter_mono"
         )
     data = experiment.data
     whole = read_manifests(experiment)
@@ -381,7 +381,7 @@ def _check_modalities(
             raise UserError(
                 f"{record.image} of {record.dataset} has modality {record.modality}, "
                 "but the network takes its images for Hounsfield units; give "
-                "--model.backbone_window None, and --model.features mind or a SAM "
+                "`model.backbone_window` None, and `model.features` mind or a SAM "
                 "network of that modality"
             )
 
@@ -408,7 +408,7 @@ def _check_annotations(
         if objective.dice_weight > 0 and not classes:
             raise UserError(
                 f"dataset {task.dataset} is to be trained with labels, but the "
-                "manifest does not list them; give --data.classes 1,2,3"
+                "manifest does not list them; give `data.classes` 1,2,3"
             )
     datasets = {task.dataset for task in tasks}
     if experiment.loading.mask_inputs and not any(
@@ -416,7 +416,7 @@ def _check_annotations(
     ):
         raise UserError(
             "loading.mask_inputs is true, but no training image has a mask; add the "
-            "column mask to a manifest or give --loading.mask_inputs false"
+            "column mask to a manifest or give `loading.mask_inputs` false"
         )
 
 

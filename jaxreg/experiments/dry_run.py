@@ -304,7 +304,7 @@ def _devices(step: TracedStep) -> str:
         share = train.batch // (train.accumulate * train.replicas)
         text += (
             f"; the recipe asks for {train.replicas}, with {counted(share, 'pair')} "
-            f"each: --train.batch {share} --train.replicas 1 tries one of them"
+            f"each: `train.batch` {share} `train.replicas` 1 tries one of them"
         )
     return text
 
@@ -419,7 +419,7 @@ def _quick_checks(
     needed = experiment.model.needs_sam
     if needed and experiment.train.sam is None and experiment.train.start is None:
         sentences.append(
-            "SAM weights are not given yet; training will need --train.sam"
+            "SAM weights are not given yet; training will need `train.sam`"
         )
     else:
         sam_of(experiment, read=read)

@@ -32,7 +32,7 @@ def checked(found: Any, path: str | os.PathLike[str]) -> Experiment:
     """
     if not isinstance(found, Experiment):
         raise UserError(
-            f"--config {path} has no function get_config() that returns an "
+            f"`config` {path} has no function get_config() that returns an "
             "experiment.Experiment; see configs/demo.py"
         )
     return found
@@ -50,7 +50,7 @@ def load_any(path: str | os.PathLike[str]) -> Any:
     if not os.path.isfile(path):  # Path.is_file raises on a name that is too long
         near = sorted(path.parent.glob("*.py")) if os.path.isdir(path.parent) else []
         raise UserError(
-            f"--config {path} does not exist"
+            f"`config` {path} does not exist"
             f"{near_match(path.name, [p.name for p in near])}"
         )
     with former_modules.importable(str(path)):
@@ -59,7 +59,7 @@ def load_any(path: str | os.PathLike[str]) -> Any:
             return get_config() if callable(get_config) else None
         except ImportError as error:
             raise UserError(
-                f"--config {path} cannot be run: {error}; import what is there, as "
+                f"`config` {path} cannot be run: {error}; import what is there, as "
                 "configs/demo.py does"
             ) from error
 
@@ -94,7 +94,7 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
     except ValueError as error:
         raise UserError(
             f"{path} cannot be read ({error}), so the run is not resumed; put back the "
-            "settings that it was started with, or give another --out"
+            "settings that it was started with, or give another `out`"
         ) from error
     known = before if isinstance(before, Mapping) else {}
     for stage in known.get("stages", ()):
@@ -112,7 +112,7 @@ def check_same(path: pathlib.Path, experiment: Any) -> None:
     if differing:
         raise UserError(
             f"the run in {path.parent} was started with other settings "
-            f"({'; '.join(differing[:5])}); resume it with those, or give another --out"
+            f"({'; '.join(differing[:5])}); resume it with those, or give another `out`"
         )
 
 

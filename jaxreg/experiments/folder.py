@@ -50,7 +50,7 @@ def _check_scans(path: pathlib.Path, scans: Sequence[str]) -> None:
             raise UserError(
                 f"the run in {path.parent} was started with other scans, the first "
                 f"difference is {was} -> {now}; put the manifest back as it was, or "
-                "give another --out"
+                "give another `out`"
             )
 
 
@@ -92,14 +92,14 @@ def _folder_problem(
         if holds_run(out):
             if not resume:
                 return (
-                    f"--out {out} holds a run already; pass --resume to go on with it, "
+                    f"`out` {out} holds a run already; pass `resume` to go on with it, "
                     "or give another folder"
                 )
             files_lib.check_same(settings, experiment)
             _check_scans(out / SCANS, records[SCANS])
             return None
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            return f"--out {out} exists and holds no run; give another folder"
+            return f"`out` {out} exists and holds no run; give another folder"
         out.mkdir(parents=True, exist_ok=True)
         files_lib.write(settings, experiment)
         for name, lines in records.items():
@@ -108,7 +108,7 @@ def _folder_problem(
                     text = "\n".join(lines) + "\n"
                     pathlib.Path(temporary).write_text(text, encoding="utf-8")
     except OSError as error:
-        return f"--out {out} cannot be written ({error.strerror}); give another folder"
+        return f"`out` {out} cannot be written ({error.strerror}); give another folder"
     except UserError as error:
         return str(error)
     return None

@@ -106,7 +106,7 @@ def train(
     if not parallel.same_everywhere(json.dumps(settings, sort_keys=True)):
         raise UserError(
             "the processes were started with different settings; give each the same "
-            "command but for --process"
+            "command but for `process`"
         )
     # All before the folder: a mistake in the last stage must not leave half a run.
     plan = plan_of(experiment, out, report)

@@ -149,7 +149,7 @@ def layout_of(experiment: SamExperiment) -> Layout:
         raise UserError(
             f"train.batch is {batch}, which {layout.data} devices cannot share evenly "
             f"with two volumes for each; take a multiple of {layout.data}, at least "
-            f"{2 * layout.data}, or --train.parallel single"
+            f"{2 * layout.data}, or `train.parallel` single"
         )
     return layout
 
@@ -301,7 +301,7 @@ def _started(
     if wrong:
         raise UserError(
             f"train.start {start} does not fit the network ({', '.join(wrong[:3])}); "
-            "give --model.channels and --model.embedding the sizes of the weights"
+            "give `model.channels` and `model.embedding` the sizes of the weights"
         )
     text = f"started from {start}: {len(merged.loaded)} arrays loaded"
     return merged.variables, [text]

@@ -222,7 +222,7 @@ def records_of(
     data, batch = experiment.data, experiment.train.batch
     if not data.manifests:
         raise UserError(
-            "there are no scans to train on; give --data.manifests with manifest "
+            "there are no scans to train on; give `data.manifests` with manifest "
             "files or folders of scans"
         )
     train: list[Record] = []
@@ -242,7 +242,7 @@ def records_of(
         raise UserError(
             f"{min(data.validation_volumes, len(held))} scans validate, fewer than "
             f"train.batch {batch}; raise data.validation_volumes or give more scans, "
-            "or --data.validation_volumes 0"
+            "or `data.validation_volumes` 0"
         )
     return tuple(train), tuple(chosen)
 

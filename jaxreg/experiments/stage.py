@@ -55,12 +55,12 @@ def trained_rows(
     if experiment.model.conditioning != "prompts":
         raise UserError(
             f"train.only is {only}, but the network has no prompt bank; give "
-            "--train.only all, or a PromptReg model"
+            "`train.only` all, or a PromptReg model"
         )
     if first and start is None:
         raise UserError(
             f"train.only is {only}, but there are no weights to start from and the "
-            "rest would stay untrained; give --train.start"
+            "rest would stay untrained; give `train.start`"
         )
     if only == "prompts":
         return tuple(sorted(set(sources.rows)))
@@ -69,7 +69,7 @@ def trained_rows(
         raise UserError(
             "train.only is new_prompts, but the weights to start from know all tasks "
             f"already ({', '.join(sources.tasks)}); add a dataset, or give "
-            "--train.only prompts"
+            "`train.only` prompts"
         )
     return rows
 
@@ -146,7 +146,7 @@ def metric_of(experiment: Experiment, sources: Sources) -> str | None:
         if wanted != "auto":
             raise UserError(
                 f"loop.metric is {wanted}, but no pair validates; give validation "
-                "images or --loop.metric auto, which then takes the last checkpoint"
+                "images or `loop.metric` auto, which then takes the last checkpoint"
             )
         return None
     having = _labelled_datasets(sources)
@@ -154,7 +154,7 @@ def metric_of(experiment: Experiment, sources: Sources) -> str | None:
     if wanted == "dice" and not labelled:
         raise UserError(
             "loop.metric is dice, but no validation pair has label maps of both "
-            "images; add the column label or give --loop.metric loss"
+            "images; add the column label or give `loop.metric` loss"
         )
     chosen = ("dice" if labelled else "loss") if wanted == "auto" else wanted
     if chosen == "dice" and not all(having.values()):
@@ -162,7 +162,7 @@ def metric_of(experiment: Experiment, sources: Sources) -> str | None:
         warnings.warn(
             "the best weights are those of the best mean Dice over datasets, in which "
             f"{without} has no say: no validation pair there has label maps of both "
-            "images; add them, or give --loop.metric loss",
+            "images; add them, or give `loop.metric` loss",
             stacklevel=2,
         )
     return chosen

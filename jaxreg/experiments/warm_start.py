@@ -68,7 +68,7 @@ def names_of_start(experiment: Experiment, read: Read = load.load) -> tuple[str,
     if len(set(names)) != count:
         raise UserError(
             f"{start} has {count} {model.conditioning}, but their names are "
-            f"{', '.join(names) or 'not stored with it'}; give --train.start_tasks "
+            f"{', '.join(names) or 'not stored with it'}; give `train.start_tasks` "
             "with a name for each, in their order"
         )
     return tuple(names)
@@ -149,14 +149,14 @@ def _check_merged(merged: Merged, name: str, only: str) -> None:
         wrong = ", ".join(merged.misshapen[:3]) or "no name in common"
         raise UserError(
             f"{name} does not fit the network ({wrong}); give the model's section "
-            "(such as --model.channels_down or --model.channels) the sizes of the "
+            "(such as `model.channels_down` or `model.channels`) the sizes of the "
             "weights"
         )
     if only != "all" and merged.missing:
         raise UserError(
             f"train.only is {only}, but {name} lacks {merged.missing[0]}, which "
             "would stay untrained; start from weights of the same network, or give "
-            "--train.only all"
+            "`train.only` all"
         )
 
 
@@ -185,7 +185,7 @@ def sam_of(
         if named is not None:
             raise UserError(
                 f"train.sam is {named}, but the network correlates no embeddings of "
-                "SAM; leave it out, or give --model.features sam"
+                "SAM; leave it out, or give `model.features` sam"
             )
         return None
     found = None
@@ -197,16 +197,16 @@ def sam_of(
         found = zoo.sam_of(read(start))
     if found is None:
         raise UserError(
-            "model.features is sam, but there are no SAM weights; give --train.sam "
+            "model.features is sam, but there are no SAM weights; give `train.sam` "
             "PATH (jaxreg train --config configs/sam.py makes some), or "
-            "--model.features mind"
+            "`model.features` mind"
         )
     for during in needing:
         loading = during.loading
         if loading.resize == "pad_crop" and loading.spacing_mm != found.spacing_mm:
             raise UserError(
                 f"the SAM network knows voxels of {found.spacing_mm:g} mm, the network "
-                f"grid has {loading.spacing_mm:g} mm; give --loading.spacing_mm "
+                f"grid has {loading.spacing_mm:g} mm; give `loading.spacing_mm` "
                 f"{found.spacing_mm:g}"
             )
     return found
@@ -236,7 +236,7 @@ def _compare_meaning(experiment: Experiment, loaded: Any, report: Report) -> Non
     start = experiment.train.start
     text = ", ".join(f"{name} {value}" for name, value in other.items())
     if experiment.train.only != "all":
-        options = " ".join(f"--model.{name} {value}" for name, value in other.items())
+        options = " ".join(f"`model.{name}` {value}" for name, value in other.items())
         raise UserError(
             f"{start} was trained with {text}, so its frozen part would mean something "
             f"else here; give {options}"

@@ -53,7 +53,7 @@ EXTENSIONS = tuple(suffix for suffix, known in FORMATS.items() if known.write)
 
 
 def check_transform_path(
-    path: files.PathLike, option: str = "--transform-out"
+    path: files.PathLike, option: str = "`transform_out`"
 ) -> pathlib.Path:
     """Checks that `write_transform` can write there, before any work.
 

@@ -178,12 +178,12 @@ def check_storable(value: float, volume: Volume) -> None:
         # What is not finite is not within the limits.
         if not (limits.min <= value <= limits.max and value == round(value)):
             raise UserError(
-                f"--fill is {value:g}, but {volume.source} holds {dtype} numbers; pass "
+                f"`fill` is {value:g}, but {volume.source} holds {dtype} numbers; pass "
                 f"a whole number from {limits.min} to {limits.max}"
             )
     elif math.isfinite(value) and abs(value) > np.finfo(dtype).max:
         raise UserError(
-            f"--fill is {value:g}, but {volume.source} holds {dtype} numbers; pass one "
+            f"`fill` is {value:g}, but {volume.source} holds {dtype} numbers; pass one "
             f"of at most {np.finfo(dtype).max:g}"
         )
 

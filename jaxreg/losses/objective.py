@@ -309,7 +309,7 @@ def _check_options(name: str, options: tuple[tuple[str, Any], ...]) -> None:
             better = [f"{first}={default}" for first, default in taken.items()][:1]
             raise UserError(
                 f"similarity {name} takes no option {option}{known}; give "
-                f"--objective.similarity_options {' or '.join([*better, 'None'])}"
+                f"`objective.similarity_options` {' or '.join([*better, 'None'])}"
             )
         if option == "intensity_range":
             fits, expected = _increasing(value), "two numbers, the lower first"

@@ -93,7 +93,7 @@ def condition(
     pairing: Pairing | None = None,
     smoothness: float | None = None,
     *,
-    source: str = "--task",
+    source: str = "`task`",
 ) -> Conditioning:
     """Returns the network as it serves one task.
 
@@ -117,14 +117,14 @@ def condition(
         return _of_region(model, _found(model, task, pairing, source), smoothness)
     if pairing is not None:
         raise UserError(
-            f"--pairing is {pairing}, but {model.name} is not told of it; leave it out"
+            f"`pairing` is {pairing}, but {model.name} is not told of it; leave it out"
         )
     if task == "auto":
         whole = model if conditioned_on is None else _with_rule(model, _rules(model))
         return Conditioning(model=whole)
     if conditioned_on is None:
         raise UserError(
-            f"--task is {task}, but {model.name} has neither a prompt bank nor heads "
+            f"`task` is {task}, but {model.name} has neither a prompt bank nor heads "
             "for tasks; leave it out"
         )
     return Conditioning(model=_with_domains(model, task))
@@ -180,9 +180,9 @@ def check_unconditioned(
       UserError: something is.
     """
     given = {
-        "--task": task if task != "auto" else None,
-        "--pairing": pairing,
-        "--smoothness": smoothness,
+        "`task`": task if task != "auto" else None,
+        "`pairing`": pairing,
+        "`smoothness`": smoothness,
     }
     for name, value in given.items():
         if value is not None:
@@ -206,12 +206,12 @@ def _with_domains(model: zoo.LoadedModel, task: str) -> zoo.LoadedModel:
     for name in names:
         if name not in known:
             raise UserError(
-                f"--task names {name}, which is not among the domains of {model.name} "
+                f"`task` names {name}, which is not among the domains of {model.name} "
                 f"({', '.join(known)}); give some of these, or auto"
             )
     if len(set(names)) < len(names):
         raise UserError(
-            f"--task is {task}, which names a domain twice; name each of them once"
+            f"`task` is {task}, which names a domain twice; name each of them once"
         )
     rows = [known.index(name) for name in names]
     rules = _rules(model)
@@ -293,7 +293,7 @@ def _found(
         }
     if len({p for _, p in meant}) != 1:
         raise UserError(
-            f"{model.name} knows {task} within and between subjects; give --pairing "
+            f"{model.name} knows {task} within and between subjects; give `pairing` "
             "intra or inter, or in a list the column pairing"
         )
     if len(meant) > 1:
@@ -361,11 +361,11 @@ def _check_smoothness(model: zoo.LoadedModel, given: float) -> None:
     requested = model.model.config.smoothness_condition
     if requested is None:
         raise UserError(
-            f"--smoothness is {given:g}, but {model.name} was not trained to be "
+            f"`smoothness` is {given:g}, but {model.name} was not trained to be "
             "asked for one; leave it out"
         )
     if not requested.low <= given <= requested.high:
         raise UserError(
-            f"--smoothness is {given:g}, but {model.name} was trained for "
+            f"`smoothness` is {given:g}, but {model.name} was trained for "
             f"{requested.low:g} to {requested.high:g}; give a number between"
         )

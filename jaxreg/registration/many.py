@@ -138,7 +138,7 @@ def check_outputs(
         if not outputs:
             raise UserError(
                 f"{row} names nothing to write; add a column {', '.join(OUTPUTS[:-1])} "
-                f"or {OUTPUTS[-1]}, or pass --out-dir"
+                f"or {OUTPUTS[-1]}, or pass `out_dir`"
             )
         for name, path in outputs.items():
             if made is None or path.parent != made or made.exists():
@@ -155,7 +155,7 @@ def _check_to_be_made(folder: pathlib.Path) -> None:
     there = next(path for path in folder.absolute().parents if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UserError(
-            f"--out-dir {folder} cannot be made in {there}; name another place"
+            f"`out_dir` {folder} cannot be made in {there}; name another place"
         )
 
 

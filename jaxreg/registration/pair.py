@@ -268,9 +268,9 @@ def _prealigns_alone(model: zoo.LoadedModel | None, options: Options) -> bool:
     alone = model is None and options.io_target == "network"
     if alone and (options.prealign == "none" or options.io_iterations is not None):
         raise UserError(
-            "--io-target network needs a model; name one with --model, pass "
-            "--io-target displacement to register without weights, or --prealign and "
-            "--io-iterations None to pre-align alone"
+            "`io_target` network needs a model; name one with `model`, pass "
+            "`io_target` displacement to register without weights, or `prealign` and "
+            "`io_iterations` None to pre-align alone"
         )
     return alone
 
@@ -331,10 +331,10 @@ def _prealigned(
         and preparation.placement_of(model, options).resize != "pad_crop"
     ):
         warnings.warn(
-            f"without --prealign {model.name} sees the extents of "
+            f"without `prealign` {model.name} sees the extents of "
             f"{moving.source} and {fixed.source} laid over each other, which fits "
             "better than their headers: scans cropped around one organ may do better "
-            "with --prealign none",
+            "with `prealign` none",
             stacklevel=2,
         )
     return found
@@ -423,7 +423,7 @@ def _extractor(network: TrainedSam | None, options: Options) -> features.Extract
     own = network_grid.ResamplingRule("pad_crop", "spl", network.spacing_mm)
     if options.placement != own:
         warnings.warn(
-            "--io-target features takes MIND's descriptors in place of SAM's: the "
+            "`io_target` features takes MIND's descriptors in place of SAM's: the "
             f"network grid has not SAM's voxels of {own.spacing_mm:g} mm towards "
             "superior, posterior and left, as a UniReg's has",
             stacklevel=2,
@@ -487,6 +487,6 @@ def _check_finite(forward: transform_lib.Transform, options: Options) -> None:
     if not all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(forward)):
         rate = "" if options.io_lr is None else f" {options.io_lr:g}"
         raise UserError(
-            f"the optimisation diverged to NaN; pass an --io-lr below the present one"
+            f"the optimisation diverged to NaN; pass an `io_lr` below the present one"
             f"{rate}, or check the scans and the weights"
         )

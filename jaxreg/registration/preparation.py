@@ -55,7 +55,7 @@ def conditioning_of(
         conditioning.check_unconditioned(*words)
         if options.level_iterations is not None:
             raise UserError(
-                f"--level-iterations is {options.level_iterations}, but no network "
+                f"`level_iterations` is {options.level_iterations}, but no network "
                 "takes part; leave it out"
             )
         return None, conditioning.UNCONDITIONED
@@ -74,7 +74,7 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
     if config.level_iterations is None:
         if level_iterations is not None:
             raise UserError(
-                f"--level-iterations is {level_iterations}, but {model.name} is no "
+                f"`level_iterations` is {level_iterations}, but {model.name} is no "
                 "network that repeats its levels, as UniReg-RPN is; leave it out"
             )
         return model
@@ -83,8 +83,8 @@ def _repeating(model: zoo.LoadedModel, options: Options) -> zoo.LoadedModel:
     optimised = options.io_iterations is not None and options.io_target == "network"
     if (config.level_iterations or 1) > 1 and optimised:
         raise UserError(
-            "--io-target network cannot optimise a network that repeats its levels; "
-            "give --io-iterations None, --io-target map or --level-iterations 1"
+            "`io_target` network cannot optimise a network that repeats its levels; "
+            "give `io_iterations` None, `io_target` map or `level_iterations` 1"
         )
     return model.with_config(config)
 
@@ -158,7 +158,7 @@ def with_rule_of(model: zoo.LoadedModel | None, options: Options) -> Options:
     if model.mask_inputs and not options.input_masking:
         warnings.warn(
             f"{model.name} was trained on scans that are 0 outside a mask; pass masks "
-            "and --input-masking to show it the same",
+            "and `input_masking` to show it the same",
             stacklevel=3,
         )
     return dataclasses.replace(
@@ -192,14 +192,14 @@ def check_units(model: zoo.LoadedModel, options: Options) -> None:
             raise UserError(
                 f"`{name}` is {modality}, but {model.name} reads Hounsfield units; "
                 f"give `{name}` ct if it is one, or weights trained with "
-                "--model.features mind --model.backbone_window None"
+                "`model.features` mind `model.backbone_window` None"
             )
     low, high = options.ct_window or model.ct_window or needed
     if "ct" in _kinds(options) and (low, high) != needed:
-        given = "--ct-window is" if options.ct_window else "its weights state"
+        given = "`ct_window` is" if options.ct_window else "its weights state"
         raise UserError(
             f"{given} {low:g} {high:g}, but {model.name} reads Hounsfield units of the "
-            f"window {needed[0]:g} {needed[1]:g}; give --ct-window {needed[0]:g} "
+            f"window {needed[0]:g} {needed[1]:g}; give `ct_window` {needed[0]:g} "
             f"{needed[1]:g}"
         )
 

@@ -23,11 +23,11 @@ def conditioning_of_pair(
     Raises:
       UserError: see `conditioning.condition`; it names the column.
     """
-    chosen, source = options_of(pair, options, model), "--task"
+    chosen, source = options_of(pair, options, model), "`task`"
     if options.task == "auto" and conditioning.needs_region(model):
         columns = {"region": pair.region, "task": pair.task}
         column = next((n for n, word in columns.items() if word == chosen.task), None)
-        source = f"the column {column}" if column else "without a column task, --task"
+        source = f"the column {column}" if column else "without a column task, `task`"
     return conditioning.condition(
         model, chosen.task, chosen.pairing, chosen.smoothness, source=source
     )
@@ -70,8 +70,8 @@ def warn_of_idle_masks(
     masked = any(pair.fixed_mask or pair.moving_mask for pair in pairs)
     if masked and not uses_masks(options):
         warnings.warn(
-            "the masks have no effect without --input-masking or "
-            "--loss-function-masking",
+            "the masks have no effect without `input_masking` or "
+            "`loss_function_masking`",
             stacklevel=stacklevel,
         )
 
@@ -100,7 +100,7 @@ def warn_of_validation_scans(
             f"{len(seen)} of {len(pairs)} pairs, the first with {name} as fixed scan, "
             f"are of subjects on which the weights of {model.name} were chosen in "
             "training (by the names of their files), so that their scores are too good "
-            "for held-out ones; evaluate others, with --split test or another list",
+            "for held-out ones; evaluate others, with `split` test or another list",
             stacklevel=stacklevel,
         )
 
@@ -144,13 +144,13 @@ def check_conditioning(
             continue
         if options.pairing and pair.pairing not in (None, options.pairing):
             doubts[
-                f"{pair.table} is {pair.pairing} in the list, but --pairing is "
+                f"{pair.table} is {pair.pairing} in the list, but `pairing` is "
                 f"{options.pairing}, which the network is told"
             ] = None
         elif not conditioned.trained:
             doubts[
                 f"{pair.table} is told to {model.name} as {conditioned.key}, which "
-                "training did not have; correct the column pairing, or give --pairing, "
+                "training did not have; correct the column pairing, or give `pairing`, "
                 "if the pairs are of the other type"
             ] = None
     for doubt in doubts:

@@ -303,8 +303,8 @@ def _warn_of_rivals(
     warnings.warn(
         f"the place of {scans.fixed.source} in {scans.moving.source} is not certain: "
         f"affine maps from {best} and from {', '.join(rivals)} differ and fit nearly "
-        "alike; look at the result, give masks with --fixed-mask, --moving-mask and "
-        "--loss-function-masking, or crop the larger scan",
+        "alike; look at the result, give masks with `fixed_mask`, `moving_mask` and "
+        "`loss_function_masking`, or crop the larger scan",
         stacklevel=3,
     )
 
@@ -353,7 +353,7 @@ def _not_worse(
     warnings.warn(
         f"the optimisation made the scans less alike{where} (unlikeness "
         f"{fits['found']:.4f}, by the {found.start} {fits['start']:.4f}), so the "
-        f"{found.start} {stay}; try another similarity (--io-sim), more steps or a "
+        f"{found.start} {stay}; try another similarity (`io_sim`), more steps or a "
         "finer grid",
         stacklevel=3,
     )

@@ -88,7 +88,7 @@ def find(
         warnings.warn(
             f"{volume.source or 'the scan'} goes down to {lowest:g} and is taken for a "
             f"CT, filled with {air:g} beyond, but {common:g} is the commonest value at "
-            "its border; if it is no CT pass --moving-modality mri, or --fill",
+            "its border; if it is no CT pass `moving_modality` mri, or `fill`",
             stacklevel=2,
         )
     return Background(air, padding)

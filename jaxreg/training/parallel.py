@@ -289,8 +289,8 @@ def start_processes(
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"the processes cannot be joined ({error}); give --coordinator HOST:PORT, "
-            "--processes and --process to each"
+            f"the processes cannot be joined ({error}); give `coordinator` HOST:PORT, "
+            "`processes` and `process` to each"
         ) from error
 
 

@@ -32,7 +32,7 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
     source, target = pathlib.Path(source), pathlib.Path(target)
     if model is not None:
         model = zoo.ZOO[model].model if model in zoo.ZOO else model
-        registry.kind_named(model, "--model")
+        registry.kind_named(model, "`model`")
     from_torch, to_torch = (
         zoo.is_torch(source),
         target.suffix.lower() in zoo.TORCH_SUFFIXES,
@@ -57,8 +57,8 @@ def convert(source: PathLike, target: PathLike, *, model: str | None = None) -> 
     bundle = bundle_lib.load_bundle(source)
     if model not in (None, bundle.model):
         raise UserError(
-            f"{source} holds a {bundle.model} network, --model says {model}; "
-            f"give --model {bundle.model}"
+            f"{source} holds a {bundle.model} network, `model` says {model}; "
+            f"give `model` {bundle.model}"
         )
     kind = registry.kind_named(bundle.model, str(source))
     table = table_of(kind, source=str(source))

@@ -75,7 +75,7 @@ def fill_cache(
                 f"the weights of {name} are not in the cache and cannot be fetched "
                 f"({reason}); download {url} and put it at {by_hand}, where "
                 "jaxreg finds and converts it, or register without weights by "
-                "--io-target displacement"
+                "`io_target` displacement"
             ) from error
         bundle = zoo.published(card, file, url, url)
     bundle_lib.save_bundle(folder / name, bundle, replace=False)

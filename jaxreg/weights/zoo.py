@@ -221,8 +221,8 @@ def no_registration(name: str) -> UserError:
     """Returns the error of SAM's weights where a network is to register."""
     return UserError(
         f"{name} is SAM, which finds places of one scan in another and registers "
-        "nothing; pass it as --sam-weights beside the network of --model, or to jaxreg "
-        "match as its --model"
+        "nothing; pass it as `sam_weights` beside the network of `model`, or to jaxreg "
+        "match as its `model`"
     )
 
 

@@ -829,7 +829,7 @@ def told(monkeypatch):
 
 def test_a_list_without_tasks_is_refused_before_the_first_registration(spec, told):
     pair = dataclasses.replace(spec, task=None)
-    said = "pair moving to fixed: without a column task, --task is auto, .* lungs, liv"
+    said = "pair moving to fixed: without a column task, `task` is auto, .* lungs, liv"
     with pytest.raises(UserError, match=said):
         told([pair], with_heads())
     assert told([pair], with_heads(), task="liver") == [("liver", None)]
@@ -860,7 +860,7 @@ def test_a_pairing_that_training_did_not_have_is_warned_about(spec, told):
     pair = dataclasses.replace(spec, task="liver", pairing="inter")
     with pytest.warns(UserWarning, match="liver is told to known as belly, inter, wh"):
         told([pair], with_heads())
-    with pytest.warns(UserWarning, match="liver is inter in the list, but --pairing"):
+    with pytest.warns(UserWarning, match="liver is inter in the list, but `pairing`"):
         told([pair], with_heads(), pairing="intra")
 
 
@@ -896,7 +896,7 @@ def test_pairs_of_a_manifest_are_those_of_the_training(tmp_path):
 def test_the_message_about_missing_pairs_names_the_option(tmp_path):
     table = tmp_path / "m.csv"
     table.write_text("image,subject\na.nii,a\nb.nii,b\n")
-    with pytest.raises(UserError, match="give --holdout 5, --split train"):
+    with pytest.raises(UserError, match="give `holdout` 5, `split` train"):
         pairs_lib.pairs_of_manifest(read.read_manifest(table))
 
 

@@ -146,11 +146,11 @@ def test_weights_to_try_span_the_range_and_need_one():
 @pytest.mark.parametrize(
     ("weights", "said"),
     [
-        ((0.5, 50.0), "--smoothness has 50, .* 0.1 to 10"),
-        ((0.5, float("nan")), "--smoothness has nan"),
-        ((-1.0, 1.0), "--smoothness has -1"),
-        ((1.0, 1.0), "--smoothness is 1,1, expected two or more unlike"),
-        ((1.0,), "--smoothness is 1, expected two or more"),
+        ((0.5, 50.0), "`smoothness` has 50, .* 0.1 to 10"),
+        ((0.5, float("nan")), "`smoothness` has nan"),
+        ((-1.0, 1.0), "`smoothness` has -1"),
+        ((1.0, 1.0), "`smoothness` is 1,1, expected two or more unlike"),
+        ((1.0,), "`smoothness` is 1, expected two or more"),
     ],
 )
 def test_weights_that_cannot_be_compared_are_refused_first(weights, said, tmp_path):

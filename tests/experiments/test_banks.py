@@ -113,7 +113,7 @@ def test_prompts_without_names_are_named_by_the_user(tmp_path):
     preprocessing = {k: v for k, v in bundle.preprocessing.items() if k != "tasks"}
     nameless = dataclasses.replace(bundle, preprocessing=preprocessing)
     bundle_lib.save_bundle(start, nameless)
-    with pytest.raises(UserError, match=r"2 prompts.*--train.start_tasks"):
+    with pytest.raises(UserError, match=r"2 prompts.*`train.start_tasks`"):
         run.run(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     named = overrides.override(chosen, [("train.start_tasks", "a,b")])
@@ -128,7 +128,7 @@ def test_frozen_weights_are_complete_and_mean_what_they_meant(tmp_path):
     chosen = prompted("inter_mono", start=str(start), only="prompts")
     other = dataclasses.replace(chosen.model, temperature=0.5)
     saved_bank(start, dataclasses.replace(chosen, model=other), ("a",))
-    with pytest.raises(UserError, match=r"give --model.temperature 0.5"):
+    with pytest.raises(UserError, match=r"give `model.temperature` 0.5"):
         started(chosen, ("a",), ["a"])
     free = overrides.override(chosen, [("train.only", "all")])
     assert "trained with temperature 0.5" in started(free, ("a",), ["a"])[1]
@@ -146,7 +146,7 @@ def test_banks_of_other_widths_are_refused_by_name(tmp_path):
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, channels=2))
     saved_bank(start, wide, ("a",))
     narrow = prompted("inter_mono", start=str(start))
-    with pytest.raises(UserError, match=r"does not fit .*--model.channels"):
+    with pytest.raises(UserError, match=r"does not fit .*`model.channels`"):
         started(narrow, ("a",), ["a"])
 
 

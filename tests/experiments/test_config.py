@@ -127,7 +127,7 @@ def test_another_similarity_asks_for_options_of_its_own():
         overrides.override(mind, [("objective.similarity", "lncc")])
     assert str(caught.value) == (
         "similarity lncc takes no option radius, only sigma; give "
-        "--objective.similarity_options sigma=5 or None"
+        "`objective.similarity_options` sigma=5 or None"
     )
     changes = [("objective.similarity", "lncc"), ("objective.similarity_options",
                "sigma=3")]  # fmt: skip

@@ -124,7 +124,7 @@ def test_checkpoints_do_not_repeat_sam(trained):
 @pytest.mark.parametrize(
     ("model", "train", "said"),
     [
-        (UniRegConfig(), {}, "there are no SAM weights; give --train.sam"),
+        (UniRegConfig(), {}, "there are no SAM weights; give `train.sam`"),
         (UniRegConfig(features="mind"), {"sam": "x"}, "correlates no embeddings"),
         (UniRegConfig(), {"sam": "nowhere"}, "nowhere"),
     ],
@@ -138,7 +138,7 @@ def test_sam_is_asked_for_before_the_folder_is_made(model, train, said, tmp_path
 def test_sam_of_other_voxels_is_refused(embeddings):
     chosen = tiny(UniRegConfig(), sam=str(embeddings))
     loading = dataclasses.replace(chosen.loading, resize="pad_crop", spacing_mm=2.0)
-    with pytest.raises(UserError, match=r"--loading\.spacing_mm 1\.5"):
+    with pytest.raises(UserError, match=r"`loading\.spacing_mm` 1\.5"):
         warm_start.sam_of(dataclasses.replace(chosen, loading=loading))
 
 
@@ -229,7 +229,7 @@ def test_a_network_of_hounsfield_units_has_one_window(window, tasks, said):
 def test_a_network_of_hounsfield_units_is_trained_on_ct(tmp_path):
     mri, ct = (labelled(tmp_path / name, name) for name in ("t1", "ct"))
     assert datasets.make_sources(with_scans(MIND, ct)).tasks == ("set",)
-    with pytest.raises(UserError, match=r"modality t1.*--model\.backbone_window None"):
+    with pytest.raises(UserError, match=r"modality t1.*`model\.backbone_window` None"):
         datasets.make_sources(with_scans(MIND, mri))
     free = dataclasses.replace(MIND, backbone_window=None)
     assert datasets.make_sources(with_scans(free, mri)).tasks == ("set",)

@@ -1090,8 +1090,8 @@ def test_bad_input_gets_one_sentence(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("t.mat", "--transform-out .*t.mat is a .mat file, .*use .h5"),
-        ("t.nrrd", "--transform-out .* has the extension .nrrd, expected one of"),
+        ("t.mat", "`transform_out` .*t.mat is a .mat file, .*use .h5"),
+        ("t.nrrd", "`transform_out` .* has the extension .nrrd, expected one of"),
         ("t", r"extension \(none\)"),
         ("none/t.h5", "is in a folder that does not exist"),
     ],

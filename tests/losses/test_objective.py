@@ -418,7 +418,7 @@ def test_objective_is_a_static_argument():
         ),
         (
             {"similarity": "ncc", "similarity_options": (("sigma", 5),)},
-            "ncc takes no option sigma; give --objective.similarity_options None",
+            "ncc takes no option sigma; give `objective.similarity_options` None",
         ),
         (
             {"similarity": "mind", "similarity_options": (("axis", "data"),)},

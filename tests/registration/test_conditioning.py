@@ -274,10 +274,10 @@ def test_weights_are_one_program_whatever_they_are_told(trained):
 @pytest.mark.parametrize(
     ("told", "said"),
     [
-        (("auto",), r"--task is auto, .* one of a, b, c, head, liver"),
-        (("knee",), "--task is knee"),
-        (("head",), "head within and between subjects; give --pairing"),
-        (("a", None, 20.0), "--smoothness is 20, .* 0.1 to 10"),
+        (("auto",), r"`task` is auto, .* one of a, b, c, head, liver"),
+        (("knee",), "`task` is knee"),
+        (("head",), "head within and between subjects; give `pairing`"),
+        (("a", None, 20.0), "`smoothness` is 20, .* 0.1 to 10"),
     ],
 )
 def test_what_a_network_cannot_be_told_is_refused(trained, told, said):
@@ -294,7 +294,7 @@ def stating(model, **preprocessing):
 
 def test_two_tasks_of_one_dataset_are_told_apart_by_pairing(trained):
     model = stating(trained, tasks=["a", "b", "a"])
-    with pytest.raises(UserError, match="a within and between .* --pairing"):
+    with pytest.raises(UserError, match="a within and between .* `pairing`"):
         conditioning.condition(model, "a")
     for pairing in ("inter", "intra"):
         found = conditioning.condition(model, "a", pairing)
@@ -388,8 +388,8 @@ def test_other_networks_are_told_nothing():
     assert conditioning.condition(plain).model is plain
     for told, said in (
         (("x",), "neither a prompt bank nor heads"),
-        (("auto", "intra"), "--pairing is intra"),
-        (("auto", None, 1.0), "--smoothness is 1"),
+        (("auto", "intra"), "`pairing` is intra"),
+        (("auto", None, 1.0), "`smoothness` is 1"),
     ):
         with pytest.raises(UserError, match=said):
             conditioning.condition(plain, *told)
@@ -516,8 +516,8 @@ def test_a_network_that_reads_hounsfield_units_refuses_what_moves_them():
     preparation.check_units(hounsfield(ct_window=[low, high]), two_ct)
     preparation.check_units(hounsfield(), two_ct)
     other = dataclasses.replace(two_ct, ct_window=(-150.0, 250.0))
-    mend = f"give --ct-window {low:g} {high:g}"
-    with pytest.raises(UserError, match=f"--ct-window is -150 250, .* {mend}"):
+    mend = f"give `ct_window` {low:g} {high:g}"
+    with pytest.raises(UserError, match=f"`ct_window` is -150 250, .* {mend}"):
         preparation.check_units(hounsfield(ct_window=[low, high]), other)
     with pytest.raises(UserError, match=f"weights state -9 9, .* {mend}"):
         preparation.check_units(hounsfield(ct_window=[-9, 9]), two_ct)
@@ -555,7 +555,7 @@ def test_register_listens(trained, prealign):
     np.testing.assert_array_equal(a, field(task="head", pairing="inter"))
     for other in ({"task": "b"}, {"task": "c"}, {"task": "a", "smoothness": 9.0}):
         assert np.abs(field(**other) - a).max() > 1e-4, other
-    with pytest.raises(UserError, match="--task is auto"):
+    with pytest.raises(UserError, match="`task` is auto"):
         field()
 
 
@@ -574,16 +574,16 @@ def test_levels_are_repeated_when_asked(trained):
     assert np.abs(found - once).max() > 1e-3
     stored = with_levels(delta=-1.0, iterations=2)
     np.testing.assert_array_equal(found, registered(stored, task="a"))
-    with pytest.raises(UserError, match="repeats its levels; give --io-iterations"):
+    with pytest.raises(UserError, match="repeats its levels; give `io_iterations`"):
         registered(stored, task="a", io_iterations=2)
 
 
 def test_only_a_pyramid_of_tasks_has_levels_to_repeat():
     bundle = bundle_lib.Bundle({}, "gradicon", {}, {}, "", "")
     plain = zoo.LoadedModel("plain", GradIconConfig().build(), {}, bundle)
-    with pytest.raises(UserError, match="--level-iterations is 3, but plain is no"):
+    with pytest.raises(UserError, match="`level_iterations` is 3, but plain is no"):
         registered(plain, level_iterations=3)
-    with pytest.raises(UserError, match="--level-iterations is 3, but no network"):
+    with pytest.raises(UserError, match="`level_iterations` is 3, but no network"):
         registered(None, level_iterations=3, io_iterations=1, io_target="displacement")
 
 

@@ -459,7 +459,7 @@ def test_masks_that_training_had_are_asked_for():
     scan = blobs(make_grid())
     mask = Volume((scan.array > 100).astype(np.uint8), scan.grid, "mask")
     model = loaded(Shifting(), mask_inputs=True)
-    with pytest.warns(UserWarning, match="known was trained on .* --input-masking"):
+    with pytest.warns(UserWarning, match="known was trained on .* `input_masking`"):
         pair_lib.register(scan, scan, model, OPTIONS)
     masked = dataclasses.replace(OPTIONS, input_masking=True)
     regions = options_lib.Regions(fixed_mask=mask, moving_mask=mask)

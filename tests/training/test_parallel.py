@@ -316,5 +316,5 @@ def test_replicas_per_device(batch, accumulate, replicas, local):
 
 
 def test_processes_that_cannot_be_joined():
-    with pytest.raises(UserError, match="cannot be joined .* give --coordinator"):
+    with pytest.raises(UserError, match="cannot be joined .* give `coordinator`"):
         parallel.start_processes()

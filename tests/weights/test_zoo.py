@@ -224,7 +224,7 @@ def test_offline_says_what_to_download_and_where_to_put_it(
         load.load("small", cache_dir=tmp_path, base_url=base_url)
     by_hand = tmp_path / "small.trch"
     assert f"download {base_url}/{ASSET} and put it at {by_hand}" in str(error.value)
-    assert "--io-target displacement" in str(error.value)
+    assert "`io_target` displacement" in str(error.value)
     assert os.listdir(tmp_path) == []
     # Which then works.
     write_trch(by_hand, seed=4)
@@ -549,7 +549,7 @@ def test_rdp_goes_both_ways(tmp_path):
     loaded = load.load(tmp_path / "rdp.pth")
     assert isinstance(loaded.model, Rdp) and loaded.model.config == config
     jax.tree.map(np.testing.assert_array_equal, loaded.variables, variables)
-    with pytest.raises(UserError, match="has no prompt bank; give --model rdp"):
+    with pytest.raises(UserError, match="has no prompt bank; give `model` rdp"):
         convert.convert(tmp_path / "rdp.pth", tmp_path / "bank", model="promptreg")
 
 
@@ -744,7 +744,7 @@ def test_sam_goes_both_ways_and_registers_nothing(tmp_path):
         assert (found.spacing_mm, found.ct_window) == (2.0, (-1024.0, 3071.0))
         assert found.quantile_range is None
         jax.tree.map(np.testing.assert_array_equal, dict(found.variables), variables)
-        with pytest.raises(UserError, match="pass it as --sam-weights"):
+        with pytest.raises(UserError, match="pass it as `sam_weights`"):
             load.load(tmp_path / path)
     bundle = bundle_lib.load_bundle(tmp_path / "sam")
     assert bundle.preprocessing["ct_window"] == [-1024.0, 3071.0]

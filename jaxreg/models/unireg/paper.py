@@ -365,7 +365,7 @@ def check_sam(config: UniRegConfig, variables: Variables) -> None:
     if SAM not in variables:
         raise UserError(
             "this UniReg correlates SAM's embeddings, but its variables hold no SAM "
-            "network; put a trained one in (--sam-weights PATH, in Python "
+            "network; put a trained one in (`sam_weights` PATH, in Python "
             'models.sam.with_sam), or build it with features "mind" or "none"'
         )
     found = config_of(variables[SAM]).embedding

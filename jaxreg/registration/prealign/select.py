@@ -205,7 +205,7 @@ def _by_intensities(
     found = affine_lib.search(here, there, starts)
     doubt = _doubt_of(found, starts, moving, fixed)
     if doubt:
-        warnings.warn(f"--prealign affine: {doubt}", stacklevel=3)
+        warnings.warn(f"`prealign` affine: {doubt}", stacklevel=3)
     names = ("headers", _EXTENTS)
     fits = {name: found.fits[name] for name in names if name in found.fits}
     extents_fit = affine_lib.best_of(fits) == _EXTENTS
@@ -241,8 +241,8 @@ def _doubt_of(
     )
     return (
         f"these images do not say how {names} lie to each other: {why}; {end}. Give "
-        "masks with --fixed-mask, --moving-mask and --loss-function-masking, crop the "
-        "larger scan, or align by matches (--prealign sam-affine)"
+        "masks with `fixed_mask`, `moving_mask` and `loss_function_masking`, crop the "
+        "larger scan, or align by matches (`prealign` sam-affine)"
     )
 
 
@@ -266,7 +266,7 @@ def _not_worse(
         if _unlikeness_beyond_headers(_as_function(given), level, method) < 0:
             return given
         warnings.warn(
-            f"--prealign {method}: the coarse field fits no better than the scans' "
+            f"`prealign` {method}: the coarse field fits no better than the scans' "
             "headers; it is left out",
             stacklevel=3,
         )
@@ -275,7 +275,7 @@ def _not_worse(
     if worse <= 0:
         return given
     warnings.warn(
-        f"--prealign {method} fits worse than the scans' headers (NMI loss more by "
+        f"`prealign` {method} fits worse than the scans' headers (NMI loss more by "
         f"{worse:.4f}); the headers are kept",
         stacklevel=3,
     )
@@ -318,8 +318,8 @@ def _scaled(scan: Scan) -> np.ndarray:
 def without_sam(method: str) -> UserError:
     """Returns the error of a method that needs a SAM network where there is none."""
     return UserError(
-        f"--prealign {method} needs a SAM network; give --sam-weights PATH (a "
-        "checkpoint folder or .pth), or pass --prealign affine"
+        f"`prealign` {method} needs a SAM network; give `sam_weights` PATH (a "
+        "checkpoint folder or .pth), or pass `prealign` affine"
     )
 
 
@@ -336,7 +336,7 @@ def _by_matches(
             points_lib.check_known(network, scan.rule, scan.volume.source)
     except UserError as error:
         raise UserError(
-            f"--prealign {method}: {error}; pass --prealign affine"
+            f"`prealign` {method}: {error}; pass `prealign` affine"
         ) from error
     (there, moving_grid, moving_body), (here, fixed_grid, fixed_body) = (
         _for_sam(scan, network) for scan in (moving, fixed)
@@ -359,16 +359,16 @@ def _by_matches(
         )
     except UserError as error:
         raise UserError(
-            f"--prealign {method}: {error}; or pass --prealign affine"
+            f"`prealign` {method}: {error}; or pass `prealign` affine"
         ) from (error)
     affine_mm = affine.to_mm(linear, fixed_grid, moving_grid)
     change = float(np.linalg.det(affine_mm[:3, :3]))
     if not 1 / _LARGEST_CHANGE < change < _LARGEST_CHANGE:
         raise UserError(
-            f"--prealign {method}: the {len(matches)} matches of "
+            f"`prealign` {method}: the {len(matches)} matches of "
             f"{moving.volume.source} and {fixed.volume.source} ask for a map that "
             f"changes volume by a factor of {change:.3g}; check that both "
-            "show the same part of the body, or pass --prealign affine"
+            "show the same part of the body, or pass `prealign` affine"
         )
     if field is None:
         return Prealignment(affine_mm, start="matches")

@@ -186,7 +186,7 @@ class _Table(TensorTable[Sizes]):
             )
         if prompted != self.prompted:
             raise UserError(
-                f"{source} has {'a' if prompted else 'no'} prompt bank; give --model "
+                f"{source} has {'a' if prompted else 'no'} prompt bank; give `model` "
                 f"{'promptreg' if prompted else 'rdp'}"
             )
         grid = (bank[2], bank[3], bank[4]) if prompted else (1, 1, 1)

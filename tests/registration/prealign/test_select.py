@@ -360,7 +360,7 @@ def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
     assert (
         "places far apart fit nearly alike; the best place, found from centres" in said
     )
-    assert "--fixed-mask" in said and "mirrored, left for right" in said
+    assert "`fixed_mask`" in said and "mirrored, left for right" in said
     assert result.prealigned_from == "centres"
     assert result_lib.summary(result)["pre-aligned from"] == "centres"
 
@@ -393,7 +393,7 @@ def test_a_network_that_lays_extents_over_each_other_is_spoken_of(
     monkeypatch.setattr(affine, "search", lambda *a: found)
     monkeypatch.setattr(affine, "mirrored_fits", lambda *a: False)
     pair_lib.prealigned(*scans, loaded(Known()), OPTIONS)
-    assert any("with --prealign none" in str(w.message) for w in recwarn) == better
+    assert any("with `prealign` none" in str(w.message) for w in recwarn) == better
     recwarn.clear()
     boxed = loaded(Known(), **ResamplingRule("pad_crop", "spl", 3.0).to_dict())
     pair_lib.prealigned(*scans, boxed, OPTIONS)
@@ -575,7 +575,7 @@ def test_beyond_a_scan_sam_sees_its_edge_and_no_body(ct):
 @pytest.mark.parametrize(
     ("way", "function", "count", "said"),
     [
-        ("sam", lambda p: p, 3, "sam: 3 matched points .* --prealign affine"),
+        ("sam", lambda p: p, 3, "sam: 3 matched points .* `prealign` affine"),
         ("sam-affine", lambda p: 0.1 * p + (60, -40, 7), 400, "by a factor of 0.001"),
     ],
 )
@@ -586,7 +586,7 @@ def test_matches_that_are_not_to_be_trusted(ct, matched, way, function, count, s
 
 
 def test_what_sam_needs_is_said(ct, scans):
-    with pytest.raises(UserError, match="needs a SAM network; give --sam-weights"):
+    with pytest.raises(UserError, match="needs a SAM network; give `sam_weights`"):
         select.find("sam", *ct)
     with pytest.raises(UserError, match="knows CT alone, fixed.nii.gz is another"):
         select.find("sam", ct[0], Scan(scans[1], MRI), network=NETWORK)
