@@ -6,13 +6,9 @@ prompts or regions have, those of the weights it starts from first; a task's *ro
 the place of its name there. `Pair.objective` is the number of the task's objective.
 """
 
-import collections
-import contextlib
 import dataclasses
 import math
-import pathlib
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,11 +18,12 @@ import numpy as np
 from jaxreg.data import augment, modality, network_grid, pair_source, pairs, synthetic
 from jaxreg.data import loading as loading_lib
 from jaxreg.data import sampler as sampler_lib
-from jaxreg.data.manifest import neighbours, read
+from jaxreg.data.manifest import read
 from jaxreg.data.manifest.records import Manifest, Pairing, Record
 from jaxreg.errors import UserError
+from jaxreg.experiments import held_out as held_out_lib
 from jaxreg.experiments.config import Experiment
-from jaxreg.io import volumes
+from jaxreg.experiments.held_out import FixedPlans
 from jaxreg.losses.objective import Objective, TaskObjective
 from jaxreg.models.base import NetworkConfig
 from jaxreg.nn.heads import SmoothnessRange
@@ -94,23 +91,6 @@ class Sources:
     bank: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     orientation: str | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class FixedPlans:
-    """A list of pairs in place of a sampler.
-
-    Attributes:
-      tasks: what `PairPlan.task` counts.
-      plans: pair i is the i-th.
-    """
-
-    tasks: tuple[pairs.Task, ...]
-    plans: tuple[pairs.PairPlan, ...]
-
-    def __getitem__(self, index: int, /) -> pairs.PairPlan:
-        """Returns pair `index`."""
-        return self.plans[index]
 
 
 def objectives_of(experiment: Experiment) -> tuple[Objective, ...]:
@@ -187,7 +167,7 @@ def make_sources(experiment: Experiment, *, number: int = 0) -> Sources:
         seed=_pairs_seed(experiment.train.seed, number),
     )
     _check_modalities(experiment, whole.records, tasks)
-    plans, held_out = _validation_plans(whole, tasks, experiment)
+    plans, held_out = held_out_lib.validation_plans(whole, tasks, experiment)
     classes = data.classes or tuple(
         sorted({value for named in whole.labels.values() for value in named} - {0})
     )
@@ -294,65 +274,6 @@ def _synthetic_sources(experiment: Experiment, number: int) -> Sources:
     )
 
 
-def _validation_plans(
-    whole: Manifest, tasks: Sequence[pairs.Task], experiment: Experiment
-) -> tuple[tuple[pairs.PairPlan, ...], tuple[Record, ...]]:
-    """Returns the pairs that validate, see `DataConfig`, and the records they count.
-
-    Of several tasks of one dataset, the first has its pairs. A dataset with held-out
-    scans, but no pair of them, is warned about.
-    """
-    pairing_of = {task.dataset: task.pairing for task in reversed(tasks)}
-    held_out = tuple(
-        dataclasses.replace(
-            record, pairing=pairing_of.get(record.dataset) or record.pairing
-        )
-        for record in whole.of_split("val")
-    )
-    number = {record: i for i, record in enumerate(held_out)}
-    task_of = {task.dataset: i for i, task in reversed(list(enumerate(tasks)))}
-    found = [
-        pairs.PairPlan(
-            task_of[fixed.dataset],
-            moving=pairs.ImageRef(number[moving]),
-            fixed=pairs.ImageRef(number[fixed]),
-        )
-        for fixed, moving in neighbours.neighbour_pairs(
-            held_out,
-            experiment.data.neighbours,
-            across_modalities=True,  # as the sampler draws them
-        )
-        if fixed.dataset in task_of
-    ]
-    by_task: dict[int, list[pairs.PairPlan]] = {}
-    for plan in found:
-        by_task.setdefault(plan.task, []).append(plan)
-    if experiment.data.validation_pairs:
-        _warn_of_unpaired(held_out, {tasks[i].dataset for i in by_task}, tasks)
-    counts = [len(several) for several in by_task.values()]
-    shares = sampler_lib.equal_shares(counts, experiment.data.validation_pairs)
-    plans: list[pairs.PairPlan] = []
-    for several, share in zip(by_task.values(), shares, strict=True):
-        chosen = np.linspace(0, len(several), share, endpoint=False).astype(int)
-        plans += [several[i] for i in chosen]
-    return tuple(plans), held_out
-
-
-def _warn_of_unpaired(
-    held_out: Sequence[Record], paired: set[str], tasks: Sequence[pairs.Task]
-) -> None:
-    for dataset in dict.fromkeys(task.dataset for task in tasks):
-        scans = sum(record.dataset == dataset for record in held_out)
-        if scans and dataset not in paired:
-            warnings.warn(
-                f"dataset {dataset} has {scans} held-out scans and no pair among them, "
-                "so that it neither validates nor has a say in which weights are the "
-                "best; hold out two subjects (of intra pairs: two scans of one), by a "
-                "column split or a smaller data.holdout",
-                stacklevel=4,
-            )
-
-
 def _check_modalities(
     experiment: Experiment, records: Sequence[Record], tasks: Sequence[pairs.Task]
 ) -> None:
@@ -418,68 +339,6 @@ def _check_annotations(
             "loading.mask_inputs is true, but no training image has a mask; add the "
             "column mask to a manifest or give `loading.mask_inputs` false"
         )
-
-
-def stored_orientations(several: Iterable[Sources]) -> dict[str, int]:
-    """Returns how many scans of manifests are stored in each orientation.
-
-    By their headers. What cannot be read is left to those who read scans.
-    """
-    images: set[pathlib.Path] = set()
-    for sources in several:
-        for source in (sources.train, sources.validation):
-            if isinstance(source, pair_source.PairSource):
-                images |= {record.image for record in source.records}
-    found: collections.Counter[str] = collections.Counter()
-    for image in sorted(images):
-        with contextlib.suppress(UserError):
-            found[network_grid.orientation_of(volumes.read_grid(image))] += 1
-    return dict(found)
-
-
-def seen_orientation(
-    experiment: Experiment, stored: Mapping[str, int], start: str | None
-) -> tuple[str | None, str]:
-    """Returns the orientation in which a network sees scans, and a sentence on it.
-
-    That which the settings name; else that of the weights to start from; else the one
-    in which all scans are stored. Where they are stored in several, RAS: a network
-    would be shown some pairs with one scan mirrored or rotated against the other.
-
-    Args:
-      experiment: what to train.
-      stored: number of scans by orientation, of `stored_orientations`.
-      start: that of the weights to start from.
-
-    Returns:
-      (orientation, sentence); None where the placement turns scans anyhow, and the
-      sentence is empty where no scan is turned.
-    """
-    loading = experiment.loading
-    if loading.axes == "spl":
-        return None, ""
-    if experiment.data.synthetic:
-        return synthetic.ORIENTATION, ""
-    wanted = loading.placement.orientation
-    known = None if start in (None, network_grid.ANY_ORIENTATION) else start
-    if wanted is not None:
-        differs = known is not None and known != wanted
-        return wanted, (
-            f"the scans are turned to {wanted}, but those of train.start were {known}"
-            if differs
-            else ""
-        )
-    listed = ", ".join(f"{count} {name}" for name, count in sorted(stored.items()))
-    if known is not None:
-        turned = set(stored) - {known}
-        why = f"the scans ({listed}) are turned to {known}, as those of train.start"
-        return known, why if turned else ""
-    if len(stored) > 1:
-        return network_grid.CANONICAL, (
-            f"the scans are stored in several orientations ({listed}) and are turned "
-            f"to {network_grid.CANONICAL}; loading.orientation names another"
-        )
-    return next(iter(stored), None), ""
 
 
 def loading_of(experiment: Experiment, *, validation: bool) -> loading_lib.Loading:

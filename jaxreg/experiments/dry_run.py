@@ -17,7 +17,6 @@ from jaxreg.data.manifest import read as read_lib
 from jaxreg.experiments import config
 from jaxreg.experiments.config import DataConfig, Experiment, Stage
 from jaxreg.experiments.datasets import (
-    FixedPlans,
     Sources,
     loading_of,
     make_sources,
@@ -25,6 +24,7 @@ from jaxreg.experiments.datasets import (
     with_bank,
     with_bank_model,
 )
+from jaxreg.experiments.held_out import FixedPlans
 from jaxreg.experiments.stage import (
     PairStage,
     batch_layout,

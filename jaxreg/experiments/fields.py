@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxreg import settings
 from jaxreg.errors import UserError, near_match
-from jaxreg.models.base import present_names
+from jaxreg.models.former_names import present_names
 
 
 def changed(tree: Any, changes: Iterable[tuple[str, Any]]) -> Any:
@@ -32,7 +32,7 @@ def present_name(tree: Any, name: str) -> str:
     """Returns a dotted name with the present names of fields for their former ones.
 
     Args:
-      tree: the settings, see `models.base.former_names`.
+      tree: the settings, see `former_names.former_names`.
       name: "section.field".
     """
     found = []

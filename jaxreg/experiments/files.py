@@ -12,7 +12,7 @@ from jaxreg.errors import UserError, near_match
 from jaxreg.experiments import fields, former_modules
 from jaxreg.experiments.config import Experiment
 from jaxreg.io import files
-from jaxreg.models.base import present_names
+from jaxreg.models.former_names import present_names
 
 
 def load(path: str | os.PathLike[str]) -> Experiment:

@@ -26,12 +26,8 @@ from jaxreg.errors import UserError
 from jaxreg.experiments import config, folder, warm_start
 from jaxreg.experiments import files as files_lib
 from jaxreg.experiments.config import Experiment
-from jaxreg.experiments.datasets import (
-    Sources,
-    TaskRule,
-    seen_orientation,
-    stored_orientations,
-)
+from jaxreg.experiments.datasets import Sources, TaskRule
+from jaxreg.experiments.orientation import seen_orientation, stored_orientations
 from jaxreg.experiments.stage import PairStage
 from jaxreg.experiments.warm_start import Read
 from jaxreg.io import files

@@ -19,9 +19,9 @@ from jaxreg.models.base import (
     NetworkConfig,
     Prediction,
     RegistrationModel,
-    former_names,
     fresh_variables,
 )
+from jaxreg.models.former_names import former_names
 from jaxreg.nn.conv import api
 from jaxreg.nn.unet import Precision, TallUNet2, UNetConfig
 from jaxreg.space.grid import Shape

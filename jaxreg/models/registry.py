@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxreg.errors import UserError, near_match
-from jaxreg.models.base import Architecture, NetworkConfig, present_names
+from jaxreg.models.base import Architecture, NetworkConfig
+from jaxreg.models.former_names import present_names
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.promptreg import PromptRegConfig
 from jaxreg.models.rdp import RdpConfig

@@ -14,7 +14,7 @@ from jaxreg.typing import Key, Variables
 
 TRAINED = ("params", "batch_stats")
 """Collections of variables that training changes, averages and stores; all others are
-frozen: another network's, see `models.base.Architecture.frozen`."""
+frozen: another network's, see `base.Architecture.frozen`."""
 
 
 @functools.partial(

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from jaxreg.errors import UserError
 from jaxreg.io import files
 from jaxreg.models import registry
-from jaxreg.models.base import present_names
+from jaxreg.models.former_names import present_names
 from jaxreg.typing import Variables
 
 DESCRIPTION = "jaxreg.json"

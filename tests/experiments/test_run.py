@@ -34,6 +34,7 @@ from jaxreg.experiments import config as config_lib
 from jaxreg.experiments import datasets, overrides, validation, warm_start
 from jaxreg.experiments import files as files_lib
 from jaxreg.experiments import folder as folder_lib
+from jaxreg.experiments import held_out as held_out_lib
 from jaxreg.experiments import run as run_lib
 from jaxreg.experiments import stage as stage_lib
 from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
@@ -631,7 +632,7 @@ def test_validation_pairs_are_of_all_modalities_of_a_task():
         Record(pathlib.Path(f"{s}.nii"), s, "body", modality, split="val")
         for s, modality in (("a", "ct"), ("b", "mr"))
     )
-    plans, _ = datasets._validation_plans(
+    plans, _ = held_out_lib.validation_plans(
         Manifest(records, "here"), (pairs.Task("body"),),
         overrides.override(tiny(), [("data.validation_pairs", 9)]),
     )  # fmt: skip
@@ -667,7 +668,7 @@ def test_small_datasets_validate_beside_large_ones():
     records = held_out(large=215, larger=500, small=6)
     tasks = tuple(pairs.Task(name) for name in ("larger", "small", "large"))
     chosen = tiny(data=DataConfig(manifests=("here",), tasks=tasks))
-    plans, _ = datasets._validation_plans(Manifest(records, "here"), tasks, chosen)
+    plans, _ = held_out_lib.validation_plans(Manifest(records, "here"), tasks, chosen)
     count = [tasks[plan.task].dataset for plan in plans].count
     assert chosen.data.validation_pairs == 16
     assert [count(name) for name in ("large", "larger", "small")] == [6, 5, 5]
@@ -687,7 +688,7 @@ def test_a_dataset_without_a_validation_pair_is_named():
     tasks = (pairs.Task("large"), pairs.Task("single"), pairs.Task("trains_whole"))
     with pytest.warns(UserWarning, match="dataset single has 1 held-out scans") as said:
         chosen = tiny(data=DataConfig(manifests=("here",), tasks=tasks))
-        datasets._validation_plans(Manifest(records, "here"), tasks, chosen)
+        held_out_lib.validation_plans(Manifest(records, "here"), tasks, chosen)
     assert len(said) == 1
 
 
@@ -780,7 +781,7 @@ def scans_stored_as(folder, *codes) -> datasets.Sources:
         path = folder / f"{number}.nii.gz"
         nib.save(image.as_reoriented(change), path)
         records.append(Record(path, str(number), "set"))
-    source = pair_source.PairSource(tuple(records), datasets.FixedPlans((), ()), {})
+    source = pair_source.PairSource(tuple(records), held_out_lib.FixedPlans((), ()), {})
     return datasets.Sources(source, None, 0, (), ())
 
 
@@ -838,7 +839,7 @@ def test_validation_pairs_are_those_of_the_task():
     found = {}
     for pairing in (None, "inter", "intra"):
         task = pairs.Task("lungs", pairing=pairing)
-        plans, held_out = datasets._validation_plans(
+        plans, held_out = held_out_lib.validation_plans(
             Manifest(records, "here"), (task,), chosen
         )
         found[pairing] = {
