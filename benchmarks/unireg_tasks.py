@@ -279,7 +279,7 @@ def score(
                 (
                     100 * overlap(batch["moving_labels"], batch),
                     100 * overlap(warped, batch),
-                    metrics.folding_fraction(cells),
+                    metrics.folding_percent(cells),
                     metrics.sdlogj(cells),
                 )
             )

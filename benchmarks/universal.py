@@ -297,7 +297,7 @@ def score(
                 (
                     100 * overlap(batch["moving_labels"], batch),
                     100 * overlap(warped, batch),
-                    metrics.folding_fraction(cells),
+                    metrics.folding_percent(cells),
                 )
             )
             shares.append(aux.get("task_weights", np.zeros((1, 0)))[0])

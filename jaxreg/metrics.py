@@ -106,7 +106,7 @@ def cell_determinant(
 _determinant = jax.jit(fields.jacobian_determinant, static_argnames="differences")
 
 
-def folding_fraction(determinant: np.ndarray) -> float:
+def folding_percent(determinant: np.ndarray) -> float:
     """Returns the share of negative determinants in per cent, 0 to 100.
 
     Args:
@@ -152,7 +152,7 @@ def regularity(transform: transform_lib.Transform, grid: Grid) -> tuple[float, f
       grid: of the fixed scan, see `ResamplingRule.measured`.
     """
     determinant = warping.jacobian_map(transform, grid)
-    return folding_fraction(determinant), sdlogj(determinant)
+    return folding_percent(determinant), sdlogj(determinant)
 
 
 def tre_mm(mapped_mm: np.ndarray, target_mm: np.ndarray) -> np.ndarray:

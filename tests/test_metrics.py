@@ -47,7 +47,7 @@ def test_folding_matches_reference(golden, suffix):
     assert abs(count - g[f"flips_count{suffix}"]) <= either / len(points)
     share = 100 * either / determinant.size
     np.testing.assert_allclose(
-        metrics.folding_fraction(determinant),
+        metrics.folding_percent(determinant),
         g[f"flips_percent{suffix}"],
         rtol=1e-5,
         atol=share,
@@ -72,8 +72,8 @@ def test_determinant_of_a_linear_map(dimension):
     assert determinant.shape == (1, *(n - 1 for n in SHAPE[:dimension]))
     np.testing.assert_allclose(determinant, np.linalg.det(matrix), rtol=1e-4)
     mirrored = metrics.cell_determinant(grid * np.r_[-1, np.ones(dimension - 1)])
-    assert metrics.folding_fraction(mirrored) == 100.0
-    assert metrics.folding_fraction(metrics.cell_determinant(grid)) == 0.0
+    assert metrics.folding_percent(mirrored) == 100.0
+    assert metrics.folding_percent(metrics.cell_determinant(grid)) == 0.0
 
 
 def test_determinant_checks_the_shape():
@@ -83,7 +83,7 @@ def test_determinant_checks_the_shape():
 
 def test_folding_of_a_grid_without_cells_is_zero():
     determinant = metrics.cell_determinant(np.asarray(sampling.identity((1, 4, 5))))
-    assert metrics.folding_fraction(determinant) == 0
+    assert metrics.folding_percent(determinant) == 0
     assert metrics.sdlogj(determinant) == 0
 
 

@@ -301,7 +301,7 @@ def jacobian_verb(measured: Measured) -> None:
         logarithm = np.log(np.maximum(determinant, 1e-6))
         volumes.write_volume(log_jacob, Volume(logarithm.astype(np.float32), grid))
     folded = int((determinant < 0).sum())
-    percent = metrics.folding_fraction(determinant)
+    percent = metrics.folding_percent(determinant)
     print_numbers(
         {
             "minimum": f"{determinant.min():.4f}",

@@ -75,8 +75,8 @@ class Sources:
       rules: of each task.
       bank: names of the network's prompts or regions, see `with_bank`.
       rows: of each task, its place in the bank.
-      orientation: of the scans as the network sees them, see `preprocess.Placement`;
-        None if not known.
+      orientation: of the scans as the network sees them, see
+        `network_grid.ResamplingRule`; None if not known.
     """
 
     train: Source

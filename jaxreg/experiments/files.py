@@ -33,7 +33,7 @@ def checked(found: Any, path: str | os.PathLike[str]) -> Experiment:
     if not isinstance(found, Experiment):
         raise UserError(
             f"`config` {path} has no function get_config() that returns an "
-            "experiment.Experiment; see configs/demo.py"
+            "experiments.config.Experiment; see configs/demo.py"
         )
     return found
 

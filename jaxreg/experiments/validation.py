@@ -75,7 +75,7 @@ def make_validation(
                 )
                 row = {name: float(value) for name, value in parts.items()}
                 cells = metrics.cell_determinant(np.asarray(points))
-                row["folding_percent"] = metrics.folding_fraction(cells)
+                row["folding_percent"] = metrics.folding_percent(cells)
                 row |= _overlap(warped, batch)
                 if "dice" in row and not np.isfinite(points).all():
                     row["dice"] = np.nan

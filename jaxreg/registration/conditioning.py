@@ -161,7 +161,7 @@ def compared_window(model: zoo.LoadedModel | None) -> tuple[float, float] | None
     that is loaded.
 
     Args:
-      model: from `tell`, or None.
+      model: of `condition`, or None.
     """
     if model is None:
         return None

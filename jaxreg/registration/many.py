@@ -251,8 +251,12 @@ def register_all(
             writing.append((row, pair, written))
             while len(writing) > _AHEAD or (writing and writing[0][-1].done()):
                 yield _outcome(*writing.popleft())
-        for waiting in writing:
-            yield _outcome(*waiting)
+        while writing:
+            yield _outcome(*writing.popleft())
+    except KeyboardInterrupt:
+        while writing:  # registered before, so that their files are written
+            yield _outcome(*writing.popleft())
+        raise
     finally:
         reader.shutdown(cancel_futures=True)
         writer.shutdown()

@@ -31,7 +31,8 @@ from jaxreg.registration import (
 )
 from jaxreg.registration import inverse as inverse_lib
 from jaxreg.registration import options as options_lib
-from jaxreg.registration.optimization import features, loop, map
+from jaxreg.registration.optimization import features, loop
+from jaxreg.registration.optimization import map as map_lib
 from jaxreg.registration.optimization import network as network_lib
 from jaxreg.registration.options import Options, Progress, Regions
 from jaxreg.registration.prealign import select
@@ -397,7 +398,7 @@ def _optimise(
     if options.io_target in ("map", "displacement"):  # where nothing else is seen
         pair = preparation.as_compared(pair)
     if options.io_target == "map":
-        return map.optimize_map(pair, predicted, loss=options.io_sim, **common)
+        return map_lib.optimize_map(pair, predicted, loss=options.io_sim, **common)
     if options.io_target == "features":
         extract = _extractor(preparation.sam_for(model, sam), options)
         if extract is features.mind_features:

@@ -13,8 +13,9 @@ from nibabel import orientations
 from jaxreg.data import modality as modality_lib
 from jaxreg.data import network_grid, preprocess
 from jaxreg.errors import UserError
+from jaxreg.losses import objective as objective_lib
 from jaxreg.losses import overlap
-from jaxreg.losses.objective import Objective, as_compared
+from jaxreg.losses.objective import Objective
 from jaxreg.models.sam import SAM, TrainedSam, with_sam
 from jaxreg.registration import conditioning
 from jaxreg.registration import options as options_lib
@@ -243,7 +244,7 @@ def with_range(pair: Pair, model: zoo.LoadedModel | None, options: Options) -> P
     return dataclasses.replace(pair, similarity_range=part)
 
 
-as_compared = jax.jit(as_compared)
+as_compared = jax.jit(objective_lib.as_compared)
 
 
 def both_ct(options: Options) -> bool:
@@ -342,8 +343,8 @@ def make_pair(
     """Returns both scans on the network grid, with what the objective needs of them.
 
     The volumes have their axes in the network's order already, see
-    `preprocess.Placement.turned`. With `carried`, the moving scan is read over the
-    fixed scan's network grid.
+    `network_grid.ResamplingRule.reoriented`. With `carried`, the moving scan is read
+    over the fixed scan's network grid.
 
     Raises:
       UserError: see `preprocess.network_pair`; or the segmentations share no label.

@@ -229,7 +229,7 @@ def draw_before_after(
     ]
     deformation = any(part is not None for part in parts)
     names = _COLUMNS if deformation else _COLUMNS[:-1]
-    size = (2.6 * len(names), 0.4 + 2.6 * len(planes))
+    size = (2.6 * len(names), round(0.4 + 2.6 * len(planes), 1))
     figure = Picture(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(planes), len(names), squeeze=False)

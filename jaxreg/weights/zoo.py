@@ -116,7 +116,7 @@ class LoadedModel:
     def orientation(self) -> str | None:
         """How the scans of its training lay: "RAS", "any" if all ways; None: not said.
 
-        See `preprocess.Placement`.
+        See `network_grid.ResamplingRule`.
         """
         return self.bundle.preprocessing.get("orientation")
 

@@ -325,7 +325,7 @@ def number(text):
 @pytest.mark.parametrize(
     "name",
     [
-        # tests/test_dryrun.py compiles a small step each time.
+        # tests/experiments/test_dry_run.py compiles a small step each time.
         pytest.param("demo", marks=pytest.mark.slow),
         pytest.param("hippocampus_gradicon", marks=pytest.mark.slow),
     ],

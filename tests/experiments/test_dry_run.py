@@ -120,10 +120,10 @@ def test_each_stage_has_its_own_memory():
 
 DEVICES = """
 import json, sys
-from tests import test_dryrun as t
-from jaxreg import dryrun
+from jaxreg.experiments import dry_run
+from tests.experiments import test_dry_run as t
 for kind in ("mesh", "pmap"):
-    found = dryrun.dry_run(t.changed(train__batch="2", train__parallel=kind))
+    found = dry_run.dry_run(t.changed(train__batch="2", train__parallel=kind))
     print(json.dumps([found.memory["one"].total, found.memory["one"].pairs]))
 """
 

@@ -359,6 +359,9 @@ def test_files_are_called_by_their_scans(folder):
     assert pair.warped_out == folder / "my.mha"
 
 
+SCANLESS = scan_pair.ScanPair(None, None, options_lib.Regions(), None, "mri")
+
+
 def test_reading_and_writing_keep_a_bounded_distance(folder, monkeypatch):
     """Two pairs are read ahead in a thread, and two at most wait to be written."""
     rows = pair_list.read_rows(listed(folder, PAIRS))
@@ -369,7 +372,7 @@ def test_reading_and_writing_keep_a_bounded_distance(folder, monkeypatch):
     def read(pair, *_):
         threads.add(threading.current_thread().name)
         count["read"] += 1
-        return scan_pair.ScanPair(None, None, options_lib.Regions(), None, "mri")
+        return SCANLESS
 
     def register(*_, **__):
         time.sleep(0.01)
@@ -392,6 +395,32 @@ def test_reading_and_writing_keep_a_bounded_distance(folder, monkeypatch):
     assert max(ahead) == 3  # its own, and two
     assert max(behind) == 2
     assert {name.partition("_")[0] for name in threads} == {"read", "write"}
+
+
+def test_an_interrupt_leaves_no_written_pair_out(folder, monkeypatch):
+    """What waits to be written when Ctrl-C comes is written, and in the summary."""
+    rows = pair_list.read_rows(listed(folder, PAIRS))
+    rows = {f"row {i}": pair for i, pair in enumerate(list(rows.values()) * 4)}
+    registered, written, found = [], [], []
+
+    def register(*_, **__):
+        if len(registered) == 3:
+            raise KeyboardInterrupt
+        registered.append(1)
+
+    def write(row, pair, *_):
+        time.sleep(0.05)
+        written.append(row)
+        return many.Outcome(row, pair.fixed, pair.moving, "done")
+
+    monkeypatch.setattr(many, "_read", lambda *_: SCANLESS)
+    monkeypatch.setattr(many, "_write", write)
+    monkeypatch.setattr(pair_lib, "register", register)
+    options = options_lib.Options(io_iterations=None)
+    with pytest.raises(KeyboardInterrupt):
+        for outcome in many.register_all(rows, loaded(), options):
+            found.append(outcome.row)
+    assert found == written == list(rows)[:3]
 
 
 def test_a_defect_is_no_failed_pair(folder, monkeypatch):

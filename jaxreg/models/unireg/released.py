@@ -3,7 +3,7 @@
 One encoder looks at both images. From the coarsest level upwards, each level warps the
 moving features by the field so far and adds a displacement, which a head of the task's
 own makes. With `iterations` above 1 a level is repeated as long as the images
-correlate better (`Ruling`).
+correlate better (`Ruled`).
 
 Fields are in voxels of their level's grid. The static form, with one convolution in
 place of each head, is the network that the release starts from.

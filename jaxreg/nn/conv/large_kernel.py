@@ -92,7 +92,7 @@ def up4(x: Image, kernel: jax.Array) -> Image:
 
     Args:
       x: N D H W I.
-      kernel: 4 4 4 I O, as in `conv.conv4_transpose2`.
+      kernel: 4 4 4 I O, as in `api.conv4_transpose2`.
     """
     inputs, outputs = kernel.shape[3:]
     rows = x.reshape(-1, inputs)  # voxels I

@@ -56,7 +56,7 @@ class FeatureConfig:
 
 
 def mind_features(image: Image) -> Features:
-    """Returns descriptors on any grid: `unireg_features.mind_features`.
+    """Returns descriptors on any grid: `models.unireg.features.mind_features`.
 
     The image is resized first, with aligned corners, to the next grid that they divide.
 

@@ -139,7 +139,7 @@ class Machine:
 
     Args:
       pickled: starts at the pickle; afterwards it stands behind it.
-      check: raises `_Refused` where a storage is not in the file.
+      check: raises `Refused` where a storage is not in the file.
     """
 
     def __init__(self, pickled: io.BytesIO, check: Callable[[Storage], None]):
