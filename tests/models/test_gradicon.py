@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from jaxreg.errors import UserError
 from jaxreg.losses import overlap
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
@@ -317,7 +318,7 @@ def test_a_fresh_network_is_the_identity():
 def test_a_grid_of_one_voxel_is_refused():
     model = GradIcon(GradIconConfig((2, 3), (3,), downsampled_steps=0, fullres_steps=0))
     image = jnp.zeros((1, 4, 1, 4, 1))
-    with pytest.raises(ValueError, match="needs 2 voxels"):
+    with pytest.raises(UserError, match="at least 2 voxels"):
         model.apply({}, image, image)
 
 
