@@ -40,6 +40,7 @@ GRADICON = GradIconConfig((2, 4), (4,), downsampled_steps=0, fullres_steps=0)
 SMALLER = {
     "64,80,64": "8,8,8",
     "(64, 80, 64)": "(8, 8, 8)",
+    "--prealign affine": "--prealign centre",  # a search of 40 s
     "--io-iterations 100": "--io-iterations 3",
     "--io-iterations 50": "--io-iterations 3",
     "--io_iterations 50": "--io_iterations 3",
