@@ -57,10 +57,10 @@ def load_any(path: str | os.PathLike[str]) -> Any:
         try:
             get_config = runpy.run_path(str(path)).get("get_config")
             return get_config() if callable(get_config) else None
-        except ImportError as error:
+        except (ImportError, SyntaxError) as error:
             raise UserError(
-                f"`config` {path} cannot be run: {error}; import what is there, as "
-                "configs/demo.py does"
+                f"`config` {path} cannot be run: {error}; give a file such as "
+                "configs/demo.py, which imports what is there"
             ) from error
 
 

@@ -116,7 +116,7 @@ def read(source: files.PathLike, what: str) -> Table:
     places = []
     for number, row in enumerate(rows, start=first):
         cells = [row[c] if c < len(row) else "" for c in columns]
-        place = [number for cell in cells if (number := _number(cell)) is not None]
+        place = [x for cell in cells if (x := _number(cell)) is not None]
         if len(place) < 3 or not all(map(math.isfinite, place)):
             raise UserError(
                 f"{what} {path}, row {number}: {', '.join(cells)} are not three finite "

@@ -419,3 +419,10 @@ def test_an_import_that_fails_is_named(tmp_path):
     path.write_text("from jaxreg.data.pairs import NoSuchTask\n")
     with pytest.raises(UserError, match="wrong.py cannot be run.*NoSuchTask"):
         files.load(path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "points.csv"
+    path.write_text("x,y,z\n1,2,3 4\n")
+    with pytest.raises(UserError, match="points.csv cannot be run: invalid syntax"):
+        files.load(path)
