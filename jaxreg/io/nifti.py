@@ -218,8 +218,11 @@ def _first_bytes(path: pathlib.Path) -> bytes:
 
 
 def _is_packed(path: pathlib.Path) -> bool:
-    with path.open("rb") as opened:
-        return opened.read(2) == files.GZIP
+    try:
+        with path.open("rb") as opened:
+            return opened.read(2) == files.GZIP
+    except OSError as error:
+        raise files.damaged(path, error) from error
 
 
 def _header(block: bytes, path: pathlib.Path) -> Header:

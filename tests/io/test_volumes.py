@@ -644,3 +644,13 @@ def test_what_memory_does_not_hold_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.setattr(files, "available_bytes", lambda: 80_000)
     with pytest.raises(UserError, match=f"{name} needs 0.0 GiB of memory, more than"):
         volumes.read_volume(path)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.nrrd", "a.mha"])
+def test_a_file_that_goes_after_its_header_was_read_is_named(tmp_path, name):
+    path = tmp_path / name
+    volumes.write_volume(path, volume((2, 3, 4)))
+    values, _ = volumes._open(path)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} does not exist any more"):
+        values("image")
