@@ -40,6 +40,7 @@ TESTS = pathlib.Path(__file__).parent
 LONGEST = (
     "models/test_gradicon.py",
     "test_notebooks.py",
+    "test_pages.py",
     "models/test_promptreg.py",
     "experiments/test_run.py",
     "experiments/test_configs.py",
