@@ -179,7 +179,7 @@ def check_outputs(
     given = {name: path for name, path in outputs.items() if path is not None}
     if needed and not given:
         raise UserError(f"nothing to write; pass {' or '.join(outputs)}")
-    seen = {path.resolve(): "an input" for path in inputs if path is not None}
+    taken = {path.resolve(): "an input" for path in inputs if path is not None}
     for name, path in given.items():
         if name in ("--transform-out", "--inverse-out"):
             transforms.check_transform_path(path, name)
@@ -189,11 +189,7 @@ def check_outputs(
             tables.check_target(path, name)
         else:
             volumes.check_volume_path(path, name)
-        if path.resolve() in seen:
-            raise UserError(
-                f"{name} {path} is also {seen[path.resolve()]}; name another file"
-            )
-        seen[path.resolve()] = name
+        files.claim(path, name, taken)
 
 
 def print_numbers(numbers: Mapping[str, str]) -> None:

@@ -142,6 +142,22 @@ def check_writable(
     return path
 
 
+def claim(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
+    """Claims a file for an output.
+
+    Args:
+      path: the file.
+      name: of the output, for messages.
+      taken: whose each file is, by its path; the new one is added.
+
+    Raises:
+      UserError: the file is claimed already.
+    """
+    whose = taken.setdefault(path.resolve(), name)
+    if whose != name:
+        raise UserError(f"{name} {path} is also {whose}; name another file")
+
+
 def damaged(path: PathLike, error: BaseException) -> UserError:
     """Returns the sentence about a file that its format's reader gave up on."""
     if isinstance(error, FileNotFoundError):  # since it was checked

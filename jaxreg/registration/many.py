@@ -126,7 +126,7 @@ def check_outputs(
     """
     taken: dict[pathlib.Path, str] = {}
     for name, path in others.items():
-        scan_pair.claim(path, name, taken)
+        files.claim(path, name, taken)
     for row, pair in rows.items():
         for name, path in vars(pair).items():
             if isinstance(path, pathlib.Path) and name not in OUTPUTS:
@@ -148,7 +148,7 @@ def check_outputs(
                     else transforms.check_transform_path
                 )
                 check(path, f"{row}: {name}")
-            scan_pair.claim(path, f"{row}: {name}", taken)
+            files.claim(path, f"{row}: {name}", taken)
 
 
 def _check_to_be_made(folder: pathlib.Path) -> None:

@@ -226,7 +226,7 @@ def _check_outputs(
             files.check_writable(path, name, suffixes=(".html", ".htm"))
         else:
             transforms.check_transform_path(path, name)
-        scan_pair.claim(path, name, taken)
+        files.claim(path, name, taken)
 
 
 def summary(result: RegistrationResult) -> dict[str, str]:

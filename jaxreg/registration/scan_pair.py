@@ -5,10 +5,8 @@ the command line read what they are given and write what they are asked for.
 """
 
 import dataclasses
-import pathlib
 
 from jaxreg.data import modality as modality_lib
-from jaxreg.errors import UserError
 from jaxreg.io import files, given, transforms, volumes
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import preparation
@@ -158,19 +156,3 @@ def write(
     if warped_out is not None:
         volumes.write_volume(warped_out, scans.warped(transform))
     return transform, inverse
-
-
-def claim(path: pathlib.Path, name: str, taken: dict[pathlib.Path, str]) -> None:
-    """Claims a file for an output.
-
-    Args:
-      path: the file.
-      name: of the output, for messages.
-      taken: whose each file is, by its path; the new one is added.
-
-    Raises:
-      UserError: the file is claimed already.
-    """
-    whose = taken.setdefault(path.resolve(), name)
-    if whose != name:
-        raise UserError(f"{name} {path} is also {whose}; name another file")
