@@ -28,7 +28,7 @@ from jaxreg.cli.parser import option_name, verb
 from jaxreg.cli.progress import Bar, compiling, interrupted, shorter
 from jaxreg.errors import UserError
 from jaxreg.registration import options as options_lib
-from jaxreg.registration.options import Options
+from jaxreg.registration.options import NETWORK, Options
 
 Path = pathlib.Path
 
@@ -274,7 +274,7 @@ def _choose_weights(
     from jaxreg.weights import zoo
 
     if network_weights is None:
-        return model or "unigradicon"
+        return model or NETWORK
     if model is not None and model not in zoo.ZOO:
         raise UserError(
             f"--model {model} and --network-weights {network_weights} both name "

@@ -29,6 +29,8 @@ Prealign = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"
 """none; centres of mass; an affine map by intensities; by SAM's matches an affine map
 ("sam-affine") or a coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
 SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
+NETWORK = "unigradicon"
+"""The network where no model is named."""
 MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 MODALITIES = tuple(modality_lib.CONTRASTS)

@@ -45,7 +45,7 @@ def conditioning_of(
     """Returns the network as it serves the task, and what its pairs are to carry."""
     words = (options.task, options.pairing, options.smoothness)
     if model == DEFAULT:
-        model = None if options.io_target == "displacement" else "unigradicon"
+        model = None if options.io_target == "displacement" else options_lib.NETWORK
     if isinstance(model, str | os.PathLike):
         model = load.load(model)
     loaded = zoo.LoadedModel | None
