@@ -1,5 +1,6 @@
 """Shared by all tests: the golden arrays and the stand-in for torchvision."""
 
+import gc
 import locale
 import os
 import pathlib
@@ -32,6 +33,10 @@ if STARTED_HERE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxreg-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+# Tracing makes millions of small objects, and a worker holds more of them with each file:
+# looking through all for garbage at Python's own rate is a tenth of a run and more.
+gc.set_threshold(100_000, 20, 100)
 
 TESTS = pathlib.Path(__file__).parent
 # Whole files go to the workers of a run. One that takes minutes starts early, or the
