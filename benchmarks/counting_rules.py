@@ -17,7 +17,7 @@ from jaxreg.losses.objective import Objective
 from jaxreg.models import sam
 from jaxreg.models.unireg import features as features_lib
 from jaxreg.models.unireg.paper import UniReg
-from jaxreg.nn import correlation, heads, layers, prompts, unet
+from jaxreg.nn import correlation, heads, layers, packed, prompts, unet
 from jaxreg.nn.conv import api
 from jaxreg.space import fields, filters, sampling
 
@@ -90,15 +90,36 @@ def convolution(function: Callable, x: Any, shape: Sequence[int]) -> dict[str, A
 def _convolution(recorder, module, args, kwargs, found):
     (x,) = args
     x = tuple(map(layers.value, x)) if isinstance(x, tuple) else layers.value(x)
+    _note_convolution(recorder, module.function, x, module.shape, found)
+
+
+def _note_convolution(recorder, function, x, shape, found):
     recorder.note(
         "matrix",
         "",
-        **convolution(module.function, x, module.shape),
+        **convolution(function, x, shape),
         group=_part(recorder.path),
         inputs=arrays_of(x),
         outputs=arrays_of(found),
-        weights=(Array(tuple(module.shape)),),
+        weights=(Array(tuple(shape)),),
     )
+
+
+def _doubling(recorder, module, args, kwargs, found):
+    """A transposed convolution and the image, doubled, which is added to it."""
+    x = tuple(map(layers.value, args[0]))
+    _note_convolution(recorder, api.conv4_transpose2, x, module.shape, found)
+    n, *spatial, _ = x[0].shape
+    residual = jax.ShapeDtypeStruct((n, *spatial, module.shape[-1]), x[0].dtype)
+    _UPSAMPLE(recorder, (residual,), {}, found)
+
+
+def _last(recorder, module, args, kwargs, found):
+    normal, skip = args
+    channels = normal.image.shape[-1] // 8
+    shape = (*skip.shape[:-1], channels)
+    x = (jax.ShapeDtypeStruct(shape, normal.image.dtype), skip)
+    _note_convolution(recorder, api.conv3, x, (3, 3, 3, module.inputs, 3), found)
 
 
 def _strided(recorder, module, args, kwargs, found):
@@ -177,6 +198,8 @@ def _bank(recorder, module, args, kwargs, found):
 _MODULES = {
     layers.Convolution: _convolution,
     layers.StridedConvolution: _strided,
+    packed.Doubling: _doubling,
+    packed.LastLayer: _last,
     unet.BatchNorm: _batch_norm,
     heads.GroupNorm: _group_norm,
     heads.Controller: _linear_layer,
@@ -310,14 +333,15 @@ def _distances(recorder, args, kwargs, found):
     )  # fmt: skip
 
 
+# Per axis a multiplication and a multiply-add; the first two have fewer outputs.
+_UPSAMPLE = _per_number("upsample", 3 * (1 + 1 / 2 + 1 / 4))
 _FUNCTIONS = {
     api.average_pool: _per_number("pool", 1, of="inputs"),
     api.average_pool2: _per_number("pool", 1, of="inputs"),
     api.max_pool2: _per_number("pool", 1, of="inputs", linear=False),
     sam._max_pool_depth: _per_number("pool", 0.5, of="inputs", linear=False),
     api.repeat2: _per_number("upsample", 0),
-    # Per axis a multiplication and a multiply-add; the first two have fewer outputs.
-    api.upsample2: _per_number("upsample", 3 * (1 + 1 / 2 + 1 / 4)),
+    api.upsample2: _UPSAMPLE,
     sampling.resize_nearest_floor: _per_number("resize", 0),
     layers.instance_norm_leaky: _per_number("normalise", _NORM, linear=False),
     correlation.normalised: _per_number("normalise", 3, linear=False),
@@ -381,6 +405,8 @@ def _pairs(args, kwargs):
 
 
 _SCOPES = {
+    # Counted with the layer that it belongs to.
+    api.chosen: lambda a, k: {"quiet": True},
     **{f: _formula(name) for name, f in similarity.SIMILARITIES.items()},
     fields.integrate: lambda a, k: {"times": a[1] if len(a) > 1 else 7},
     # An image, whose own gradient is not asked for.

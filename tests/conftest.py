@@ -34,8 +34,8 @@ if STARTED_HERE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-# Tracing makes millions of small objects, and a worker holds more of them with each file:
-# looking through all for garbage at Python's own rate is a tenth of a run and more.
+# Tracing makes millions of small objects, and a worker holds more of them with each
+# file: looking through all for garbage at Python's own rate is a tenth of a run.
 gc.set_threshold(100_000, 20, 100)
 
 TESTS = pathlib.Path(__file__).parent

@@ -186,18 +186,50 @@ class Convolution(nn.Module):
 
         A part may be `Scaled`.
         """
-        kd, kh, kw, i, o = self.shape
-        # PyTorch takes a transposed convolution's fan from the output channels.
-        fan = kd * kh * kw * (o if self.function is api.conv4_transpose2 else i)
-        kernel = self.param("kernel", self.kernel_init or uniform(fan), self.shape)
-        bias_init = nn.initializers.zeros if self.kernel_init else uniform(fan)
-        bias = self.param("bias", bias_init, (o,))
-
-        # The backward pass scales, pads and activates once more instead of keeping all.
-        return scheduling.recomputed(
-            _convolved, x, kernel, bias, function=self.function,
-            activated=self.activated, form=self.form, dtype=self.dtype,
+        kernel, bias = kernel_and_bias(
+            self, self.shape, self.function, kernel_init=self.kernel_init
+        )
+        return convolved(
+            x, kernel, bias, function=self.function, activated=self.activated,
+            form=self.form, dtype=self.dtype,
         )  # fmt: skip
+
+
+def kernel_and_bias(
+    layer: nn.Module,
+    shape: tuple[int, ...],
+    function: Callable,
+    *,
+    kernel_init: Callable | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Creates or returns the parameters of one layer of `jaxreg.nn.conv.api`.
+
+    Args:
+      layer: whose parameters they are, "kernel" and "bias".
+      shape: of the kernel, kD kH kW I O.
+      function: of `jaxreg.nn.conv.api`.
+      kernel_init: see `Convolution`.
+    """
+    kd, kh, kw, i, o = shape
+    # PyTorch takes a transposed convolution's fan from the output channels.
+    fan = kd * kh * kw * (o if function is api.conv4_transpose2 else i)
+    kernel = layer.param("kernel", kernel_init or uniform(fan), shape)
+    bias_init = nn.initializers.zeros if kernel_init else uniform(fan)
+    return kernel, layer.param("bias", bias_init, (o,))
+
+
+def convolved(x: Any, kernel: jax.Array, bias: jax.Array, **settings: Any) -> jax.Array:
+    """Applies a layer of `jaxreg.nn.conv.api` to N D H W I or parts of it.
+
+    The backward pass scales, pads and activates once more instead of keeping all.
+
+    Args:
+      x: N D H W I, or parts of it along channels; a part may be `Scaled`.
+      kernel: kD kH kW I O.
+      bias: O.
+      **settings: function, activated, form and dtype of `Convolution`.
+    """
+    return scheduling.recomputed(_convolved, x, kernel, bias, **settings)
 
 
 def _convolved(x, kernel, bias, *, function, activated, form, dtype):

@@ -7,15 +7,15 @@ References:
 
 import dataclasses
 import functools
-import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxreg.nn import packed
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import Convolution, Scaled, value
+from jaxreg.nn.layers import Convolution, Scaled
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -42,21 +42,20 @@ class UNetConfig:
     precision: Precision = "float32"
 
 
-def _fit(x: Image, channels: int) -> Image:
-    """Keeps the first channels, or puts the missing ones, all zero, in front."""
-    missing = channels - x.shape[-1]
-    if missing > 0:
-        return jnp.pad(x, ((0, 0),) * 4 + ((missing, 0),))
-    return x[..., :channels]
-
-
-@functools.partial(jax.checkpoint, static_argnums=1)  # keeps the array, no deviations
-def _moments(grouped: jax.Array, batching: Batching) -> tuple[jax.Array, jax.Array]:
+# Keeps the array, no deviations.
+@functools.partial(jax.checkpoint, static_argnums=(1, 2))
+def _moments(
+    grouped: jax.Array, batching: Batching, packed_form: api.Form | None
+) -> tuple[jax.Array, jax.Array]:
     """Returns mean and biased variance of G N D H W C per group and channel."""
     axes = (1, 2, 3, 4)
     grouped = grouped.astype(jnp.float32)
-    mean = batching.mean_over_sharers(grouped.mean(axes, keepdims=True))
-    variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
+    if packed_form is None:
+        mean = batching.mean_over_sharers(grouped.mean(axes, keepdims=True))
+        variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
+    else:
+        mean = batching.mean_over_sharers(packed.mean(grouped, packed_form))
+        variance = packed.variance(grouped, mean, packed_form)
     return mean, batching.mean_over_sharers(variance)
 
 
@@ -65,15 +64,20 @@ class BatchNorm(nn.Module):
 
     Attributes:
       batching: what the statistics are taken over.
+      packed_form: the form of `jaxreg.nn.packed` that x is in, None if it is plain.
     """
 
     batching: Batching = ONE_CALL
+    packed_form: api.Form | None = None
 
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Scaled:
-        """Normalises N D H W C; in training moves the running statistics."""
+        """Normalises N D H W C; in training moves the running statistics.
+
+        Of a packed image, N D H W 8C, the factor and the shift are those of C channels.
+        """
         batching = self.batching
-        c = x.shape[-1]
+        c = x.shape[-1] // (1 if self.packed_form is None else 8)
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
@@ -87,9 +91,9 @@ class BatchNorm(nn.Module):
             )
         groups = batching.calls * max(batching.replicas, 1)
         grouped = x.reshape(groups, -1, *x.shape[1:])  # G N/G D H W C
-        now_mean, now_var = _moments(grouped, batching)
+        now_mean, now_var = _moments(grouped, batching, self.packed_form)
         if not self.is_initializing():
-            voxels = math.prod(grouped.shape[1:5]) * batching.sharers()
+            voxels = grouped[0].size // c * batching.sharers()
             unbiased = now_var * (voxels / max(voxels - 1, 1))
             calls = [
                 # calls C
@@ -149,29 +153,20 @@ class TallUNet2(nn.Module):
                 api.conv3_stride2, shape, activated=True, form=form, name=name
             )
             y = layer(x)
-            x = y + _fit(api.average_pool2(x), down[level + 1])
-        parts, channels = (x,), down[levels]
+            x = y + packed.fit(api.average_pool2(x), down[level + 1])
+        parts: tuple[Any, ...] = (x,)
+        channels = down[levels]
         for level in reversed(range(levels)):
-            name, shape = f"up_{level}", (4, 4, 4, channels, up[level])
-            layer = Convolution(
-                api.conv4_transpose2, shape, activated=True, form=form, name=name
-            )
-            y = layer(parts)
+            finest = level == 0
+            shape = (4, 4, 4, channels, up[level])
+            double = packed.Doubling(shape, form, packed=finest, name=f"up_{level}")
             # The residual keeps the first channels: the decoder's, as up shrinks.
-            whole = value(parts[0])
-            if whole.shape[-1] < min(up[level], channels):
-                whole = jnp.concatenate([whole, *parts[1:]], axis=-1)
-            x = y + api.upsample2(_fit(whole, up[level]))
-            normal = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
-            skip = skips[level]
+            x = double(parts)
+            normalise = BatchNorm(
+                batching, form if finest else None, name=f"norm_{level}"
+            )
+            normal, skip = normalise(x, train=train), skips[level]
             parts = (dataclasses.replace(normal, shape=skip.shape[1:4]), skip)
             channels = up[level] + skip.shape[-1]
-        last = Convolution(
-            api.conv3,
-            (3, 3, 3, channels, 3),
-            kernel_init=nn.initializers.zeros,
-            form=form,
-            dtype="float32",  # displacements need more digits than bfloat16 has
-            name="last",
-        )
-        return last(parts) / 10.0
+        # In float32: displacements need more digits than bfloat16 has.
+        return packed.LastLayer(channels, form, name="last")(*parts) / 10.0

@@ -1,11 +1,14 @@
 """One U-Net against the original's arrays."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.nn import unet
+from jaxreg.nn import packed, unet
 from jaxreg.typing import Batching
 from jaxreg.weights.pytorch import gradicon
 
@@ -144,7 +147,7 @@ def test_fit_keeps_the_first_or_pads_in_front(icon, channels):
     wanted = networks.pad_or_crop(
         torch.from_numpy(np.moveaxis(x, -1, 1).copy()), size, 3
     )
-    fitted = unet._fit(jnp.asarray(x), channels)
+    fitted = packed.fit(jnp.asarray(x), channels)
     np.testing.assert_array_equal(fitted, channels_last(wanted.numpy()))
 
 
@@ -202,3 +205,80 @@ def test_wrong_channels_are_refused():
     image = jnp.zeros((1, 4, 4, 4, 2))
     with pytest.raises(ValueError, match="4 channels together, the U-Net expects 2"):
         network.apply(variables, image, image)
+
+
+# --- forms ----------------------------------------------------------------------------
+
+# Sums of a few hundred products, in another order: 2^-24 each, of numbers of size 1.
+ROUNDING = 2e-5
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def in_form(form, train, variables, pair, cotangent):
+    """Field, statistics, and the gradients of all that they depend on."""
+    config = dataclasses.replace(SMALL, form=form)
+    network = unet.TallUNet2(config)
+
+    def run(params, moving, fixed):
+        field, after = network.apply(
+            {**variables, "params": params}, moving, fixed, train=train,
+            batching=Batching(2), mutable=["batch_stats"],
+        )  # fmt: skip
+        return field, after["batch_stats"]
+
+    field, pull, after = jax.vjp(run, variables["params"], *pair, has_aux=True)
+    return field, after, pull(cotangent)
+
+
+@pytest.mark.parametrize(
+    ("shape", "train", "forms"),
+    [
+        ((7, 6, 9), True, ("native", "folded")),
+        ((8, 2, 6), True, ("folded",)),
+        ((5, 4, 3), False, ("folded",)),
+    ],
+)
+def test_forms_agree_in_values_and_gradients(shape, train, forms):
+    _, variables = random_variables()
+    pair = random_pair(1, 2, shape)
+    cotangent = np.random.default_rng(2).normal(size=(2, *shape, 3)).astype("f4")
+    found = {
+        form: in_form(form, train, variables, pair, cotangent)
+        for form in ("slab", *forms)
+    }
+    for form in forms:
+        for ours, direct in zip(
+            jax.tree.leaves(found[form]), jax.tree.leaves(found["slab"]), strict=True
+        ):
+            scale = max(1.0, np.abs(direct).max())
+            np.testing.assert_allclose(ours, direct, rtol=0, atol=ROUNDING * scale)
+
+
+@pytest.mark.parametrize("form", ["slab", "folded"])
+def test_bfloat16_in_either_form(form):
+    """As far from float32 as eight bits of a number of size 1 are."""
+    network, variables = random_variables()
+    pair = random_pair(1, 1)
+    low = dataclasses.replace(SMALL, form=form, precision="bfloat16")
+    exact = network.apply(variables, *pair)
+    field = unet.TallUNet2(low).apply(variables, *pair)
+    assert field.dtype == jnp.float32
+    limit = 4 * 2.0**-8 * np.abs(exact).max()
+    np.testing.assert_allclose(field, exact, rtol=0, atol=limit)
+
+
+def test_the_gradient_of_a_kernel_is_summed_in_float32():
+    """Of bfloat16 arrays, whose sums would keep eight bits."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.random((2, 4, 5, 6, 8)), jnp.bfloat16)
+    kernel = jnp.asarray(rng.random((3, 3, 3, 8, 24)), jnp.bfloat16)
+    dy = jnp.asarray(rng.random((2, 4, 5, 6, 24)), jnp.bfloat16)
+
+    def gradients(x, kernel, dy):
+        return jax.vjp(packed._in_float32, x, kernel)[1](dy.astype(jnp.float32))
+
+    wanted = gradients(*(a.astype(jnp.float32) for a in (x, kernel, dy)))
+    dx, dw = gradients(x, kernel.astype(jnp.float32), dy)
+    assert dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
+    np.testing.assert_allclose(dx.astype(jnp.float32), wanted[0], rtol=2.0**-8)
+    np.testing.assert_allclose(dw, wanted[1], rtol=1e-5)

@@ -1,19 +1,20 @@
 """3D convolution, pooling and upsampling layers, in the fast form per platform.
 
-Arrays are N D H W C, kernels kD kH kW I O. Everything reduces to one primitive, a
-stride-1 convolution (`_convolved`); strides move into channels by
-space-to-depth, transposed strides by depth-to-space. The primitive has two forms:
+Arrays are N D H W C, kernels kD kH kW I O. Layers have three forms:
 
-* "native": XLA's own convolution. Fast on GPU and TPU.
-* "slab": matrix products over blocks of the volume (`nn.conv.blocked`), with fewer
-  multiplications where channels are many (`nn.conv.winograd`). On XLA's CPU backend 2
-  to 100 times faster than the native form, whose small-channel kernels and gradients
-  fall back to naive loops. The input's gradient is again a convolution, the kernel's a
-  matrix product, and neither scatters.
+* "native": XLA's own convolution, strided and transposed ones included. For GPU.
+* "folded": the same, but for what has few channels at full resolution, which is
+  computed at half of it (`nn.conv.folded`). For TPU.
+* "slab": one primitive, a stride-1 convolution by matrix products over blocks of the
+  volume (`nn.conv.blocked`), with fewer multiplications where channels are many
+  (`nn.conv.winograd`); strides move into channels by space-to-depth, transposed strides
+  by depth-to-space. On XLA's CPU backend 2 to 100 times faster than the native form,
+  whose small-channel kernels and gradients fall back to naive loops. The input's
+  gradient is again a convolution, the kernel's a matrix product, and neither scatters.
+  `nn.conv.large_kernel` leaves a strided layer's kernel in place that outweighs its
+  volume, and `nn.conv.few_outputs` makes few channels of many.
 
-"auto" picks by platform when the program is compiled. Where "slab" would be taken,
-`nn.conv.large_kernel` leaves a strided layer's kernel in place that outweighs its
-volume, and `nn.conv.few_outputs` makes few channels of many.
+"auto" picks by platform when the program is compiled.
 
 An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
 concatenation along channels, which is not built at stride 1 and of several channels.
@@ -21,19 +22,81 @@ concatenation along channels, which is not built at stride 1 and of several chan
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxreg.nn.conv import blocked, few_outputs, large_kernel, winograd
+from jaxreg.nn.conv import blocked, few_outputs, folded, large_kernel, winograd
 from jaxreg.nn.conv.blocked import Parts
 from jaxreg.typing import Image
 
-Form = Literal["auto", "native", "slab"]
+Form = Literal["auto", "native", "slab", "folded"]
+_FEW_INPUTS = 4  # channels that leave most of a TPU's lanes empty, folded or not
+
+
+class Forms(NamedTuple):
+    """Functions of the same arguments, for equal results.
+
+    Attributes:
+      slab: for CPU.
+      native: for GPU, and for TPU where there is no `folded`.
+      folded: for TPU.
+    """
+
+    slab: Callable
+    native: Callable
+    folded: Callable | None = None
+
+
+def _by_platform(form: Form, forms: Forms, *args):
+    on_tpu = forms.folded or forms.native
+    given = {"slab": forms.slab, "native": forms.native, "folded": on_tpu}
+    if form != "auto":
+        return given[form](*args)
+    on_others = {"tpu": forms.folded} if forms.folded else {}
+    return lax.platform_dependent(
+        *args, cpu=forms.slab, **on_others, default=forms.native
+    )
+
+
+def chosen(forms: Forms, form: Form, *args: Any) -> Any:
+    """Applies one of several functions, and differentiates only that one.
+
+    The gradient keeps the arguments.
+
+    Args:
+      forms: of a module's own functions, so that each is traced once for each shape.
+      form: "auto" decides by platform when the program is compiled.
+      *args: trees of arrays.
+    """
+    return _chosen(forms, form, *args)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _differentiable(forms, form, *args):
+    return _by_platform(form, forms, *args)
+
+
+_chosen = jax.jit(_differentiable, static_argnums=(0, 1))
+
+
+def _chosen_forward(forms, form, *args):
+    return _by_platform(form, forms, *args), args
+
+
+def _chosen_backward(forms, form, args, dy):
+    def gradient(function):
+        return function and (lambda dy, *args: jax.vjp(function, *args)[1](dy))
+
+    return _by_platform(form, Forms(*map(gradient, forms)), dy, *args)
+
+
+_differentiable.defvjp(_chosen_forward, _chosen_backward)
+
 
 # --- the primitive: stride 1, no padding ---------------------------------------------
 
@@ -47,14 +110,6 @@ def _native(xs: Parts, kernel: jax.Array) -> jax.Array:
         for x, w in zip(xs, jnp.split(kernel, edges, axis=3), strict=True)
     ]
     return functools.reduce(jnp.add, convolved)
-
-
-def _by_platform(form: Form, slab, native, *args):
-    if form == "slab":
-        return slab(*args)
-    if form == "native":
-        return native(*args)
-    return lax.platform_dependent(*args, cpu=slab, default=native)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -77,7 +132,7 @@ def _convolved(
     def native(xs, kernel):
         return _native(_padded(xs, margin), kernel)
 
-    return _by_platform(form, slab, native, xs, kernel)
+    return _by_platform(form, Forms(slab, native), xs, kernel)
 
 
 def _slab(xs: Parts, kernel: jax.Array) -> jax.Array:
@@ -121,7 +176,7 @@ def _convolved_backward(margin, form, saved, dy):
 
         return jax.vjp(function, xs, kernel)[1](dy)
 
-    return _by_platform(form, slab, native, *saved, dy)
+    return _by_platform(form, Forms(slab, native), *saved, dy)
 
 
 _convolved.defvjp(_convolved_forward, _convolved_backward)
@@ -143,28 +198,6 @@ _same_native = functools.partial(_same, form="native")
 
 def _padded(xs: Parts, margin: blocked.Margin) -> Parts:
     return tuple(_pad(x, *((m, m) for m in margin)) for x in xs)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _own_or(
-    own, native, form: Form, x: jax.Array | Parts, kernel: jax.Array
-) -> jax.Array:
-    """Returns one of two functions of (x, kernel), differentiating only that one."""
-    return _by_platform(form, own, native, x, kernel)
-
-
-def _own_or_forward(own, native, form, x, kernel):
-    return _by_platform(form, own, native, x, kernel), (x, kernel)
-
-
-def _own_or_backward(own, native, form, saved, dy):
-    def gradient(function):
-        return lambda x, kernel, dy: jax.vjp(function, x, kernel)[1](dy)
-
-    return _by_platform(form, gradient(own), gradient(native), *saved, dy)
-
-
-_own_or.defvjp(_own_or_forward, _own_or_backward)
 
 
 # --- layers -------------------------------------------------------------------------
@@ -225,19 +258,21 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
     """
     xs = _parts(x, kernel)
     if few_outputs.suits(kernel.shape):
-        y = _own_or(few_outputs.same, _same_native, form, xs, kernel)
+        forms = Forms(few_outputs.same, _same_native, _few_folded)
+        y = chosen(forms, form, xs, kernel)
     else:
         y = _same(xs, kernel, form)
-    return cast(jax.Array, y) + bias[None, None, None, None]
+    return y + bias[None, None, None, None]
+
+
+def _few_folded(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return folded.conv3(jnp.concatenate(xs, -1), kernel)
 
 
 def conv3_stride2(
     x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"
 ) -> Image:
     """3x3x3 convolution, stride 2, zero padding 1: N ceil(D/2) ceil(H/2) ceil(W/2) O.
-
-    By space-to-depth and a 2x2x2 convolution: the input gradient of a strided
-    convolution is as fast as its forward pass this way.
 
     Args:
       x: N D H W I, or parts of it along channels.
@@ -246,25 +281,32 @@ def conv3_stride2(
       form: see the module's docstring.
     """
     x = jnp.concatenate(_parts(x, kernel), -1)
-    n, *spatial, _ = x.shape
-    if large_kernel.outweighs(kernel.shape, n * math.prod(-(-m // 2) for m in spatial)):
-        y = _own_or(large_kernel.down3, _down3_native, form, x, kernel)
-        return cast(jax.Array, y) + bias[None, None, None, None]
-    return _down3(x, kernel, form) + bias[None, None, None, None]
+    n, *spatial, channels = x.shape
+    voxels = n * math.prod(-(-m // 2) for m in spatial)
+    forms = Forms(
+        large_kernel.down3 if large_kernel.outweighs(kernel.shape, voxels) else _down3,
+        _down3_native,
+        folded.down3 if channels <= _FEW_INPUTS else None,
+    )
+    return chosen(forms, form, x, kernel) + bias[None, None, None, None]
 
 
-def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
-    # One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1) in all.
+def _down3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # By space-to-depth and a 2x2x2 convolution, whose input gradient is as fast as its
+    # forward pass. One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1).
     x = space_to_depth(_pad(x, *((1, 1 + n % 2) for n in x.shape[1:4])))
     i, o = kernel.shape[-2:]
     # The fourth tap of each axis is zero.
     # tap and place in the pair, per axis: 2 2 2 2 2 2 I O
     w = jnp.pad(kernel, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
     w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)  # 2 2 2 8I O
-    return _valid((x,), w, form)
+    return _valid((x,), w, "slab")
 
 
-_down3_native = functools.partial(_down3, form="native")
+def _down3_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return lax.conv_general_dilated(
+        x, kernel, (2, 2, 2), ((1, 1),) * 3, dimension_numbers=folded.DIMENSIONS
+    )
 
 
 def strided(
@@ -331,8 +373,7 @@ def conv4_transpose2(
 ) -> Image:
     """4x4x4 transposed convolution, stride 2, padding 1: N 2D 2H 2W O.
 
-    ``out[2 x + k - 1] += in[x] kernel[k]``, as ``torch.nn.ConvTranspose3d``: a 2x2x2
-    convolution to 8 O channels and depth-to-space (Shi et al., CVPR 2016).
+    ``out[2 x + k - 1] += in[x] kernel[k]``, as ``torch.nn.ConvTranspose3d``.
 
     Args:
       x: N D H W I, or parts of it along channels.
@@ -341,25 +382,36 @@ def conv4_transpose2(
       form: see the module's docstring.
     """
     xs = _parts(x, kernel)
-    if large_kernel.outweighs(kernel.shape, math.prod(xs[0].shape[:4])):
-        x = jnp.concatenate(xs, -1)
-        y = _own_or(large_kernel.up4, _up4_native, form, x, kernel)
-        return cast(jax.Array, y) + bias[None, None, None, None]
-    return _up4(xs, kernel, form) + bias[None, None, None, None]
+    outweighed = large_kernel.outweighs(kernel.shape, math.prod(xs[0].shape[:4]))
+    forms = Forms(_up4_large if outweighed else _up4, _up4_native)
+    return chosen(forms, form, xs, kernel) + bias[None, None, None, None]
 
 
-def _up4(x: jax.Array | Parts, kernel: jax.Array, form: Form) -> jax.Array:
-    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in _parts(x, kernel))
+def _up4(xs: Parts, kernel: jax.Array) -> jax.Array:
+    # A 2x2x2 convolution to 8 O channels and depth-to-space (Shi et al., CVPR 2016).
+    xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
     i, o = kernel.shape[-2:]
     # out[2 j - 1 + r] = sum_a in[j - 1 + a] kernel[2 + r - 2 a]
     # tap a and place r, per axis: 2 2 2 2 2 2 I O
     w = jnp.flip(kernel.reshape(2, 2, 2, 2, 2, 2, i, o), (0, 2, 4))
     w = w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)  # 2 2 2 I 8O
-    y = depth_to_space(_valid(xs, w, form))
+    y = depth_to_space(_valid(xs, w, "slab"))
     return y[:, 1:-1, 1:-1, 1:-1]
 
 
-_up4_native = functools.partial(_up4, form="native")
+def _up4_large(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return large_kernel.up4(jnp.concatenate(xs, -1), kernel)
+
+
+def _up4_native(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return dilated(jnp.concatenate(xs, -1), jnp.flip(kernel, (0, 1, 2)), 2)
+
+
+def dilated(x: jax.Array, kernel: jax.Array, margin: int, **options: Any) -> jax.Array:
+    """Convolves an image with a zero between its voxels and `margin` around it."""
+    return folded.convolved(
+        x, kernel, ((margin, margin),) * 3, lhs_dilation=(2, 2, 2), **options
+    )
 
 
 def average_pool2(x: Image) -> Image:
@@ -369,7 +421,18 @@ def average_pool2(x: Image) -> Image:
     as repeating the last one.
     """
     x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
-    return average_pool(x, (2, 2, 2))
+
+    def windows(x):
+        # A TPU would move the numbers of a reshaped minor axis one by one.
+        size = (1, 2, 2, 2, 1)
+        total = lax.reduce_window(
+            x.astype(jnp.float32), 0.0, lax.add, size, size, "VALID"
+        )
+        return (total / 8).astype(x.dtype)
+
+    return lax.platform_dependent(
+        x, tpu=windows, default=lambda x: average_pool(x, (2, 2, 2))
+    )
 
 
 def average_pool(x: Image, sizes: tuple[int, int, int]) -> Image:

@@ -7,7 +7,7 @@ import pytest
 
 from jaxreg.nn.conv import api
 
-FORMS = ("slab", "native", "auto")
+FORMS = ("slab", "native", "folded", "auto")
 LAYERS = {
     "conv3": (api.conv3, 3),
     "conv3_stride2": (api.conv3_stride2, 3),
