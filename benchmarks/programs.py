@@ -1,4 +1,4 @@
-"""The programs that are counted: each network at its grid, and its recipe's step."""
+"""The programs that are counted and compiled: each network at its grid, its steps."""
 
 import dataclasses
 import math
@@ -10,17 +10,21 @@ import counting
 import counting_rules
 import jax
 import jax.numpy as jnp
+import optax
 from counting import Layer
 
 from jaxreg.experiments import files
 from jaxreg.experiments import sam as sam_lib
+from jaxreg.losses.objective import Objective
 from jaxreg.models import sam
+from jaxreg.registration.optimization import network as network_lib
 from jaxreg.training import optimizer, state, step
 from jaxreg.typing import Pair
 
 ROOT = pathlib.Path(__file__).parents[1]
 Shape = tuple[int, int, int]
 Precision = Literal["float32", "default", "bfloat16"]
+Task = Literal["forward", "train", "io"]
 UNIREG_SHAPE = (192, 192, 160)
 
 
@@ -34,7 +38,9 @@ class Program:
       args: abstract.
       whole: the program, gradients and update included.
       whole_args: its arguments.
-      update: the optimiser's step, in training.
+      update: the optimiser's step, in training and optimisation.
+      donate: arguments of the program whose memory its results take.
+      config: of the network, as it is built.
     """
 
     title: str
@@ -43,6 +49,8 @@ class Program:
     whole: Callable
     whole_args: tuple[Any, ...]
     update: Layer | None = None
+    donate: tuple[int, ...] = ()
+    config: Any = None
 
     def layers(self) -> list[Layer]:
         """Returns all layers, those of the gradient after the others."""
@@ -69,27 +77,45 @@ def _abstract(shape: Sequence[int], dtype: Any = jnp.float32) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(tuple(shape), dtype)
 
 
-def build(name: str, *, size: int | None, train: bool, precision: Precision) -> Program:
-    """Returns the program of a network: one pair, or one step of its recipe.
+def build(
+    name: str,
+    *,
+    size: int | None,
+    task: Task,
+    precision: Precision,
+    batch: int | None = None,
+    remat: str | None = None,
+) -> Program:
+    """Returns the program of a network: a prediction, a step of its recipe, or of IO.
 
     Args:
       name: in `MODELS`.
       size: longest axis instead of the published one.
-      train: a training step of one pair; of the recipe's batch of views for SAM.
+      task: "forward" predicts one direction; "train" is a training step, and "io" one
+        of instance optimisation, which SAM has not.
       precision: "bfloat16" has effect on networks that can compute in it.
+      batch: pairs; of SAM images, and in training volumes of which it sees two views.
+        1 if None, in SAM's training the recipe's.
+      remat: has effect on networks that can compute activations again.
     """
     recipe, shape, changes = MODELS[name]
     given: Any = files.load_any(ROOT / "configs" / f"{recipe}.py")
     if precision == "bfloat16" and hasattr(given.model, "precision"):
         changes = {**changes, "precision": precision}
+    if remat is not None and hasattr(given.model, "remat"):
+        changes = {**changes, "remat": remat}
     given = dataclasses.replace(
         given, model=dataclasses.replace(given.model, **changes)
     )
     if size is not None:
         shape = _smaller(shape, size, 1 if name == "gradicon" else 16)
-    if name == "sam":
-        return _sam_step(given) if train else _sam(given.model, shape)
-    return registration(name, given, shape, train=train)
+    if name != "sam":
+        return registration(name, given, shape, task=task, batch=batch or 1)
+    if task == "io":
+        raise ValueError("sam predicts no map that could be optimised")
+    if task == "train":
+        return _sam_step(given, batch or given.train.batch)
+    return _sam(given.model, shape, batch or 1)
 
 
 def _smaller(shape: Shape, size: int, divisor: int) -> Shape:
@@ -99,18 +125,22 @@ def _smaller(shape: Shape, size: int, divisor: int) -> Shape:
     return d, h, w
 
 
-def _title(name: str, shape: Sequence[int], what: str, dtype: str) -> str:
-    return f"{name}, {' x '.join(map(str, shape))}, {what}, activations {dtype}"
+def _title(name: str, shape: Sequence[int], what: str, dtype: str | None) -> str:
+    grid = " x ".join(map(str, shape))
+    return f"{name}, {grid}, {what}, activations {dtype or 'float32'}"
 
 
-def registration(name: str, given: Any, shape: Shape, *, train: bool) -> Program:
+def registration(
+    name: str, given: Any, shape: Shape, *, task: Task, batch: int = 1
+) -> Program:
     """Returns the program of a registration network.
 
     Args:
       name: for the title.
       given: a recipe, see `jaxreg.experiments.config.Experiment`.
       shape: the network grid.
-      train: see `build`.
+      task: see `build`.
+      batch: pairs.
     """
     model = given.model.build()
     variables = dict(jax.eval_shape(lambda k: model.init(k, shape), jax.random.key(0)))
@@ -119,39 +149,56 @@ def registration(name: str, given: Any, shape: Shape, *, train: bool) -> Program
             lambda k: sam.init(sam.SamConfig(), k), jax.random.key(0)
         )
         variables = sam.with_sam(variables, frozen)
-    image: Any = _abstract((1, *shape, 1))
-    task: Any = _abstract((1,), jnp.int32)
-    pair = Pair(image, image, task=task)
-    dtype = getattr(given.model, "precision", "float32")
+    image: Any = _abstract((batch, *shape, 1))
+    which: Any = _abstract((batch,), jnp.int32)
+    pair = Pair(image, image, task=which)
+    # Of labels the scans decide how many there are.
+    objective = dataclasses.replace(given.objective, dice_weight=0.0)
+    rule = optimizer.make_optimizer(given.optimizer, 1)
+    if task == "io":
+        objective, rule = Objective(), optax.adam(1e-5)
+        variables = dict(jax.eval_shape(model.cache_features, variables, image, image))
+    states = jax.eval_shape(rule.init, variables["params"])
+    noise = _abstract((1, *shape, 3))
 
     def forward(variables, pair):
         maps, _ = step.predict(model, variables, pair, directions="forward")
         return maps.forward.on_grid(shape)
 
-    if not train:
-        title = _title(name, shape, "one direction", dtype)
-        return Program(title, forward, (variables, pair), forward, (variables, pair))
-
-    # Of labels the scans decide how many there are.
-    objective = dataclasses.replace(given.objective, dice_weight=0.0)
-    rule = optimizer.make_optimizer(given.optimizer, 1)
-    states = jax.eval_shape(rule.init, variables["params"])
-    noise = _abstract((1, *shape, 3))
-
     def loss(variables, pair, noise):
         return step.evaluate(
-            model, variables, pair, noise, objective=objective, train=True
+            model, variables, pair, noise, objective=objective, train=task == "train"
         )[0]
 
+    def train(*args):  # no maps among the results, as in a training loop
+        return step.make_step(model, objective, rule)(*args)[:3]
+
+    def optimise(state, pair, key):
+        rate = jnp.float32(1e-5)
+        return network_lib._network_step(
+            state, 0, pair, key, None, rate, model=model, objective=objective
+        )
+
+    pairs = "one pair" if batch == 1 else f"{batch} pairs"
     both = "both directions" if objective.directions == "both" else "one direction"
-    return Program(
-        _title(name, shape, f"training step of one pair, {both}", dtype),
-        loss,
-        (variables, pair, noise),
-        step.make_step(model, objective, rule),
-        (variables, states, pair, noise),
-        counting.update(given.optimizer.name, parameters(variables)),
+    what = {
+        "forward": "one direction" + (f" of {pairs}" if batch > 1 else ""),
+        "train": f"training step of {pairs}, {both}",
+        "io": f"optimisation step of {pairs}, {both}",
+    }
+    title = _title(name, shape, what[task], getattr(given.model, "precision", None))
+    args = (variables, pair)
+    if task == "forward":
+        return Program(title, forward, args, forward, args, config=given.model)
+    updated = counting.update(
+        "adam" if task == "io" else given.optimizer.name, parameters(variables)
     )
+    args, run, donate = (*args, noise), train, (0, 1)
+    whole_args: tuple[Any, ...] = (variables, states, pair, noise)
+    if task == "io":
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        run, donate, whole_args = optimise, (0,), ((variables, states), pair, key)
+    return Program(title, loss, args, run, whole_args, updated, donate, given.model)
 
 
 def parameters(variables: Any) -> int:
@@ -159,20 +206,21 @@ def parameters(variables: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
 
 
-def _sam(config: sam.SamConfig, shape: Shape) -> Program:
+def _sam(config: sam.SamConfig, shape: Shape, images: int) -> Program:
     variables = jax.eval_shape(lambda k: sam.init(config, k), jax.random.key(0))
-    args = (variables, _abstract((1, *shape, 1)))
+    args = (variables, _abstract((images, *shape, 1)))
 
     def forward(variables, image):
         found = sam.features(config, variables, image)
         return found.fine, found.coarse
 
-    title = _title("sam", shape, "one image", config.precision)
-    return Program(title, forward, args, forward, args)
+    what = "one image" if images == 1 else f"{images} images"
+    title = _title("sam", shape, what, config.precision)
+    return Program(title, forward, args, forward, args, config=config)
 
 
-def _sam_step(given: Any) -> Program:
-    shape, volumes = given.views.shape, given.train.batch
+def _sam_step(given: Any, volumes: int) -> Program:
+    shape = given.views.shape
     batch = {
         f"{side}{suffix}": _abstract((volumes, *shape, channels))
         for side in ("moving", "fixed")
@@ -196,4 +244,6 @@ def _sam_step(given: Any) -> Program:
         sam_lib.make_train_step(given),
         (start, batch),
         counting.update(given.optimizer.name, parameters(variables)),
+        (0,),
+        given.model,
     )

@@ -9,19 +9,7 @@ and the bytes that they must move (`counting`), the two times that these take on
 device, and as the bound the sum over layers of the longer one. Nothing is compiled but
 with --measure. --check counts the same program by XLA, before it optimises it.
 
-Figures of devices are their vendors', dense (without sparsity), per chip:
-
-H200 SXM: https://www.nvidia.com/en-us/data-center/h200/ gives tensor core rates with
-sparsity, which are halved here.
-A100 SXM 80 GB: https://www.nvidia.com/en-us/data-center/a100/
-T4: https://www.nvidia.com/en-us/data-center/tesla-t4/ ; neither TF32 nor bfloat16.
-TPU v5e: https://docs.cloud.google.com/tpu/docs/v5e
-TPU v6e: https://docs.cloud.google.com/tpu/docs/v6e
-
-A TPU multiplies bfloat16. Float32 products take one pass of it by default, which keeps
-8 bits of each factor, and six at full precision (jax.lax.Precision), as jaxreg asks for
-in filters, resizing and generated heads. No rate of its vector unit is published: what
-is no matrix product is counted by memory alone. So it is on a CPU.
+Figures of devices and where they are from: `devices`.
 """
 
 import argparse
@@ -38,37 +26,8 @@ import counting_rules
 import jax
 import jax.numpy as jnp
 from counting import Layer
+from devices import DEVICES, Device
 from programs import MODELS, Precision, Program, build
-
-
-@dataclasses.dataclass(frozen=True)
-class Device:
-    """What a device can do at most.
-
-    Attributes:
-      float32: operations per second in products at full precision.
-      default: in products of float32 numbers as JAX does them unless told otherwise.
-      bfloat16: in products of bfloat16 numbers.
-      bandwidth: bytes per second of its main memory.
-      vector: float32 operations per second outside products; None if not known.
-      array: rows and columns of its matrix unit, 0 where small products fill it too.
-    """
-
-    float32: float
-    default: float
-    bfloat16: float
-    bandwidth: float
-    vector: float | None = None
-    array: int = 0
-
-
-DEVICES = {
-    "nvidia-h200": Device(67e12, 494.5e12, 989.5e12, 4.8e12, 67e12),
-    "nvidia-a100": Device(19.5e12, 156e12, 312e12, 2.039e12, 19.5e12),
-    "nvidia-t4": Device(8.1e12, 8.1e12, 8.1e12, 320e9, 8.1e12),
-    "tpu-v5e": Device(197e12 / 6, 197e12, 197e12, 819e9, array=128),
-    "tpu-v6e": Device(918e12 / 6, 918e12, 918e12, 1638e9, array=256),
-}
 
 
 def this_cpu() -> Device:
@@ -291,7 +250,10 @@ def main() -> None:
     summary = collections.defaultdict(list)
     for model in given.models:
         program = build(
-            model, size=given.size, train=given.train, precision=given.precision
+            model,
+            size=given.size,
+            task="train" if given.train else "forward",
+            precision=given.precision,
         )
         layers = program.layers()
         print(f"\n{program.title}")

@@ -62,7 +62,7 @@ def size_of(config: UniRegConfig, shape: programs.Shape = PAPER_SHAPE) -> Size:
     small = dataclasses.replace(config, features="mind")
     given = files.load(programs.ROOT / "configs" / "unireg.py")
     given = dataclasses.replace(given, model=small)
-    program = programs.registration("unireg", given, shape, train=False)
+    program = programs.registration("unireg", given, shape, task="forward")
     parts = ("encoder", "decoder", "last layers")
     layers = [layer for layer in program.layers() if layer.group in parts]
     # The controller's one product is not a convolution, and nothing beside them.

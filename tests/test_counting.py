@@ -144,7 +144,7 @@ def test_gradients_of_a_convolution_are_two_of_its_size():
 
 
 def test_a_small_network_adds_up_to_what_xla_counts():
-    given = programs.build("rdp", size=32, train=False, precision="default")
+    given = programs.build("rdp", size=32, task="forward", precision="default")
     layers = given.layers()
     lowered = jax.jit(given.whole).trace(*given.whole_args)
     # For GPU each layer is the convolution that defines it.

@@ -223,16 +223,19 @@ def dry_run(experiment: Experiment, *, report: Report = lambda _: None) -> DryRu
 
 
 def traced_steps(
-    experiment: Experiment, known: Sequence[str] = ()
+    experiment: Experiment,
+    known: Sequence[str] = (),
+    devices: list[Any] | None = None,
 ) -> Iterator[TracedStep]:
     """Yields the step that training compiles in each stage, traced on shapes alone.
 
     Args:
       experiment: with or without its data.
       known: names of the prompts or regions of the weights to start from.
+      devices: to train on, described ones too; all of `jax.devices()` if None.
     """
     for stage, changed in config.stages(experiment):
-        per_epoch, layout, shares = batch_layout(changed)
+        per_epoch, layout, shares = batch_layout(changed, devices)
         during, sources = _with_sources(changed, known)
         rows = None
         if during.train.only != "all":  # which prompts change, changes no size

@@ -5,6 +5,7 @@ import functools
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import optax
@@ -74,15 +75,22 @@ def trained_rows(
     return rows
 
 
-def batch_layout(experiment: Experiment) -> tuple[int, Layout, tuple[int, int]]:
-    """Returns steps per epoch, the devices, and what `parallel.check_batch` does."""
+def batch_layout(
+    experiment: Experiment, devices: list[Any] | None = None
+) -> tuple[int, Layout, tuple[int, int]]:
+    """Returns steps per epoch, the devices, and what `parallel.check_batch` does.
+
+    Args:
+      experiment: as it is during the stage.
+      devices: all of `jax.devices()` if None.
+    """
     train, pairs_per_epoch = experiment.train, experiment.data.pairs_per_epoch
     if pairs_per_epoch < train.batch:
         raise UserError(
             f"data.pairs_per_epoch is {pairs_per_epoch}, less than train.batch "
             f"{train.batch}; raise it"
         )
-    layout = parallel.make_layout(train.parallel, space=train.space)
+    layout = parallel.make_layout(train.parallel, space=train.space, devices=devices)
     shares = parallel.check_batch(
         train.batch, layout, accumulate=train.accumulate, replicas=train.replicas
     )
