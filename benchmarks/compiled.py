@@ -91,6 +91,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "bfloat16: activations too, where a network can",
     )
     add("--remat", help="as the network's setting; its own default if absent")
+    add(
+        "--model",
+        nargs="+",
+        type=_setting,
+        default=[],
+        help="name=value of the network",
+    )
     add("--device", nargs="+", choices=TARGETS, default=["v5e"])
     add("--mesh", type=_mesh, help="data=4,space=4: the training step on so many")
     add("--largest", action="store_true", help="find the largest batch that fits")
@@ -127,12 +134,19 @@ def _mesh(text: str) -> tuple[int, int]:
     return found["data"], found["space"]
 
 
+def _setting(text: str) -> tuple[str, str]:
+    name, found, value = text.partition("=")
+    if not name or not found:
+        raise argparse.ArgumentTypeError(f"{text}, expected NAME=VALUE")
+    return name, value
+
+
 def _specs(given: argparse.Namespace) -> list[Spec]:
     several = itertools.product(given.device, given.network, given.task)
     return [
         Spec(
             network, task, given.size, given.batch, given.precision, given.remat,
-            device, given.mesh,
+            device, given.mesh, tuple(given.model),
         )
         for device, network, task in several
         if (network, task) != ("sam", "io") or not given.all
@@ -170,7 +184,12 @@ def _largest(spec: Spec, first: Record, timeout: float | None) -> Record:
     memory = TARGETS[spec.device].memory
     if memory is None:
         return {}
-    return {"largest_batch": largest_batch(needed, memory)}
+    found = largest_batch(needed, memory)
+    failed = [batch for batch, record in made.items() if record["status"] == "failed"]
+    if failed:
+        print(f"batch {failed[0]}: {made[failed[0]]['reason']}", file=sys.stderr)
+        return {}
+    return {"largest_batch": found}
 
 
 def largest_batch(

@@ -28,6 +28,7 @@ class Spec:
       precision: see `programs.build`; "float32" has all products at full precision.
       remat: what is computed again; the network's own if None.
       device: in `devices.TARGETS`.
+      settings: of the network besides, name and value; see `programs.build`.
       mesh: devices that share the batch, and each volume. None is one device and the
         step alone; of a mesh it is the one that `jaxreg train` compiles, with its
         augmentation.
@@ -41,6 +42,7 @@ class Spec:
     remat: str | None = None
     device: str = "v5e"
     mesh: tuple[int, int] | None = None
+    settings: tuple[tuple[str, str], ...] = ()
 
     @property
     def chips(self) -> int:
@@ -52,6 +54,7 @@ class Spec:
         said = [self.network, self.task, f"{self.size}^3" if self.size else "published"]
         said += [f"batch {self.batch}"] * (self.batch is not None)
         said += [self.precision, *[f"remat {self.remat}"] * (self.remat is not None)]
+        said += [f"{name} {value}" for name, value in self.settings]
         return ", ".join([*said, mesh_of(self.mesh)]) + f", for {self.device}"
 
     def file(self) -> str:
@@ -61,6 +64,7 @@ class Spec:
             self.network, self.task, self.size or "published", f"b{self.batch or 1}",
             self.precision, self.remat or "own", self.device,
             f"{data}x{space}" if self.mesh else "alone",
+            *(f"{name}_{value}" for name, value in self.settings),
         ]  # fmt: skip
         return "-".join(map(str, parts)) + ".json"
 
@@ -133,7 +137,7 @@ def report(record: Record) -> str:
     lines += _collectives(record["collectives"])
     lines.append(
         f"time         {record['trace_s']:.0f} s to trace, {record['compile_s']:.0f} s "
-        "to compile"
+        f"to compile ({record['compile_cpu_s']:.0f} s of processors)"
     )
     lines.append("most expensive:")
     for one in record["operations"]:
@@ -209,8 +213,14 @@ def _settings(record: Record) -> list[str]:
     chips = "-" if record["mesh"] is None else mesh_of(record["mesh"])
     return [
         record["network"], record["task"], grid_of(record), str(record["batch"] or 1),
-        record["precision"], record["remat"] or "-", record["device"], chips,
+        precision_of(record), record["remat"] or "-", record["device"], chips,
     ]  # fmt: skip
+
+
+def precision_of(record: Record) -> str:
+    """Returns the precision, and whether the network's activations have it."""
+    asked, found = record["precision"], record.get("activations", "")
+    return "products bfloat16" if (asked, found) == ("bfloat16", "float32") else asked
 
 
 def grid_of(record: Record) -> str:
@@ -263,7 +273,7 @@ def recipes(records: Iterable[Record]) -> str:
             chips = "-" if record["mesh"] is None else mesh_of(record["mesh"])
             room = f"{_number(record['needed'], 1e9)} of"
             cells = [
-                *key, str(record["batch"] or 1), record["precision"],
+                *key, str(record["batch"] or 1), precision_of(record),
                 record["remat"] or "-", chips,
                 f"{room} {_number(record['memory'], 1e9)}",
                 *(_rate(record, n) for n in ("bound", "memory_seconds", "seconds")),

@@ -42,6 +42,7 @@ def main() -> None:
     said = json.loads(sys.argv[1])
     if said.get("mesh") is not None:
         said["mesh"] = tuple(said["mesh"])
+    said["settings"] = tuple(map(tuple, said.get("settings", ())))
     spec = Spec(**said)
     record = {**dataclasses.asdict(spec), "title": spec.title()}
     try:
@@ -68,13 +69,13 @@ def measure(spec: Spec) -> Record:
     program = _program(spec)
     with jax.default_matmul_precision(highest):
         lowered = _lowered(spec, program, chosen)
-    traced = time.perf_counter()
+    traced, worked = time.perf_counter(), time.process_time()
     print(f"  traced in {traced - began:.0f} s", flush=True)
     found: Record = {
         "title": program.title,
         "grid": list(_grid(spec, program)),
         "pairs": _pairs(program),
-        "precision": spec.precision,
+        "batch": _pairs(program) // (spec.mesh[0] if spec.mesh else 1),
         "activations": getattr(program.config, "precision", "float32"),
         "remat": getattr(program.config, "remat", None),
         "memory": devices.TARGETS[spec.device].memory,
@@ -88,6 +89,7 @@ def measure(spec: Spec) -> Record:
     except jax.errors.JaxRuntimeError as error:
         return found | _refusal(str(error))
     found["compile_s"] = time.perf_counter() - traced
+    found["compile_cpu_s"] = time.process_time() - worked
     text = compiled.as_text() or ""
     if "JAXREG_HLO" in os.environ:
         pathlib.Path(os.environ["JAXREG_HLO"]).write_text(text)
@@ -108,6 +110,7 @@ def _program(spec: Spec) -> programs.Program:
         precision=precision,
         batch=batch,
         remat=spec.remat,
+        settings=spec.settings,
     )
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from counting import Layer
 
-from jaxreg.experiments import files
+from jaxreg.experiments import fields, files
 from jaxreg.experiments import sam as sam_lib
 from jaxreg.losses.objective import Objective
 from jaxreg.models import sam
@@ -85,6 +85,7 @@ def build(
     precision: Precision,
     batch: int | None = None,
     remat: str | None = None,
+    settings: Sequence[tuple[str, str]] = (),
 ) -> Program:
     """Returns the program of a network: a prediction, a step of its recipe, or of IO.
 
@@ -97,6 +98,10 @@ def build(
       batch: pairs; of SAM images, and in training volumes of which it sees two views.
         1 if None, in SAM's training the recipe's.
       remat: has effect on networks that can compute activations again.
+      settings: of the network, name and value as on the command line of training.
+
+    Raises:
+      UserError: the network has no such setting, or not this value.
     """
     recipe, shape, changes = MODELS[name]
     given: Any = files.load_any(ROOT / "configs" / f"{recipe}.py")
@@ -104,9 +109,9 @@ def build(
         changes = {**changes, "precision": precision}
     if remat is not None and hasattr(given.model, "remat"):
         changes = {**changes, "remat": remat}
-    given = dataclasses.replace(
-        given, model=dataclasses.replace(given.model, **changes)
-    )
+    network = dataclasses.replace(given.model, **changes)
+    network = fields.replaced(network, [([n], v) for n, v in settings], "model.")
+    given = dataclasses.replace(given, model=network)
     if size is not None:
         shape = _smaller(shape, size, 1 if name == "gradicon" else 16)
     if name != "sam":
