@@ -3,7 +3,8 @@
 Loops are counted as often as they run, every branch of a condition once. What runs as
 one, a fusion say, is one kernel: it reads its operands and writes its result, each once
 and padded to the tiles of its layout; of an operand of which it takes slices or gathers
-only these. Memory on the chip (TPU: VMEM, SMEM) is not counted.
+only these, and of a result that it updates in place the new part. Memory on the chip
+(TPU: VMEM, SMEM) is not counted.
 """
 
 import collections
@@ -34,6 +35,7 @@ _FREE = frozenset(
 )
 _FREE_CUSTOM_CALLS = re.compile(r'custom_call_target="[^"]*(?:Bitcast|AllocateBuffer)')
 _SLICES = frozenset(("slice", "dynamic-slice", "gather"))
+_UPDATE = "dynamic-update-slice"
 COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -268,9 +270,26 @@ class Program:
                 continue
             whole = bytes_of(inside[name].shape)
             read += min(whole, self._taken(one, place, whole))
-        if one.opcode in _SLICES:
-            read = min(read, bytes_of(one.shape))
-        return read + bytes_of(one.shape)
+        written = self._written(one, inside)
+        if one.opcode in (*_SLICES, _UPDATE):
+            read = min(read, written)
+        return read + written
+
+    def _written(self, one: Instruction, inside: Computation) -> int:
+        """Returns the bytes of a result, of one that is updated in place the new part.
+
+        A result is that of a fusion's root; a tuple's are those of its members.
+        """
+        if one.opcode == _UPDATE and one.operands[1] in inside:
+            return bytes_of(inside[one.operands[1]].shape)
+        if one.opcode == "fusion" and one.called:
+            inner = self.computations[one.called[0]]
+            root = next(i for i in inner.values() if i.root)
+            several = root.operands if root.opcode == "tuple" else (root.name,)
+            made = [_before_bitcasts(inner[name], inner) for name in several]
+            if any(i.opcode == _UPDATE for i in made):
+                return sum(self._written(i, inner) for i in made)
+        return bytes_of(one.shape)
 
     def _taken(self, fusion: Instruction, place: int, whole: int) -> int:
         """Returns the bytes that a fusion takes of an operand."""
@@ -283,11 +302,13 @@ class Program:
             if i.opcode == "parameter" and i.literal == str(place)
         )
         users = [i for i in inner.values() if parameter in i.operands]
+        partly = (*_SLICES, _UPDATE)
         if not users or any(
-            i.opcode not in _SLICES or i.operands[0] != parameter for i in users
+            i.opcode not in partly or i.operands.index(parameter) > 0 for i in users
         ):
             return whole
-        return sum(bytes_of(i.shape) for i in users)
+        # What is updated in place is not read.
+        return sum(bytes_of(i.shape) for i in users if i.opcode != _UPDATE)
 
 
 def _computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -318,6 +339,12 @@ def _instruction(name: str, said: str, *, root: bool) -> Instruction:
     given = said[:cut]
     operands = tuple(_NAME.findall(given))
     return Instruction(name, shape, opcode, operands, said[cut + 1 :], root, given)
+
+
+def _before_bitcasts(one: Instruction, inside: Computation) -> Instruction:
+    while one.opcode in ("bitcast", "copy") and one.operands[0] in inside:
+        one = inside[one.operands[0]]
+    return one
 
 
 def _closing(text: str) -> int:

@@ -171,6 +171,32 @@ def test_bytes_of_a_shape(shape, size):
     assert compiled_text.bytes_of(shape) == size
 
 
+UPDATED = """\
+HloModule jit_h
+
+%put (p.0: f32[100,8], p.1: f32[100,8], p.2: s32[]) -> f32[100,8] {
+  %p.0 = f32[100,8]{1,0} parameter(0)
+  %p.1 = f32[100,8]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %z = s32[] constant(0)
+  %s.1 = f32[1,8]{1,0} dynamic-slice(%p.1, %p.2, %z), dynamic_slice_sizes={1,8}
+  ROOT %d.1 = f32[100,8]{1,0} dynamic-update-slice(%p.0, %s.1, %p.2, %z)
+}
+
+ENTRY %main (x: f32[100,8], y: f32[100,8], i: s32[]) -> f32[100,8] {
+  %x = f32[100,8]{1,0} parameter(0)
+  %y = f32[100,8]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f.1 = f32[100,8]{1,0} fusion(%x, %y, %i), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_of_an_array_updated_in_place_the_new_part_counts():
+    row = 8 * 4
+    assert compiled_text.cost_of(UPDATED).moved == 2 * row + 4
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         compiled_text.cost_of("HloModule empty")
