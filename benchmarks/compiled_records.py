@@ -12,7 +12,7 @@ Status = Literal["fits", "too large", "failed", "not there"]
 COLUMNS = (
     "network", "task", "grid", "batch", "precision", "remat", "device", "mesh",
     "memory GB", "temporaries GB", "cycles", "seconds", "moved GB", "bound ms",
-    "kernels", "gathers", "scatters", "collectives GB", "code MB", "compile s",
+    "kernels", "gathers", "scatters", "collectives GB", "code MB", "compile CPU s",
 )  # fmt: skip
 
 
@@ -204,7 +204,7 @@ def row(record: Record) -> str:
             _number(record["seconds"]), _number(moved, 1e9),
             _number(record["bound"], 1e-3), f"{record['kernels']:,}",
             f"{record['gathers']:,}", f"{record['scatters']:,}", _number(sent, 1e9),
-            _number(record["code"], 1e6), _number(record["compile_s"]),
+            _number(record["code"], 1e6), _number(record["compile_cpu_s"]),
         ]  # fmt: skip
     return "| " + " | ".join([*_settings(record), *numbers]) + " |"
 
