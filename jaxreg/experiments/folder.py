@@ -32,6 +32,14 @@ def holds_run(out: pathlib.Path) -> bool:
     return (out / SETTINGS).is_file()
 
 
+def begun_everywhere(out: pathlib.Path) -> bool:
+    """Returns what the first process finds by `holds_run`; every process calls it.
+
+    A process that looked itself might find what the first has just begun.
+    """
+    return bool(parallel.from_first_process("a run" if holds_run(out) else ""))
+
+
 def line_of(stage: str, record: Record) -> str:
     """Returns the line of a scan, by which a resumed run is compared with its start."""
     values = dataclasses.asdict(record)

@@ -79,7 +79,7 @@ class Outcome:
 def train(
     experiment: Any,
     out: pathlib.Path,
-    plan_of: Callable[[Any, pathlib.Path, Report], RunPlan],
+    plan_of: Callable[..., RunPlan],
     *,
     resume: bool,
     report: Report,
@@ -89,7 +89,8 @@ def train(
     Args:
       experiment: an `Experiment` or a `SamExperiment`.
       out: the folder of the run.
-      plan_of: (experiment, out, report) to the plan; checks what can be checked.
+      plan_of: (experiment, out, report, begun=whether `out` holds a run) to the plan;
+        checks what can be checked.
       resume: go on where a run in `out` ended or was killed.
       report: takes a sentence at a time for the user.
 
@@ -104,11 +105,12 @@ def train(
             "the processes were started with different settings; give each the same "
             "command but for `process`"
         )
+    begun = folder.begun_everywhere(out)
     # All before the folder: a mistake in the last stage must not leave half a run.
-    plan = plan_of(experiment, out, report)
+    plan = plan_of(experiment, out, report, begun=begun)
     first, *others = plan.stages
     stage = first()
-    if not folder.holds_run(out):
+    if not begun:
         if resume:
             report(f"there is no run in {out} to resume, so it starts anew")
         started = stage.initial(None)
@@ -142,18 +144,21 @@ def run(
     return train(experiment, out, _plan, resume=resume, report=report)
 
 
-def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
+def _plan(
+    experiment: Experiment, out: pathlib.Path, report: Report, *, begun: bool
+) -> RunPlan:
     """Returns the checked stages of an experiment."""
     read = functools.cache(load.load)
     start, chosen_before = experiment.train.start, []
-    if folder.holds_run(out):
+    if begun:
         # What it started from need not be there any more.
         started_with = tuple(folder.read_lines(out / folder.START_TASKS))
     else:
         started_with = warm_start.names_of_start(experiment, read)
         if start is not None:
             chosen_before = sorted(read(start).validation_scans)
-    sam = warm_start.sam_of(experiment, out, read)
+    stored_in = out if begun else None
+    sam = warm_start.sam_of(experiment, stored_in, read)
     stages: list[PairStage] = []
     for stage, changed in config.stages(experiment):
         before = stages[-1].sources.bank if stages else started_with
@@ -161,7 +166,7 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
         known = before if start is None else started_with
         own = sam if changed.model.needs_sam else None
         stages.append(PairStage(changed, stage, out, before, known, own, read))
-    orientation = _orientation(experiment, stages, out, report, read)
+    orientation = _orientation(experiment, stages, stored_in, report, read)
 
     def bundle(variables: Variables) -> bundle_lib.Bundle:
         last = stages[-1]
@@ -189,18 +194,19 @@ def _plan(experiment: Experiment, out: pathlib.Path, report: Report) -> RunPlan:
 def _orientation(
     experiment: Experiment,
     stages: Sequence[PairStage],
-    out: pathlib.Path,
+    stored_in: pathlib.Path | None,
     report: Report,
     read: Read,
 ) -> str | None:
     """Sets the orientation in which all stages see scans; returns it.
 
-    A resumed run keeps its own. One of an older jaxreg saw scans as stored.
+    A resumed run, whose folder is `stored_in`, keeps its own. One of an older jaxreg
+    saw scans as stored.
     """
     spl = experiment.loading.axes == "spl"  # turned anyhow: no header need be read
     stored = {} if spl else stored_orientations(one.sources for one in stages)
-    if folder.holds_run(out):
-        text = "".join(folder.read_lines(out / folder.ORIENTATION))
+    if stored_in is not None:
+        text = "".join(folder.read_lines(stored_in / folder.ORIENTATION))
         only = next(iter(stored)) if len(stored) == 1 else None
         found, why = None if spl else text or only, ""
     else:

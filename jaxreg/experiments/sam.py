@@ -57,8 +57,11 @@ def run(
     return run_lib.train(experiment, out, _plan, resume=resume, report=report)
 
 
-def _plan(experiment: SamExperiment, out: pathlib.Path, _: Report) -> RunPlan:
+def _plan(
+    experiment: SamExperiment, out: pathlib.Path, report: Report, *, begun: bool
+) -> RunPlan:
     """Returns the one stage of an experiment; its folder is that of the run."""
+    del report, begun
     settings = experiment.train
     layout = layout_of(experiment)
     train, held = sam_config.records_of(experiment)

@@ -1010,3 +1010,30 @@ def test_without_labels_the_best_is_that_of_the_least_loss(overfit, tmp_path):
         out / "one" / "checkpoints", metric="loss", read_only=True
     ) as kept:
         assert kept.best_step() == 1
+
+
+def test_processes_go_by_what_the_first_of_them_found(tmp_path, monkeypatch):
+    def opened(*_, **__):
+        raise UserError("opened")
+
+    planned = []
+
+    def plan_of(*rest, begun):
+        planned.append((begun, run_lib._plan(*rest, begun=begun)))
+        return planned[-1][1]
+
+    # A process that is late sees what the first has just begun to write.
+    (tmp_path / "experiment.json").write_text("{}")
+    (tmp_path / "start_tasks.txt").write_text("nobody\n")
+    monkeypatch.setattr(folder_lib, "open_folder", opened)
+    for found in ("", "a run"):
+        monkeypatch.setattr(
+            folder_lib.parallel, "from_first_process", lambda _, found=found: found
+        )
+        with pytest.raises(UserError, match="opened"):
+            run_lib.train(
+                files_lib.load(CONFIG), tmp_path, plan_of, resume=True, report=print
+            )
+    (new, first), (old, second) = planned
+    assert not new and first.records["start_tasks.txt"] == []
+    assert old and second.records["start_tasks.txt"] == ["nobody"]

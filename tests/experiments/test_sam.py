@@ -163,7 +163,7 @@ def test_a_run_stopped_before_its_first_checkpoint_still_starts_from_weights(
     out, _ = trained
     (tmp_path / "experiment.json").write_text("{}")
     chosen = small(data, train__start=str(out / "weights"))
-    stage = sam_lib._plan(chosen, tmp_path, print).stages[0]()
+    stage = sam_lib._plan(chosen, tmp_path, print, begun=True).stages[0]()
     found, _ = stage.initial(None)
     expected = load.load_sam(out / "weights").variables
     jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
