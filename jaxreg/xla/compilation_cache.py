@@ -15,7 +15,10 @@ from typing import Any
 
 import platformdirs
 
+from jaxreg.errors import UserError
+
 SWITCH = "JAXREG_COMPILATION_CACHE"
+_LIMIT_GB = 10.0
 _FOLDER = "JAX_COMPILATION_CACHE_DIR"
 # Of many small programs each takes little to compile, and all together seconds.
 _LEAST_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
@@ -31,19 +34,25 @@ def keep() -> None:
 
     A folder that $JAX_COMPILATION_CACHE_DIR or JAX's setting names stays as it is,
     and nothing is kept where $JAXREG_COMPILATION_CACHE is "off" or the folder cannot be
-    made. JAX itself is not imported: what needs none stays quick.
+    made. Of what is there already, so many GB stay as this variable says, or 10: what
+    was used last. JAX itself is not imported: what needs none stays quick.
+
+    Raises:
+      UserError: the variable says something else.
     """
-    off = os.environ.get(SWITCH, "").strip().lower() == "off"
+    limit = _limit_bytes()
     # Not where its import is under way.
     config: Any = getattr(sys.modules.get("jax"), "config", None)
-    if off or _FOLDER in os.environ or getattr(config, _FOLDER.lower(), None):
+    if limit is None or _FOLDER in os.environ or getattr(config, _FOLDER.lower(), None):
         return
-    folder = pathlib.Path(platformdirs.user_cache_dir("jaxreg"), "compiled", _machine())
+    compiled = pathlib.Path(platformdirs.user_cache_dir("jaxreg"), "compiled")
+    folder = compiled / _machine()
     try:
         # Programs of the folder are run: nobody else may write there.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return
+    _evict(compiled, limit)
     if config is None:
         os.environ[_FOLDER] = str(folder)
         os.environ.setdefault(_LEAST_SECONDS, "0")
@@ -52,6 +61,51 @@ def keep() -> None:
     # A user who has set it has another than JAX's default.
     if _LEAST_SECONDS not in os.environ and getattr(config, _LEAST) == _JAX_LEAST:
         config.update(_LEAST, 0.0)
+
+
+def _limit_bytes() -> float | None:
+    """Returns how much may be kept; None for nothing."""
+    said = os.environ.get(SWITCH, "").strip().lower()
+    if said == "off":
+        return None
+    try:
+        limit_gb = float(said) if said else _LIMIT_GB
+    except ValueError:
+        limit_gb = 0.0
+    if not limit_gb > 0:
+        raise UserError(
+            f"the variable {SWITCH} is {said!r}, expected off, or how many GB of "
+            "compiled programs are kept"
+        )
+    return 1e9 * limit_gb
+
+
+def _evict(compiled: pathlib.Path, limit_bytes: float) -> None:
+    """Removes the entries that were longest unused, until the rest has room.
+
+    JAX's own limit (jax_compilation_cache_max_size) needs one more file beside each
+    entry, and writes nothing more once that of any is missing: where the folder is
+    older than the limit, or a run was killed between the two.
+
+    Args:
+      compiled: a folder with one for each kind of processor; another machine may be
+        using one.
+      limit_bytes: of all of them.
+    """
+    found = []
+    for path in compiled.glob("*/*-cache"):
+        with contextlib.suppress(OSError):  # removed just now by somebody else
+            status = path.stat()
+            # Some file systems do not note when a file was read, or once a day.
+            used = max(status.st_atime, status.st_mtime)
+            found.append((used, status.st_size, path))
+    excess = sum(size for _, size, _ in found) - limit_bytes
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        with contextlib.suppress(OSError):
+            path.unlink()
+            excess -= size
 
 
 @contextlib.contextmanager

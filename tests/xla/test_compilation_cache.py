@@ -51,6 +51,45 @@ def test_programs_are_not_kept(why, environment, monkeypatch):
     assert compilation_cache._LEAST_SECONDS not in os.environ
 
 
+def entries(environment, sizes):
+    """Writes entries of two machines; of them the first was used longest ago."""
+    made = []
+    for day, size in enumerate(sizes, start=1):
+        machine = environment / "jaxreg" / "compiled" / f"machine-{day % 2}"
+        machine.mkdir(parents=True, exist_ok=True)
+        made.append(machine / f"jit_f-{day}-cache")
+        made[-1].write_bytes(bytes(size))
+        os.utime(made[-1], (86400 * day, 3600 * day))
+    return made
+
+
+@pytest.mark.skipif(os.name != "posix", reason="XDG_CACHE_HOME is of Linux")
+@pytest.mark.parametrize(
+    ("said", "left"), [("0.0000025", [4]), ("0.0000041", [2, 3, 4]), ("", [1, 2, 3, 4])]
+)
+def test_what_was_longest_unused_makes_room(environment, monkeypatch, said, left):
+    """Sizes 2, 1, 1 and 2 kB: the first day's alone frees more than it must."""
+    paths = entries(environment, [2000, 1000, 1000, 2000])
+    other = paths[0].with_name("notes.txt")
+    other.write_bytes(bytes(5000))
+    monkeypatch.setenv(compilation_cache.SWITCH, said)
+    compilation_cache.keep()
+    assert [day for day, path in enumerate(paths, start=1) if path.exists()] == left
+    assert other.exists()
+    assert compilation_cache._FOLDER in os.environ
+
+
+@pytest.mark.parametrize("said", ["on", "-1", "0", "nan"])
+def test_a_limit_that_is_none_is_said(environment, monkeypatch, capsys, said):
+    monkeypatch.setenv(compilation_cache.SWITCH, said)
+    assert main.main(["--version"]) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"JAXREG_COMPILATION_CACHE is '{said}', expected off, or how many GB" in error
+    )
+    assert "Traceback" not in error
+
+
 def test_the_command_line_asks_for_it(environment):
     assert main.main(["--version"]) == 0
     assert str(environment) in os.environ[compilation_cache._FOLDER]
