@@ -1,5 +1,6 @@
 """Batches: what is in them, that nothing changes them, and what goes wrong."""
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 
 import cloudpickle
+import jax
 import nibabel as nib
 import numpy as np
 import pytest
@@ -349,6 +351,69 @@ def test_global_batches_do_not_depend_on_the_processes(scans):
         for batch, *shares in zip(whole, *parts, strict=True):
             joined = {k: np.concatenate([s[k] for s in shares]) for k in batch}
             same(batch, joined)
+
+
+def of_hosts(scans, count, *, start=0, stop):
+    """Global batches as so many hosts have them, with what each draws for its pairs.
+
+    Returns:
+      The shares joined in the order of the hosts, and what they keep in a checkpoint.
+    """
+    plans = sampler(scans, [Task("brains", invert_ct=True)], pairs_per_epoch=10, seed=1)
+    root, batches = jax.random.key(5), []
+    with contextlib.ExitStack() as stack:
+        hosts = [
+            stack.enter_context(
+                Batches(
+                    PairSource(scans, plans),
+                    ALL,
+                    batch_size=4,
+                    process_index=index,
+                    process_count=count,
+                    start=start,
+                    stop=stop,
+                )
+            )
+            for index in range(count)
+        ]
+        for step in range(start, stop):
+            shares = []
+            for host in hosts:
+                share = next(host)
+                # As the step does on each device: its key, and the pairs' numbers.
+                key = jax.random.fold_in(root, step)
+                thetas = augment.draw(key, share["index"], augment.Augmentation())
+                leaves = jax.tree.leaves(thetas)
+                shares.append(share | {f"theta {i}": np.asarray(a)
+                                       for i, a in enumerate(leaves)})  # fmt: skip
+            batches.append(
+                {k: np.concatenate([s[k] for s in shares]) for k in shares[0]}
+            )
+        states = [host.state() for host in hosts]
+    assert all(state == states[0] for state in states)
+    return batches, states[0]
+
+
+def test_hosts_draw_the_same_pairs_and_augmentations_in_the_same_order(scans):
+    """Beyond an epoch, whose end falls inside a batch."""
+    whole, _ = of_hosts(scans, 1, stop=5)
+    assert [list(batch["index"]) for batch in whole] == [
+        list(range(4 * b, 4 * b + 4)) for b in range(5)
+    ]
+    drawn = np.concatenate([batch["theta 0"].reshape(4, -1) for batch in whole])
+    assert len(np.unique(drawn, axis=0)) == 20
+    for count in (2, 4):
+        for one, several in zip(whole, of_hosts(scans, count, stop=5)[0], strict=True):
+            same(one, several)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 2), (4, 1), (1, 4)])
+def test_a_run_goes_on_identically_on_another_number_of_hosts(scans, before, after):
+    whole, _ = of_hosts(scans, 1, stop=5)
+    begun, state = of_hosts(scans, before, stop=3)
+    rest, _ = of_hosts(scans, after, start=state["batches"], stop=5)
+    for one, resumed in zip(whole, [*begun, *rest], strict=True):
+        same(one, resumed)
 
 
 @pytest.mark.parametrize(
