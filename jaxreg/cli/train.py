@@ -36,12 +36,15 @@ class Run:
       dry_run: Build everything, compile the training step, print parameters,
         arithmetic, and memory per device and pair; trains nothing, allocates nothing,
         needs no data.
+      profile: Trace so many steps, after the first few, into the stage's folder
+        OUT/STAGE/profile, for TensorBoard's profile plugin or ui.perfetto.dev.
     """
 
     config: pathlib.Path
     out: pathlib.Path | None = None
     resume: bool = False
     dry_run: bool = False
+    profile: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,8 @@ def train_verb(context: typer.Context, run: Run, hosts: Hosts) -> None:
     changes = setting_pairs(context.args)
     if run.out is None and not run.dry_run:
         raise UserError("--out is missing; name a folder for the run, or --dry-run")
+    if run.profile is not None and run.dry_run:
+        raise UserError("--dry-run trains nothing to be traced; leave out --profile")
     processes = hosts.coordinator, hosts.processes, hosts.process
     if hosts.distributed or processes != (None, None, None):
         _join(*processes)
@@ -99,7 +104,9 @@ def train_verb(context: typer.Context, run: Run, hosts: Hosts) -> None:
     with interrupted(
         f"what was saved is in {run.out}; go on with the same command and --resume"
     ):
-        outcome = train(run.out, resume=run.resume, report=_print_line)
+        outcome = train(
+            run.out, resume=run.resume, report=_print_line, profile=run.profile
+        )
     _print_line(
         f"{outcome.steps} steps of the last stage, {outcome.seconds:.0f} s in all"
     )

@@ -6,7 +6,7 @@ OUT/start_tasks.txt   names of the prompts in the bank that it started from
 OUT/validation_scans.txt   scans on which the weights it started from were chosen
 OUT/orientation.txt   how the network sees scans, see `datasets.seen_orientation`
 OUT/sam/              the SAM network whose embeddings a UniReg correlates
-OUT/STAGE/            log.csv, TensorBoard events, checkpoints/ of each stage
+OUT/STAGE/            log.csv, TensorBoard events, checkpoints/, profile/ of each stage
 OUT/weights/          the last stage's best weights, for `jaxreg register`
 """
 
@@ -32,7 +32,7 @@ from jaxreg.experiments.stage import PairStage
 from jaxreg.experiments.warm_start import Read
 from jaxreg.io import files
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training import parallel
+from jaxreg.training import parallel, profiling
 from jaxreg.training import stage as stage_lib
 from jaxreg.training.stage import Report, StagePlan
 from jaxreg.typing import Variables
@@ -83,6 +83,7 @@ def train(
     *,
     resume: bool,
     report: Report,
+    profile: int | None = None,
 ) -> Outcome:
     """Trains all stages of an experiment.
 
@@ -93,6 +94,8 @@ def train(
         checks what can be checked.
       resume: go on where a run in `out` ended or was killed.
       report: takes a sentence at a time for the user.
+      profile: so many steps of each stage that is trained are traced, see
+        `training.profiling`; None for none.
 
     Raises:
       UserError: settings, data, devices or the folder do not fit together, or training
@@ -110,6 +113,8 @@ def train(
     plan = plan_of(experiment, out, report, begun=begun)
     first, *others = plan.stages
     stage = first()
+    if profile is not None:
+        profiling.check(profile, stage.job.steps)
     if not begun:
         if resume:
             report(f"there is no run in {out} to resume, so it starts anew")
@@ -119,12 +124,13 @@ def train(
     writes = jax.process_index() == 0
     if plan.sam is not None and writes and not (out / folder.SAM).is_dir():
         bundle_lib.save_bundle(out / folder.SAM, plan.sam)
-    variables, scores = stage_lib.run(stage, None, resume=resume, report=report)
+    train_stage = functools.partial(
+        stage_lib.run, resume=resume, report=report, profile=profile
+    )
+    variables, scores = train_stage(stage, None)
     for following in others:
         stage = following()
-        variables, scores = stage_lib.run(
-            stage, variables, resume=resume, report=report
-        )
+        variables, scores = train_stage(stage, variables)
     weights = out / "weights"
     if writes:
         bundle_lib.save_bundle(weights, plan.bundle_of(variables))
@@ -139,9 +145,10 @@ def run(
     *,
     resume: bool = False,
     report: Report = print,
+    profile: int | None = None,
 ) -> Outcome:
     """Trains all stages of an experiment; see `train`."""
-    return train(experiment, out, _plan, resume=resume, report=report)
+    return train(experiment, out, _plan, resume=resume, report=report, profile=profile)
 
 
 def _plan(

@@ -52,9 +52,12 @@ def run(
     *,
     resume: bool = False,
     report: Report = print,
+    profile: int | None = None,
 ) -> Outcome:
     """Trains SAM as an experiment says; see `run.train`."""
-    return run_lib.train(experiment, out, _plan, resume=resume, report=report)
+    return run_lib.train(
+        experiment, out, _plan, resume=resume, report=report, profile=profile
+    )
 
 
 def _plan(

@@ -25,6 +25,7 @@ from jaxreg.training import state as state_lib
 from jaxreg.training.checkpoints import RunCheckpoints
 from jaxreg.training.logging import RunLog, device_memory
 from jaxreg.training.parallel import Layout
+from jaxreg.training.profiling import Profile
 from jaxreg.training.state import TrainState
 from jaxreg.typing import Variables
 
@@ -150,6 +151,7 @@ def run(
     log: RunLog,
     checkpoints: RunCheckpoints | None = None,
     resumed: Mapping[str, Any] = MappingProxyType({}),
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains from a state to the end of the stage; returns the last state, placed.
 
@@ -165,14 +167,16 @@ def run(
       log: where numbers go.
       checkpoints: where states are kept, or None.
       resumed: the record of the checkpoint that the state comes from.
+      profile: traces some of the steps, or None.
 
     Raises:
       UserError: the loss or its gradient is not finite (names the pair), data cannot be
         read, or a checkpoint cannot be written.
       KeyboardInterrupt: after Ctrl-C or SIGTERM.
     """
+    loop = _Loop(state, job, config, batches, log, checkpoints, resumed, profile)
     with _sigterm_as_interrupt():
-        return _Loop(state, job, config, batches, log, checkpoints, resumed).run()
+        return loop.run()
 
 
 @contextlib.contextmanager
@@ -231,6 +235,7 @@ class _Loop:
     log: RunLog
     checkpoints: RunCheckpoints | None
     resumed: Mapping[str, Any]
+    profile: Profile | None
 
     def __post_init__(self):
         self.done = int(parallel.fetch_state(self.state, self.job.layout).step)
@@ -252,22 +257,39 @@ class _Loop:
             self._make_up_validation()
         try:
             while self.done < job.steps:
-                batch = self._next_batch()
-                placed = parallel.place_batch(batch, job.layout)
-                self.state, parts = job.step(self.state, placed)
-                self.done += 1
-                self.pending.append((self.done, parts, batch))
-                # One step behind, so that the device never waits for the host.
-                if len(self.pending) > 1:
-                    self._account(*self.pending.popleft())
-                self._after_step()
+                with self._traced():
+                    self._step()
         except KeyboardInterrupt:
             self._keep()
             raise
+        finally:
+            if self.profile is not None:
+                self.profile.close()
         self._drain()
         if self.checkpoints is not None:
             self.checkpoints.wait()
         return self.state
+
+    def _traced(self) -> contextlib.AbstractContextManager[None]:
+        if self.profile is None:
+            return contextlib.nullcontext()
+        # The state of then, not of now: a step reuses the buffers of the last.
+        return self.profile.step(
+            self.done + 1, lambda: jax.block_until_ready(self.state), self.log.note
+        )
+
+    def _step(self) -> None:
+        """Takes one step, and does what is due after it."""
+        job = self.job
+        batch = self._next_batch()
+        placed = parallel.place_batch(batch, job.layout)
+        self.state, parts = job.step(self.state, placed)
+        self.done += 1
+        self.pending.append((self.done, parts, batch))
+        # One step behind, so that the device never waits for the host.
+        if len(self.pending) > 1:
+            self._account(*self.pending.popleft())
+        self._after_step()
 
     def _next_batch(self) -> Mapping[str, np.ndarray]:
         try:

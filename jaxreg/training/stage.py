@@ -2,6 +2,7 @@
 
 FOLDER/log.csv        one row a step, and TensorBoard events; see `training.logging`
 FOLDER/checkpoints/   from which a stopped stage is resumed; see `training.checkpoints`
+FOLDER/profile/       a trace of some steps, where one is asked for; see `profiling`
 """
 
 import dataclasses
@@ -15,7 +16,8 @@ import optax
 from jaxreg.data.batches import Batches
 from jaxreg.data.loading import Loading
 from jaxreg.data.pair_source import PairSource, ReadyPairs
-from jaxreg.training import checkpoints, loop, parallel
+from jaxreg.errors import UserError
+from jaxreg.training import checkpoints, loop, parallel, profiling
 from jaxreg.training import state as state_lib
 from jaxreg.training.logging import RunLog
 from jaxreg.training.state import TrainState
@@ -58,7 +60,12 @@ class StagePlan:
 
 
 def run(
-    plan: StagePlan, before: Variables | None, *, resume: bool, report: Report
+    plan: StagePlan,
+    before: Variables | None,
+    *,
+    resume: bool,
+    report: Report,
+    profile: int | None = None,
 ) -> tuple[Variables, Mapping[str, float]]:
     """Returns the best variables, and the scores of the last validation.
 
@@ -67,6 +74,7 @@ def run(
       before: variables of the stage before, None for the first.
       resume: go on from the last checkpoint, if there is one.
       report: takes a sentence at a time for the user.
+      profile: so many steps are traced, by the first process; None for none.
 
     Raises:
       UserError: there is no good checkpoint to resume, or training cannot go on.
@@ -98,7 +106,10 @@ def run(
         scores = record.get("scores", {})
         # A run may have been stopped in its last validation.
         if int(start.step) < job.steps or (job.validate is not None and not scores):
-            scores = _train(plan, start, kept, record)
+            traced = None
+            if profile is not None and jax.process_index() == 0:
+                traced = _profile(plan, int(start.step), profile, report)
+            scores = _train(plan, start, kept, record, traced)
         best = kept.restore(state_lib.to_tree(start), best=True)
     for sentence in best.skipped:
         report(sentence)
@@ -112,6 +123,7 @@ def _train(
     start: TrainState,
     kept: checkpoints.RunCheckpoints,
     resumed: Mapping[str, Any],
+    profile: profiling.Profile | None,
 ) -> Mapping[str, float]:
     """Trains to the end of the stage; returns the last validation's scores."""
     first, process = int(start.step), jax.process_index()
@@ -139,5 +151,18 @@ def _train(
         RunLog(plan.folder, start_step=first, enabled=process == 0) as log,
     ):
         placed = parallel.place_state(start, job.layout)
-        loop.run(placed, job, plan.config, batches, log, kept, resumed)
+        loop.run(placed, job, plan.config, batches, log, kept, resumed, profile)
     return scores
+
+
+def _profile(
+    plan: StagePlan, first: int, steps: int, report: Report
+) -> profiling.Profile | None:
+    """Returns what traces a stage from its step `first` on, if it has the steps."""
+    try:
+        profiling.check(steps, plan.job.steps - first)
+    except UserError as error:
+        # A later stage, or the rest of one: too late to stop the run.
+        report(f"no profile of {plan.folder.name}: {error}")
+        return None
+    return profiling.Profile(plan.folder / profiling.FOLDER, steps)

@@ -180,6 +180,13 @@ def first_use(config, manifest):
          ["loop.metric is dice", "no pair validates"]),
         (["--objective.similarity_options", "sigma=2"],
          ["mse takes no option sigma", "--objective.similarity_options None"]),
+        (["--data.synthetic", "inter_mono", "--profile", "0"],
+         ["--profile is 0", "1 or more"]),
+        (["--profile", "many"], ["profile is 'many'", "whole number"]),
+        (["--data.synthetic", "inter_mono", "--profile", "10"],
+         ["--profile is 10", "6 steps", "at most 3"]),
+        (["--data.synthetic", "inter_mono", "--train.batch", "4", "--profile", "1"],
+         ["--profile is 1", "only 3 steps"]),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_said_and_leave_no_folder(train, tmp_path, options, words):
@@ -200,6 +207,7 @@ def test_wrong_settings_are_said_and_leave_no_folder(train, tmp_path, options, w
          ["synthetic task inter_mono", "(4, 4, 4)"]),
         (["--data.synthetic", "inter_mono", "--loop.metric", "loss"],
          ["loop.metric is loss", "no pair validates"]),
+        (["--profile", "2"], ["--dry-run", "--profile"]),
     ],
 )  # fmt: skip
 def test_a_dry_run_refuses_what_training_refuses(train, options, words):

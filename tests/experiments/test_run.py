@@ -6,6 +6,7 @@ compared with never stops. All are of `training/programs/two_stages.py`.
 
 import csv
 import dataclasses
+import gzip
 import json
 import math
 import os
@@ -239,6 +240,7 @@ def test_a_run_leaves_settings_logs_checkpoints_and_weights(reference):
         assert saved(reference, stage) == list(range(1, steps + 1))
         assert not writing(reference, stage)
         assert any((reference / stage).glob("events.out.tfevents*"))
+        assert not (reference / stage / "profile").exists()
         state = state_of(reference, stage)
         assert state["step"] == steps
         assert any(name.startswith("ema/") for name in state)
@@ -246,6 +248,25 @@ def test_a_run_leaves_settings_logs_checkpoints_and_weights(reference):
         norm = state["variables/batch_stats/step_1/norm_0/count"]
         # Two calls a step, and the second stage goes on from the first.
         assert norm == 2 * (steps if stage == "stage_1" else steps + 6)
+
+
+def test_a_profile_is_of_the_steps_asked_for_and_changes_nothing(
+    tmp_path, cache, reference
+):
+    out = tmp_path / "run"
+    said = finished(cache, out, "--profile", "2")
+    assert f"a profile of 2 steps to {out / 'stage_1' / 'profile'}" in said
+    # The second stage has four steps, of which three are not traced.
+    assert "no profile of stage_2: --profile is 2" in said
+    assert not (out / "stage_2" / "profile").exists()
+    (session,) = (out / "stage_1" / "profile" / "plugins" / "profile").iterdir()
+    (planes,) = session.glob("*.xplane.pb")
+    assert planes.stat().st_size > 1000
+    (path,) = session.glob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    steps = [e["args"]["step_num"] for e in events if e.get("name") == "train"]
+    assert sorted(map(int, steps)) == [4, 5]
+    assert_same_run(out, reference)
 
 
 @pytest.mark.slow
