@@ -4,11 +4,12 @@ Their bodies live in `experiments` and `data`; here options become arguments and
 become text. Heavy imports live inside the verbs.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
 
@@ -57,6 +58,7 @@ class Hosts:
       coordinator: HOST:PORT of process 0, elsewhere than there.
       processes: How many there are.
       process: Which one this is, from 0.
+      patience: Seconds without a word of another process after which the run ends.
     """
 
     PANEL: ClassVar = "Several hosts"
@@ -65,6 +67,7 @@ class Hosts:
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+    patience: float = 60.0
 
 
 @verb(app, "train", context_settings=_PASS_ON)
@@ -80,9 +83,14 @@ def train_verb(context: typer.Context, run: Run, hosts: Hosts) -> None:
     if run.profile is not None and run.dry_run:
         raise UserError("--dry-run trains nothing to be traced; leave out --profile")
     processes = hosts.coordinator, hosts.processes, hosts.process
+    watched = contextlib.nullcontext()
     if hosts.distributed or processes != (None, None, None):
-        _join(*processes)
+        watched = _join(*processes, hosts.patience)
+    with watched:
+        _train(run, changes)
 
+
+def _train(run: Run, changes: Sequence[tuple[str, str]]) -> None:
     from jaxreg.experiments import files, overrides, sam, sam_config
     from jaxreg.experiments import run as run_lib
 
@@ -143,16 +151,27 @@ def setting_pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def _join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+def _join(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    patience: float,
+) -> contextlib.AbstractContextManager[Any]:
+    """Joins this process to the others; returns what watches over them."""
     given = [value is not None for value in (coordinator, processes, process)]
     if any(given) and not all(given):
         raise UserError(
             "--coordinator, --processes and --process belong together; give all three, "
             "or --distributed alone where the cluster tells"
         )
-    from jaxreg.training import parallel
+    if not 1 <= patience <= 86400:
+        raise UserError(f"--patience is {patience:g}, expected 1 to 86400 seconds")
+    from jaxreg.training import parallel, peers
 
-    parallel.start_processes(coordinator, processes, process)
+    # JAX watches as well, but aborts without a sentence: it has its turn later.
+    heartbeat = max(100, int(2 * patience))
+    parallel.start_processes(coordinator, processes, process, heartbeat)
+    return peers.watch(patience, lambda text: f"jaxreg: {spelled(text)}")
 
 
 def _print_line(text: str) -> None:

@@ -270,7 +270,10 @@ def fetch_parts(parts: Mapping[str, Any], layout: Layout) -> dict[str, float]:
 
 
 def start_processes(
-    coordinator: str | None = None, count: int | None = None, index: int | None = None
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    heartbeat_s: int = 100,
 ) -> None:
     """Joins this process to the others; before anything asks JAX for devices.
 
@@ -279,13 +282,18 @@ def start_processes(
         SLURM, Open MPI, Kubernetes and on Cloud TPU pods.
       count: number of processes.
       index: this one's, from 0.
+      heartbeat_s: silence of another after which JAX aborts; `peers` says more, sooner.
 
     Raises:
       UserError: the others cannot be found.
     """
     try:
         jax.distributed.initialize(
-            coordinator, count, index, shutdown_timeout_seconds=_PATIENCE_S
+            coordinator,
+            count,
+            index,
+            heartbeat_timeout_seconds=heartbeat_s,
+            shutdown_timeout_seconds=_PATIENCE_S,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(

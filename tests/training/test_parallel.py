@@ -9,9 +9,11 @@ import json
 import os
 import pathlib
 import re
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -148,11 +150,15 @@ def start(out, cache, *arguments, devices):
     )
 
 
-def start_two(out, cache, *, second=()):
+def close(a, b):
+    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+
+
+def start_two(out, cache, *, both=(), second=()):
     """Starts two processes of two devices; `second` is for the second alone."""
     joined = ["--coordinator", f"localhost:{free_port()}", "--processes", "2"]
     return [
-        start(out, cache, *joined, "--process", index, *more, devices=2)
+        start(out, cache, *joined, "--process", index, *both, *more, devices=2)
         for index, more in enumerate([(), second])
     ]
 
@@ -186,10 +192,6 @@ def test_two_processes_train_what_one_trains(tmp_path, cache):
     )
     # Fresh last layers are zero: all that is in them was learned.
     assert np.linalg.norm(one["params"]["step_1"]["last"]["kernel"]) > 1e-3
-
-    def close(a, b):
-        assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
-
     jax.tree.map(close, one, two)
     logs = [
         (tmp_path / name / "stage_1" / "log.csv").read_text().splitlines()
@@ -200,6 +202,44 @@ def test_two_processes_train_what_one_trains(tmp_path, cache):
     kept = tmp_path / "two" / "stage_1" / "checkpoints"
     assert {"2", "4"} <= {path.name for path in kept.iterdir()}
     assert len(list((tmp_path / "two" / "stage_1").glob("events*"))) == 1
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_process_goes_on_with_one(tmp_path, cache):
+    """Killed in the middle; the checkpoint that is left leads to the same weights."""
+    # Which step is best by Dice is a matter of rounding.
+    more = (
+        "--stages.stage_1.epochs", "10", "--loop.checkpoint_every", "1",
+        "--loop.metric", "last",
+    )  # fmt: skip
+    codes, texts = end([start(tmp_path / "whole", cache, *more, devices=1)])
+    assert codes == [0], texts
+    out = tmp_path / "lost"
+    pair = start_two(out, cache, both=(*more, "--patience", "5"))
+    kept = out / "stage_1" / "checkpoints"
+    until = time.monotonic() + PATIENCE
+    while not (kept / "6").is_dir() and time.monotonic() < until:
+        assert pair[0].poll() is None, pair[0].communicate()[0]
+        time.sleep(0.05)
+    pair[1].kill()
+    began = time.monotonic()
+    codes, texts = end(pair)
+    assert codes == [2, -signal.SIGKILL], texts
+    assert time.monotonic() - began < 60
+    (line,) = [t for t in texts[0].splitlines() if "has not answered" in t]
+    assert line.startswith("jaxreg: process 1 of 2 (from 0)") and "--resume" in line
+    assert "Traceback" not in texts[0]
+    assert not (out / "weights").exists()
+
+    codes, texts = end([start(out, cache, *more, "--resume", devices=1)])
+    assert codes == [0], texts
+    resumed = re.search(r"resumed at step (\d+) of 20", texts[0])
+    assert resumed is not None and 6 <= int(resumed[1]) < 20
+    one, two = (
+        bundle.load_bundle(tmp_path / name / "weights").variables
+        for name in ("whole", "lost")
+    )
+    jax.tree.map(close, one, two)
 
 
 def test_processes_with_different_settings_all_end_with_an_error(tmp_path, cache):
