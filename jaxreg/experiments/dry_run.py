@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxreg.data import loading as loading_lib
 from jaxreg.data import pair_source, pairs
 from jaxreg.data.manifest import read as read_lib
 from jaxreg.experiments import config
 from jaxreg.experiments.config import DataConfig, Experiment, Stage
 from jaxreg.experiments.datasets import (
     Sources,
-    loading_of,
     make_sources,
     rule_of,
     with_bank,
@@ -28,14 +26,14 @@ from jaxreg.experiments.held_out import FixedPlans
 from jaxreg.experiments.stage import (
     PairStage,
     batch_layout,
+    lowered_step,
     make_optimizer,
-    make_step,
+    model_flops,
 )
 from jaxreg.experiments.warm_start import Read, names_of_start, sam_of
 from jaxreg.io import files
-from jaxreg.models import sam
 from jaxreg.space.grid import Shape
-from jaxreg.training import optimizer, parallel, state
+from jaxreg.training import optimizer, state
 from jaxreg.training.parallel import Layout
 from jaxreg.training.stage import Report
 from jaxreg.weights import load
@@ -121,7 +119,7 @@ class TracedStep:
         # Whose statistics are shared makes no difference to what is needed.
         train = dataclasses.replace(train, batch=batch, replicas=0)
         changed = dataclasses.replace(self.experiment, train=train)
-        return _lowered(changed, self.sources, self.rule, layout, (0, 1))[0]
+        return lowered_step(changed, self.sources, self.rule, layout, (0, 1))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,8 +128,7 @@ class DryRun:
 
     Attributes:
       parameters: trained numbers.
-      flops: of one step at the full grid and batch, as XLA counts them before it
-        optimises.
+      flops: of one step at the full grid and batch, see `stage.model_flops`.
       memory: of a step on each device, by stage.
       devices: which there are, and what was assumed.
       compiled_for: grid and kind of device.
@@ -140,7 +137,7 @@ class DryRun:
     """
 
     parameters: int
-    flops: float
+    flops: float | None
     memory: Mapping[str, StepMemory]
     devices: str
     compiled_for: str
@@ -152,7 +149,9 @@ class DryRun:
         several = len(self.memory) > 1
         return {
             "parameters": f"{self.parameters:,}",
-            "arithmetic of a step": f"{self.flops / 1e12:.3g} TFLOP",
+            "arithmetic of a step": "not known without a CPU among JAX's platforms"
+            if self.flops is None
+            else f"{self.flops / 1e12:.3g} TFLOP",
             "devices": self.devices,
             **{
                 name: value
@@ -241,7 +240,7 @@ def traced_steps(
         if during.train.only != "all":  # which prompts change, changes no size
             rows = tuple(range(len(sources.bank)))
         rule = make_optimizer(during, per_epoch * stage.epochs, per_epoch, rows)
-        lowered, start = _lowered(during, sources, rule, layout, shares)
+        lowered, start = lowered_step(during, sources, rule, layout, shares)
         yield TracedStep(stage, during, sources, rule, layout, lowered, start)
 
 
@@ -350,58 +349,8 @@ def _is_there(data: DataConfig) -> bool:
     return bool(data.synthetic or manifests) and all(p.exists() for p in manifests)
 
 
-def _abstract(experiment: Experiment) -> Any:
-    """Returns the shapes of fresh variables, with those of released SAM if needed."""
-    key, model = jax.random.key(0), experiment.model.build()
-    init = functools.partial(model.init, shape=experiment.loading.shape)
-    variables = dict(jax.eval_shape(init, key))
-    if experiment.model.needs_sam:
-        released = functools.partial(sam.init, sam.SamConfig())
-        variables[sam.SAM] = jax.eval_shape(released, key)
-    return variables
-
-
-def _lowered(
-    experiment: Experiment,
-    sources: Sources,
-    rule: optax.GradientTransformation,
-    layout: Layout,
-    shares: tuple[int, int],
-) -> tuple[jax.stages.Lowered, state.TrainState]:
-    """Returns the step that training compiles, traced on shapes, and its state's.
-
-    Args:
-      experiment: as it is during the stage, with the network for its tasks.
-      sources: of its pairs.
-      rule: of `make_optimizer`.
-      layout: the devices.
-      shares: see `parallel.check_batch`.
-    """
-    train = experiment.train
-    start = jax.eval_shape(
-        lambda v: state.start(v, rule, jax.random.key(0), ema=train.ema > 0),
-        _abstract(experiment),
-    )
-    loading = loading_of(experiment, validation=False)
-    arrays = loading_lib.batch_kinds(sources.train, loading)
-    batch = {
-        name: jax.ShapeDtypeStruct((train.batch, *shape), kind)
-        for name, (shape, kind) in arrays.items()
-    }
-    step = make_step(experiment, sources, rule, layout, shares)
-    return step.lower(*parallel.placed_shapes(start, batch, layout)), start
-
-
-def _flops(step: TracedStep) -> float:
-    """Returns the arithmetic of a step, as XLA counts it before it optimises."""
-    during = step.experiment
-    one = dataclasses.replace(during.train, batch=1, accumulate=1, replicas=0)
-    # The native form, since XLA counts the body of a loop over slabs only once.
-    native = dataclasses.replace(during.model, form="native")
-    alone = dataclasses.replace(during, train=one, model=native)
-    lowered, _ = _lowered(alone, step.sources, step.rule, Layout("single"), (0, 1))
-    cost = lowered.cost_analysis() or {}
-    return float(cost.get("flops", 0.0)) * during.train.batch
+def _flops(step: TracedStep) -> float | None:
+    return model_flops(step.experiment, step.sources, step.rule)
 
 
 def _check_cache(folder: pathlib.Path) -> None:

@@ -36,7 +36,7 @@ from jaxreg.experiments.warm_start import merge_variables
 from jaxreg.losses import contrastive
 from jaxreg.matching import points
 from jaxreg.models import sam
-from jaxreg.training import loop, optimizer, parallel, state, step
+from jaxreg.training import loop, optimizer, parallel, state, step, utilisation
 from jaxreg.training.parallel import Layout
 from jaxreg.training.stage import Report, StagePlan
 from jaxreg.typing import Batching, Variables
@@ -92,6 +92,7 @@ def _plan(
         validate=make_validation(experiment, held),
         find_bad_pairs=_find_bad_scans,
         record={},
+        flops=lambda: _model_flops(experiment),
         metric="loss" if held and experiment.loop.metric != "last" else None,
     )
     stage = StagePlan(
@@ -276,6 +277,18 @@ def _traced(
         return step_of.lower(*parallel.placed_shapes(start, batch, layout))
 
     return start, lower
+
+
+def _model_flops(experiment: SamExperiment) -> float | None:
+    """Returns the arithmetic of a step, see `utilisation.counted_flops`.
+
+    That of two volumes, the fewest that a step can have, for each two of the batch.
+    """
+    native = dataclasses.replace(experiment.model, form="native")
+    alone = dataclasses.replace(experiment, model=native)
+    _, lower = _traced(alone, Layout("single"))
+    found = utilisation.counted_flops(lambda: lower(2))
+    return None if found is None else found * experiment.train.batch / 2
 
 
 def _interleaved(batch: Mapping[str, jax.Array], suffix: str) -> jax.Array:

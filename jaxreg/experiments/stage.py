@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import optax
 
+from jaxreg.data import loading as loading_lib
 from jaxreg.data import pair_source
 from jaxreg.errors import UserError
 from jaxreg.experiments import warm_start
@@ -26,8 +27,10 @@ from jaxreg.experiments.datasets import (
 )
 from jaxreg.experiments.validation import make_find_bad_pairs, make_validation
 from jaxreg.experiments.warm_start import Read
+from jaxreg.models import sam as sam_lib
 from jaxreg.models.sam import TrainedSam
-from jaxreg.training import loop, optimizer, parallel, step
+from jaxreg.training import loop, optimizer, parallel, state, utilisation
+from jaxreg.training import step as step_lib
 from jaxreg.training.parallel import Layout
 from jaxreg.training.stage import StagePlan
 from jaxreg.typing import Key, Variables
@@ -135,14 +138,83 @@ def make_step(
       shares: replicas, see `parallel.check_batch`.
     """
     train, (replicas, span) = experiment.train, shares
-    train_step = step.make_train_step(
+    train_step = step_lib.make_train_step(
         experiment.model.build(),
         loss_of(experiment),
         rule,
         make_prepare(experiment, sources, layout),
-        step.StepConfig(train.accumulate, replicas, train.ema, layout.axis, span),
+        step_lib.StepConfig(train.accumulate, replicas, train.ema, layout.axis, span),
     )
     return parallel.compile_step(train_step, layout)
+
+
+def lowered_step(
+    experiment: Experiment,
+    sources: Sources,
+    rule: optax.GradientTransformation,
+    layout: Layout,
+    shares: tuple[int, int],
+) -> tuple[jax.stages.Lowered, state.TrainState]:
+    """Returns the step that training compiles, traced on shapes, and its state's.
+
+    Args:
+      experiment: as it is during the stage, with the network for its tasks.
+      sources: of its pairs.
+      rule: of `make_optimizer`.
+      layout: the devices.
+      shares: see `parallel.check_batch`.
+    """
+    train = experiment.train
+    start = jax.eval_shape(
+        lambda v: state.start(v, rule, jax.random.key(0), ema=train.ema > 0),
+        _abstract(experiment),
+    )
+    loading = loading_of(experiment, validation=False)
+    arrays = loading_lib.batch_kinds(sources.train, loading)
+    batch = {
+        name: jax.ShapeDtypeStruct((train.batch, *shape), kind)
+        for name, (shape, kind) in arrays.items()
+    }
+    step = make_step(experiment, sources, rule, layout, shares)
+    return step.lower(*parallel.placed_shapes(start, batch, layout)), start
+
+
+def _abstract(experiment: Experiment) -> Any:
+    """Returns the shapes of fresh variables, with those of released SAM if needed."""
+    key, model = jax.random.key(0), experiment.model.build()
+    init = functools.partial(model.init, shape=experiment.loading.shape)
+    variables = dict(jax.eval_shape(init, key))
+    if experiment.model.needs_sam:
+        released = functools.partial(sam_lib.init, sam_lib.SamConfig())
+        variables[sam_lib.SAM] = jax.eval_shape(released, key)
+    return variables
+
+
+def model_flops(
+    experiment: Experiment, sources: Sources, rule: optax.GradientTransformation
+) -> float | None:
+    """Returns the floating-point operations that a step of a stage is defined to need.
+
+    Those of one pair for each of the batch, see `utilisation.counted_flops`.
+
+    Args:
+      experiment: as it is during the stage, with the network for its tasks.
+      sources: of its pairs.
+      rule: of `make_optimizer`.
+    """
+    one = dataclasses.replace(experiment.train, batch=1, accumulate=1, replicas=0)
+    # The native form, since XLA counts the body of a loop over slabs only once; and
+    # nothing is computed twice to save memory.
+    usual = {f.name: f.default for f in dataclasses.fields(experiment.model)}
+    changes = {"form": "native"} | {n: usual[n] for n in ("remat",) if n in usual}
+    model = dataclasses.replace(experiment.model, **changes)
+    alone = dataclasses.replace(experiment, train=one, model=model)
+
+    def lower():
+        return lowered_step(alone, sources, rule, Layout("single"), (0, 1))[0]
+
+    found = utilisation.counted_flops(lower)
+    return None if found is None else found * experiment.train.batch
 
 
 def metric_of(experiment: Experiment, sources: Sources) -> str | None:
@@ -241,6 +313,7 @@ class PairStage:
             find_bad_pairs=make_find_bad_pairs(*common),
             record={"stage": self.stage.name},
             metric=self.metric,
+            flops=lambda: model_flops(experiment, self.sources, self.optimizer),
         )
         return StagePlan(
             title=f"stage {self.stage.name}: {self.stage.epochs} epochs",

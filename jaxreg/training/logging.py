@@ -155,7 +155,7 @@ class RunLog:
         Args:
           step: how many steps are done.
           total: of how many.
-          values: of these "loss", "pairs_per_s" and "data_wait_share" are shown.
+          values: by name, of which some are shown.
         """
         if self._line is not None:
             self._line.update(step, total, values)
@@ -186,7 +186,8 @@ class RunLog:
 class ProgressLine:
     """How far a run is: one moving line on a terminal, a line now and then elsewhere.
 
-    step 120 of 1000, loss 0.1234, 3.21 pairs/s, waiting for data 4%, 0:12:05 left
+    step 120 of 1000, loss 0.1234, 3.21 pairs/s, 38% of peak arithmetic, 12.1 GB,
+    waiting for data 4%, 0:12:05 left
     """
 
     def __init__(
@@ -219,12 +220,15 @@ class ProgressLine:
         Args:
           step: how many steps are done.
           total: of how many.
-          values: "loss", "pairs_per_s", and "data_wait_share" in [0, 1]; what is
-            missing is not shown.
+          values: "loss", "pairs_per_s", "model_flops_utilisation" and
+            "data_wait_share" in [0, 1], "device_memory_peak_gb"; what is missing is not
+            shown.
         """
         shown = {
             "loss": "loss {:.4f}",
             "pairs_per_s": "{:.3g} pairs/s",
+            "model_flops_utilisation": "{:.0%} of peak arithmetic",
+            "device_memory_peak_gb": "{:.1f} GB",
             "data_wait_share": "waiting for data {:.0%}",
         }
         parts = [f"step {step} of {total}"]

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxreg.errors import UserError
-from jaxreg.training import parallel
+from jaxreg.training import parallel, utilisation
 from jaxreg.training import state as state_lib
 from jaxreg.training.checkpoints import RunCheckpoints
 from jaxreg.training.logging import RunLog, device_memory
@@ -129,6 +129,8 @@ class Job:
       find_bad_pairs: see `FindBadPairs`.
       record: stored in each checkpoint with the state.
       metric: the score by which a checkpoint is best; None: the latest is.
+      flops: returns the floating-point operations that a step needs, None if not known;
+        called where the devices' peak is known, see `utilisation`.
     """
 
     step: Callable
@@ -141,6 +143,7 @@ class Job:
     find_bad_pairs: FindBadPairs
     record: Mapping[str, Any]
     metric: str | None = None
+    flops: Callable[[], float | None] = lambda: None
 
 
 def run(
@@ -240,6 +243,7 @@ class _Loop:
     def __post_init__(self):
         self.done = int(parallel.fetch_state(self.state, self.job.layout).step)
         self.pending: collections.deque = collections.deque()
+        self.least_step_s = _least_step_s(self.job)
         self.meter = self._new_meter()
         # The next row is the mean of all its steps, those before the kill too.
         before = self.resumed.get("unlogged", {"steps": 0, "sums": {}})
@@ -358,6 +362,8 @@ class _Loop:
         timed = meter.steps - meter.untimed
         row["pairs_per_s"] = timed * job.batch_size / seconds
         row["data_wait_share"] = (self.batches.waited_s - meter.waited) / seconds
+        if self.least_step_s is not None:
+            row["model_flops_utilisation"] = timed * self.least_step_s / seconds
         memory = device_memory()
         if memory is not None:
             row["device_memory_gb"] = memory.in_use / 1e9
@@ -450,6 +456,14 @@ class _Loop:
                 else f"The checkpoint of step {kept} is good"
             )
         )
+
+
+def _least_step_s(job: Job) -> float | None:
+    """Returns the seconds of a step at the devices' peak; None if it is not known."""
+    devices = job.layout.data * job.layout.space
+    peak = utilisation.peak_flops(jax.local_devices()[0].device_kind)
+    flops = None if peak is None else job.flops()
+    return None if peak is None or flops is None else flops / (devices * peak)
 
 
 def _each_dataset(found: Validation) -> list[str]:

@@ -321,6 +321,16 @@ def test_plain_lines_every_so_many_steps():
     ]
 
 
+def test_a_device_that_tells_more_is_shown_with_more():
+    file, line = line_on(terminal=False)
+    more = {"model_flops_utilisation": 0.384, "device_memory_peak_gb": 12.06}
+    line.update(3, 12, {**ROW, **more, "device_memory_gb": 9.0})
+    assert file.getvalue().splitlines() == [
+        "step 3 of 12, loss 0.2500, 3.14 pairs/s, 38% of peak arithmetic, 12.1 GB, "
+        "waiting for data 4%"
+    ]
+
+
 def test_one_line_on_a_terminal_with_notes_above_it():
     file, line = line_on(terminal=True)
     line.update(1, 3, ROW)

@@ -210,6 +210,41 @@ def test_device_memory_is_told_where_the_backend_tells_it(monkeypatch, told):
         assert row.get("device_memory_peak_gb") == (7.0 if told else None)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_utilisation_is_told_where_the_peak_is_known(monkeypatch, known):
+    """Of 300 operations a step, in 2 s of which 0.5 would do on a device of 600 a s."""
+    clock = [0.0]
+    monkeypatch.setattr(
+        loop, "time", types.SimpleNamespace(perf_counter=lambda: clock[0])
+    )
+    asked = []
+
+    def peak_flops(kind):
+        asked.append(kind)
+        return 600.0 if known else None
+
+    monkeypatch.setattr(loop.utilisation, "peak_flops", peak_flops)
+
+    class Slow(Batches):
+        def __next__(self):
+            clock[0] += 2.0
+            return super().__next__()
+
+    def flops():
+        assert known  # it takes a while to be counted
+        clock[0] += 10.0
+        return 300.0
+
+    log = Log()
+    work = job(log, batches=Slow(), flops=flops, steps=12)
+    trained(fresh(), work, LoopConfig(log_every=4))
+    assert asked == [jax.devices()[0].device_kind]
+    found = [row.get("model_flops_utilisation") for row in log.rows.values()]
+    # The first row's time has a fifth step's batch, and not what counting took.
+    assert found == ([pytest.approx(x) for x in (0.2, 0.25, 1 / 3)] if known
+                     else [None] * 3)  # fmt: skip
+
+
 def test_validation_comes_before_between_and_after():
     log = Log()
     config = LoopConfig(log_every=100, validate_every=2, image_every=4)

@@ -1,0 +1,56 @@
+"""How much of a device's arithmetic a training run uses: model FLOPs utilisation.
+
+The arithmetic that the step is defined to need, over what all devices could do in the
+same time at their fastest, in matrix products of 16 bits. What is computed twice
+(rematerialisation), or in zeros (padding, forms of a convolution for one platform)
+counts as time lost and not as work.
+
+References:
+  Chowdhery et al., PaLM: Scaling language modeling with pathways, JMLR 2023, app. B.
+"""
+
+import re
+from collections.abc import Callable
+
+import jax
+
+_PEAK_FLOPS = (
+    (r"TPU v4", 275e12),
+    (r"TPU v5 lite|TPU v5e", 197e12),
+    (r"TPU v5p?", 459e12),
+    (r"TPU v6 lite|TPU v6e", 918e12),
+    (r"(Tesla |NVIDIA )?T4", 65e12),
+    (r"NVIDIA A100\b.*", 312e12),
+    # The SXM boards; of the others each has a number of its own.
+    (r"NVIDIA H(100 80GB HBM3|200)", 989e12),
+    (r"NVIDIA H100 PCIe", 756e12),
+)
+"""Operations a second in bfloat16 (T4: float16) without sparsity, by `device_kind`, as
+the makers state them."""
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Returns a device's floating-point operations a second; None if not known."""
+    for pattern, peak in _PEAK_FLOPS:
+        if re.fullmatch(pattern, device_kind):
+            return peak
+    return None
+
+
+def counted_flops(lower: Callable[[], jax.stages.Lowered]) -> float | None:
+    """Returns the arithmetic of a program as XLA counts it before it optimises.
+
+    Args:
+      lower: traces and lowers it. It is counted for the CPU whatever the device: TPU
+        and GPU do not count what is not compiled. The body of a loop counts once.
+
+    Returns:
+      Floating-point operations; None where JAX has been told of no CPU.
+    """
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+    with jax.default_device(cpu):
+        cost = lower().cost_analysis() or {}
+    return float(cost["flops"]) if "flops" in cost else None
