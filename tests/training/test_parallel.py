@@ -5,6 +5,7 @@ of its own, `programs/`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -150,8 +151,8 @@ def start(out, cache, *arguments, devices):
     )
 
 
-def close(a, b):
-    assert np.linalg.norm(a - b) <= 1e-4 * np.linalg.norm(a)
+def close(a, b, tolerance=1e-4):
+    assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(a)
 
 
 def start_two(out, cache, *, both=(), second=()):
@@ -239,7 +240,8 @@ def test_a_run_that_lost_a_process_goes_on_with_one(tmp_path, cache):
         bundle.load_bundle(tmp_path / name / "weights").variables
         for name in ("whole", "lost")
     )
-    jax.tree.map(close, one, two)
+    # 20 steps of rounding came to 2.4e-4; a batch left out would be a twentieth.
+    jax.tree.map(functools.partial(close, tolerance=1e-3), one, two)
 
 
 def test_processes_with_different_settings_all_end_with_an_error(tmp_path, cache):
