@@ -41,7 +41,7 @@ from jaxreg.experiments import stage as stage_lib
 from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
-from jaxreg.training import checkpoints
+from jaxreg.training import checkpoints, utilisation
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
@@ -386,6 +386,31 @@ def tiny(**changes) -> Experiment:
         "stages": (Stage("one", 1),),
     }
     return Experiment(**(settings | changes))
+
+
+def flops_of(experiment, out):
+    (stage,) = run_lib._plan(experiment, out, print, begun=False).stages
+    return stage().job.flops()
+
+
+def test_utilisation_is_that_of_the_arithmetic_of_the_step(tmp_path, monkeypatch):
+    """Twice the batch is twice the arithmetic; computing again to save memory none."""
+    chosen = tiny()
+    flops = flops_of(chosen, tmp_path / "run")
+    more = dataclasses.replace(chosen.data, pairs_per_epoch=4)
+    four = tiny(train=TrainConfig(batch=4, accumulate=2), data=more)
+    assert flops_of(four, tmp_path / "run") == 2 * flops
+    saving = dataclasses.replace(chosen.model, remat="networks")
+    assert flops_of(tiny(model=saving), tmp_path / "run") == flops
+
+    monkeypatch.setattr(utilisation, "peak_flops", lambda kind: 1e8)
+    run_lib.run(chosen, tmp_path / "run", report=lambda _: None)
+    with open(tmp_path / "run" / "one" / "log.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    devices = jax.device_count()
+    expected = float(row["pairs_per_s"]) / 2 * flops / (1e8 * devices)
+    assert float(row["model_flops_utilisation"]) == pytest.approx(expected, rel=1e-6)
+    assert expected > 0
 
 
 def without_leaf(tree):
