@@ -4,16 +4,25 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from jaxreg.cli.options import fetch, load_sam
+from jaxreg.cli.options import (
+    Division,
+    fetch,
+    load_sam,
+    print_merging,
+    print_part,
+)
 from jaxreg.cli.parser import option_name, spelled
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
     from jaxreg.registration.many import Outcome, Rows
     from jaxreg.registration.options import Options
+
+_SUMMARY_S = 30.0
+"""How much work a kill takes from the summary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +49,16 @@ class PairList:
 
 
 def check_one_or_many(
-    listed: PairList, one: Mapping[str, Any], needed: Mapping[str, Any]
+    listed: PairList,
+    divided: Division,
+    one: Mapping[str, Any],
+    needed: Mapping[str, Any],
 ) -> None:
     """Checks that the options are those of one pair, or those of a list.
 
     Args:
       listed: the options of a list.
+      divided: those of its parts.
       one: options of one pair alone, by name.
       needed: options that one pair needs, by name.
 
@@ -64,6 +77,8 @@ def check_one_or_many(
         ("--out-dir", listed.out_dir),
         ("--summary", listed.summary),
         ("--skip-existing", listed.skip_existing or None),
+        ("--part", divided.part),
+        ("--merge-parts", divided.merge_parts),
     ):
         if value is not None:
             raise UserError(f"{name} is for a list of pairs; give --pairs as well")
@@ -75,8 +90,35 @@ def check_one_or_many(
             )
 
 
+def merge(listed: PairList, count: int) -> None:
+    """Puts the summaries of a list's parts together.
+
+    Args:
+      listed: the options of a list.
+      count: of its parts.
+
+    Raises:
+      UserError: see `many.merge_summaries`; or pairs failed.
+    """
+    from jaxreg.data import pair_list
+    from jaxreg.io import files
+    from jaxreg.registration import many
+
+    assert listed.pairs is not None  # the caller's promise
+    if listed.summary is None:
+        raise UserError(
+            "--merge-parts puts summaries together; give --summary, as to the parts"
+        )
+    files.check_writable(listed.summary, "--summary", suffixes=(".csv",))
+    rows: Rows = pair_list.read_rows(listed.pairs)
+    found = many.merge_summaries(listed.summary, rows, count)
+    print(f"wrote {listed.summary}")
+    _check_none_failed(found["failed"], len(rows), "as their parts said")
+
+
 def register_list(
     listed: PairList,
+    divided: Division,
     options: "Options",
     weights: str | pathlib.Path | None,
     *,
@@ -89,6 +131,7 @@ def register_list(
 
     Args:
       listed: the options of a list.
+      divided: those of its parts.
       options: of all pairs.
       weights: what to load; None for no network.
       modalities: fixed_modality and moving_modality, None where they were not given.
@@ -100,10 +143,18 @@ def register_list(
       UserError: something is wrong, or pairs failed.
     """
     from jaxreg.io import files
-    from jaxreg.registration import many
+    from jaxreg.registration import many, together
     from jaxreg.registration import rows as rows_lib
 
-    rows = _read(listed, modalities)
+    part = divided.own_part()
+    summary = listed.summary
+    if part is not None and summary is not None:
+        summary = part.file(summary)
+    rows = _read(dataclasses.replace(listed, summary=summary), modalities)
+    if part is not None:
+        own = part.of(list(rows))
+        print_part(part, len(own), len(rows))
+        rows = {row: rows[row] for row in own}
     there = many.finished(rows) if listed.skip_existing else {}
     waiting = {row: pair for row, pair in rows.items() if row not in there}
     many.check_inputs(waiting, options)
@@ -118,20 +169,47 @@ def register_list(
             files.make_folder(listed.out_dir, "--out-dir")
     if listed.skip_existing:
         print(f"passed over {len(there)} of {len(rows)} pairs, whose results exist")
-    start, outcomes = time.perf_counter(), many.skipped(there, listed.summary)
+    start, outcomes = time.perf_counter(), many.skipped(there, summary)
+    keep = _Summary(summary, list(rows))
+    devices = together.devices_for(len(waiting))
+    if len(devices) > 1:
+        print(together.described(devices))
     try:
-        for outcome in many.register_all(waiting, model, options, sam=sam, fill=fill):
+        for outcome in many.register_all(
+            waiting, model, options, sam=sam, fill=fill, devices=devices
+        ):
             outcome = dataclasses.replace(outcome, reason=spelled(outcome.reason))
             outcomes.append(outcome)
             _tell(outcome)
             failed = many.by_status(outcomes)["failed"]
             show(len(outcomes) - len(there), len(waiting), failed)
+            keep.now_and_then(outcomes)
     finally:  # an interrupt leaves a summary of what is done
-        if listed.summary is not None:
-            place = {row: number for number, row in enumerate(rows)}
-            outcomes.sort(key=lambda outcome: place[outcome.row])
-            many.write_summary(listed.summary, outcomes)
-    _conclude(outcomes, time.perf_counter() - start, listed.summary)
+        keep.write(outcomes)
+    _conclude(outcomes, time.perf_counter() - start, summary)
+    print_merging(part, listed.summary)
+    _check_none_failed(many.by_status(outcomes)["failed"], len(outcomes))
+
+
+class _Summary:
+    """The summary of a list, written anew now and then: a kill loses little of it."""
+
+    def __init__(self, path: pathlib.Path | None, rows: Sequence[str]):
+        self._path = path
+        self._place = {row: number for number, row in enumerate(rows)}
+        self._written = time.monotonic()
+
+    def now_and_then(self, outcomes: "Sequence[Outcome]") -> None:
+        if time.monotonic() - self._written > _SUMMARY_S:
+            self.write(outcomes)
+
+    def write(self, outcomes: "Sequence[Outcome]") -> None:
+        from jaxreg.registration import many
+
+        if self._path is not None:
+            place = self._place
+            many.write_summary(self._path, sorted(outcomes, key=lambda o: place[o.row]))
+            self._written = time.monotonic()
 
 
 def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
@@ -172,12 +250,14 @@ def _tell(outcome: "Outcome") -> None:
 def _conclude(outcomes, seconds: float, summary: pathlib.Path | None) -> None:
     from jaxreg.registration import many
 
-    count = many.by_status(outcomes)
-    print(f"registered {count['done']} pairs in {seconds:.1f} s")
+    print(f"registered {many.by_status(outcomes)['done']} pairs in {seconds:.1f} s")
     if summary is not None:
         print(f"wrote {summary}")
-    if count["failed"]:
+
+
+def _check_none_failed(failed: int, count: int, whence: str = "above") -> None:
+    if failed:
         raise UserError(
-            f"{count['failed']} of {len(outcomes)} pairs failed for the reasons above; "
-            "mend them, and pass --skip-existing to register these alone"
+            f"{failed} of {count} pairs failed for the reasons {whence}; mend them, "
+            "and pass --skip-existing to register these alone"
         )

@@ -12,6 +12,7 @@ from jaxreg.cli.parser import spelled
 from jaxreg.cli.progress import Bar
 from jaxreg.errors import UserError
 from jaxreg.registration import options as options_lib
+from jaxreg.registration import parts
 
 if TYPE_CHECKING:
     from jaxreg.models.sam import TrainedSam
@@ -118,6 +119,61 @@ class Weights(SamWeights):
 
     model: Annotated[str | None, str] = None
     network_weights: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Parts of a list, for processes and hosts that share it.
+
+    Attributes:
+      part: Do the third of sixteen parts alone, 3/16, with a table of its own; auto
+        takes this process' part under srun and mpirun and on a TPU pod.
+      merge_parts: Put the tables of so many parts together, when all are done.
+    """
+
+    PANEL: ClassVar = "Many pairs"
+
+    part: Annotated[parts.Part | str | None, parts.read_part] = None
+    merge_parts: int | None = None
+
+    def __post_init__(self):
+        """Checks what is asked for.
+
+        Raises:
+          UserError: both, or no part.
+        """
+        if self.merge_parts is not None:
+            parts.every(self.merge_parts)
+            if self.part is not None:
+                raise UserError(
+                    "--part does one part, and --merge-parts puts those together that "
+                    "are done; leave one of them out"
+                )
+
+    def own_part(self) -> parts.Part | None:
+        """Returns the part of this process; None for the whole list.
+
+        Raises:
+          UserError: see `parts.part_of_process`.
+        """
+        if isinstance(self.part, str):
+            return parts.part_of_process()
+        return self.part
+
+
+def print_part(part: parts.Part | None, count: int, of_all: int) -> None:
+    """Says how much of a list is this process' part."""
+    if part is not None:
+        print(f"{part}: {count} of {of_all} pairs")
+
+
+def print_merging(part: parts.Part | None, path: pathlib.Path | None) -> None:
+    """Says how the table of a part is put together with the others."""
+    if part is not None and path is not None:
+        print(
+            f"when all parts are done, --merge-parts {part.count} in place of --part "
+            f"makes {path}"
+        )
 
 
 def with_modalities(options: options_lib.Options) -> options_lib.Options:

@@ -19,7 +19,7 @@ from jaxreg import settings
 REQUIRED: Any = ...
 _METAVARS = {int: "N", float: "NUMBER", str: "TEXT", pathlib.Path: "PATH"}
 _TUPLES = {2: "MIN MAX", 3: "X Y Z"}
-_FORMS = {"shape": "D,H,W", "fill": "NUMBER|auto"}
+_FORMS = {"shape": "D,H,W", "fill": "NUMBER|auto", "part": "K/N|auto"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxreg.cli.options import (
     OUT,
     PANELS,
     SCANS,
+    Division,
     Fill,
     Weights,
     app,
@@ -105,6 +106,7 @@ def register_verb(
     region_files: RegionFiles,
     named: Weights,
     listed: many.PairList,
+    divided: Division,
     options: Options,
 ) -> None:
     """Register one scan onto another: a transform, a warped scan, a report.
@@ -123,12 +125,16 @@ def register_verb(
     }
     many.check_one_or_many(
         listed,
+        divided,
         _as_options({**vars(scans), **vars(written), **regions}),
         _as_options({**vars(scans), **modalities}),
     )
     options = dataclasses.replace(
         with_modalities(options), inverse=written.inverse_out is not None
     )
+    if listed.pairs is not None and divided.merge_parts is not None:
+        many.merge(listed, divided.merge_parts)
+        return
     if listed.pairs is not None:
         weights = _choose_weights(named.model, named.network_weights, options)
         _warn_about_idle_options(options, regions, None, outputs)
@@ -140,8 +146,8 @@ def register_verb(
             Bar("register", waiting="compiling and the first pair") as bar,
         ):
             many.register_list(
-                listed, options, weights, modalities=modalities, fill=outside.fill,
-                sam_weights=named.sam_weights, show=bar.pairs,
+                listed, divided, options, weights, modalities=modalities,
+                fill=outside.fill, sam_weights=named.sam_weights, show=bar.pairs,
             )  # fmt: skip
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]

@@ -1,7 +1,8 @@
 """Registration of a list of pairs in one process.
 
 Reading, the network and writing overlap: a thread reads the next pairs, another warps
-and writes those that are done, and the main one registers. Scans of all sizes share the
+and writes those that are done, and the main one registers, as many at a time as there
+are devices. Scans of all sizes share the
 compiled programs of a network grid, so that the first pair alone pays for them.
 """
 
@@ -13,7 +14,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, Literal
 
@@ -25,19 +26,19 @@ from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
 from jaxreg.models.sam import TrainedSam
 from jaxreg.registration import options as options_lib
-from jaxreg.registration import pair as pair_lib
-from jaxreg.registration import result, scan_pair
+from jaxreg.registration import parts, result, scan_pair, together
 from jaxreg.registration import rows as rows_lib
 from jaxreg.registration.scan_pair import ScanPair
 from jaxreg.space.grid import Grid
 from jaxreg.weights import zoo
+from jaxreg.xla import spreading
 
 Rows = Mapping[str, PairSpec]
 """Pairs by what to call them in a message, see `pair_list.read_rows`."""
 OUTPUTS = ("transform_out", "warped_out", "inverse_out")
 """Columns of the files that a row asks for."""
 _FIGURES = ("before", "after", "folding_percent", "seconds")
-_AHEAD = 2  # pairs that are read before their turn, and that wait to be written
+_AHEAD = 2  # pairs that are read before their turn, and that wait; more on more devices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +197,7 @@ def register_all(
     *,
     sam: TrainedSam | None = None,
     fill: float | None = None,
+    devices: Sequence[spreading.Device] | None = None,
 ) -> Iterator[Outcome]:
     """Registers pairs and writes their files, in order.
 
@@ -209,6 +211,8 @@ def register_all(
         `rows.options_of`.
       sam: see `pair.register`.
       fill: value beyond the moving scans; that of `modality.background_of` if None.
+      devices: on which so many pairs are registered at a time, see `together`; those of
+        `together.devices_for` if None.
 
     Yields:
       The outcome of each row, in their order.
@@ -216,12 +220,14 @@ def register_all(
     if model is not None:  # once, not with each pair
         on_device = jax.device_put(model.variables)
         model = dataclasses.replace(model, variables=on_device)
+    devices = together.devices_for(len(rows)) if devices is None else devices
     to_read = iter(rows.items())
     reading: collections.deque[tuple[str, PairSpec, futures.Future[ScanPair]]]
     writing: collections.deque[tuple[str, PairSpec, futures.Future[Outcome]]]
     reading, writing = collections.deque(), collections.deque()
     reader = futures.ThreadPoolExecutor(1, "read")
     writer = futures.ThreadPoolExecutor(1, "write")
+    ahead = max(_AHEAD, len(devices))
 
     def read_on(count: int) -> None:
         for row, pair in itertools.islice(to_read, count):
@@ -230,26 +236,15 @@ def register_all(
             reading.append((row, pair, future))
 
     try:
-        read_on(_AHEAD)
+        read_on(ahead)
         while reading:
-            row, pair, future = reading.popleft()
-            read_on(1)
-            try:
-                scans = future.result()
-                found = pair_lib.register(
-                    scans.moving,
-                    scans.fixed,
-                    model,
-                    _options_of_row(pair, options, model),
-                    regions=scans.regions,
-                    sam=sam,
-                )
-                written = writer.submit(_write, row, pair, scans, found)
-            except UserError as error:
-                written = futures.Future()
-                written.set_exception(error)
-            writing.append((row, pair, written))
-            while len(writing) > _AHEAD or (writing and writing[0][-1].done()):
+            batch = [reading.popleft() for _ in devices if reading]
+            read_on(len(batch))
+            for row, pair, scans, found in _registered(
+                batch, model, options, sam, devices
+            ):
+                writing.append((row, pair, _written(writer, row, pair, scans, found)))
+            while len(writing) > ahead or (writing and writing[0][-1].done()):
                 yield _outcome(*writing.popleft())
         while writing:
             yield _outcome(*writing.popleft())
@@ -260,6 +255,57 @@ def register_all(
     finally:
         reader.shutdown(cancel_futures=True)
         writer.shutdown()
+
+
+def _registered(
+    batch: Sequence[tuple[str, PairSpec, futures.Future[ScanPair]]],
+    model: zoo.LoadedModel | None,
+    options: options_lib.Options,
+    sam: TrainedSam | None,
+    devices: Sequence[spreading.Device],
+) -> list[tuple[str, PairSpec, ScanPair | None, together.Outcome]]:
+    """Returns rows with their scans and what came of registering them."""
+    read: list[ScanPair | UserError] = []
+    for *_, future in batch:
+        try:
+            read.append(future.result())
+        except UserError as error:
+            read.append(error)
+    requests = [
+        together.Request(
+            scans.moving,
+            scans.fixed,
+            model,
+            _options_of_row(pair, options, model),
+            scans.regions,
+            sam,
+        )
+        for (_, pair, _), scans in zip(batch, read, strict=True)
+        if isinstance(scans, ScanPair)
+    ]
+    found = iter(together.register_each(requests, devices))
+    return [
+        (row, pair, None, scans)
+        if isinstance(scans, UserError)
+        else (row, pair, scans, next(found))
+        for (row, pair, _), scans in zip(batch, read, strict=True)
+    ]
+
+
+def _written(
+    writer: futures.Executor,
+    row: str,
+    pair: PairSpec,
+    scans: ScanPair | None,
+    found: together.Outcome,
+) -> futures.Future[Outcome]:
+    """Returns the row's outcome to be: when its files are written, or at once."""
+    if scans is not None and not isinstance(found, UserError):
+        return writer.submit(_write, row, pair, scans, found)
+    failed: futures.Future[Outcome] = futures.Future()
+    assert isinstance(found, UserError)
+    failed.set_exception(found)
+    return failed
 
 
 def _options_of_row(
@@ -357,19 +403,90 @@ def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
     return found
 
 
+_COLUMNS = tuple(field.name for field in dataclasses.fields(Outcome))
+
+
 def write_summary(path: files.PathLike, outcomes: Iterable[Outcome]) -> None:
     """Writes a CSV with a row for each outcome, whole or not at all.
 
     Raises:
       UserError: the file cannot be written.
     """
-    names = [field.name for field in dataclasses.fields(Outcome)]
+    _write_cells(
+        path,
+        ([_cell(getattr(outcome, name)) for name in _COLUMNS] for outcome in outcomes),
+    )
+
+
+def _write_cells(path: files.PathLike, lines: Iterable[Sequence[str]]) -> None:
     with files.atomic_path(path) as unfinished:
         with open(unfinished, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(names)
-            for outcome in outcomes:
-                writer.writerow([_cell(getattr(outcome, name)) for name in names])
+            writer.writerow(_COLUMNS)
+            writer.writerows(lines)
+
+
+def merge_summaries(
+    path: files.PathLike, rows: Rows, count: int
+) -> collections.Counter[str]:
+    """Puts the summaries of a list's parts together, in the list's order.
+
+    Args:
+      path: of the whole list's summary; those of its parts lie beside it, see
+        `parts.Part.file`.
+      rows: of the whole list.
+      count: of its parts.
+
+    Returns:
+      How many rows have each status.
+
+    Raises:
+      UserError: a part lacks a row, or is one of another list; or the file cannot be
+        written.
+    """
+    cells: dict[str, list[str]] = {}
+    for part in parts.every(count):
+        names = part.of(list(rows))
+        known = _summary_lines(part.file(path)) if names else {}
+        for row in names:
+            if row not in known:
+                raise UserError(
+                    f"{part.file(path)} lacks {row}; finish {part} first, by `part` "
+                    f"{part.number}/{part.count} and `skip_existing`"
+                )
+            for name in ("fixed", "moving"):
+                here, there = getattr(rows[row], name), known[row][name]
+                if files.scan_name(here) != files.scan_name(there):
+                    raise UserError(
+                        f"{part.file(path)} has {there} as {name} scan of {row}, the "
+                        f"list {here}; register the parts of the present list"
+                    )
+            cells[row] = [known[row][name] for name in _COLUMNS]
+    _write_cells(path, (cells[row] for row in rows))
+    status = _COLUMNS.index("status")
+    return collections.Counter(line[status] for line in cells.values())
+
+
+def _summary_lines(path: pathlib.Path) -> dict[str, dict[str, str]]:
+    """Returns the lines of a part's summary, by their rows.
+
+    Raises:
+      UserError: it is missing or no summary.
+    """
+    files.check_readable(path, "summary")
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            lines = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV text ({error}); write it again") from error
+    if tuple(reader.fieldnames or ()) != _COLUMNS or any(
+        None in line or None in line.values() for line in lines
+    ):
+        raise UserError(
+            f"{path} is no summary that register wrote, or is damaged; write it again"
+        )
+    return {line["row"]: line for line in lines}
 
 
 def _cell(value: object) -> str:

@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -83,36 +83,81 @@ def register(
       UserError: options, scans, masks or label maps do not go together, or a scan is
         an array, whose place nobody knows.
     """
+    prepared = prepare(moving, fixed, model, options, regions, sam, start)
+    return finish(prepared, progress=progress)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prepared:
+    """Two scans on the network grid, with all that registers them.
+
+    Attributes:
+      given: the scans as they were read.
+      model: as it serves the pair's task, see `preparation.conditioning_of`.
+      options: with the grid and the intensities of the weights.
+      conditioned: what the network is told of the pair.
+      sam: see `register`.
+      placed: the scans on the network grid.
+      seconds: of each phase so far.
+    """
+
+    given: scan_pair.ScanPair
+    model: zoo.LoadedModel | None
+    options: Options
+    conditioned: conditioning.TaskValues
+    sam: TrainedSam | None
+    placed: "_Placed"
+    seconds: dict[str, float]
+
+
+def prepare(
+    moving: given.Scan,
+    fixed: given.Scan,
+    model: zoo.LoadedModel | str | os.PathLike[str] | None,
+    options: Options,
+    regions: Regions | None,
+    sam: TrainedSam | None,
+    start: select.Prealignment | None,
+) -> Prepared:
+    """Returns two scans ready for the network; the arguments are those of `register`.
+
+    Raises:
+      UserError: see `register`.
+    """
     options_lib.check_options(options)
     scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
     options_lib.check_regions(options, vars(scans.regions))
     model, conditioned = preparation.conditioning_of(model, options, sam)
     preparation.warn_of_orientation(scans.fixed, model, options)
     options = preparation.with_rule_of(model, preparation.with_grid(options, model))
-    found = _register(scans, model, options, conditioned, sam, start, progress)
-    return dataclasses.replace(
-        found,
-        conditioning=conditioned.text,
-        scans=dataclasses.replace(scans, regions=Regions()),
-    )
-
-
-def _register(
-    scans: scan_pair.ScanPair,
-    model: zoo.LoadedModel | None,
-    options: Options,
-    conditioned: conditioning.TaskValues,
-    sam: TrainedSam | None,
-    start: select.Prealignment | None,
-    progress: Progress | None,
-) -> RegistrationResult:
-    """Registers scans that go together with the options, each phase timed."""
-    alone = _prealigns_alone(model, options)
+    _prealigns_alone(model, options)  # or there is nothing to do
     seconds: dict[str, float] = {}
     placed = _placed(scans, model, options, conditioned, sam, start, seconds)
+    return Prepared(scans, model, options, conditioned, sam, placed, seconds)
+
+
+def finish(
+    prepared: Prepared,
+    *,
+    by_network: loop.Optimized | None = None,
+    progress: Progress | None = None,
+) -> RegistrationResult:
+    """Returns the registration of prepared scans.
+
+    Args:
+      prepared: by `prepare`.
+      by_network: what the network made of the pair, where it has seen it already, see
+        `network_task`.
+      progress: see `register`.
+
+    Raises:
+      UserError: the optimisation diverged.
+    """
+    model, options, placed = prepared.model, prepared.options, prepared.placed
+    seconds = prepared.seconds
     scan, grids, start = placed.scans.fixed.grid, placed.scans.grids, placed.scans.start
     with _Clock(seconds, "register"):
-        found, options, domains = _found(placed, model, options, progress, sam)
+        found, options, domains = _found(prepared, by_network, progress)
         there, back = _with_residual_field(
             found, placed.residual_field, options.grid_shape
         )
@@ -123,8 +168,8 @@ def _register(
         rest = forward if placed.residual_field is None else found.forward
         scores = _scores(placed, rest, options)
         transform, forward = _beyond_the_box(there, grids, scan)
-        if alone and start:  # a pre-alignment alone is exact as it is
-            transform = start.in_world
+        if start and _prealigns_alone(model, options):
+            transform = start.in_world  # a pre-alignment alone is exact as it is
         placement = preparation.placement_of(model, options)
         folding_percent, sdlogj = metrics.regularity(
             transform, placement.measured(scan, options.grid_shape)
@@ -155,6 +200,8 @@ def _register(
         seconds=seconds,
         prealigned_from=start.start if start else "",
         started_from="" if start else found.start,
+        conditioning=prepared.conditioned.text,
+        scans=dataclasses.replace(prepared.given, regions=Regions()),
         **scores,
     )
 
@@ -215,17 +262,14 @@ def _placed(
 
 
 def _found(
-    placed: _Placed,
-    model: zoo.LoadedModel | None,
-    options: Options,
-    progress: Progress | None,
-    sam: TrainedSam | None,
+    prepared: Prepared, by_network: loop.Optimized | None, progress: Progress | None
 ) -> tuple[loop.Optimized, Options, Mapping[str, float]]:
     """Returns unit transforms, the options with the similarity in use, the domains."""
+    model, options, pair = prepared.model, prepared.options, prepared.placed.pair
     # The network's products only: sampling and losses ask for full precision.
     with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
-        found = _optimise(placed.pair, model, options, placed.scans, progress, sam)
-        domains = {} if model is None else conditioning.domains(model, placed.pair)
+        found = _optimise(prepared, by_network, progress)
+        domains = {} if model is None else conditioning.domains(model, pair)
     similar = found.similarity or options.io_sim
     return found, dataclasses.replace(options, io_sim=similar), domains
 
@@ -371,36 +415,47 @@ def _beyond_the_box(
     return world, whole
 
 
+def network_task(
+    model: zoo.LoadedModel | None, options: Options
+) -> Literal["none", "predict", "optimise"]:
+    """Returns what the network does for a pair."""
+    if model is None:
+        return "none"
+    if options.io_iterations is None or options.io_target in options_lib.REFINING:
+        return "predict"
+    return "optimise" if options.io_target == "network" else "none"
+
+
+def optimisation_of(options: Options) -> dict[str, Any]:
+    """Returns steps and, perhaps, learning rate of an optimisation, by argument."""
+    found: dict[str, Any] = {"steps": options.io_iterations}
+    if options.io_lr is not None:
+        found["learning_rate"] = options.io_lr
+    return found
+
+
 def _optimise(
-    pair: Pair,
-    model: zoo.LoadedModel | None,
-    options: Options,
-    scans: without_network.Scans,
-    progress: Progress | None,
-    sam: TrainedSam | None,
+    prepared: Prepared, by_network: loop.Optimized | None, progress: Progress | None
 ) -> loop.Optimized:
     """Returns the unit transforms of prediction and instance optimisation."""
+    model, options, scans = prepared.model, prepared.options, prepared.placed.scans
+    pair, task = prepared.placed.pair, network_task(prepared.model, options)
     predicted = features.UNTOUCHED
     if model is None and options.io_target != "displacement":
         options, predicted = without_network.placed(options, scans)
-    if model is not None and (
-        options.io_iterations is None or options.io_target in options_lib.REFINING
-    ):
-        predicted = network_lib.predict(model.model, model.variables, pair)
+    if model is not None and task == "predict":
+        predicted = by_network or network_lib.predict(
+            model.model, model.variables, pair
+        )
     if options.io_iterations is None:
         return predicted
-    common: dict[str, Any] = {
-        "steps": options.io_iterations,
-        "progress": progress,
-    }
-    if options.io_lr is not None:
-        common["learning_rate"] = options.io_lr
+    common: dict[str, Any] = {**optimisation_of(options), "progress": progress}
     if options.io_target in ("map", "displacement"):  # where nothing else is seen
         pair = preparation.as_compared(pair)
     if options.io_target == "map":
         return map_lib.optimize_map(pair, predicted, loss=options.io_sim, **common)
     if options.io_target == "features":
-        extract = _extractor(preparation.sam_for(model, sam), options)
+        extract = _extractor(preparation.sam_for(model, prepared.sam), options)
         if extract is features.mind_features:
             pair = preparation.as_compared(pair)
         return features.optimize_features(pair, predicted, extract, **common)
@@ -408,7 +463,7 @@ def _optimise(
     if options.io_target == "displacement":
         return without_network.find_displacement(pair, options, scans, common)
     assert model is not None
-    return network_lib.optimize_network(
+    return by_network or network_lib.optimize_network(
         model.model, model.variables, pair, preparation.objective_of(options), **common
     )
 
@@ -481,7 +536,8 @@ class _Clock:
         self._start = time.perf_counter()
 
     def __exit__(self, *_):
-        self._seconds[self._phase] = time.perf_counter() - self._start
+        spent = time.perf_counter() - self._start
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
 
 
 def _check_finite(forward: transform_lib.Transform, options: Options) -> None:

@@ -143,7 +143,7 @@ def warn_of_orientation(
         "differs. In a checkpoint folder it is said by "
         f'"orientation": "{network_grid.CANONICAL}" (or what they had) under '
         "preprocessing in jaxreg.json",
-        stacklevel=3,
+        stacklevel=4,
     )
 
 

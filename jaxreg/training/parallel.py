@@ -274,6 +274,8 @@ def start_processes(
     count: int | None = None,
     index: int | None = None,
     heartbeat_s: int = 100,
+    *,
+    patience_s: int = _PATIENCE_S,
 ) -> None:
     """Joins this process to the others; before anything asks JAX for devices.
 
@@ -283,6 +285,7 @@ def start_processes(
       count: number of processes.
       index: this one's, from 0.
       heartbeat_s: silence of another after which JAX aborts; `peers` says more, sooner.
+      patience_s: how long one that ends waits for the others.
 
     Raises:
       UserError: the others cannot be found.
@@ -293,7 +296,7 @@ def start_processes(
             count,
             index,
             heartbeat_timeout_seconds=heartbeat_s,
-            shutdown_timeout_seconds=_PATIENCE_S,
+            shutdown_timeout_seconds=patience_s,
         )
     except (ValueError, RuntimeError) as error:
         raise UserError(

@@ -6,11 +6,13 @@ of the final parameters without a second compiled program.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxreg.losses.objective import Objective
 from jaxreg.models.base import RegistrationModel
@@ -18,6 +20,7 @@ from jaxreg.registration.optimization import loop
 from jaxreg.registration.optimization.loop import Optimized, Progress, Report
 from jaxreg.training import step as step_lib
 from jaxreg.typing import Key, Pair, Variables
+from jaxreg.xla import spreading
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -123,3 +126,106 @@ def optimize_network(
     )
     forward, backward = found[0]
     return Optimized(forward, backward, found[1])
+
+
+# --- several pairs at once, each on a device of its own ------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _predict_each(model, mesh, variables, pairs):
+    def one(variables, pair):
+        return _predict(model, variables, pair)
+
+    return spreading.each(one, mesh)(variables, pairs)
+
+
+def predict_each(
+    model: RegistrationModel,
+    variables: Variables,
+    pairs: Sequence[Pair],
+    mesh: Mesh,
+    to: Sequence[spreading.Device],
+) -> list[Optimized]:
+    """Returns what `predict` gives for each of several pairs, to float rounding.
+
+    Args:
+      model: the network.
+      variables: its weights.
+      pairs: one for each device, alike in form and shapes.
+      mesh: the devices.
+      to: where each result is to be.
+    """
+    on_all = spreading.replicate(variables, mesh)
+    found = _predict_each(model, mesh, on_all, spreading.place(pairs, mesh))
+    return [Optimized(*maps) for maps in spreading.split(found, mesh, to)]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _start_each(model, mesh, variables, pairs):
+    def one(variables, pair):
+        own = model.cache_features(variables, pair.moving, pair.fixed)
+        return _network_start(dict(own))
+
+    return spreading.each(one, mesh)(variables, pairs)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "objective", "mesh"), donate_argnames="states"
+)
+def _step_each(states, index, pairs, key, learning_rate, *, model, objective, mesh):
+    def one(shared, own):
+        index, key, learning_rate = shared
+        state, pair = own
+        return _network_step(
+            state, index, pair, key, None, learning_rate,
+            model=model, objective=objective,
+        )  # fmt: skip
+
+    return spreading.each(one, mesh)((index, key, learning_rate), (states, pairs))
+
+
+def optimize_each(
+    model: RegistrationModel,
+    variables: Variables,
+    pairs: Sequence[Pair],
+    objective: Objective,
+    mesh: Mesh,
+    to: Sequence[spreading.Device],
+    *,
+    steps: int = 50,
+    learning_rate: float = 2e-5,
+    key: Key,
+) -> list[Optimized]:
+    """Returns what `optimize_network` gives for each of several pairs, to rounding.
+
+    Each device adapts weights of its own, by its own pair's objective.
+
+    Args:
+      model: the network.
+      variables: its weights.
+      pairs: one for each device, alike in form and shapes.
+      objective: what is minimised.
+      mesh: the devices.
+      to: where each result is to be.
+      steps: see `optimize_network`.
+      learning_rate: see `optimize_network`.
+      key: draws the jitter of each step, the same for every pair.
+    """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, it must be at least 1")
+    placed = spreading.place(pairs, mesh)
+
+    def step(states, index):
+        return _step_each(
+            states, index, placed, key, learning_rate,
+            model=model, objective=objective, mesh=mesh,
+        )  # fmt: skip
+
+    start = _start_each(model, mesh, spreading.replicate(variables, mesh), placed)
+    found, history = loop.repeat(step, start, steps)
+    return [
+        Optimized(
+            forward, backward, {name: values[:, i] for name, values in history.items()}
+        )
+        for i, (forward, backward) in enumerate(spreading.split(found, mesh, to))
+    ]
