@@ -16,11 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from jaxreg.cli.options import (
     OPTIMISATION,
     PANELS,
+    Division,
     LandmarksFrame,
     SamWeights,
     app,
     load_sam,
     parse_labels,
+    print_merging,
+    print_part,
     with_modalities,
 )
 from jaxreg.cli.parser import verb
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from jaxreg.data.manifest.records import Manifest
     from jaxreg.data.pair_list import PairSpec
     from jaxreg.evaluation.run import Progress
-    from jaxreg.evaluation.table import EvalRecord
+    from jaxreg.evaluation.table import EvalRecord, Result
 
 Path = pathlib.Path
 
@@ -86,6 +89,17 @@ class Methods:
     landmarks_frame: LandmarksFrame = "lps"
 
 
+@dataclasses.dataclass(frozen=True)
+class Progressed(Division):
+    """The same, and what an earlier run has done.
+
+    Attributes:
+      skip_existing: Pass over pairs whose rows are in --out, but for those that failed.
+    """
+
+    skip_existing: bool = False
+
+
 _ANY_MODALITY = {"fixed_modality": None, "moving_modality": None}
 
 
@@ -97,18 +111,25 @@ _ANY_MODALITY = {"fixed_modality": None, "moving_modality": None}
     defaults={**_ANY_MODALITY, "io_iterations": None},
 )
 def evaluate_verb(
-    chosen: Pairs, methods: Methods, sam_network: SamWeights, options: Options
+    chosen: Pairs,
+    divided: Progressed,
+    methods: Methods,
+    sam_network: SamWeights,
+    options: Options,
 ) -> None:
     """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
 
     A pair that names no modality takes the options', MRI without. With --io-iterations
     there are rows with so many steps of optimisation as well. The files of --out are
-    written anew after every pair; a pair that fails is warned about and left empty.
+    written anew after every pair, or as many as there are devices; a pair that fails is
+    warned about and left empty.
     """
     _check_source(chosen, "evaluate")
-    from jaxreg.evaluation import baselines, run, table
+    from jaxreg.evaluation import baselines, run, sharing
+    from jaxreg.registration import together
     from jaxreg.weights import load
 
+    part = divided.own_part()
     tools = [tool.strip() for tool in methods.others.split(",") if tool.strip()]
     baselines.check_installed(tools)
     named = None if methods.model == "none" else methods.model
@@ -122,13 +143,30 @@ def evaluate_verb(
     sam = load_sam(options.prealign, sam_network.sam_weights, named)
     loaded = None if named is None else load.load(named)
     pairs, names, options = _paired(listed, chosen, loaded, options)
-    with _shown(chosen.out) as progress:
+    if divided.merge_parts is not None:
+        found = sharing.merge_files(
+            pairs, divided.merge_parts, out=chosen.out, label_names=names
+        )
+        _conclude(found, chosen.out, names)
+        return
+    out, own = chosen.out, len(pairs)
+    if part is not None:
+        out, own = part.file(out), len(part.of(pairs))
+        print_part(part, own, len(pairs))
+    if not own:
+        return
+    devices = together.devices_for(own)
+    if len(devices) > 1:
+        print(together.described(devices))
+    with _shown(out, "add --skip-existing to go on, --count for fewer") as progress:
         found = run.evaluate_files(
             pairs,
             loaded,
             options,
             out=chosen.out,
             label_names=names,
+            part=part,
+            skip_existing=divided.skip_existing,
             with_optimisation=options.io_iterations is not None,
             others={tool: baselines.TOOLS[tool] for tool in tools},
             labels=chosen.labels,
@@ -137,8 +175,15 @@ def evaluate_verb(
             sam=sam,
             progress=progress,
         )
+    print_merging(part, chosen.out)
+    _conclude(found, out, names)
+
+
+def _conclude(found: "Result", out: pathlib.Path, names) -> None:
+    from jaxreg.evaluation import table
+
     print(table.markdown(found, label_names=names))
-    print(f"wrote {chosen.out} and {chosen.out.with_suffix('.md')}")
+    print(f"wrote {out} and {out.with_suffix('.md')}")
     if found.failed:
         raise UserError(
             f"{len(found.failed)} of {len(found.rows)} rows failed for the reasons "
@@ -210,10 +255,16 @@ def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
 
 
 @contextlib.contextmanager
-def _shown(out: pathlib.Path) -> "Iterator[Progress]":
+def _shown(
+    out: pathlib.Path, more: str = "give --count for fewer pairs"
+) -> "Iterator[Progress]":
     """Shows rows as they are done; after an interrupt, says where those are.
 
     The table has whole pairs, and is not there before the first one is done.
+
+    Args:
+      out: the table.
+      more: what to do then.
     """
     before = _written_at(out)
 
@@ -224,7 +275,7 @@ def _shown(out: pathlib.Path) -> "Iterator[Progress]":
     def kept() -> str:
         done = _written_at(out) != before
         found = f"the pairs that are done are in {out}" if done else "no pair is done"
-        return f"{found}; give --count for fewer pairs"
+        return f"{found}; {more}"
 
     with interrupted(kept), Bar("evaluate", waiting="compiling, the first pair") as bar:
         yield show

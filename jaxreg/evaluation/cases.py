@@ -41,14 +41,9 @@ def check_pairs(
       UserError: files or options do not go together; names the pair.
     """
     grids: dict[pathlib.Path, Grid] = {}
-    outputs: set[pathlib.Path] = set()
-    seen: set[tuple[str, str]] = set()
     for pair, name in zip(pairs, names, strict=True):
-        if (pair.table, name) in seen:
-            raise UserError(f"pair {name} of {pair.table} is listed twice; remove one")
-        seen.add((pair.table, name))
         try:
-            _check_pair(pair, options, frame, grids, outputs)
+            _check_pair(pair, options, frame, grids)
         except UserError as error:
             raise UserError(f"pair {name}: {error}") from error
     rows_lib.warn_of_idle_masks(pairs, options, stacklevel=4)
@@ -60,7 +55,7 @@ def check_pairs(
         )
 
 
-def _check_pair(pair: PairSpec, options: options_lib.Options, frame, grids, outputs):
+def _check_pair(pair: PairSpec, options: options_lib.Options, frame, grids):
     options_lib.check_options(rows_lib.options_of(pair, options))
     given = {name: None for name in vars(options_lib.Regions())}
     if rows_lib.uses_masks(options):
@@ -75,10 +70,6 @@ def _check_pair(pair: PairSpec, options: options_lib.Options, frame, grids, outp
         transforms.check_transform_path(pair.transform_out, "transform_out")
     if pair.warped_out is not None:
         volumes.check_volume_path(pair.warped_out, "warped_out")
-    for path in (pair.transform_out, pair.warped_out):
-        if path is not None and path.absolute() in outputs:
-            raise UserError(f"{path} is an output twice; name another file")
-        outputs.update([path.absolute()] if path is not None else [])
 
 
 def read(pair: PairSpec, name: str, options: options_lib.Options, frame: Frame) -> Case:

@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxreg import metrics
 from jaxreg.data import network_grid
-from jaxreg.data.pair_list import PairSpec, pair_names
+from jaxreg.data.pair_list import PairSpec
 from jaxreg.errors import UserError
-from jaxreg.evaluation import cases
+from jaxreg.evaluation import cases, sharing
 from jaxreg.evaluation import table as table_lib
 from jaxreg.evaluation.cases import Case
 from jaxreg.io import files
@@ -28,7 +29,7 @@ from jaxreg.io.tables import Frame
 from jaxreg.models.sam import TrainedSam
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import pair as pair_lib
-from jaxreg.registration import preparation, scan_pair
+from jaxreg.registration import parts, preparation, scan_pair, together
 from jaxreg.registration import rows as rows_lib
 from jaxreg.registration.prealign import select
 from jaxreg.space import transform as transform_lib
@@ -36,6 +37,7 @@ from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Transform
 from jaxreg.weights import zoo
+from jaxreg.xla import spreading
 
 Method = Callable[[Volume, Volume], Transform]
 """Another way to register: (moving, fixed) to fixed mm -> moving mm."""
@@ -45,15 +47,29 @@ Method = Callable[[Volume, Volume], Transform]
 
 Progress = Callable[[int, int, table_lib.EvalRecord], None]
 """Called after each row with (rows done, rows in all, the row)."""
+_Found = tuple[Transform, float] | UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class _MethodRun:
-    """A method: its name, how it finds a transform, whether it compiles programs."""
+    """A method.
+
+    Attributes:
+      name: in the table.
+      find: (cases, devices) to each case's transform and seconds, or why there is none.
+      compiles: whether it compiles programs.
+    """
 
     name: str
-    find: Callable[[Case], tuple[Transform, float]]
+    find: Callable[[Sequence[Case], Sequence[spreading.Device]], list[_Found]]
     compiles: bool = False
+
+
+def _one_by_one(find: Callable[[Case], tuple[Transform, float]]):
+    def each(cases: Sequence[Case], devices: Sequence[spreading.Device]):
+        return [together.or_error(find, case) for case in cases]
+
+    return each
 
 
 def evaluate(
@@ -69,7 +85,7 @@ def evaluate(
     name: str | None = None,
     sam: TrainedSam | None = None,
     progress: Progress | None = None,
-    keep: Callable[[table_lib.Result], None] | None = None,
+    share: sharing.Share | None = None,
 ) -> table_lib.Result:
     """Registers every pair by every method asked for, and measures the results.
 
@@ -84,7 +100,7 @@ def evaluate(
     neither has is NaN and left out of the means.
 
     What fails on one pair is warned about and leaves a row without numbers; the others
-    go on.
+    go on. As many pairs are registered at a time as there are devices, see `together`.
 
     Args:
       pairs: from `pair_list.read_pairs` or `pairs.pairs_of_manifest`.
@@ -100,7 +116,7 @@ def evaluate(
       name: what to call the model; its own name if None.
       sam: see `pair.register`.
       progress: called after each row.
-      keep: called after each pair with all rows so far, to save them.
+      share: which of the pairs are this process', and where their rows go.
 
     Returns:
       One row per method and pair.
@@ -120,97 +136,111 @@ def evaluate(
     method_runs = _method_runs(
         model, options, with_optimisation, name, others or {}, smoothness, sam
     )
-    names = pair_names(pairs)
-    cases.check_pairs(pairs, names, options, landmarks_frame)
+    share = share or sharing.Share()
+    whole = sharing.named(pairs)
+    own = share.of(whole)
+    mine, names = list(own.values()), [name for _, name in own]
+    cases.check_pairs(mine, names, options, landmarks_frame)
     pairings = [f"pair {name}" for name in names]
-    rows_lib.check_conditioning(pairs, pairings, model, options, smoothness)
-    rows_lib.warn_of_validation_scans(pairs, model, stacklevel=3)
-    rows: list[table_lib.EvalRecord] = []
+    rows_lib.check_conditioning(mine, pairings, model, options, smoothness)
+    rows_lib.warn_of_validation_scans(mine, model, stacklevel=3)
+    methods = [method_run.name for method_run in method_runs]
+    rows = share.finished(own, methods)
+    there = {(row.task, row.pair) for row in rows}
+    waiting = [(p, name[1]) for name, p in own.items() if name not in there]
+    if rows and share.keep is not None:
+        share.keep(sharing.in_order(rows, methods, whole))
     placement = preparation.placement_of(model, options)
-    for pair, called in zip(pairs, names, strict=True):
+    devices = share.devices or together.devices_for(len(waiting))
+    compiled: set[str] = set()
+    for first in range(0, len(waiting), len(devices)):
+        batch = waiting[first : first + len(devices)]
+        firsts: set[str] = set()
         for row in _rows_of(
-            pair, called, method_runs, options, placement, labels, landmarks_frame
+            batch, method_runs, devices, options, placement, labels, landmarks_frame
         ):
-            rows.append(row)
+            firsts |= {row.method} if row.first else set()
+            first_ever = row.first and row.method not in compiled
+            rows.append(dataclasses.replace(row, first=first_ever))
             if progress is not None:
-                progress(len(rows), len(pairs) * len(method_runs), row)
-        if keep is not None:
-            keep(table_lib.Result(_in_order(rows, method_runs)))
-    return table_lib.Result(_in_order(rows, method_runs))
+                progress(len(rows), len(own) * len(method_runs), rows[-1])
+        compiled |= firsts
+        if share.keep is not None:
+            share.keep(sharing.in_order(rows, methods, whole))
+    return sharing.in_order(rows, methods, whole)
 
 
 def _rows_of(
-    pair: PairSpec,
-    name: str,
+    batch: Sequence[tuple[PairSpec, str]],
     method_runs: Sequence[_MethodRun],
+    devices: Sequence[spreading.Device],
     options: options_lib.Options,
     placement: network_grid.ResamplingRule,
     labels: Sequence[int] | None,
     frame: Frame,
 ) -> Iterator[table_lib.EvalRecord]:
-    """Yields a pair's rows; without numbers, and with a warning, if a method fails."""
-    written = next((w for w in reversed(method_runs) if w.compiles), None)
-    try:
-        case = cases.read(pair, name, options, frame)
-    except UserError as error:
-        warnings.warn(f"pair {name} is left out: {error}", stacklevel=3)
-        yield from (
-            table_lib.EvalRecord(method_run.name, pair.table, name)
-            for method_run in method_runs
-        )
-        return
-    present = cases.labels_of(case, labels)
-    measured = placement.measured(
-        placement.reoriented(case.scans.fixed).grid, options.grid_shape
-    )
-    for method_run in method_runs:
-        try:
-            found, seconds = method_run.find(case)
-            row = _measure(case, found, method_run.name, present, measured)
-            if method_run is written:
-                scan_pair.write(
-                    case.scans, found,
-                    transform_out=pair.transform_out, warped_out=pair.warped_out,
-                )  # fmt: skip
-            yield dataclasses.replace(row, seconds=seconds, first=method_run.compiles)
-        except UserError as error:
-            warnings.warn(
-                f"pair {name}: {method_run.name} failed: {error}", stacklevel=3
-            )
-            yield table_lib.EvalRecord(method_run.name, pair.table, name)
+    """Yields the rows of pairs that are registered at once, method by method.
 
-
-def _in_order(
-    rows: Sequence[table_lib.EvalRecord], method_runs: Sequence[_MethodRun]
-) -> tuple[table_lib.EvalRecord, ...]:
-    """Orders rows by method and gives the rows of a task the same labels.
-
-    A row is a method's first if it is the first that did not fail.
+    Without numbers, and with a warning, where a method fails.
     """
-    known: dict[str, set[int]] = {}
-    for row in rows:
-        known.setdefault(row.task, set()).update(row.dice)
-
-    def filled(
-        row: table_lib.EvalRecord, scores: Mapping[int, float]
-    ) -> dict[int, float]:
-        return {n: scores.get(n, math.nan) for n in sorted(known[row.task])}
-
-    compiled: set[str] = set()
-    ordered: dict[str, list[table_lib.EvalRecord]] = {
-        method_run.name: [] for method_run in method_runs
-    }
-    for row in rows:
-        ordered[row.method].append(
-            dataclasses.replace(
-                row,
-                dice=filled(row, row.dice),
-                hd95_mm=filled(row, row.hd95_mm),
-                first=row.first and row.method not in compiled,
+    written = next((w for w in reversed(method_runs) if w.compiles), None)
+    read = [_read(pair, name, options, frame) for pair, name in batch]
+    present = [() if c is None else cases.labels_of(c, labels) for c in read]
+    for method_run in method_runs:
+        found = iter(method_run.find([c for c in read if c is not None], devices))
+        for (pair, name), case, counted in zip(batch, read, present, strict=True):
+            if case is None:
+                yield table_lib.EvalRecord(method_run.name, pair.table, name)
+                continue
+            measured = placement.measured(
+                placement.reoriented(case.scans.fixed).grid, options.grid_shape
             )
-        )
-        compiled |= {row.method} if row.first else set()
-    return tuple(row for group in ordered.values() for row in group)
+            try:
+                yield _row(
+                    case, next(found), method_run, counted, measured,
+                    write=method_run is written,
+                )  # fmt: skip
+            except UserError as error:
+                warnings.warn(
+                    f"pair {name}: {method_run.name} failed: {error}", stacklevel=3
+                )
+                yield table_lib.EvalRecord(method_run.name, pair.table, name)
+
+
+def _read(
+    pair: PairSpec, name: str, options: options_lib.Options, frame: Frame
+) -> Case | None:
+    try:
+        return cases.read(pair, name, options, frame)
+    except UserError as error:
+        warnings.warn(f"pair {name} is left out: {error}", stacklevel=4)
+        return None
+
+
+def _row(
+    case: Case,
+    found: _Found,
+    method_run: _MethodRun,
+    present: tuple[int, ...],
+    measured: Grid,
+    *,
+    write: bool,
+) -> table_lib.EvalRecord:
+    """Returns the row of what a method found; see `_measure`.
+
+    Raises:
+      UserError: it found nothing, or a file cannot be written.
+    """
+    if isinstance(found, UserError):
+        raise found
+    transform, seconds = found
+    row = _measure(case, transform, method_run.name, present, measured)
+    if write:
+        scan_pair.write(
+            case.scans, transform,
+            transform_out=case.spec.transform_out, warped_out=case.spec.warped_out,
+        )  # fmt: skip
+    return dataclasses.replace(row, seconds=seconds, first=method_run.compiles)
 
 
 def _method_runs(
@@ -229,7 +259,8 @@ def _method_runs(
     start = _prealigned(model, options, sam) if prealigned else None
     method_runs = _starts(model, options, start)
     method_runs += [
-        _MethodRun(other, _timed(method)) for other, method in others.items()
+        _MethodRun(other, _one_by_one(_timed(method)))
+        for other, method in others.items()
     ]
     if model is not None:
         called = name or pathlib.PurePath(model.name).name
@@ -297,8 +328,10 @@ def _starts(
         return _resized(case, options, placement), math.nan
 
     method_runs = [
-        _MethodRun(table_lib.INITIAL, lambda case: (Transform(()), math.nan)),
-        _MethodRun(table_lib.RESIZED, resized),
+        _MethodRun(
+            table_lib.INITIAL, _one_by_one(lambda case: (Transform(()), math.nan))
+        ),
+        _MethodRun(table_lib.RESIZED, _one_by_one(resized)),
     ]
     if start is not None:
 
@@ -307,7 +340,7 @@ def _starts(
             return found.in_world, seconds
 
         name = f"pre-aligned, {options.prealign}"
-        method_runs.append(_MethodRun(name, prealigned, compiles=True))
+        method_runs.append(_MethodRun(name, _one_by_one(prealigned), compiles=True))
     return method_runs
 
 
@@ -330,7 +363,8 @@ def _prealigned(
 ) -> _Start:
     """Returns what finds a pair's pre-alignment, once for all its rows."""
 
-    @functools.lru_cache(maxsize=1)
+    # Of the pairs that are registered at once.
+    @functools.lru_cache(maxsize=len(jax.local_devices()))
     def find(case: Case) -> tuple[select.Prealignment, float]:
         start = time.perf_counter()
         found = pair_lib.prealigned(
@@ -374,22 +408,43 @@ def _registered(
     sam: TrainedSam | None,
     start: _Start | None,
 ):
-    def find(case: Case) -> tuple[Transform, float]:
-        begin, seconds = (None, 0.0) if start is None else start(case)
-        found = pair_lib.register(
-            case.scans.moving,
-            case.scans.fixed,
-            model,
-            rows_lib.options_of(case.spec, options, model),
-            regions=case.scans.regions,
-            sam=sam,
-            start=begin,
-        )
-        for phase in ("preprocess", "prealign", "register"):
-            seconds += found.seconds.get(phase, 0.0)
-        return found.transform, seconds
+    def find(
+        several: Sequence[Case], devices: Sequence[spreading.Device]
+    ) -> list[_Found]:
+        begins = [
+            (None, 0.0) if start is None else together.or_error(start, case)
+            for case in several
+        ]
+        requests = [
+            together.Request(
+                case.scans.moving,
+                case.scans.fixed,
+                model,
+                rows_lib.options_of(case.spec, options, model),
+                case.scans.regions,
+                sam,
+                begin[0],
+            )
+            for case, begin in zip(several, begins, strict=True)
+            if not isinstance(begin, UserError)
+        ]
+        registered = iter(together.register_each(requests, devices))
+        return [
+            begin
+            if isinstance(begin, UserError)
+            else _timed_result(next(registered), begin[1])
+            for begin in begins
+        ]
 
     return find
+
+
+def _timed_result(found: together.Outcome, seconds: float) -> _Found:
+    if isinstance(found, UserError):
+        return found
+    for phase in ("preprocess", "prealign", "register"):
+        seconds += found.seconds.get(phase, 0.0)
+    return found.transform, seconds
 
 
 def _measure(
@@ -444,11 +499,14 @@ def evaluate_files(
     *,
     out: files.PathLike,
     label_names: Mapping[str, Mapping[int, str]] | None = None,
+    part: parts.Part | None = None,
+    skip_existing: bool = False,
     **settings: Any,
 ) -> table_lib.Result:
     """Evaluates, writes the rows as CSV and the tables as Markdown beside it.
 
-    Both are written anew after every pair, so that an interrupt loses one at most.
+    Both are written anew after every pair, so that an interrupt loses one at most, or
+    as many as there are devices.
 
     Args:
       pairs: see `evaluate`.
@@ -456,7 +514,10 @@ def evaluate_files(
       options: see `evaluate`.
       out: the CSV file; the Markdown gets its name with .md.
       label_names: see `table.markdown`.
-      **settings: keyword arguments of `evaluate`, all but `keep`.
+      part: the pairs to evaluate, whose files have names of their own beside those, see
+        `parts.Part.file`; all if None.
+      skip_existing: pass over pairs whose rows are in the CSV file.
+      **settings: keyword arguments of `evaluate`, all but `share`.
 
     Returns:
       The rows.
@@ -464,13 +525,11 @@ def evaluate_files(
     Raises:
       UserError: see `evaluate`; or a file cannot be written, which is said first.
     """
-    out = files.check_writable(out, "`out`", suffixes=(".csv",))
-    tables = files.check_writable(out.with_suffix(".md"), "`out`")
-
-    def keep(result: table_lib.Result) -> None:
-        table_lib.write_csv(out, result)
-        with files.atomic_path(tables) as unfinished:
-            text = table_lib.markdown(result, label_names=label_names)
-            unfinished.write_text(text, encoding="utf-8")
-
-    return evaluate(pairs, model, options, keep=keep, **settings)
+    out = sharing.check_files(out if part is None else part.file(out))
+    there = skip_existing and out.exists()
+    share = sharing.Share(
+        part,
+        known=table_lib.read_csv(out).rows if there else (),
+        keep=functools.partial(sharing.write_files, out, label_names=label_names),
+    )
+    return evaluate(pairs, model, options, share=share, **settings)

@@ -78,7 +78,7 @@ def register_each(
       What came of each; what fails on one leaves the others alone.
     """
     if len(devices) == 1:
-        return [_or_error(_register, request) for request in requests]
+        return [or_error(_register, request) for request in requests]
     return _register_each(requests, devices)
 
 
@@ -123,7 +123,8 @@ def _finish(
     return pair_lib.finish(prepared, by_network=by_network)
 
 
-def _or_error(function: Callable[..., _Found], *arguments: Any) -> _Found | UserError:
+def or_error(function: Callable[..., _Found], *arguments: Any) -> _Found | UserError:
+    """Returns a function's value, or the sentence that it raised."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -139,7 +140,7 @@ def _in_threads(
 
     def at_home(device, *of_one):
         with jax.default_device(device):
-            return _or_error(function, *of_one)
+            return or_error(function, *of_one)
 
     count = max(_AT_FIRST, len(set(homes)))
     with futures.ThreadPoolExecutor(count, "pair") as pool:
