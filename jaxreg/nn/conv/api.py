@@ -2,17 +2,18 @@
 
 Arrays are N D H W C, kernels kD kH kW I O. Layers have three forms:
 
-* "native": XLA's own convolution, strided and transposed ones included. For GPU.
-* "folded": the same, but for what has few channels at full resolution, which is
-  computed at half of it (`nn.conv.folded`). For TPU.
-* "slab": one primitive, a stride-1 convolution by matrix products over blocks of the
-  volume (`nn.conv.blocked`), with fewer multiplications where channels are many
-  (`nn.conv.winograd`); strides move into channels by space-to-depth, transposed strides
-  by depth-to-space. On XLA's CPU backend 2 to 100 times faster than the native form,
+* "native": one primitive, XLA's own convolution of stride 1; strides move into channels
+  by space-to-depth, transposed strides by depth-to-space. For GPU.
+* "slab": the same with another primitive, matrix products over blocks of the volume
+  (`nn.conv.blocked`), with fewer multiplications where channels are many
+  (`nn.conv.winograd`). For CPU: 2 to 100 times faster there than XLA's convolution,
   whose small-channel kernels and gradients fall back to naive loops. The input's
   gradient is again a convolution, the kernel's a matrix product, and neither scatters.
   `nn.conv.large_kernel` leaves a strided layer's kernel in place that outweighs its
   volume, and `nn.conv.few_outputs` makes few channels of many.
+* "folded": XLA's own convolution with its strides and dilations, and what has few
+  channels at full resolution computed at half of it (`nn.conv.folded`). For TPU, where
+  reshapes and transposes of the minor axes cost more than arithmetic.
 
 "auto" picks by platform when the program is compiled.
 
@@ -43,7 +44,7 @@ class Forms(NamedTuple):
 
     Attributes:
       slab: for CPU.
-      native: for GPU, and for TPU where there is no `folded`.
+      native: for GPU, and for TPU without `folded`.
       folded: for TPU.
     """
 
@@ -283,15 +284,16 @@ def conv3_stride2(
     x = jnp.concatenate(_parts(x, kernel), -1)
     n, *spatial, channels = x.shape
     voxels = n * math.prod(-(-m // 2) for m in spatial)
+    outweighs = large_kernel.outweighs(kernel.shape, voxels)
     forms = Forms(
-        large_kernel.down3 if large_kernel.outweighs(kernel.shape, voxels) else _down3,
+        large_kernel.down3 if outweighs else _down3_slab,
         _down3_native,
-        folded.down3 if channels <= _FEW_INPUTS else None,
+        folded.down3 if channels <= _FEW_INPUTS else _down3_strided,
     )
     return chosen(forms, form, x, kernel) + bias[None, None, None, None]
 
 
-def _down3(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
     # By space-to-depth and a 2x2x2 convolution, whose input gradient is as fast as its
     # forward pass. One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1).
     x = space_to_depth(_pad(x, *((1, 1 + n % 2) for n in x.shape[1:4])))
@@ -300,10 +302,14 @@ def _down3(x: jax.Array, kernel: jax.Array) -> jax.Array:
     # tap and place in the pair, per axis: 2 2 2 2 2 2 I O
     w = jnp.pad(kernel, ((0, 1),) * 3 + ((0, 0),) * 2).reshape(2, 2, 2, 2, 2, 2, i, o)
     w = w.transpose(0, 2, 4, 1, 3, 5, 6, 7).reshape(2, 2, 2, 8 * i, o)  # 2 2 2 8I O
-    return _valid((x,), w, "slab")
+    return _valid((x,), w, form)
 
 
-def _down3_native(x: jax.Array, kernel: jax.Array) -> jax.Array:
+_down3_slab = functools.partial(_down3, form="slab")
+_down3_native = functools.partial(_down3, form="native")
+
+
+def _down3_strided(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x, kernel, (2, 2, 2), ((1, 1),) * 3, dimension_numbers=folded.DIMENSIONS
     )
@@ -383,11 +389,12 @@ def conv4_transpose2(
     """
     xs = _parts(x, kernel)
     outweighed = large_kernel.outweighs(kernel.shape, math.prod(xs[0].shape[:4]))
-    forms = Forms(_up4_large if outweighed else _up4, _up4_native)
+    slab = _up4_large if outweighed else _up4_slab
+    forms = Forms(slab, _up4_native, _up4_dilated)
     return chosen(forms, form, xs, kernel) + bias[None, None, None, None]
 
 
-def _up4(xs: Parts, kernel: jax.Array) -> jax.Array:
+def _up4(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
     # A 2x2x2 convolution to 8 O channels and depth-to-space (Shi et al., CVPR 2016).
     xs = tuple(_pad(part, (1, 1), (1, 1), (1, 1)) for part in xs)
     i, o = kernel.shape[-2:]
@@ -395,15 +402,19 @@ def _up4(xs: Parts, kernel: jax.Array) -> jax.Array:
     # tap a and place r, per axis: 2 2 2 2 2 2 I O
     w = jnp.flip(kernel.reshape(2, 2, 2, 2, 2, 2, i, o), (0, 2, 4))
     w = w.transpose(0, 2, 4, 6, 1, 3, 5, 7).reshape(2, 2, 2, i, 8 * o)  # 2 2 2 I 8O
-    y = depth_to_space(_valid(xs, w, "slab"))
+    y = depth_to_space(_valid(xs, w, form))
     return y[:, 1:-1, 1:-1, 1:-1]
+
+
+_up4_slab = functools.partial(_up4, form="slab")
+_up4_native = functools.partial(_up4, form="native")
 
 
 def _up4_large(xs: Parts, kernel: jax.Array) -> jax.Array:
     return large_kernel.up4(jnp.concatenate(xs, -1), kernel)
 
 
-def _up4_native(xs: Parts, kernel: jax.Array) -> jax.Array:
+def _up4_dilated(xs: Parts, kernel: jax.Array) -> jax.Array:
     return dilated(jnp.concatenate(xs, -1), jnp.flip(kernel, (0, 1, 2)), 2)
 
 
