@@ -169,6 +169,14 @@ def test_a_run_stopped_before_its_first_checkpoint_still_starts_from_weights(
     jax.tree.map(np.testing.assert_array_equal, found, dict(expected))
 
 
+def test_the_arithmetic_of_a_step_grows_with_its_volumes(data, tmp_path):
+    def flops(batch):
+        chosen = small(data, train__batch=str(batch), data__validation_volumes="0")
+        return sam_lib._plan(chosen, tmp_path, print, begun=False).stages[0]().job.flops
+
+    assert flops(4)() == 2 * flops(2)() > 0
+
+
 def test_the_released_configuration_has_its_numbers():
     chosen = files.load_any(ROOT / "configs" / "sam.py")
     assert chosen.train.steps == 20_000 and chosen.train.batch == 3
