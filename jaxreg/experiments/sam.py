@@ -284,9 +284,8 @@ def _model_flops(experiment: SamExperiment) -> float | None:
 
     That of two volumes, the fewest that a step can have, for each two of the batch.
     """
-    native = dataclasses.replace(experiment.model, form="native")
-    alone = dataclasses.replace(experiment, model=native)
-    _, lower = _traced(alone, Layout("single"))
+    plain = utilisation.plain(experiment.model)
+    _, lower = _traced(dataclasses.replace(experiment, model=plain), Layout("single"))
     found = utilisation.counted_flops(lambda: lower(2))
     return None if found is None else found * experiment.train.batch / 2
 

@@ -203,11 +203,7 @@ def model_flops(
       rule: of `make_optimizer`.
     """
     one = dataclasses.replace(experiment.train, batch=1, accumulate=1, replicas=0)
-    # The native form, since XLA counts the body of a loop over slabs only once; and
-    # nothing is computed twice to save memory.
-    usual = {f.name: f.default for f in dataclasses.fields(experiment.model)}
-    changes = {"form": "native"} | {n: usual[n] for n in ("remat",) if n in usual}
-    model = dataclasses.replace(experiment.model, **changes)
+    model = utilisation.plain(experiment.model)
     alone = dataclasses.replace(experiment, train=one, model=model)
 
     def lower():

@@ -11,8 +11,10 @@ References:
   Chowdhery et al., PaLM: Scaling language modeling with pathways, JMLR 2023, app. B.
 """
 
+import dataclasses
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -37,6 +39,20 @@ def peak_flops(device_kind: str) -> float | None:
         if re.fullmatch(pattern, device_kind):
             return peak
     return None
+
+
+def plain(model: Any) -> Any:
+    """Returns a network's settings in the form whose arithmetic is counted.
+
+    Native convolutions, since XLA counts the body of a loop over slabs only once, and
+    nothing that is computed twice to save memory.
+
+    Args:
+      model: a dataclass with `form`, and perhaps `remat`, whose default does so least.
+    """
+    usual = {field.name: field.default for field in dataclasses.fields(model)}
+    changes = {"form": "native"} | {n: usual[n] for n in ("remat",) if n in usual}
+    return dataclasses.replace(model, **changes)
 
 
 def counted_flops(lower: Callable[[], jax.stages.Lowered]) -> float | None:
