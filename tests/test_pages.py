@@ -68,6 +68,7 @@ NOT_RUN = {
 }
 """Beginnings of commands, and why they are not run."""
 NO_EXAMPLE = {
+    "accelerators": "compiles at full size; tests/test_compiled.py has it in small",
     "colab": "tests/test_notebooks.py runs the notebooks that it names",
 }
 
