@@ -35,7 +35,8 @@ class EvalRecord:
       folding_percent: share of the fixed scan's voxels with a negative determinant.
       sdlogj: standard deviation of the determinant's logarithm on the fixed grid.
       seconds: wall time from the scans in memory to the transform.
-      first: whether it was the method's first pair, whose seconds hold compilation.
+      first: whether it was the method's first pair in a process, or among those that
+        were registered at once, so that its seconds hold compilation.
     """
 
     method: str

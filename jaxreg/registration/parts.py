@@ -22,6 +22,7 @@ AUTO = "auto"
 # a script without srun would be the first of many that nobody starts.
 _LAUNCHERS = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
 )
 # How long a host that is done waits for the others, seconds: as long as it takes.

@@ -77,15 +77,16 @@ def test_a_task_of_an_array_says_its_part():
             parts.part_of_process(environment)
 
 
-def test_the_part_of_a_rank_of_mpirun_in_slurm():
+@pytest.mark.parametrize("launcher", ["OMPI_COMM_WORLD", "PMI"])
+def test_the_part_of_a_rank_of_mpirun_in_slurm(launcher):
     """The daemons that mpirun starts by srun are one a node, its ranks are more."""
-    ranks = {"OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_SIZE": "8"}
+    ranks = {f"{launcher}_RANK": "5", f"{launcher}_SIZE": "8"}
     step = SLURM | {"SLURM_STEP_NUM_TASKS": "2"}
     assert parts.part_of_process(step | ranks) == Part(6, 8)
 
 
 def started(*arguments: str) -> subprocess.Popen:
-    hidden = ("SLURM_", "OMPI_")
+    hidden = ("SLURM_", "OMPI_", "PMI_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     environment["JAX_PLATFORMS"] = "cpu"
     return subprocess.Popen(

@@ -73,6 +73,10 @@ def test_every_device_has_a_pair_of_its_own(found, mode):
     assert found[mode]["devices"] == DEVICES
 
 
+def test_devices_tell_each_other_nothing(found):
+    assert found["collectives"] == []
+
+
 def test_a_list_on_devices_keeps_its_order_and_its_failures(found):
     assert found["in order"]
     status = [status for _, status in found["rows"]]

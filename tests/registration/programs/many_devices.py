@@ -7,6 +7,7 @@ which lists them in that order onto 0.nii.gz.
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 import warnings
 
@@ -19,8 +20,10 @@ from jaxreg.io import volumes
 from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.registration import many, together
 from jaxreg.registration import options as options_lib
+from jaxreg.registration.optimization import network as network_lib
 from jaxreg.registration.result import RegistrationResult
 from jaxreg.space.transform import Affine, Displacement, Transform
+from jaxreg.typing import Pair
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import zoo
 from jaxreg.xla import spreading
@@ -95,6 +98,21 @@ def difference(one: RegistrationResult, other: RegistrationResult) -> float:
     return float(max(found))
 
 
+def collectives() -> list[str]:
+    """What the devices tell each other while the network predicts."""
+    devices, weights = jax.local_devices(), model()
+    mesh = spreading.mesh_of(devices)
+    image = jnp.ones((1, 9, 8, 10, 1))
+    compiled = network_lib._predict_each.lower(
+        weights.model,
+        mesh,
+        spreading.replicate(weights.variables, mesh),
+        spreading.place([Pair(image, image)] * len(devices), mesh),
+    ).compile()
+    names = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
+    return re.findall(names, compiled.as_text())
+
+
 def main(folder: pathlib.Path) -> None:
     warnings.simplefilter("ignore")
     devices, said = jax.local_devices(), {}
@@ -119,6 +137,7 @@ def main(folder: pathlib.Path) -> None:
     bad = together.Request(scans[1], scans[0], None, options)
     found = together.register_each([good, bad, good], devices)
     said["one failing"] = [type(one).__name__ for one in found]
+    said["collectives"] = collectives()
     print(json.dumps(said))
 
 
