@@ -14,6 +14,7 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 from jaxreg.errors import UserError
 from jaxreg.io import given
@@ -149,7 +150,7 @@ def _in_threads(
 
 def _alike(prepared: Sequence[Prepared | UserError]) -> list[dict[int, Prepared]]:
     """Returns pairs that one program of the network serves, by their places."""
-    groups: dict[Any, dict[int, Prepared]] = {}
+    groups: list[tuple[Any, list[Any], dict[int, Prepared]]] = []
     for place, one in enumerate(prepared):
         if isinstance(one, UserError) or one.model is None:
             continue
@@ -157,19 +158,27 @@ def _alike(prepared: Sequence[Prepared | UserError]) -> list[dict[int, Prepared]
         if task == "none":
             continue
         leaves, form = jax.tree.flatten(one.placed.pair)
-        key: tuple[Any, ...] = (
-            task,
-            one.options.precision,
-            one.model.model,
-            tuple(map(id, jax.tree.leaves(one.model.variables))),
-            form,
-            tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves),
-        )
+        shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+        how: tuple[Any, ...] = (task, one.options.precision, one.model.model)
         if task == "optimise":
-            how = preparation.objective_of(one.options), one.options.seed
-            key += how + tuple(pair_lib.optimisation_of(one.options).items())
-        groups.setdefault(key, {})[place] = one
-    return list(groups.values())
+            how += (preparation.objective_of(one.options), one.options.seed)
+            how += tuple(pair_lib.optimisation_of(one.options).items())
+        key = (how, form, shapes)
+        weights = jax.tree.leaves(one.model.variables)
+        for other, others_weights, group in groups:
+            if key == other and _equal(weights, others_weights):
+                group[place] = one
+                break
+        else:
+            groups.append((key, weights, {place: one}))
+    return [group for *_, group in groups]
+
+
+def _equal(here: Sequence[Any], there: Sequence[Any]) -> bool:
+    """Whether weights are the same arrays or, as prompts that were chosen, equal."""
+    return len(here) == len(there) and all(
+        a is b or np.array_equal(a, b) for a, b in zip(here, there, strict=True)
+    )
 
 
 def _through_network(

@@ -6,14 +6,19 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 
+from jaxreg.errors import UserError
 from jaxreg.io import volumes
+from jaxreg.registration import options as options_lib
 from jaxreg.registration import together
+from jaxreg.registration.pair import Prepared
 from jaxreg.space.grid import Grid, Volume
+from jaxreg.typing import Pair
 from jaxreg.xla import spreading
 
 PROGRAM = pathlib.Path(__file__).parent / "programs" / "many_devices.py"
@@ -83,6 +88,41 @@ def test_a_list_on_devices_keeps_its_order_and_its_failures(found):
     assert status == ["done", "done", "failed", "done", "done", "done"]
     kinds = ["RegistrationResult", "UserError", "RegistrationResult"]
     assert found["one failing"] == kinds
+
+
+def prepared(weights=1.0, images=SHAPE, **options) -> Prepared:
+    """As `pair.prepare` returns it, with what grouping looks at."""
+    image = np.zeros((1, *images, 1), np.float32)
+    shared = {"kernel": KERNEL, "prompts": np.full(3, weights)}
+    model = types.SimpleNamespace(model="network", variables=shared)
+    placed = types.SimpleNamespace(pair=Pair(image, image))
+    chosen = options_lib.Options(**{"io_sim": "lncc", **options})
+    return Prepared(None, model, chosen, None, None, placed, {})  # pyright: ignore
+
+
+KERNEL = np.zeros((3, 3))
+
+
+@pytest.mark.parametrize(
+    ("other", "alike"),
+    [
+        ({}, True),
+        ({"io_iterations": None}, False),
+        ({"io_lr": 1e-3}, False),
+        ({"io_sim": "mse"}, False),
+        ({"seed": 1}, False),
+        ({"precision": "bfloat16"}, False),
+        ({"fixed_modality": "ct"}, True),  # which the images show
+        ({"weights": 2.0}, False),
+        ({"images": (8, 8, 8)}, False),
+        ({"io_target": "displacement"}, None),  # without the network
+    ],
+)
+def test_what_goes_through_the_network_together(other, alike):
+    first, failed = prepared(), UserError("unreadable")
+    places = [sorted(g) for g in together._alike([first, failed, prepared(**other)])]
+    expected = {True: [[0, 2]], False: [[0], [2]], None: [[0]]}
+    assert places == expected[alike]
 
 
 def test_one_pair_takes_one_device():
