@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
 from jaxreg.nn.heads import Pairing, RegionPairings, SmoothnessRange
-from jaxreg.nn.layers import init_lazily
+from jaxreg.nn.layers import Precision, init_lazily
+from jaxreg.nn.remat import Remat
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -215,6 +216,22 @@ class NetworkConfig(Architecture):
     def with_level_iterations(self, count: int) -> Self:
         """Returns the configuration for levels repeated so often at most."""
         raise NotImplementedError(f"{self.title} has no levels to repeat")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationConfig:
+    """How a network computes its activations; neither changes what its weights mean.
+
+    Attributes:
+      precision: of activations and products; parameters, statistics and displacements
+        are float32 whatever it is.
+      remat: what the backward pass computes again instead of keeping it: "layers", the
+        padding and activation of each layer; or "networks", also the inside of the
+        networks that it is made of, for a third more arithmetic.
+    """
+
+    precision: Precision = "float32"
+    remat: Remat = "layers"
 
 
 # --- predictions ----------------------------------------------------------------------

@@ -9,13 +9,14 @@ References:
 """
 
 import dataclasses
-from typing import ClassVar, Literal, cast
+from typing import ClassVar, cast
 
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.models import multires
 from jaxreg.models.base import (
+    ActivationConfig,
     NetworkConfig,
     Prediction,
     RegistrationModel,
@@ -23,7 +24,8 @@ from jaxreg.models.base import (
 )
 from jaxreg.models.former_names import former_names
 from jaxreg.nn.conv import api
-from jaxreg.nn.unet import Precision, TallUNet2, UNetConfig
+from jaxreg.nn.remat import part
+from jaxreg.nn.unet import TallUNet2, UNetConfig
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Transform
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -31,7 +33,7 @@ from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
 @former_names(halvings="downsampled_steps", refinements="fullres_steps")
 @dataclasses.dataclass(frozen=True)
-class GradIconConfig(NetworkConfig):
+class GradIconConfig(ActivationConfig, NetworkConfig):
     """Structure and sizes; read from the tensors when weights are loaded.
 
     Attributes:
@@ -41,10 +43,6 @@ class GradIconConfig(NetworkConfig):
         before; 2 starts at a quarter.
       fullres_steps: further U-Nets at full resolution; 0 in training stage 1.
       form: convolution form, see `jaxreg.nn.conv.api`.
-      precision: of the U-Nets' arithmetic, see `UNetConfig`.
-      remat: what the backward pass computes again instead of keeping: the padding and
-        activation of each layer, or whole U-Nets (a third more arithmetic, and only
-        their inputs are kept).
     """
 
     kind: ClassVar = "gradicon"
@@ -56,8 +54,6 @@ class GradIconConfig(NetworkConfig):
     downsampled_steps: int = 2
     fullres_steps: int = 1
     form: api.Form = "auto"
-    precision: Precision = "float32"
-    remat: Literal["layers", "networks"] = "layers"
 
     def build(self) -> "GradIcon":
         """Returns the network."""
@@ -94,8 +90,7 @@ class GradIconNetwork(nn.Module):
             def run(unet, a, b):
                 return unet(a, b, train=train, batching=batching)
 
-            if config.remat == "networks":
-                run = nn.remat(run)
+            run = part(run, config.remat)
             return multires.field_step(lambda a, b: run(unet, a, b))
 
         network = step(1)

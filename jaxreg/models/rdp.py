@@ -14,6 +14,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -22,13 +23,21 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.models.base import (
+    ActivationConfig,
     NetworkConfig,
     Prediction,
     RegistrationModel,
     fresh_variables,
 )
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import ConvBlock, convolution, instance_norm_leaky, normal
+from jaxreg.nn.layers import (
+    ConvBlock,
+    Convolution,
+    convolution,
+    instance_norm_leaky,
+    normal,
+)
+from jaxreg.nn.remat import part
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
 from jaxreg.space.transform import Displacement, Transform
@@ -43,7 +52,7 @@ _HEAD_DEVIATION = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
-class RdpConfig(NetworkConfig):
+class RdpConfig(ActivationConfig, NetworkConfig):
     """Sizes of the pyramid; read from the tensors when weights are loaded.
 
     Attributes:
@@ -93,6 +102,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, image: Image) -> tuple[Image, ...]:
         """Returns N D/2^l H/2^l W/2^l 2^l c for l = 0 .. 3."""
+        image = image.astype(self.config.precision)
         c, form = self.config.channels, self.config.form
         first = ConvBlock(
             self.config.image_channels, c, self.config.slope, form, name="block_1"
@@ -131,17 +141,17 @@ class RdpNetwork(nn.Module):
           **options: for the bottleneck.
         """
         c, form, slope = (self.config.channels, self.config.form, self.config.slope)
-        moving_features = Encoder(self.config, name="encoder_moving")(moving)
-        fixed_features = Encoder(self.config, name="encoder_fixed")(fixed)
+        as_part = functools.partial(part, remat=self.config.remat)
+        encode = as_part(lambda encoder, image: encoder(image))
+        moving_features = encode(Encoder(self.config, name="encoder_moving"), moving)
+        fixed_features = encode(Encoder(self.config, name="encoder_fixed"), fixed)
         f, m = fixed_features[-1], moving_features[-1]
         x = ConvBlocks(16 * c, 8 * c, slope, form, name="join_4")((f, m))
         aux = {}
         if self.bottleneck is not None:
             x, aux = self.bottleneck(x, **options)
 
-        head = convolution(
-            api.conv3, 8 * c, 3, "head_4", form, kernel_init=normal(_HEAD_DEVIATION)
-        )
+        head = _head(8 * c, 4, form)
         refine = ConvBlocks(24 * c, 8 * c, slope, form, name="refine_4")
         field = fields.integrate(head(x), _SQUARINGS)
         x = refine((f, fields.warp_voxels(m, field), x))
@@ -159,25 +169,36 @@ class RdpNetwork(nn.Module):
             )
             inputs = 3 * width
             join = ConvBlocks(inputs, inputs, slope, form, name=f"join_{level}")
-            head = convolution(
-                api.conv3,
-                inputs,
-                3,
-                f"head_{level}",
-                form,
-                kernel_init=normal(_HEAD_DEVIATION),
-            )
+            head = _head(inputs, level, form)
             refine = ConvBlock(inputs, width, slope, form, name=f"refine_{level}")
-            decoded = up(x)
+            decoded = as_part(lambda up, x: up(x))(up, x)
             field = fields.upsample_displacement(fields.compose_voxels(field, step))
             f, m = fixed_features[level - 1], moving_features[level - 1]
             for index in range(_PASSES[level]):
                 if index:
                     field = fields.compose_voxels(field, step)
                     decoded = refine(x)
-                x = join((f, fields.warp_voxels(m, field), decoded))
-                step = fields.integrate(head(x), _SQUARINGS)
+                x, step = as_part(_pass)(join, head, f, m, decoded, field)
         return fields.compose_voxels(field, step), aux
+
+
+def _head(inputs: int, level: int, form: api.Form) -> Convolution:
+    """Returns a level's last layer: features to a velocity, which is float32."""
+    return convolution(
+        api.conv3,
+        inputs,
+        3,
+        f"head_{level}",
+        form,
+        kernel_init=normal(_HEAD_DEVIATION),
+        dtype="float32",
+    )
+
+
+def _pass(join, head, fixed, moving, decoded, field) -> tuple[Image, jax.Array]:
+    """Returns a level's features, and the displacement that it adds to the field."""
+    x = join((fixed, fields.warp_voxels(moving, field), decoded))
+    return x, fields.integrate(head(x), _SQUARINGS)
 
 
 def as_transform(field: jax.Array) -> Transform:

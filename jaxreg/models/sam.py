@@ -23,8 +23,14 @@ from flax import linen as nn
 from jaxreg.errors import UserError
 from jaxreg.models.base import Architecture
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import StridedConvolution, init_lazily, value, xavier_uniform
-from jaxreg.nn.unet import BatchNorm, Precision
+from jaxreg.nn.layers import (
+    Precision,
+    StridedConvolution,
+    init_lazily,
+    value,
+    xavier_uniform,
+)
+from jaxreg.nn.unet import BatchNorm
 from jaxreg.space import sampling
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
 
@@ -286,11 +292,7 @@ def _pairs_per_slab(image: Image, config: SamConfig) -> int | None:
 
 def _max_pool_depth(x: Image) -> Image:
     """N D H W C to N D/2 H W C, a last odd plane left out."""
-    n, d, h, w, c = x.shape
-    x = x[:, : d // 2 * 2].reshape(n, d // 2, 2, h, w, c)
-    # Not `max(2)`, whose gradient divides by the number of slices that equal the
-    # maximum: none where XLA computes them once more and rounds otherwise.
-    return jnp.maximum(x[:, :, 0], x[:, :, 1])
+    return api.larger_of_pairs(x[:, : x.shape[1] // 2 * 2], 1)
 
 
 def normalise(x: Image) -> Image:
@@ -345,12 +347,15 @@ def init(config: SamConfig, key: Key) -> Variables:
     return init_lazily(SamNetwork(config), key, image)
 
 
-def config_of(variables: Variables, *, form: api.Form = "auto") -> SamConfig:
-    """Returns the configuration that variables have, float32.
+def config_of(
+    variables: Variables, *, form: api.Form = "auto", precision: Precision = "float32"
+) -> SamConfig:
+    """Returns the configuration that variables have.
 
     Args:
       variables: as from `init`.
       form: convolution form, see `jaxreg.nn.conv.api`.
+      precision: of activations, which variables do not tell.
 
     Raises:
       UserError: the variables are not those of a SAM network.
@@ -361,7 +366,8 @@ def config_of(variables: Variables, *, form: api.Form = "auto") -> SamConfig:
             params["backbone"][f"stage_{stage}_1"]["conv_2"]["conv"]["kernel"].shape[-1]
             for stage in (1, 2, 3, 4)
         )
-        return SamConfig(channels, params["coarse"]["bias"].shape[0], form)
+        embedding = params["coarse"]["bias"].shape[0]
+        return SamConfig(channels, embedding, form, precision=precision)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"these are not the variables of a SAM network ({error} is missing or "

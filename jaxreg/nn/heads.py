@@ -278,9 +278,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Image:
-        """Normalises N D H W C per sample and group."""
+        """Normalises N D H W C per sample and group, in float32."""
         c = x.shape[-1]
         groups = next(g for g in _NORM_GROUPS if c % g == 0)
+        x = x.astype(jnp.float32)
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         grouped = x.reshape(*x.shape[:-1], groups, c // groups)  # N D H W G C/G
@@ -316,7 +317,7 @@ class Controller(nn.Module):
 
 
 class DynamicHead(nn.Module):
-    """Features and what is known of the task to one displacement per voxel.
+    """Features and what is known of the task to one displacement per voxel, float32.
 
     Attributes:
       inputs: channels of the features.
@@ -334,6 +335,7 @@ class DynamicHead(nn.Module):
     @nn.compact
     def __call__(self, features: Image, conditioning: Float[Array, "N K"]) -> Image:
         """Maps N D H W inputs, and what is known of the task, to N D H W outputs."""
+        features = features.astype(jnp.float32)
         pooled = features
         if self.pool_norm:
             pooled = jax.nn.relu(GroupNorm(name="norm")(features))

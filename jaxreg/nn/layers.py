@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jaxreg.typing import Image, Key, Variables
 from jaxreg.xla import scheduling
 
 _NORM_EPSILON = 1e-5
+Precision = Literal["float32", "bfloat16"]
+"""Of activations and products; parameters, statistics, coordinates and displacements
+are float32 whatever it is."""
 
 
 def leaky(x: jax.Array, slope: float = 0.01) -> jax.Array:

@@ -139,6 +139,8 @@ class PromptGenerator(nn.Module):
     ) -> tuple[Image, dict[str, Any]]:
         """Returns the prompt for features N D H W C, N D H W C, and its auxiliaries.
 
+        Prompts are compared and weighed in float32, whatever the features' type is.
+
         Args:
           features: N D H W C, on the bank's grid.
           task: each pair's row in the bank, for the task similarity alone.
@@ -161,13 +163,14 @@ class PromptGenerator(nn.Module):
         template = jnp.broadcast_to(template, features.shape)  # N D H W C
         dynamic = block(api.conv3, 2 * c, "dynamic_0")((features, template))
         dynamic = block(api.conv3, c, "dynamic_1")(dynamic)
-        weights = jax.nn.softmax(similarities(dynamic, bank) / config.temperature, -1)
+        alike = similarities(dynamic.astype(jnp.float32), bank)
+        weights = jax.nn.softmax(alike / config.temperature, -1)
         weighted = jnp.einsum(
             "nz,zdhwc->ndhwc", weights, bank, precision=jax.lax.Precision.HIGHEST
         )
         static = weighted
         if config.static_block:
-            static = block(api.conv3, c, "static")(weighted)
+            static = block(api.conv3, c, "static")(weighted.astype(features.dtype))
         joined = block(api.conv3, 2 * c, "join_0")((dynamic, static))
         joined = block(api.conv1, c, "join_1")(joined)
         prompt = joined
@@ -179,7 +182,8 @@ class PromptGenerator(nn.Module):
                 bias_init=uniform(c),
                 precision=jax.lax.Precision.HIGHEST,
             )
-            token = linear(name="value")(joined.mean((1, 2, 3)))  # N C
+            pooled = joined.astype(jnp.float32).mean((1, 2, 3))  # N C
+            token = linear(name="value")(pooled)
             token = linear(name="out")(token)
             # N D H W C
             prompt = jnp.broadcast_to(token[:, None, None, None], features.shape)
@@ -189,5 +193,6 @@ class PromptGenerator(nn.Module):
         }
         if task is not None:
             compared = static if config.task_loss_on == "processed" else weighted
+            compared = compared.astype(jnp.float32)
             aux["task_similarity"] = task_distance(compared, bank, task)
-        return prompt, aux
+        return prompt.astype(features.dtype), aux

@@ -7,7 +7,7 @@ References:
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,10 @@ from flax import linen as nn
 
 from jaxreg.nn import packed
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import Convolution, Scaled
+from jaxreg.nn.layers import Convolution, Precision, Scaled
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
-Precision = Literal["float32", "bfloat16"]
 _NORM_MOMENTUM = 0.9  # of the old value; PyTorch counts it the other way: 0.1
 
 
@@ -32,8 +31,7 @@ class UNetConfig:
         first is that of the two images together.
       channels_up: channels after each upsampling, finest first.
       form: convolution form, see `jaxreg.nn.conv.api`.
-      precision: of activations and products; parameters, batch statistics and the
-        displacement stay float32.
+      precision: see `jaxreg.nn.layers.Precision`.
     """
 
     channels_down: tuple[int, ...] = (2, 16, 32, 64, 256, 512)

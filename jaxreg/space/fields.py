@@ -90,7 +90,7 @@ def _voxels(field: jax.Array) -> jax.Array:
 def warp_voxels(
     image: Image, displacement: jax.Array, *, outside: sampling.Outside = "zeros"
 ) -> Image:
-    """Returns ``image[x + u(x)]``, N D H W C.
+    """Returns ``image[x + u(x)]``, N D H W C of the image's type.
 
     Args:
       image: N D H W C.

@@ -75,6 +75,9 @@ def sample_voxels(
 ) -> jax.Array:
     """Returns the values at voxel indices, N ... C: `sample` in voxels.
 
+    Of the values' type; sums, those of the gradient too, are in that of the indices
+    where it is wider.
+
     Args:
       values: N D H W C, or 1 D H W C to be read at every batch element's points.
       index: N ... 3, voxels of `values`, or 1 ... 3 for all of the batch.
@@ -335,8 +338,10 @@ def _like(gradient, array):
 def _linear_backward(zeros, saved, dy):
     # Two loops, so that the one whose gradient is unused is removed.
     values, index = saved
+    # The sums of bfloat16 values are float32, as `map_coordinates` has them.
+    dy = dy.astype(jnp.promote_types(dy.dtype, index.dtype))
     return (
-        _values_gradient(values, index, dy, zeros=zeros),
+        _values_gradient(values, index, dy, zeros=zeros).astype(values.dtype),
         _like(_index_gradient(values, index, dy, zeros=zeros), index),
     )
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxreg.models import sam
 from jaxreg.nn.conv import api
 from jaxreg.nn.correlation import correlation, normalised
+from jaxreg.nn.layers import Precision
 from jaxreg.space import filters, sampling
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Image, Variables
@@ -80,19 +81,25 @@ def mind_features(image: Image) -> Features:
 
 
 def sam_features(
-    variables: Variables, image: Image, *, form: api.Form = "auto"
+    variables: Variables,
+    image: Image,
+    *,
+    form: api.Form = "auto",
+    precision: Precision = "float32",
 ) -> Features:
-    """Returns the frozen SAM network's embeddings.
+    """Returns the frozen SAM network's embeddings, float32.
 
     Args:
       variables: of that network, which tell its sizes.
       image: N D H W 1 in `sam.SAM_RANGE`.
       form: convolution form, see `jaxreg.nn.conv.api`.
+      precision: of the network's activations.
 
     Raises:
       UserError: see `sam.config_of`.
     """
-    return sam.features(sam.config_of(variables, form=form), variables, image)
+    config = sam.config_of(variables, form=form, precision=precision)
+    return sam.features(config, variables, image)
 
 
 def one_by_one(function: Callable[[Image], Features], images: Image) -> Features:

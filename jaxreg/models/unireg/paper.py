@@ -21,7 +21,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
-from jaxreg.models.base import Prediction, RegistrationModel, Window, fresh_variables
+from jaxreg.models.base import (
+    ActivationConfig,
+    Prediction,
+    RegistrationModel,
+    Window,
+    fresh_variables,
+)
 from jaxreg.models.rdp import as_transform
 from jaxreg.models.sam import HU_RANGE, SAM, config_of, to_sam_range
 from jaxreg.models.unireg.features import (
@@ -49,6 +55,7 @@ from jaxreg.nn.heads import (
     SmoothnessRange,
 )
 from jaxreg.nn.layers import convolution, kaiming_uniform, leaky, normal
+from jaxreg.nn.remat import part
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -61,7 +68,7 @@ FEATURES = "features"
 
 
 @dataclasses.dataclass(frozen=True)
-class UniRegConfig(RegionConfig):
+class UniRegConfig(ActivationConfig, RegionConfig):
     """Forms of the network, and what its images and tasks are.
 
     Attributes:
@@ -267,29 +274,55 @@ class UNet(nn.Module):
           fixed: N D H W 1, [-1, 1].
           matched: N D/2 H/2 W/2 C, see `UniRegConfig.matched`.
         """
+        as_part = functools.partial(part, remat=self.config.remat)
+        given = (x if x is None else x.astype(self.config.precision)
+                 for x in (moving, fixed, matched))  # fmt: skip
+        finest, *skips = as_part(UNet._encode)(self, *given)
+        x = as_part(UNet._decode)(self, *skips)
+        return as_part(UNet._at_full_resolution)(self, x, finest)
+
+    def _layer(
+        self,
+        name: str,
+        inputs: int,
+        outputs: int,
+        *,
+        down: bool = False,
+        shortcut: bool = False,
+    ) -> Callable:
         config = self.config
         strided = config.downsample == "strided"
+        stride = 2 if down and strided else 1
+        shortcut = shortcut and config.residual
+        module = Layer(inputs, outputs, stride, shortcut, config.form, name=name)
+        pooled = down and not strided
+        return lambda x: module(api.max_pool2(x) if pooled else x)
 
-        def layer(name, inputs, outputs, *, down=False, shortcut=False):
-            stride = 2 if down and strided else 1
-            shortcut = shortcut and config.residual
-            module = Layer(inputs, outputs, stride, shortcut, config.form, name=name)
-            pooled = down and not strided
-            return lambda x: module(api.max_pool2(x) if pooled else x)
-
+    def _encode(self, moving: Image, fixed: Image, matched: Image | None):
+        """Returns features at four resolutions, finest first."""
+        config, layer = self.config, self._layer
         e0 = layer("encoder_0", 2, 16)((moving, fixed))
+        strided = config.downsample == "strided"
         halve = Layer(16, 16, 2, form=config.form, name="halve") if strided else None
         x = api.max_pool2(e0) if halve is None else halve(e0)
         parts = (x,) if matched is None else (x, matched)
         e1 = layer("encoder_1", 16 + config.matched, 32)(parts)
         e2 = layer("encoder_2", 32, 32, down=True, shortcut=True)(e1)
         e3 = layer("encoder_3", 32, 32, down=True, shortcut=True)(e2)
-        x = layer("decoder_0", 32, 32, down=True, shortcut=True)(e3)
+        return e0, e1, e2, e3
+
+    def _decode(self, e1: Image, e2: Image, e3: Image) -> Image:
+        """Returns features at half resolution, N D/2 H/2 W/2 32."""
+        x = self._layer("decoder_0", 32, 32, down=True, shortcut=True)(e3)
         for index, skip in enumerate((e3, e2, e1), start=1):
-            x = layer(f"decoder_{index}", 64, 32)((api.repeat2(x), skip))
-        x = layer("remaining_0", 48, 32)((api.repeat2(x), e0))
-        x = layer("remaining_1", 32, 16)(x)
-        return layer("remaining_2", 16, 16, shortcut=True)(x)
+            x = self._layer(f"decoder_{index}", 64, 32)((api.repeat2(x), skip))
+        return x
+
+    def _at_full_resolution(self, x: Image, e0: Image) -> Image:
+        """Returns N D H W 16."""
+        x = self._layer("remaining_0", 48, 32)((api.repeat2(x), e0))
+        x = self._layer("remaining_1", 32, 16)(x)
+        return self._layer("remaining_2", 16, 16, shortcut=True)(x)
 
 
 class UniRegNetwork(nn.Module):
@@ -306,7 +339,7 @@ class UniRegNetwork(nn.Module):
         target: Features | None = None,
         conditioning: Float[Array, "N K"] | None = None,
     ) -> Image:
-        """Returns the head's output, N D H W 3 in voxels; not integrated.
+        """Returns the head's output, N D H W 3 in voxels, float32; not integrated.
 
         Args:
           moving: N D H W 1, [-1, 1].
@@ -321,7 +354,13 @@ class UniRegNetwork(nn.Module):
             match = {"correlation": correlated, "concatenation": concatenated}
             matched = match[config.matching](source, target)
         x = UNet(config, name="unet")(moving, fixed, matched)
+        return part(UniRegNetwork._head, config.remat)(self, x, conditioning)
+
+    def _head(self, x: Image, conditioning: Float[Array, "N K"] | None) -> Image:
+        """Returns the displacement that a head makes of N D H W 16."""
+        config = self.config
         if config.head == "flow":
+            x = x.astype(jnp.float32)
             flow = convolution(
                 api.conv3, 16, 3, "flow", config.form, kernel_init=_near_zero()
             )
@@ -332,6 +371,7 @@ class UniRegNetwork(nn.Module):
             assert conditioning is not None
             head = DynamicHead(EMBEDDING, pool_norm=config.pool_norm, name="head")
             return head(x, conditioning)
+        x = x.astype(jnp.float32)
         for index, init in enumerate((_kaiming(), _kaiming(), _near_zero())):
             width = EMBEDDING if index < 2 else 3
             name = f"head_{index}"
@@ -422,7 +462,7 @@ class UniReg(RegistrationModel):
             if self.features is None:
                 check_sam(self.config, variables)
             extract = self.features or functools.partial(
-                sam_features, form=self.config.form
+                sam_features, form=self.config.form, precision=self.config.precision
             )
             frozen = variables.get(SAM, {})
             window = self.config.sam_window or HU_RANGE

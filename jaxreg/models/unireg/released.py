@@ -25,13 +25,19 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from jaxreg.errors import UserError
-from jaxreg.models.base import Prediction, RegistrationModel, fresh_variables
+from jaxreg.models.base import (
+    ActivationConfig,
+    Prediction,
+    RegistrationModel,
+    fresh_variables,
+)
 from jaxreg.models.rdp import as_transform
 from jaxreg.models.unireg.regions import RegionConfig
 from jaxreg.nn import heads
 from jaxreg.nn.conv import api
 from jaxreg.nn.heads import DynamicHead, RegionPairings, SmoothnessRange
 from jaxreg.nn.layers import convolution, leaky
+from jaxreg.nn.remat import part
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -52,7 +58,7 @@ _DEVIATION_FLOOR = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
-class UniRegRpnConfig(RegionConfig):
+class UniRegRpnConfig(ActivationConfig, RegionConfig):
     """Sizes of the pyramid; read from the tensors when weights are loaded.
 
     Attributes:
@@ -132,7 +138,7 @@ class Encoder(nn.Module):
     def __call__(self, image: Image) -> tuple[Image, ...]:
         """Returns N D/2^l H/2^l W/2^l C_l for l = 0 .. 3."""
         inputs, found = self.config.image_channels, []
-        x = image
+        x = image.astype(self.config.precision)
         for level in range(1, LEVELS + 1):
             width, _ = self.config.widths(level)
             layer = convolution(
@@ -154,7 +160,7 @@ class Decoder(nn.Module):
     def __call__(
         self, moving: Image, fixed: Image, conditioning: Float[Array, "N K"] | None
     ) -> Image:
-        """Returns N D H W 3.
+        """Returns N D H W 3, float32.
 
         Args:
           moving: N D H W C, warped.
@@ -173,7 +179,8 @@ class Decoder(nn.Module):
             x = leaky(x + layer(width, width, index)(x), _SLOPE)
         x = layer(width, width // 2, 4)(x)
         if config.head == "static":
-            return layer(width // 2, 3, 5, kernel_init=nn.initializers.zeros)(x)
+            options = {"kernel_init": nn.initializers.zeros, "dtype": "float32"}
+            return layer(width // 2, 3, 5, **options)(x)
         assert conditioning is not None
         head = DynamicHead(width // 2, config.hidden, pool_norm=True, name="head")
         return head(x, conditioning)
@@ -199,13 +206,19 @@ class UniRegRpnNetwork(nn.Module):
         conditioning: Float[Array, "N K"] | None = None,
     ) -> Image:
         """Returns the field, N D H W 3 in voxels, of one pass."""
-        moving_features, fixed_features = self.encode(moving), self.encode(fixed)
+        remat = self.config.remat
+        encode = part(UniRegRpnNetwork.encode, remat)
+        moving_features, fixed_features = encode(self, moving), encode(self, fixed)
         field = None
         for level in range(LEVELS, 0, -1):
             if field is not None:
                 field = fields.upsample_displacement(field)
             m, f = moving_features[level - 1], fixed_features[level - 1]
-            field = self.step(level, m, f, conditioning, field)
+
+            def step(network, *arrays, level=level):
+                return network.step(level, *arrays)
+
+            field = part(step, remat)(self, m, f, conditioning, field)
         return field  # pyright: ignore[reportReturnType]
 
     def encode(self, image: Image) -> tuple[Image, ...]:
