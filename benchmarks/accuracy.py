@@ -11,13 +11,14 @@ pair is a smooth random one of 1 mm voxels, without --weights the network a rand
 import argparse
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from contestants import smooth_pair
-from jaxreg_side import MATMUL, at_precision, has_bfloat16
+from jaxreg_side import MATMUL, at_precision
 
-_FULL = "float32"
+FULL = "float32"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -37,14 +38,17 @@ def report(arguments: Any, folder: pathlib.Path) -> None:
     """
     import jax
 
-    from jaxreg.models import registry
     from jaxreg.weights import load
 
     loaded = load.load(arguments.weights or str(folder / "weights"))
-    config: Any = registry.config_of(loaded.bundle.model, loaded.bundle.config)
-    pair, unit_to_mm = _pair(arguments, loaded)
-    full = _map_of(loaded, pair, _FULL)
-    moved = np.linalg.norm((full - _identity(full)) @ unit_to_mm.T, axis=-1)
+    if arguments.images:
+        pair, unit_to_mm = read_pair(arguments.images, arguments.modality, loaded)
+    else:
+        pair, unit_to_mm = _smooth(
+            loaded.shape if arguments.weights else arguments.shape
+        )
+    full = map_of(loaded, pair, FULL)
+    moved = distance(full, identity(full), unit_to_mm)
     shape = " x ".join(map(str, full.shape[1:4]))
     print(
         f"{arguments.weights or arguments.network} ({loaded.bundle.model}), {shape}, "
@@ -53,18 +57,19 @@ def report(arguments: Any, folder: pathlib.Path) -> None:
     )
     print(f"{'precision':34s} mean mm  p95 mm  max mm")
     for precision in ("tf32", "bfloat16"):
-        title = precision
-        if precision == "bfloat16" and not has_bfloat16(config):
-            title = "bfloat16 (products alone)"
-        gap = (_map_of(loaded, pair, precision) - full) @ unit_to_mm.T
-        error = np.linalg.norm(gap, axis=-1)
+        error = distance(map_of(loaded, pair, precision), full, unit_to_mm)
         print(
-            f"{title:34s} {error.mean():7.4f} {np.percentile(error, 95):7.4f} "
+            f"{precision:34s} {error.mean():7.4f} {np.percentile(error, 95):7.4f} "
             f"{error.max():7.4f}"
         )
 
 
-def _map_of(loaded: Any, pair: Any, precision: Any) -> np.ndarray:
+def distance(a: np.ndarray, b: np.ndarray, unit_to_mm: np.ndarray) -> np.ndarray:
+    """Returns how far points are from others, mm: ... 3, unit, to ... ."""
+    return np.linalg.norm((a - b) @ unit_to_mm.T, axis=-1)
+
+
+def map_of(loaded: Any, pair: Any, precision: Any) -> np.ndarray:
     """Returns where each fixed voxel lies in the moving image: 1 D H W 3, unit."""
     import jax
 
@@ -80,43 +85,55 @@ def _map_of(loaded: Any, pair: Any, precision: Any) -> np.ndarray:
         return np.asarray(run(dict(loaded.variables), pair), np.float64)
 
 
-def _identity(points: np.ndarray) -> np.ndarray:
+def identity(points: np.ndarray) -> np.ndarray:
+    """Returns the voxels of the grid that points N D H W 3 are given on, unit."""
     from jaxreg.space import sampling
 
     d, h, w = points.shape[1:4]
     return np.asarray(sampling.identity((d, h, w)), np.float64)
 
 
-def _pair(arguments: Any, loaded: Any):
-    """Returns the images on the network grid, and unit coordinates to mm, 3 x 3."""
+def _smooth(shape: tuple[int, int, int]):
+    """Returns a pair of smooth images of 1 mm voxels, and unit to mm, 3 x 3."""
+    import jax.numpy as jnp
+
+    from jaxreg.space.grid import unit_scale
+    from jaxreg.typing import Pair
+
+    moving, fixed = (np.moveaxis(x, 1, -1) for x in smooth_pair(shape))
+    task = jnp.zeros(1, jnp.int32)
+    pair = Pair(jnp.asarray(moving), jnp.asarray(fixed), task=task)
+    return pair, np.diag(unit_scale(shape))
+
+
+def read_pair(paths: Sequence[str], modality: Any, loaded: Any):
+    """Returns scans on the network grid, and unit coordinates to mm, 3 x 3.
+
+    Args:
+      paths: of the moving and the fixed scan.
+      modality: of both.
+      loaded: the network that sees them.
+    """
     import jax.numpy as jnp
 
     from jaxreg.data import network_grid
     from jaxreg.io import volumes
     from jaxreg.registration import options as options_lib
     from jaxreg.registration import preparation
-    from jaxreg.space.grid import unit_scale
-    from jaxreg.typing import Pair
 
-    if not arguments.images:
-        shape = loaded.shape if arguments.weights else arguments.shape
-        moving, fixed = (np.moveaxis(x, 1, -1) for x in smooth_pair(shape))
-        scale = np.diag(unit_scale(fixed.shape[1:4]))
-        task = jnp.zeros(1, jnp.int32)
-        return Pair(jnp.asarray(moving), jnp.asarray(fixed), task=task), scale
-    scans = [volumes.read_volume(path) for path in arguments.images]
+    scans = [volumes.read_volume(path) for path in paths]
     moving = preparation.oriented_like(scans[0], scans[1].grid)
     placement = network_grid.ResamplingRule.of_weights(loaded.bundle.preprocessing)
     options = options_lib.Options(
-        fixed_modality=arguments.modality,
-        moving_modality=arguments.modality,
-        ct_window=loaded.ct_window if arguments.modality == "ct" else None,
-        quantile_range=loaded.quantile_range if arguments.modality == "mri" else None,
+        fixed_modality=modality,
+        moving_modality=modality,
+        ct_window=loaded.ct_window if modality == "ct" else None,
+        quantile_range=loaded.quantile_range if modality == "mri" else None,
         foreground=loaded.foreground,
         shape=loaded.shape,
         placement=placement,
     )
-    moving, fixed = placement.reoriented(moving), placement.turned(scans[1])
+    moving, fixed = placement.reoriented(moving), placement.reoriented(scans[1])
     pair = preparation.make_pair(moving, fixed, options, options_lib.Regions())
     pair = dataclasses.replace(pair, task=jnp.zeros(1, jnp.int32))
-    return pair, placement.grid(moving.grid, options.shape).unit_to_mm[:3, :3]
+    return pair, placement.grid(moving.grid, options.grid_shape).unit_to_mm[:3, :3]

@@ -27,19 +27,13 @@ CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def at_precision(model: Any, precision: Precision) -> Any:
-    """Returns a network whose activations are bfloat16, if asked for and possible.
+    """Returns a network whose activations are bfloat16, if asked for.
 
-    Others have their products alone in that precision, by JAX's default (`MATMUL`).
+    TF32 is of products alone, by JAX's default (`MATMUL`).
     """
-
-    if precision != "bfloat16" or not has_bfloat16(model.config):
+    if precision != "bfloat16":
         return model
     return dataclasses.replace(model.config, precision="bfloat16").build()
-
-
-def has_bfloat16(config: Any) -> bool:
-    """Whether a configuration has a precision of its activations."""
-    return "precision" in {field.name for field in dataclasses.fields(config)}
 
 
 def objective_of(network: Network) -> Any:

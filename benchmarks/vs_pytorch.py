@@ -26,8 +26,8 @@ per 50 steps).
 
 PyTorch runs as its users run it: float32, on a GPU with its default of TF32 in
 convolutions. With --autocast there is a further column, of autocast to bfloat16 with
-channels last. --precision is jaxreg's: activations and products in bfloat16 where the
-network can (else products alone), products of TF32, or of full float32.
+channels last. --precision is jaxreg's: activations and products in bfloat16, products
+of TF32, or of full float32.
 
 Compile is tracing and compilation without stored programs, seconds (CPU seconds);
 "again" is the same in a second start with the persistent cache (--cache). On a GPU the
@@ -219,22 +219,16 @@ def compare(arguments, folder: pathlib.Path) -> None:
 
 def heading(arguments) -> str:
     """Returns what is compared, on which machine, with which versions."""
-    from jaxreg.models import registry
-
     network = NETWORKS[arguments.network]
     names = ["jax", "torch"]
     names += ["unigradicon"] if arguments.network == "unigradicon" else []
     versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     width = f" of {arguments.channels} channels" if network.has_width else ""
-    config = registry.config_of(network.kind, network.fields)
-    precision = arguments.precision
-    if precision == "bfloat16" and not accuracy.has_bfloat16(config):
-        precision = "bfloat16 in products alone (the network has no such activations)"
     return (
         f"{arguments.network}{width}, {' x '.join(map(str, arguments.shape))}, batch "
-        f"{arguments.batch}, jaxreg in {precision}, {arguments.runs} alternating runs, "
-        f"{os.cpu_count()} cores ({platform.machine()}), PyTorch threads "
-        f"{arguments.threads}, {', '.join(versions)}"
+        f"{arguments.batch}, jaxreg in {arguments.precision}, {arguments.runs} "
+        f"alternating runs, {os.cpu_count()} cores ({platform.machine()}), PyTorch "
+        f"threads {arguments.threads}, {', '.join(versions)}"
     )
 
 
