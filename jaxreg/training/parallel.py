@@ -26,6 +26,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxreg.errors import UserError
 from jaxreg.typing import Pair
+from jaxreg.xla import lowered_cache
 
 Kind = Literal["single", "mesh", "pmap"]
 DATA, SPACE = "data", "space"
@@ -134,13 +135,14 @@ def compile_step(step: Callable, layout: Layout, *, donate: bool = True) -> Call
     """Returns ``compiled(state, batch) -> (state, parts)``.
 
     Args:
-      step: from `make_train_step`, made with `layout.axis`; pure.
+      step: from `make_train_step`, made with `layout.axis`; pure. On one device it is
+        lowered once for all starts, see `lowered_cache.kept`.
       layout: what to run it on; state and batch must have been placed for it.
       donate: the state's buffers are reused, so the caller's state is gone.
     """
     donated = (0,) if donate else ()
     if layout.kind == "single":
-        return jax.jit(step, donate_argnums=donated)
+        return jax.jit(lowered_cache.kept(step), donate_argnums=donated)
     if layout.kind == "pmap":
         chosen = list(_mesh(layout).devices.flat)
         # Named only if there are others: the order of all of them is pmap's affair.

@@ -1,1 +1,1 @@
-"""XLA: scheduling of computations and the cache of compiled programs."""
+"""XLA: scheduling, and the caches of lowered and of compiled programs."""

@@ -1,6 +1,7 @@
 """The cache of compiled programs that outlives a process."""
 
 import contextlib
+import contextvars
 import glob
 import hashlib
 import os
@@ -27,6 +28,7 @@ _ZSTD = b"\x28\xb5\x2f\xfd"
 _UNREADABLE = re.compile(
     r"Error reading persistent compilation cache entry for '([^']+)'"
 )
+_IN_RUN = contextvars.ContextVar("in_run", default=False)
 
 
 def keep() -> None:
@@ -118,6 +120,7 @@ def kept() -> Iterator[None]:
     decorator.
     """
     keep()
+    token = _IN_RUN.set(True)
     show, warned = warnings.showwarning, False
 
     def repairing(message, category, *rest, **more):
@@ -136,8 +139,14 @@ def kept() -> Iterator[None]:
     try:
         yield
     finally:
+        _IN_RUN.reset(token)
         if warnings.showwarning is repairing:
             warnings.showwarning = show
+
+
+def keeps() -> bool:
+    """Whether this is inside `kept`."""
+    return _IN_RUN.get()
 
 
 def _remove_damaged(program: str) -> int:
