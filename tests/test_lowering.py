@@ -28,6 +28,7 @@ from jaxreg.models.rdp import RdpConfig
 from jaxreg.models.unireg import paper
 from jaxreg.models.unireg.paper import UniRegConfig
 from jaxreg.models.unireg.released import UniRegRpnConfig
+from jaxreg.space import sampling
 from jaxreg.training import optimizer, state, step
 from jaxreg.typing import Pair
 
@@ -214,6 +215,65 @@ def test_the_forms_for_cpu_would_be_seen():
     assert text.count("stablehlo.while") > 0
     with pytest.raises(AssertionError):
         check(text, 0)
+
+
+def gathers_and_scatters(function, *args, platform: str) -> tuple[int, int]:
+    """How many a program executes; a function counts as often as it is called."""
+    bodies, lines = {}, []
+    for line in exported(function, *args, platforms=(platform,)).splitlines():
+        if name := re.search(r"func\.func .*@([\w.]+)\(", line):
+            lines = bodies[name[1]] = []
+        lines.append(line)
+
+    @functools.cache
+    def count(name: str, operation: str) -> int:
+        found = 0
+        for line in bodies[name]:
+            found += f'"stablehlo.{operation}"(' in line
+            found += sum(
+                count(f, operation) for f in re.findall(r"call @([\w.]+)", line)
+            )
+        return found
+
+    return count("main", "gather"), count("main", "scatter")
+
+
+@pytest.mark.parametrize("platform", BOTH)
+@pytest.mark.parametrize("outside", ["edge", "zeros"])
+def test_a_sampler_gathers_once_and_scatters_once(platform, outside):
+    field, points = abstract((1, *SHAPE, 3)), abstract((1, *SHAPE, 3))
+    sample = functools.partial(sampling.sample, outside=outside)
+    count = functools.partial(gathers_and_scatters, platform=platform)
+    assert count(sample, field, points) == (1, 0)
+
+    def gradient(argnums):
+        return jax.grad(lambda *a: jnp.sum(sample(*a) ** 2), argnums)
+
+    assert count(gradient((0, 1)), field, points) == (2, 1)
+    # An image has no gradient: nothing is scattered for it.
+    assert count(gradient(1), field, points) == (2, 0)
+
+
+@LONG
+def test_a_training_step_gathers_and_scatters_once_a_sampler():
+    case = CASES["gradicon"]
+    variables, pair = arguments("gradicon")
+    rule = optax.adam(1e-4)
+    states = jax.eval_shape(rule.init, variables["params"])
+    function = step.make_step(case.config.build(), case.objective, rule)
+    noise = abstract((1, *case.shape, 3))
+    found = gathers_and_scatters(
+        function, variables, states, pair, noise, platform="cuda"
+    )
+    # 11 samplers; the points of 8 have a gradient, and the values of 8.
+    assert found == (11 + 8, 8)
+
+
+def test_a_tap_by_tap_sampler_would_be_seen():
+    field, points = abstract((1, *SHAPE, 3)), abstract((1, *SHAPE, 3))
+    sample = functools.partial(sampling.sample, form="map_coordinates")
+    found, _ = gathers_and_scatters(sample, field, points, platform="cuda")
+    assert found == 8
 
 
 def test_a_flipped_volume_would_be_seen():

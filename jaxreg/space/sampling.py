@@ -16,6 +16,7 @@ import numpy as np
 from jax.scipy import ndimage
 
 from jaxreg.space import grid as grid_lib
+from jaxreg.space import windows
 from jaxreg.typing import Image, Labels, Points
 from jaxreg.xla import scheduling
 
@@ -25,6 +26,15 @@ Outside = Literal["edge", "zeros", "half_voxel"]
 edge: the nearest voxel of the array (PyTorch's "border").
 zeros: 0 outside the grid, reached linearly within one voxel.
 half_voxel: the nearest voxel up to half a voxel outside, else `fill` (ITK's rule).
+"""
+Form = Literal["auto", "map_coordinates", "window", "packed"]
+"""How linear samples are computed.
+
+map_coordinates: by `jax.scipy.ndimage.map_coordinates`; its gradients tap by tap.
+window: with one gather or scatter of eight voxels a point, see `jaxreg.space.windows`.
+packed: the same, of one row a point.
+auto: map_coordinates on CPU, window on GPU; on TPU packed where that pays. Nearest
+  samples, and those of whole numbers, are map_coordinates' everywhere.
 """
 
 
@@ -45,6 +55,7 @@ def sample(
     order: Literal[0, 1] = 1,
     outside: Outside = "edge",
     fill: float = 0.0,
+    form: Form = "auto",
 ) -> jax.Array:
     """Returns the values at unit coordinates, N ... C, by `map_coordinates`.
 
@@ -54,6 +65,7 @@ def sample(
       order: 1 linear, 0 nearest.
       outside: see `Outside`.
       fill: the value more than half a voxel outside, for "half_voxel" only.
+      form: see `Form`; the numbers are the same but for rounding.
 
     The gradient with respect to `points` is zero where a clamped coordinate lies at or
     outside the corner voxel's centre, as in PyTorch's border sampling. Nearest sampling
@@ -62,7 +74,9 @@ def sample(
     scale = grid_lib.unit_scale(values.shape[1:4])
     scale = jnp.asarray(scale, points.dtype)
     index = points * jnp.expand_dims(scale, tuple(range(points.ndim - 1)))
-    return sample_voxels(values, index, order=order, outside=outside, fill=fill)
+    return sample_voxels(
+        values, index, order=order, outside=outside, fill=fill, form=form
+    )
 
 
 def sample_voxels(
@@ -72,6 +86,7 @@ def sample_voxels(
     order: Literal[0, 1] = 1,
     outside: Outside = "edge",
     fill: float = 0.0,
+    form: Form = "auto",
 ) -> jax.Array:
     """Returns the values at voxel indices, N ... C: `sample` in voxels.
 
@@ -84,14 +99,23 @@ def sample_voxels(
       order: 1 linear, 0 nearest.
       outside: see `Outside`.
       fill: the value more than half a voxel outside, for "half_voxel" only.
+      form: see `Form`.
     """
     values = jnp.asarray(values)
     flat = index.reshape(index.shape[0], -1, 3)
     batch = max(values.shape[0], index.shape[0])
+    if not jnp.issubdtype(values.dtype, jnp.floating):
+        form = "map_coordinates"  # which rounds
     if order == 0:
-        result: Any = _read(values, flat, order=0, zeros=outside == "zeros")
+        result: Any = _read(
+            values,
+            flat,
+            order=0,
+            zeros=outside == "zeros",
+            form="map_coordinates",
+        )
     else:
-        result = _linear(values, flat, outside == "zeros")
+        result = _linear(values, flat, outside == "zeros", form)
     result = result.reshape(batch, *index.shape[1:-1], values.shape[-1])
     if outside == "half_voxel":
         last = jnp.asarray(np.asarray(values.shape[1:4]) - 1, index.dtype)
@@ -110,6 +134,10 @@ def sample_voxels(
 
 _CHUNK = 2**15
 _UNROLLED = 16  # channels gathered one by one on CPU; more would swell the program
+# On TPU a row of up to 16 channels' windows takes as much memory as 128 numbers, for
+# each voxel of the values and for each point.
+_PACKED_CHANNELS = 16
+_PACKED_ROWS = 2**20
 
 
 def _over_batch(function, *arrays, loop: bool):
@@ -138,10 +166,48 @@ def _in_chunks(*arrays):
     )
 
 
-def _per_point(function, values, *per_point, cpu=None):
+def _by_form(form: Form, looped, whole, windowed, values, *per_point):
+    """Applies the function of (values, *per_point) that computes a form.
+
+    Args:
+      form: see `Form`.
+      looped: what stands for "map_coordinates" on CPU.
+      whole: and elsewhere.
+      windowed: a function of one batch element, with the keyword `fetch`, see
+        `jaxreg.space.windows`.
+      values: N D H W C.
+      *per_point: N P K each.
+    """
+
+    def fetched(fetch: windows.Fetch):
+        function = functools.partial(windowed, fetch=fetch)
+        return lambda *a: _over_batch(function, *a, loop=False)
+
+    if form == "window" or form == "packed":
+        return fetched(form)(values, *per_point)
+    args = values, *per_point
+    if form == "map_coordinates":
+        return jax.lax.platform_dependent(*args, cpu=looped, default=whole)
+    return jax.lax.platform_dependent(
+        *args,
+        cpu=looped,
+        tpu=fetched("packed") if _packs(values, per_point[0]) else whole,
+        default=fetched("window"),
+    )
+
+
+def _packs(values: jax.Array, index: jax.Array) -> bool:
+    """Returns whether rows of packed windows pay on TPU, and fit."""
+    voxels, points = math.prod(values.shape[1:4]), index.shape[1]
+    fits = max(voxels, points) <= _PACKED_ROWS
+    # For fewer points than that, packing moves more than it saves.
+    return fits and values.shape[4] <= _PACKED_CHANNELS and voxels <= 8 * points
+
+
+def _per_point(function, windowed, form: Form, values, *per_point, cpu=None):
     """Applies ``function(values, *per_point)``, in chunks of points on CPU.
 
-    With `cpu`, that is the function there.
+    With `cpu`, that is the function there; for other forms see `_by_form`.
     """
     on_cpu = cpu or function
 
@@ -153,11 +219,13 @@ def _per_point(function, values, *per_point, cpu=None):
         out = scheduling.mapped(lambda c: on_cpu(values, *c), chunks, like=arrays[0])
         return out.reshape(-1, out.shape[-1])[:count]
 
-    return jax.lax.platform_dependent(
+    return _by_form(
+        form,
+        lambda *a: _over_batch(chunked, *a, loop=True),
+        lambda *a: _over_batch(function, *a, loop=False),
+        windowed,
         values,
         *per_point,
-        cpu=lambda *a: _over_batch(chunked, *a, loop=True),
-        default=lambda *a: _over_batch(function, *a, loop=False),
     )
 
 
@@ -169,8 +237,8 @@ def _clamp(index: jax.Array, shape) -> jax.Array:
 
 # Jitted, as the gradients below: a network samples arrays of the same few shapes many
 # times, and each is traced and lowered once.
-@functools.partial(jax.jit, static_argnames=("order", "zeros"))
-def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool):
+@functools.partial(jax.jit, static_argnames=("order", "zeros", "form"))
+def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool, form: Form):
     """N D H W C at N P 3 voxel indices: N P C."""
     mode = "constant" if zeros else "nearest"
 
@@ -183,16 +251,17 @@ def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool):
             out_axes=-1,
         )(values)
 
-    return _per_point(read, values, index)
+    windowed = functools.partial(windows.read, zeros=zeros)
+    return _per_point(read, windowed, form, values, index)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(values: jax.Array, index: jax.Array, zeros: bool):  # noqa: FBT001
-    return _read(values, index, order=1, zeros=zeros)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _linear(values: jax.Array, index: jax.Array, zeros: bool, form: Form):  # noqa: FBT001
+    return _read(values, index, order=1, zeros=zeros, form=form)
 
 
-def _linear_forward(values, index, zeros):
-    return _linear(values, index, zeros), (values, index)
+def _linear_forward(values, index, zeros, form):
+    return _linear(values, index, zeros, form), (values, index)
 
 
 _OFFSETS = np.array(list(np.ndindex(2, 2, 2)), np.int32)  # low and high corners
@@ -228,8 +297,8 @@ def _taken(taps: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.gather(taps, at[:, None], rows, sizes, mode="promise_in_bounds")
 
 
-@functools.partial(jax.jit, static_argnames="zeros")
-def _index_gradient(values, index, dy, *, zeros: bool):
+@functools.partial(jax.jit, static_argnames=("zeros", "form"))
+def _index_gradient(values, index, dy, *, zeros: bool, form: Form):
     """The gradient with respect to the indices: N P 3, by gathering."""
 
     def by_rows(values, corners, dy):
@@ -283,6 +352,8 @@ def _index_gradient(values, index, dy, *, zeros: bool):
 
     return _per_point(
         functools.partial(gradient, by_rows),
+        functools.partial(windows.index_gradient, zeros=zeros),
+        form,
         values,
         index,
         dy,
@@ -290,8 +361,8 @@ def _index_gradient(values, index, dy, *, zeros: bool):
     )
 
 
-@functools.partial(jax.jit, static_argnames="zeros")
-def _values_gradient(values, index, dy, *, zeros: bool):
+@functools.partial(jax.jit, static_argnames=("zeros", "form"))
+def _values_gradient(values, index, dy, *, zeros: bool, form: Form):
     """The gradient with respect to the values: N D H W C, by scattering."""
     shape = values.shape[1:]
 
@@ -314,18 +385,23 @@ def _values_gradient(values, index, dy, *, zeros: bool):
 
     # A loop over the corners on CPU: eight scatters are eight programs to compile.
     def chunked(index, dy):
-        return jax.lax.scan(added, empty(), _in_chunks(index, dy))[0]
+        total, _ = jax.lax.scan(added, empty(), _in_chunks(index, dy))
+        return total.reshape(shape)
 
     def whole(index, dy):
-        return added(empty(), (index, dy), unroll=len(_OFFSETS))[0]
+        total, _ = added(empty(), (index, dy), unroll=len(_OFFSETS))
+        return total.reshape(shape)
 
-    total = jax.lax.platform_dependent(
+    total = _by_form(
+        form,
+        lambda _, *a: _over_batch(chunked, *a, loop=True),
+        lambda _, *a: _over_batch(whole, *a, loop=False),
+        functools.partial(windows.values_gradient, zeros=zeros),
+        values,
         index,
         dy,
-        cpu=lambda *a: _over_batch(chunked, *a, loop=True),
-        default=lambda *a: _over_batch(whole, *a, loop=False),
     )
-    return _like(total.reshape(-1, *shape), values)
+    return _like(total, values)
 
 
 def _like(gradient, array):
@@ -335,14 +411,16 @@ def _like(gradient, array):
     return gradient
 
 
-def _linear_backward(zeros, saved, dy):
+def _linear_backward(zeros, form, saved, dy):
     # Two loops, so that the one whose gradient is unused is removed.
     values, index = saved
     # The sums of bfloat16 values are float32, as `map_coordinates` has them.
     dy = dy.astype(jnp.promote_types(dy.dtype, index.dtype))
     return (
-        _values_gradient(values, index, dy, zeros=zeros).astype(values.dtype),
-        _like(_index_gradient(values, index, dy, zeros=zeros), index),
+        _values_gradient(values, index, dy, zeros=zeros, form=form).astype(
+            values.dtype
+        ),
+        _like(_index_gradient(values, index, dy, zeros=zeros, form=form), index),
     )
 
 

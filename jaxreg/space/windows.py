@@ -1,0 +1,198 @@
+"""Linear sampling that gathers and scatters the eight voxels around a point at once.
+
+One batch element's values D H W C are read at voxel indices P 3. Around a point lies a
+window of 2 x 2 x 2 voxels, of which each is weighted by ``1 - |distance|`` along each
+axis: a window at the edge needs no other rule, nor does a point outside of the array.
+How a window is fetched depends on the device:
+
+* "window": a gather of slices, straight from the values. XLA's GPU backend computes it
+  inside of whatever reads it. On TPU it would be a loop over points.
+* "packed": a gather of rows from an array that holds each voxel's window as its row.
+  TPUs fetch rows one by one, and a row of 24 numbers as one of 3.
+
+Gradients with respect to the values scatter the same windows.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Fetch = Literal["window", "packed"]
+
+
+def read(values: jax.Array, index: jax.Array, *, zeros: bool, fetch: Fetch):
+    """Returns the values at voxel indices, P C.
+
+    Args:
+      values: D H W C.
+      index: P 3, voxels.
+      zeros: whether what lies outside is 0; else it is as the nearest voxel.
+      fetch: see the module's docstring.
+    """
+    low, hats, _ = _around(index, values.shape, zeros=zeros)
+    taps = _gathered(values, low, fetch)
+    return jnp.sum(taps * _product(hats)[..., None], 1).astype(values.dtype)
+
+
+def index_gradient(
+    values: jax.Array, index: jax.Array, dy: jax.Array, *, zeros: bool, fetch: Fetch
+):
+    """Returns the gradient of `read` with respect to the indices, P 3.
+
+    At a voxel's centre the slope is that of the next cell. If not `zeros` it is 0 where
+    an index lies at or outside the corner voxel's centre, as in PyTorch.
+
+    Args:
+      values: as `read`.
+      index: as `read`.
+      dy: gradient of the result, P C.
+      zeros: as `read`.
+      fetch: as `read`.
+    """
+    values, index, dy = _again(values, index, dy)
+    low, hats, slopes = _around(index, values.shape, zeros=zeros)
+    along = jnp.sum(_gathered(values, low, fetch) * dy[:, None], -1)  # P K
+    gradient = [
+        jnp.sum(along * _product([*hats[:a], slopes[a], *hats[a + 1 :]]), 1)
+        for a in range(3)
+    ]
+    return jnp.stack(gradient, -1).astype(index.dtype)
+
+
+def values_gradient(
+    values: jax.Array, index: jax.Array, dy: jax.Array, *, zeros: bool, fetch: Fetch
+):
+    """Returns the gradient of `read` with respect to the values, D H W C.
+
+    Args:
+      values: as `read`; their shape alone matters.
+      index: as `read`.
+      dy: gradient of the result, P C.
+      zeros: as `read`.
+      fetch: as `read`.
+    """
+    values, index, dy = _again(values, index, dy)
+    low, hats, _ = _around(index, values.shape, zeros=zeros)
+    taps = _product(hats)[..., None] * dy[:, None]  # P K C
+    return _scattered(values.shape, low, taps, fetch).astype(dy.dtype)
+
+
+def _again(*arrays: jax.Array):
+    """Keeps a compiler from keeping for the gradient what `read` has computed.
+
+    The windows of all points are eight times what is read.
+    """
+    return lax.optimization_barrier(arrays)
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Of a window: an axis of one voxel has no second one."""
+    d, h, w = (min(2, n) for n in shape[:3])
+    return d, h, w
+
+
+def _offsets(shape: tuple[int, ...]) -> np.ndarray:
+    """The K voxels of a window, K 3."""
+    return np.array(list(np.ndindex(_sizes(shape))), np.int32)
+
+
+def _around(index: jax.Array, shape: tuple[int, ...], *, zeros: bool):
+    """Returns where windows begin, P 3, and each axis's weights and their slopes, P K.
+
+    A slope is that of the next cell at a voxel's centre.
+    """
+    last = np.asarray(shape[:3]) - 1
+    top = jnp.asarray(last, index.dtype)[None]
+    at = index if zeros else jnp.clip(index, 0.0, top)
+    # Clipped as integers, which are in bounds even if an index is no number.
+    low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, np.maximum(last - 1, 0)[None])
+    above = at - low.astype(at.dtype)
+    inside = jnp.ones_like(index, bool) if zeros else (index > 0) & (index < top)
+    hats, slopes = [], []
+    for axis, offset in enumerate(_offsets(shape).T):
+        # P K
+        distance = above[:, axis, None] - jnp.asarray(offset, at.dtype)[None]
+        hats.append(jnp.maximum(1.0 - jnp.abs(distance), 0.0))
+        signs = jnp.where(distance < 0.0, 1.0, -1.0)
+        within = (distance >= -1.0) & (distance < 1.0) & inside[:, axis, None]
+        slopes.append(jnp.where(within, signs, 0.0).astype(at.dtype))
+    return low, hats, slopes
+
+
+def _product(factors: list[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.multiply, factors)
+
+
+# --- fetching windows, and adding to them --------------------------------------------
+
+
+def _gathered(values: jax.Array, low: jax.Array, fetch: Fetch) -> jax.Array:
+    """Returns the windows of D H W C that begin at voxels P 3, P K C."""
+    if fetch == "window":
+        sizes = *_sizes(values.shape), values.shape[3]
+        dimensions = lax.GatherDimensionNumbers((1, 2, 3, 4), (), (0, 1, 2))
+        taps = lax.gather(values, low, dimensions, sizes, mode="promise_in_bounds")
+        return taps.reshape(len(low), -1, values.shape[3])
+    rows = lax.GatherDimensionNumbers((1,), (0,), (0,))
+    table = _packed(values)
+    at = _flat(low, values.shape)[:, None]
+    row = lax.gather(table, at, rows, (1, table.shape[1]), mode="promise_in_bounds")
+    return jnp.swapaxes(row.reshape(len(low), values.shape[3], -1), 1, 2)
+
+
+def _scattered(shape, low: jax.Array, taps: jax.Array, fetch: Fetch) -> jax.Array:
+    """Returns the sum of windows P K C that begin at voxels P 3, D H W C."""
+    if fetch == "window":
+        zeros = jnp.zeros(shape, taps.dtype)
+        dimensions = lax.ScatterDimensionNumbers((1, 2, 3, 4), (), (0, 1, 2))
+        taps = taps.reshape(len(low), *_sizes(shape), shape[3])
+        return lax.scatter_add(zeros, low, taps, dimensions, mode="promise_in_bounds")
+    row = jnp.swapaxes(taps, 1, 2).reshape(len(low), -1)
+    table = jnp.zeros((math.prod(shape[:3]), row.shape[1]), taps.dtype)
+    rows = lax.ScatterDimensionNumbers((1,), (0,), (0,))
+    at = _flat(low, shape)[:, None]
+    table = lax.scatter_add(table, at, row, rows, mode="promise_in_bounds")
+    return _unpacked(table, shape)
+
+
+def _flat(low: jax.Array, shape) -> jax.Array:
+    return (low[:, 0] * shape[1] + low[:, 1]) * shape[2] + low[:, 2]
+
+
+def _shifts(shape) -> list[int]:
+    """How far the K voxels of a window lie behind its first one in storage."""
+    return [int(s) for s in _offsets(shape) @ (shape[1] * shape[2], shape[2], 1)]
+
+
+# Voxels in storage order are minor all along: they fill the lanes of a TPU.
+
+
+def _packed(values: jax.Array) -> jax.Array:
+    """Returns each voxel's window as a row, D*H*W C*K.
+
+    Rows of windows that would reach beyond the array hold anything.
+    """
+    shifts = _shifts(values.shape)
+    flat = values.reshape(-1, values.shape[3]).T  # C D*H*W
+    count = flat.shape[1]
+    flat = jnp.pad(flat, ((0, 0), (0, shifts[-1])))
+    table = jnp.stack([flat[:, s : s + count] for s in shifts], 1)  # C K D*H*W
+    return table.reshape(-1, count).T
+
+
+def _unpacked(table: jax.Array, shape) -> jax.Array:
+    """Returns the transpose of `_packed`, D H W C."""
+    shifts = _shifts(shape)
+    stacked = table.T.reshape(shape[3], len(shifts), -1)  # C K D*H*W
+    zero = jnp.zeros((), table.dtype)
+    # What is shifted beyond the end is zero: no window begins there.
+    parts = [
+        lax.pad(stacked[:, k], zero, ((0, 0, 0), (s, -s, 0)))
+        for k, s in enumerate(shifts)
+    ]
+    return functools.reduce(jnp.add, parts).T.reshape(shape)
