@@ -33,8 +33,9 @@ Form = Literal["auto", "map_coordinates", "window", "packed"]
 map_coordinates: by `jax.scipy.ndimage.map_coordinates`; its gradients tap by tap.
 window: with one gather or scatter of eight voxels a point, see `jaxreg.space.windows`.
 packed: the same, of one row a point.
-auto: map_coordinates on CPU, window on GPU; on TPU packed where that pays. Nearest
-  samples, and those of whole numbers, are map_coordinates' everywhere.
+auto: map_coordinates on CPU, window on GPU; on TPU map_coordinates, its gradients
+  packed where that fits. Nearest samples, and those of whole numbers, are
+  map_coordinates' everywhere.
 """
 
 
@@ -134,7 +135,7 @@ def sample_voxels(
 
 _CHUNK = 2**15
 _UNROLLED = 16  # channels gathered one by one on CPU; more would swell the program
-# On TPU a row of up to 16 channels' windows takes as much memory as 128 numbers, for
+# On TPU a row of up to 16 channels' windows may take the memory of 128 numbers, for
 # each voxel of the values and for each point.
 _PACKED_CHANNELS = 16
 _PACKED_ROWS = 2**20
@@ -176,22 +177,25 @@ def _by_form(form: Form, looped, whole, windowed, values, *per_point):
       windowed: a function of one batch element, with the keyword `fetch`, see
         `jaxreg.space.windows`.
       values: N D H W C.
-      *per_point: N P K each.
+      *per_point: N P K each, the indices; of a gradient also that of the samples.
     """
 
     def fetched(fetch: windows.Fetch):
         function = functools.partial(windowed, fetch=fetch)
         return lambda *a: _over_batch(function, *a, loop=False)
 
+    gradient = len(per_point) > 1
     if form == "window" or form == "packed":
         return fetched(form)(values, *per_point)
     args = values, *per_point
     if form == "map_coordinates":
         return jax.lax.platform_dependent(*args, cpu=looped, default=whole)
+    # By the compiler's estimates packing saves a forward pass nothing at most sizes.
+    packs = gradient and _packs(values, per_point[0])
     return jax.lax.platform_dependent(
         *args,
         cpu=looped,
-        tpu=fetched("packed") if _packs(values, per_point[0]) else whole,
+        tpu=fetched("packed") if packs else whole,
         default=fetched("window"),
     )
 

@@ -7,14 +7,15 @@ How a window is fetched depends on the device:
 
 * "window": a gather of slices, straight from the values. XLA's GPU backend computes it
   inside of whatever reads it. On TPU it would be a loop over points.
-* "packed": a gather of rows from an array that holds each voxel's window as its row.
-  TPUs fetch rows one by one, and a row of 24 numbers as one of 3.
+* "packed": a gather of rows from an array that holds each voxel's window as its row,
+  for TPUs.
 
 Gradients with respect to the values scatter the same windows.
 """
 
 import functools
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import jax
@@ -34,9 +35,10 @@ def read(values: jax.Array, index: jax.Array, *, zeros: bool, fetch: Fetch):
       zeros: whether what lies outside is 0; else it is as the nearest voxel.
       fetch: see the module's docstring.
     """
-    low, hats, _ = _around(index, values.shape, zeros=zeros)
+    low, distances = _around(index, values.shape, zeros=zeros)
+    weights = _product(map(_hat, distances))
     taps = _gathered(values, low, fetch)
-    return jnp.sum(taps * _product(hats)[..., None], 1).astype(values.dtype)
+    return jnp.sum(taps * weights[..., None], 1).astype(values.dtype)
 
 
 def index_gradient(
@@ -55,13 +57,18 @@ def index_gradient(
       fetch: as `read`.
     """
     values, index, dy = _again(values, index, dy)
-    low, hats, slopes = _around(index, values.shape, zeros=zeros)
+    low, distances = _around(index, values.shape, zeros=zeros)
     along = jnp.sum(_gathered(values, low, fetch) * dy[:, None], -1)  # P K
+    hats = [_hat(distance) for distance in distances]
     gradient = [
-        jnp.sum(along * _product([*hats[:a], slopes[a], *hats[a + 1 :]]), 1)
+        jnp.sum(along * _product([_slope(distances[a]), *hats[:a], *hats[a + 1 :]]), 1)
         for a in range(3)
     ]
-    return jnp.stack(gradient, -1).astype(index.dtype)
+    slopes = jnp.stack(gradient, -1).astype(index.dtype)
+    if zeros:
+        return slopes
+    last = jnp.asarray(np.asarray(values.shape[:3]) - 1, index.dtype)
+    return jnp.where((index > 0) & (index < last[None]), slopes, 0.0)
 
 
 def values_gradient(
@@ -77,8 +84,9 @@ def values_gradient(
       fetch: as `read`.
     """
     values, index, dy = _again(values, index, dy)
-    low, hats, _ = _around(index, values.shape, zeros=zeros)
-    taps = _product(hats)[..., None] * dy[:, None]  # P K C
+    low, distances = _around(index, values.shape, zeros=zeros)
+    weights = _product(map(_hat, distances))
+    taps = weights[..., None] * dy[:, None]  # P K C
     return _scattered(values.shape, low, taps, fetch).astype(dy.dtype)
 
 
@@ -102,29 +110,33 @@ def _offsets(shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _around(index: jax.Array, shape: tuple[int, ...], *, zeros: bool):
-    """Returns where windows begin, P 3, and each axis's weights and their slopes, P K.
+    """Returns where windows begin, P 3, and how far behind their voxels points lie.
 
-    A slope is that of the next cell at a voxel's centre.
+    The distances are P K for each axis, voxels.
     """
     last = np.asarray(shape[:3]) - 1
-    top = jnp.asarray(last, index.dtype)[None]
-    at = index if zeros else jnp.clip(index, 0.0, top)
+    at = index if zeros else jnp.clip(index, 0.0, jnp.asarray(last, index.dtype)[None])
     # Clipped as integers, which are in bounds even if an index is no number.
     low = jnp.clip(jnp.floor(at).astype(jnp.int32), 0, np.maximum(last - 1, 0)[None])
     above = at - low.astype(at.dtype)
-    inside = jnp.ones_like(index, bool) if zeros else (index > 0) & (index < top)
-    hats, slopes = [], []
-    for axis, offset in enumerate(_offsets(shape).T):
-        # P K
-        distance = above[:, axis, None] - jnp.asarray(offset, at.dtype)[None]
-        hats.append(jnp.maximum(1.0 - jnp.abs(distance), 0.0))
-        signs = jnp.where(distance < 0.0, 1.0, -1.0)
-        within = (distance >= -1.0) & (distance < 1.0) & inside[:, axis, None]
-        slopes.append(jnp.where(within, signs, 0.0).astype(at.dtype))
-    return low, hats, slopes
+    distances = [
+        above[:, axis, None] - jnp.asarray(offset, at.dtype)[None]
+        for axis, offset in enumerate(_offsets(shape).T)
+    ]
+    return low, distances
 
 
-def _product(factors: list[jax.Array]) -> jax.Array:
+def _hat(distance: jax.Array) -> jax.Array:
+    return jnp.maximum(1.0 - jnp.abs(distance), 0.0)
+
+
+def _slope(distance: jax.Array) -> jax.Array:
+    """The derivative of `_hat`, at a kink the one above it."""
+    within = (distance >= -1.0) & (distance < 1.0)
+    return jnp.where(within, jnp.where(distance < 0.0, 1.0, -1.0), 0.0)
+
+
+def _product(factors: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.multiply, factors)
 
 
