@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import math
 
 import jax
@@ -10,6 +11,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from jaxreg.errors import UserError
+from jaxreg.experiments import fields
+from jaxreg.models import registry
 from jaxreg.models.gradicon import GradIconConfig
 from jaxreg.models.promptreg import AS_PAPER
 from jaxreg.models.rdp import RdpConfig
@@ -35,6 +39,21 @@ LAST = ("last", "flow", "conv_5", *(f"head_{i}" for i in range(5)))
 
 def changed(config, **fields):
     return dataclasses.replace(config, **fields)
+
+
+@pytest.mark.parametrize("name", NETWORKS | OTHER_FORMS)
+def test_both_are_settings_of_a_recipe_that_older_files_lack(name):
+    config = (NETWORKS | OTHER_FORMS)[name]
+    given = [(["precision"], "bfloat16"), (["remat"], "networks")]
+    set_by_text = fields.replaced(config, given, "model.")
+    assert set_by_text == changed(config, precision="bfloat16", remat="networks")
+    stored = json.loads(json.dumps(dataclasses.asdict(set_by_text)))
+    assert registry.config_of(config.kind, stored) == set_by_text
+    older = {n: v for n, v in stored.items() if n not in ("precision", "remat")}
+    assert registry.config_of(config.kind, older) == config
+    for field in ("precision", "remat"):
+        with pytest.raises(UserError, match=f"`model.{field}` is 'float16'"):
+            fields.replaced(config, [([field], "float16")], "model.")
 
 
 def variables_of(config):
