@@ -93,6 +93,26 @@ class Sources:
     orientation: str | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class TaskSettings:
+    """What of the sources becomes part of a program: no pair, and no file's name.
+
+    Attributes: see `Sources`.
+    """
+
+    objectives: tuple[int, ...]
+    classes: tuple[int, ...]
+    rules: tuple[TaskRule, ...]
+    rows: tuple[int, ...]
+
+
+def task_settings(sources: Sources) -> TaskSettings:
+    """Returns the sources' settings; those of other pairs make the same program."""
+    return TaskSettings(
+        sources.objectives, sources.classes, sources.rules, sources.rows
+    )
+
+
 def objectives_of(experiment: Experiment) -> tuple[Objective, ...]:
     """Returns the default objective and the named ones, in order."""
     return (experiment.objective, *(o for _, o in experiment.objectives))
@@ -356,11 +376,12 @@ def make_prepare(
 ) -> Callable[[step.Batch, Any], Pair]:
     """Returns ``prepare(batch, key) -> pair``, the part of loading that devices do."""
     supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
-    classes = sources.classes if supervised else ()
+    settings = task_settings(sources)
+    classes = settings.classes if supervised else ()
 
     def prepare(batch, key):
         pair = augment.to_pair(batch, key, experiment.augment, classes=classes)
-        pair = with_task_settings(pair, experiment, sources)
+        pair = with_task_settings(pair, experiment, settings)
         wanted = experiment.model.smoothness_condition
         if wanted is not None and key is not None:
             drawn = _draw_smoothness(key, batch["index"], wanted)
@@ -381,7 +402,9 @@ def _draw_smoothness(key: Key, index: jax.Array, wanted: SmoothnessRange) -> jax
     return wanted.low * jnp.exp(span * jax.vmap(draw)(index))
 
 
-def with_task_settings(pair: Pair, experiment: Experiment, sources: Sources) -> Pair:
+def with_task_settings(
+    pair: Pair, experiment: Experiment, sources: Sources | TaskSettings
+) -> Pair:
     """Returns the pair with its task's objective, smoothness, window and prompt.
 
     For a network conditioned on regions the task keeps its number.
@@ -412,7 +435,9 @@ def _similarity_range(experiment: Experiment, rule: TaskRule) -> tuple[float, fl
     return network_grid.part_of(rule.similarity_window, loaded)
 
 
-def _smoothness(experiment: Experiment, sources: Sources) -> list[float] | None:
+def _smoothness(
+    experiment: Experiment, sources: Sources | TaskSettings
+) -> list[float] | None:
     """Returns each task's weight of smoothness; None where its objective has it."""
     wanted = experiment.model.smoothness_condition
     own = [rule.smoothness for rule in sources.rules]

@@ -21,6 +21,7 @@ from jaxreg.experiments.datasets import (
     loss_of,
     make_prepare,
     objectives_of,
+    task_settings,
     with_task_settings,
 )
 from jaxreg.space import fields, sampling
@@ -100,11 +101,12 @@ def _make_score(
     objective, shape = loss_of(experiment), experiment.loading.shape
     supervised = any(o.dice_weight > 0 for o in objectives_of(experiment))
     noise = jax.random.normal(jax.random.key(0), (1, *shape, 3))
+    settings = task_settings(sources)
 
     def score(variables, batch):
-        classes = sources.classes if supervised else ()
+        classes = settings.classes if supervised else ()
         pair = augment.to_pair(batch, None, None, classes=classes)
-        pair = parallel.constrain(with_task_settings(pair, experiment, sources), one)
+        pair = parallel.constrain(with_task_settings(pair, experiment, settings), one)
         _, (parts, maps, _) = step.evaluate(
             model, variables, pair, noise, objective=objective
         )

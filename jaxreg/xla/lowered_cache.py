@@ -55,7 +55,7 @@ def kept(function: Callable) -> Callable:
     Its numbers are the same to the bit. It is traced at every start where it refers to
     something whose effect is not known, see `fingerprint`, or returns containers other
     than tuples, lists, dicts and its own arguments; where several processes take part;
-    and outside of a run, see `compilation_cache.kept`.
+    outside of a run, see `compilation_cache.kept`; and under `jax.default_device`.
 
     Args:
       function: pure, of trees of arrays on one device; not differentiated further.
@@ -87,6 +87,8 @@ def _folder() -> pathlib.Path | None:
     folder = config.jax_compilation_cache_dir
     wanted = compilation_cache.keeps() and config.jax_enable_compilation_cache
     wanted = wanted and flatbuffers is not None and not config.jax_disable_jit
+    # Lowered for another device than it would be kept for, as to count arithmetic.
+    wanted = wanted and config.jax_default_device is None
     # Processes must all compile the same, and one alone might have it.
     if not wanted or not folder or "://" in folder or jax.process_count() > 1:
         return None

@@ -41,12 +41,13 @@ from jaxreg.experiments import stage as stage_lib
 from jaxreg.experiments.config import DataConfig, Experiment, Stage, TrainConfig
 from jaxreg.losses.objective import Objective
 from jaxreg.models.gradicon import GradIcon, GradIconConfig
-from jaxreg.training import checkpoints, utilisation
+from jaxreg.training import checkpoints, parallel, utilisation
 from jaxreg.training.loop import LoopConfig
 from jaxreg.training.optimizer import OptimizerConfig
 from jaxreg.training.parallel import Layout
 from jaxreg.weights import bundle as bundle_lib
 from jaxreg.weights import load, zoo
+from jaxreg.xla import fingerprint
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "tests" / "training" / "programs" / "two_stages.py"
@@ -786,6 +787,26 @@ def test_a_dataset_without_labels_has_no_say_and_is_named(listed):
         assert stage_lib.metric_of(chosen, found) == "dice"
     chosen = tiny(data=chosen.data, loop=LoopConfig(metric="loss"))
     assert stage_lib.metric_of(chosen, found) == "loss"
+
+
+def test_steps_of_listed_scans_can_be_kept(listed, monkeypatch):
+    """What a program is kept under: files of scans and readers could not be told."""
+    seen = []
+    monkeypatch.setattr(parallel.lowered_cache, "kept", lambda f: seen.append(f) or f)
+    chosen = tiny(
+        data=DataConfig(manifests=(str(listed),)), train=TrainConfig(parallel="single")
+    )
+    for _ in range(2):
+        found = datasets.make_sources(chosen)
+        per_epoch, layout, shares = stage_lib.batch_layout(chosen)
+        rule = stage_lib.make_optimizer(chosen, 10, per_epoch)
+        stage_lib.make_step(chosen, found, rule, layout, shares)
+        model = chosen.model.build()
+        validation.make_validation(chosen, found, model, layout)
+        validation.make_find_bad_pairs(chosen, found, model, layout)
+    digests = [fingerprint.fingerprint(function) for function in seen]
+    assert digests[:3] == digests[3:]
+    assert len(set(digests)) == 3
 
 
 def test_scans_that_choose_weights_are_all_of_their_subjects(listed):

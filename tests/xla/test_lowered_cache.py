@@ -224,7 +224,9 @@ def test_what_is_not_known_is_traced_at_every_start(folder, lowered):
     assert not entries(folder)
 
 
-@pytest.mark.parametrize("why", ["no run", "no folder", "off", "no file"])
+@pytest.mark.parametrize(
+    "why", ["no run", "no folder", "off", "other device", "no file"]
+)
 def test_without_a_place_nothing_is_kept(folder, lowered, monkeypatch, why):
     made = jax.jit(lowered_cache.kept(lambda x: 3 * x))
     with contextlib.ExitStack() as stack:
@@ -236,6 +238,8 @@ def test_without_a_place_nothing_is_kept(folder, lowered, monkeypatch, why):
         elif why == "off":
             jax.config.update("jax_enable_compilation_cache", False)
             stack.callback(jax.config.update, "jax_enable_compilation_cache", True)
+        elif why == "other device":
+            stack.enter_context(jax.default_device(jax.devices()[0]))
         else:
             folder.parent.mkdir(exist_ok=True)
             folder.write_text("where a folder should be")
