@@ -69,10 +69,11 @@ def gradicon(
     steps = [jnp.zeros(3, points.dtype), *(delta * jnp.eye(3, dtype=points.dtype))]
     lead = tuple(range(points.ndim - 1))
     shifts = [jnp.expand_dims(step, lead) for step in steps]  # 1 ... 3
-    # The four point sets in one evaluation, end to end along the first point axis.
-    stacked = jnp.concatenate([points + shift for shift in shifts], axis=1)
+    # The four point sets in one evaluation, end to end along the last point axis: along
+    # the first they may be split over devices.
+    stacked = jnp.concatenate([points + shift for shift in shifts], axis=-2)
     error = stacked - forward(backward(stacked))
-    here, *moved = jnp.split(error, len(shifts), axis=1)
+    here, *moved = jnp.split(error, len(shifts), axis=-2)
     return sum(
         (jnp.mean(((here - there) / delta) ** 2) for there in moved),
         start=jnp.zeros((), error.dtype),

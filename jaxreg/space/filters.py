@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxreg.typing import Image
+from jaxreg.xla import splitting
 
 MIND_VARIANCE_RANGE = (1e-3, 1e3)
 # Below it an image is constant up to float32 rounding of [0, 1] intensities.
@@ -64,16 +65,18 @@ def mean_filter(image: Image, times: int = 1) -> Image:
 
 def along_axes(volumes: jax.Array, matrices: Sequence[np.ndarray]) -> jax.Array:
     """Multiplies ... D H W by one matrix per spatial axis."""
-    for matrix in reversed(matrices):
+    for axis, matrix in zip((-1, -2, -3), reversed(matrices), strict=True):
         # The contracted axis is last and its result goes to the front of the three, so
         # that each is a plain matrix product; three turns restore the order.
+        if axis == -3:  # volumes may be split along D
+            volumes = splitting.turned(volumes, -1, -3)
         volumes = jnp.einsum(
             "aw,...dhw->...adh",
             jnp.asarray(matrix, volumes.dtype),
             volumes,
             precision=jax.lax.Precision.HIGHEST,
         )
-    return volumes
+    return splitting.turned(volumes, -2, -3)
 
 
 def _neighbour(volumes: jax.Array, offset: tuple[int, ...]) -> jax.Array:

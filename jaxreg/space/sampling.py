@@ -18,7 +18,7 @@ from jax.scipy import ndimage
 from jaxreg.space import grid as grid_lib
 from jaxreg.space import windows
 from jaxreg.typing import Image, Labels, Points
-from jaxreg.xla import scheduling
+from jaxreg.xla import scheduling, splitting
 
 Outside = Literal["edge", "zeros", "half_voxel"]
 """What lies outside the array.
@@ -103,20 +103,20 @@ def sample_voxels(
       form: see `Form`.
     """
     values = jnp.asarray(values)
-    flat = index.reshape(index.shape[0], -1, 3)
+    rows = index.reshape(*index.shape[:2], -1, 3)
     batch = max(values.shape[0], index.shape[0])
     if not jnp.issubdtype(values.dtype, jnp.floating):
         form = "map_coordinates"  # which rounds
     if order == 0:
-        result: Any = _read(
+        result: Any = _sampled(
             values,
-            flat,
+            rows,
             order=0,
             zeros=outside == "zeros",
             form="map_coordinates",
         )
     else:
-        result = _linear(values, flat, outside == "zeros", form)
+        result = _linear(values, rows, outside == "zeros", form)
     result = result.reshape(batch, *index.shape[1:-1], values.shape[-1])
     if outside == "half_voxel":
         last = jnp.asarray(np.asarray(values.shape[1:4]) - 1, index.dtype)
@@ -259,13 +259,33 @@ def _read(values: jax.Array, index: jax.Array, *, order: int, zeros: bool, form:
     return _per_point(read, windowed, form, values, index)
 
 
+def _flat(function, **settings):
+    """Returns a function of arrays N P K as one of rows of points, N R P K."""
+
+    def of_rows(values, *rows):
+        flat = (a.reshape(len(a), -1, a.shape[-1]) for a in rows)
+        return function(values, *flat, **settings)
+
+    return of_rows
+
+
+def _sampled(values: jax.Array, rows: jax.Array, **settings):
+    """N D H W C at N R P 3 voxel indices: N R P C."""
+
+    def read(values, rows):
+        found = _flat(_read, **settings)(values, rows)
+        return found.reshape(len(found), *rows.shape[1:-1], -1)
+
+    return splitting.sampled(read, values, rows)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _linear(values: jax.Array, index: jax.Array, zeros: bool, form: Form):  # noqa: FBT001
-    return _read(values, index, order=1, zeros=zeros, form=form)
+def _linear(values: jax.Array, rows: jax.Array, zeros: bool, form: Form):  # noqa: FBT001
+    return _sampled(values, rows, order=1, zeros=zeros, form=form)
 
 
-def _linear_forward(values, index, zeros, form):
-    return _linear(values, index, zeros, form), (values, index)
+def _linear_forward(values, rows, zeros, form):
+    return _linear(values, rows, zeros, form), (values, rows)
 
 
 _OFFSETS = np.array(list(np.ndindex(2, 2, 2)), np.int32)  # low and high corners
@@ -417,14 +437,20 @@ def _like(gradient, array):
 
 def _linear_backward(zeros, form, saved, dy):
     # Two loops, so that the one whose gradient is unused is removed.
-    values, index = saved
+    values, rows = saved
     # The sums of bfloat16 values are float32, as `map_coordinates` has them.
-    dy = dy.astype(jnp.promote_types(dy.dtype, index.dtype))
+    dy = dy.astype(jnp.promote_types(dy.dtype, rows.dtype))
+
+    def index_gradient(values, rows, dy):
+        slopes = _flat(_index_gradient, zeros=zeros, form=form)(values, rows, dy)
+        return _like(slopes.reshape(len(slopes), *rows.shape[1:]), rows)
+
+    of_values = _flat(_values_gradient, zeros=zeros, form=form)
     return (
-        _values_gradient(values, index, dy, zeros=zeros, form=form).astype(
+        splitting.sampled(of_values, values, rows, dy, gives="values").astype(
             values.dtype
         ),
-        _like(_index_gradient(values, index, dy, zeros=zeros, form=form), index),
+        splitting.sampled(index_gradient, values, rows, dy, gives="rows"),
     )
 
 
@@ -448,6 +474,7 @@ def _linear_matrix(n: int, position: np.ndarray) -> np.ndarray:
 
 
 def _apply_matrices(image: Image, matrices: list[np.ndarray]) -> Image:
+    image = splitting.turned(image, 1, 2)  # it may be split along D
     for matrix, spec in zip(
         matrices, ("ad,ndhwc->nahwc", "ah,ndhwc->ndawc", "aw,ndhwc->ndhac"), strict=True
     ):
@@ -457,6 +484,8 @@ def _apply_matrices(image: Image, matrices: list[np.ndarray]) -> Image:
             image,
             precision=jax.lax.Precision.HIGHEST,
         )
+        if spec.startswith("ad"):
+            image = splitting.turned(image, 2, 1)
     return image
 
 

@@ -26,10 +26,11 @@ from jax.sharding import PartitionSpec as Spec
 
 from jaxreg.errors import UserError
 from jaxreg.typing import Pair
-from jaxreg.xla import lowered_cache
+from jaxreg.xla import lowered_cache, splitting
+from jaxreg.xla.splitting import SPACE
 
 Kind = Literal["single", "mesh", "pmap"]
-DATA, SPACE = "data", "space"
+DATA = "data"
 # How long one that ends waits for the others, seconds. JAX's own 5 minutes are how long
 # an error would take to end a run.
 _PATIENCE_S = 60
@@ -169,15 +170,7 @@ def constrain(pair: Pair, layout: Layout) -> Pair:
     if layout.space == 1:
         return pair
 
-    def split(leaf):
-        if leaf.ndim != 5:
-            return leaf
-        mesh = jax.sharding.get_abstract_mesh()
-        return jax.lax.with_sharding_constraint(
-            leaf, NamedSharding(mesh, Spec(None, SPACE))
-        )
-
-    return jax.tree.map(split, pair)
+    return jax.tree.map(lambda a: splitting.along(a, 1) if a.ndim == 5 else a, pair)
 
 
 def place_state(state: Any, layout: Layout) -> Any:

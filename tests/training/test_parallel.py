@@ -111,6 +111,13 @@ def test_split_volume_has_the_same_map_and_split_convolutions():
         assert split["exchanges"] > 0
 
 
+def test_split_arrays_have_the_same_results_and_gradients():
+    found = printed("split_arrays.py")
+    assert len(found) > 10
+    for name, difference in found.items():
+        assert difference < 2e-6, name
+
+
 def test_split_volumes_are_scored_and_blamed_as_whole_ones():
     found = printed("split_validation.py")
     whole, split = found["1"], found["2"]

@@ -34,6 +34,7 @@ from jax import lax
 from jaxreg.nn.conv import blocked, few_outputs, folded, large_kernel, winograd
 from jaxreg.nn.conv.blocked import Parts
 from jaxreg.typing import Image
+from jaxreg.xla import splitting
 
 Form = Literal["auto", "native", "slab", "folded"]
 _FEW_INPUTS = 4  # channels that leave most of a TPU's lanes empty, folded or not
@@ -224,16 +225,19 @@ def _pad(x: jax.Array, *widths: tuple[int, int], mode: str = "constant") -> jax.
 def space_to_depth(x: Image) -> Image:
     """N 2D 2H 2W C to N D H W 8C, channels ordered (2, 2, 2, C)."""
     n, d, h, w, c = x.shape
+    x = splitting.evened(x, 2)
     # N D 2 H 2 W 2 C, of the result's D H W
-    x = x.reshape(n, d // 2, 2, h // 2, 2, w // 2, 2, c)
-    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(n, d // 2, h // 2, w // 2, 8 * c)
+    x = x.reshape(n, -1, 2, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(n, -1, h // 2, w // 2, 8 * c)[:, : d // 2]
 
 
 def depth_to_space(x: Image) -> Image:
     """N D H W 8C to N 2D 2H 2W C: the inverse of `space_to_depth`."""
     n, d, h, w, c = x.shape
-    x = x.reshape(n, d, h, w, 2, 2, 2, c // 8)  # N D H W 2 2 2 C
-    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
+    x = splitting.evened(x)
+    x = x.reshape(n, -1, h, w, 2, 2, 2, c // 8)  # N D H W 2 2 2 C
+    x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(n, -1, 2 * h, 2 * w, c // 8)[:, : 2 * d]
 
 
 def conv1(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = "auto"):
@@ -473,15 +477,18 @@ def larger_of_pairs(x: Image, axis: int) -> Image:
 def _blocks(x: jax.Array, sizes: tuple[int, int, int]) -> jax.Array:
     """N D H W C to N D/a a H/b b W/c c C."""
     n, *spatial, c = x.shape
-    pairs = [(m // size, size) for m, size in zip(spatial, sizes, strict=True)]
-    return x.reshape(n, *(k for pair in pairs for k in pair), c)
+    x = splitting.evened(x, sizes[0])
+    pairs = [(m // size, size) for m, size in zip(x.shape[1:4], sizes, strict=True)]
+    x = x.reshape(n, *(k for pair in pairs for k in pair), c)
+    return x[:, : spatial[0] // sizes[0]]
 
 
 def repeat2(x: Image) -> Image:
     """Nearest doubling, each voxel a block of eight: N 2D 2H 2W C."""
     n, d, h, w, c = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None, :, None], (n, d, 2, h, 2, w, 2, c))
-    return x.reshape(n, 2 * d, 2 * h, 2 * w, c)
+    x = splitting.evened(x)[:, :, None, :, None, :, None]
+    x = jnp.broadcast_to(x, (*x.shape[:2], 2, h, 2, w, 2, c))
+    return x.reshape(n, -1, 2 * h, 2 * w, c)[:, : 2 * d]
 
 
 def upsample2(x: Image) -> Image:
@@ -498,21 +505,29 @@ def upsample2(x: Image) -> Image:
     def products(x):
         return functools.reduce(_double_by_product, (2, 1), x)
 
+    if splitting.devices() > 1:  # the products would put x together
+        return sums(x)
     # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
     return lax.platform_dependent(x, cpu=products, default=sums)
 
 
 def _double_axis(x: jax.Array, axis: int) -> jax.Array:
     n = x.shape[axis]
-    before = lax.slice_in_dim(x, 0, n - 1, axis=axis)
-    after = lax.slice_in_dim(x, 1, n, axis=axis)
-    first = lax.slice_in_dim(x, 0, 1, axis=axis)
-    last = lax.slice_in_dim(x, n - 1, n, axis=axis)
-    low = jnp.concatenate([first, before], axis)
-    high = jnp.concatenate([after, last], axis)
+    place = lax.broadcasted_iota(jnp.int32, x.shape, axis)
+
+    # Not put together of parts: where x is split along the axis, only its ends travel.
+    def neighbours(step, end):
+        widths = [(0, 0, 0)] * x.ndim
+        widths[axis] = (step, -step, 0)
+        return jnp.where(place == end, x, lax.pad(x, jnp.zeros((), x.dtype), widths))
+
+    low, high = neighbours(1, 0), neighbours(-1, n - 1)
     # ... n 2 ...
     x = jnp.stack([0.25 * low + 0.75 * x, 0.75 * x + 0.25 * high], axis + 1)
-    return x.reshape(*x.shape[:axis], 2 * n, *x.shape[axis + 2 :])
+    if axis == 1:
+        x = splitting.evened(x)
+    x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+    return lax.slice_in_dim(x, 0, 2 * n, axis=axis)
 
 
 def _double_by_product(x: jax.Array, axis: int) -> jax.Array:

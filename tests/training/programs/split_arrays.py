@@ -1,0 +1,98 @@
+"""Samplers, filters and layers of volumes split over four devices and whole, as JSON.
+
+Standard output: by name, the largest difference from the whole volume's result and
+gradients, relative to the largest number. Run in its own process, see
+`same_gradient.py`.
+"""
+
+import json
+
+import jax
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 4)
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxreg.nn.conv import api
+from jaxreg.space import filters, sampling
+from jaxreg.training import parallel
+from jaxreg.xla import splitting
+
+N, D, H, W = 2, 11, 7, 6  # four devices have unequal shares of D, and of H
+FEATURES = 16
+
+
+def functions(rng):
+    """Returns name: (function, its arrays, each N D H W C)."""
+
+    def array(*shape):
+        return rng.uniform(size=shape).astype("f4")
+
+    image, field = array(N, D, H, W, 1), array(N, D, H, W, 3)
+    features = array(N, D, H, W, FEATURES)
+    points = array(N, 9, 5, 6, 3) * 1.4 - 0.2
+    bands = [filters.box_matrix(n, 2) for n in (D, H, W)]
+
+    def blurred(image):
+        return jnp.moveaxis(
+            filters.along_axes(jnp.moveaxis(image, -1, 1), bands), 1, -1
+        )
+
+    def sample(values, points, outside="edge"):
+        return sampling.sample(values, points, outside=outside)
+
+    return {
+        "sample": (sample, (field, points)),
+        "sample zeros": (lambda *a: sample(*a, "zeros"), (field, points)),
+        "sample one for all": (sample, (field[:1], points)),
+        "sample at one set": (sample, (field, points[:1])),
+        "sample features": (sample, (features, points)),
+        "blur": (blurred, (image,)),
+        "resize": (lambda x: sampling.resize_aligned(x, (17, 9, 8)), (field,)),
+        "shrink": (lambda x: sampling.resize_half_pixel(x, (5, 4, 3)), (field,)),
+        "pool": (api.average_pool2, (features,)),
+        "double": (api.upsample2, (features,)),
+        "repeat": (api.repeat2, (features,)),
+        "unfold": (api.depth_to_space, (features,)),
+        "fold": (api.space_to_depth, (features[:, :10, :6],)),
+        "largest": (api.max_pool2, (features[:, :10, :6],)),
+    }
+
+
+def main() -> None:
+    """Prints one JSON object."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, (function, arrays) in functions(rng).items():
+        shape = jax.eval_shape(function, *arrays).shape
+        weight = rng.normal(size=shape).astype("f4")
+
+        def loss(arrays, function=function, weight=weight):
+            result = splitting.along(function(*arrays), 1)
+            return jnp.sum(result * weight), result
+
+        def step(state, arrays, loss=loss):
+            arrays = tuple(splitting.along(a, 1) for a in arrays)
+            (_, result), slopes = jax.value_and_grad(loss, has_aux=True)(arrays)
+            return state, (result, slopes)
+
+        given = {}
+        for count in (1, 4):
+            layout = parallel.make_layout(
+                "mesh", space=count, devices=jax.devices()[:count]
+            )
+            # On one "data" device, whose share is all of the batch.
+            placed = parallel.place_state(arrays, layout)
+            compiled = parallel.compile_step(step, layout, donate=False)
+            given[count] = jax.tree.map(np.asarray, compiled((), placed)[1])
+        found[name] = max(
+            float(np.abs(a - b).max() / np.abs(a).max())
+            for a, b in zip(*map(jax.tree.leaves, given.values()), strict=True)
+        )
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
