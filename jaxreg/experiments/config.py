@@ -93,6 +93,9 @@ class TrainConfig:
       ema: decay of the moving average of parameters and batch statistics, 0 for none.
       parallel: see `training.parallel.make_layout`.
       space: devices per volume, split along D.
+      shard_optimizer: each device that shares the batch keeps its part alone of the
+        optimiser's state and of the moving average, and updates that part of the
+        weights.
       seed: of weights, pairs, augmentation and noise.
       start: weights to start from: a name of `jaxreg models`, a checkpoint folder or a
         PyTorch file; fresh ones if None.
@@ -109,6 +112,7 @@ class TrainConfig:
     ema: float = 0.0
     parallel: Literal["auto", "single", "mesh", "pmap"] = "auto"
     space: int = 1
+    shard_optimizer: bool = False
     seed: int = 0
     start: str | None = None
     start_tasks: tuple[str, ...] = ()

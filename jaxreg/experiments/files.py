@@ -77,9 +77,10 @@ def write(path: pathlib.Path, experiment: Any) -> None:
 
 
 # A resumed run may differ from the first in where and how it works, not in what.
-_FREE = ("loop.", "train.parallel", "train.space", "loading.workers",
-         "loading.prefetch", "loading.read_threads", "loading.cache_dir",
-         "loading.cache_limit_gb", "paper", "licence")  # fmt: skip
+_FREE = ("loop.", "train.parallel", "train.space", "train.shard_optimizer",
+         "loading.workers", "loading.prefetch", "loading.read_threads",
+         "loading.cache_dir", "loading.cache_limit_gb", "paper",
+         "licence")  # fmt: skip
 
 
 def check_same(path: pathlib.Path, experiment: Any) -> None:

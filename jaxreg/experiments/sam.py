@@ -203,7 +203,7 @@ def make_train_step(experiment: SamExperiment, axis: str | None = None) -> Calla
             gradient, parts = jax.lax.pmean((gradient, parts), axis)
         return gradient, parts, after
 
-    return step.guarded_step(parts_of, _optimizer(experiment), experiment.train.ema)
+    return step.TrainStep(parts_of, _optimizer(experiment), experiment.train.ema)
 
 
 @compilation_cache.kept()

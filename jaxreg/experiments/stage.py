@@ -93,7 +93,12 @@ def batch_layout(
             f"data.pairs_per_epoch is {pairs_per_epoch}, less than train.batch "
             f"{train.batch}; raise it"
         )
-    layout = parallel.make_layout(train.parallel, space=train.space, devices=devices)
+    layout = parallel.make_layout(
+        train.parallel,
+        space=train.space,
+        shard_optimizer=train.shard_optimizer,
+        devices=devices,
+    )
     shares = parallel.check_batch(
         train.batch, layout, accumulate=train.accumulate, replicas=train.replicas
     )

@@ -241,7 +241,7 @@ class _Loop:
     profile: Profile | None
 
     def __post_init__(self):
-        self.done = int(parallel.fetch_state(self.state, self.job.layout).step)
+        self.done = int(parallel.fetch_state(self.state.step, self.job.layout))
         self.pending: collections.deque = collections.deque()
         self.least_step_s = _least_step_s(self.job)
         self.meter = self._new_meter()
@@ -312,7 +312,7 @@ class _Loop:
         if self.checkpoints is None or jax.process_count() > 1:
             return False
         # An interrupt may have come between a step and its count.
-        self.done = int(parallel.fetch_state(self.state, job.layout).step)
+        self.done = int(parallel.fetch_state(self.state.step, job.layout))
         self._save({})
         self.checkpoints.wait()
         return self.done in self.checkpoints.steps()
@@ -377,8 +377,8 @@ class _Loop:
             self._account(*self.pending.popleft())
 
     def _variables(self) -> Variables:
-        one = parallel.fetch_state(self.state, self.job.layout)
-        return jax.device_get(state_lib.averaged(one))
+        used = state_lib.averaged(self.state)
+        return jax.device_get(parallel.fetch_state(used, self.job.layout))
 
     def _validate(self) -> Mapping[str, float]:
         self._drain()
@@ -430,8 +430,8 @@ class _Loop:
     def _stop(self, step: int, numbers: Mapping[str, float], batch) -> None:
         """Raises an error that names the pairs with a non-finite loss."""
         job = self.job
-        one = parallel.fetch_state(self.state, job.layout)
-        at_fault = job.find_bad_pairs(jax.device_get(one.variables), batch)
+        used = parallel.fetch_state(self.state.variables, job.layout)
+        at_fault = job.find_bad_pairs(jax.device_get(used), batch)
         indices = np.asarray(batch["index"])
         suspects = at_fault or range(len(indices))
         names = "; ".join(self.batches.named(int(indices[i])) for i in suspects)

@@ -9,7 +9,9 @@ axis over which the batch is split. Here that axis is bound:
   pmap    ``jax.pmap`` of the same function
 
 The global batch and its gradient are the same in all three, whatever the number of
-devices.
+devices. On a mesh the optimiser's state may be split over "data": the gradient is then
+taken within the `jax.shard_map`, and the update outside of it, split by the compiler as
+the state is.
 """
 
 import dataclasses
@@ -20,11 +22,13 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
 from jaxreg.errors import UserError
+from jaxreg.training.state import TrainState
+from jaxreg.training.step import TrainStep
 from jaxreg.typing import Pair
 from jaxreg.xla import lowered_cache, splitting
 from jaxreg.xla.splitting import SPACE
@@ -45,12 +49,15 @@ class Layout:
       data: devices (of all processes) that share the batch.
       space: devices that share each volume, along D.
       mesh: of the devices, (data, space); None for "single".
+      shard_optimizer: whether each "data" device holds its part alone of the
+        optimiser's state and of the moving average.
     """
 
     kind: Kind
     data: int = 1
     space: int = 1
     mesh: Mesh | None = None
+    shard_optimizer: bool = False
 
     @property
     def axis(self) -> str | None:
@@ -62,6 +69,7 @@ def make_layout(
     kind: Kind | Literal["auto"] = "auto",
     *,
     space: int = 1,
+    shard_optimizer: bool = False,
     devices: list[Any] | None = None,
 ) -> Layout:
     """Returns the layout over all devices of all processes.
@@ -69,6 +77,7 @@ def make_layout(
     Args:
       kind: "auto" takes "single" on one device, else "mesh".
       space: devices per volume; must divide each process' number of devices.
+      shard_optimizer: see `Layout`; one device holds all of it in any case.
       devices: all of `jax.devices()` if None.
 
     Raises:
@@ -96,9 +105,32 @@ def make_layout(
         )
     if kind == "pmap" and space > 1:
         raise UserError('pmap splits batches only; take parallel "mesh" for space > 1')
+    if kind == "pmap" and shard_optimizer:
+        raise UserError(
+            "pmap keeps the whole of the optimiser's state on each device; take "
+            'parallel "mesh" for shard_optimizer'
+        )
     shape = (len(devices) // space, space)
-    mesh = Mesh(np.array(devices).reshape(shape), (DATA, SPACE), (AxisType.Auto,) * 2)
-    return Layout(kind, *shape, mesh)
+    mesh = Mesh(_arranged(devices, space), (DATA, SPACE), (AxisType.Auto,) * 2)
+    return Layout(kind, *shape, mesh, shard_optimizer)
+
+
+def _arranged(devices: list[Any], space: int) -> np.ndarray:
+    """Returns the devices, data space; those that share a volume are neighbours.
+
+    Those of a process stay together, in the order of the processes.
+    """
+    if space == 1 or getattr(devices[0], "platform", "") != "tpu":
+        return np.array(devices).reshape(-1, space)
+    processes: dict[int, list[Any]] = {}
+    for device in devices:
+        processes.setdefault(device.process_index, []).append(device)
+    # In their own order a ring of chips has long ways, on which libtpu 0.0.42 aborts.
+    rows = [
+        mesh_utils.create_device_mesh((len(own) // space, space), own)
+        for own in processes.values()
+    ]
+    return np.concatenate(rows)
 
 
 def check_batch(
@@ -149,17 +181,35 @@ def compile_step(step: Callable, layout: Layout, *, donate: bool = True) -> Call
         # Named only if there are others: the order of all of them is pmap's affair.
         named = chosen if len(chosen) < jax.device_count() else None
         return jax.pmap(step, axis_name=DATA, devices=named, donate_argnums=donated)
-    # check_vma=False gives pmap's rule for gradients: the mean over devices of the
-    # gradient of the averaged loss. With it on, collectives would count twice.
-    sharded = jax.shard_map(
-        step,
+    if not layout.shard_optimizer:
+        mapped = _over_data(step, layout, Spec(), Spec(DATA))
+        return jax.jit(mapped, donate_argnums=donated)
+    assert isinstance(step, TrainStep)  # others have no optimiser
+    gradient = _over_data(step.parts_of, layout, Spec(), Spec(DATA), Spec())
+    split = dataclasses.replace(step, parts_of=gradient)
+
+    def run(state, batch):
+        state, parts = split(state, batch)
+        placed = jax.lax.with_sharding_constraint(state, _shardings(state, layout))
+        return placed, parts
+
+    return jax.jit(run, donate_argnums=donated)
+
+
+def _over_data(function: Callable, layout: Layout, *specs: Spec) -> Callable:
+    """Returns a function that runs on each "data" device; results are the same on all.
+
+    With check_vma=False, that is pmap's rule for gradients: the mean over devices of
+    the gradient of the averaged loss. With it on, collectives would count twice.
+    """
+    return jax.shard_map(
+        function,
         mesh=layout.mesh,
-        in_specs=(Spec(), Spec(DATA)),
-        out_specs=(Spec(), Spec()),
+        in_specs=specs,
+        out_specs=Spec(),
         axis_names={DATA},
         check_vma=False,
     )
-    return jax.jit(sharded, donate_argnums=donated)
 
 
 def constrain(pair: Pair, layout: Layout) -> Pair:
@@ -173,25 +223,45 @@ def constrain(pair: Pair, layout: Layout) -> Pair:
     return jax.tree.map(lambda a: splitting.along(a, 1) if a.ndim == 5 else a, pair)
 
 
+def _shardings(state: Any, layout: Layout) -> Any:
+    """Returns where the leaves of a state, or of another tree, are on a mesh."""
+    whole = NamedSharding(_mesh(layout), Spec())
+    found = jax.tree.map(lambda _: whole, state)
+    if not layout.shard_optimizer or not isinstance(state, TrainState):
+        return found
+
+    def split(leaf):
+        # The longest axis that the devices can share evenly; small arrays are whole.
+        even = [n if n % layout.data == 0 else 0 for n in leaf.shape]
+        if not any(even):
+            return whole
+        axis = even.index(max(even))
+        return NamedSharding(_mesh(layout), Spec(*(None,) * axis, DATA))
+
+    split_fields = {
+        name: jax.tree.map(split, getattr(state, name)) for name in ("opt_state", "ema")
+    }
+    return dataclasses.replace(found, **split_fields)
+
+
 def place_state(state: Any, layout: Layout) -> Any:
-    """Returns a copy of the state on all devices; it is the same on each."""
+    """Returns a copy of the state on all devices; see `Layout.shard_optimizer`."""
     if layout.kind == "single":
         return jax.tree.map(jax.numpy.array, state)
     if layout.kind == "pmap":
         n = len(_mesh(layout).local_devices)
         return jax.tree.map(lambda a: jax.numpy.stack([a] * n), state)
-    replicated = NamedSharding(_mesh(layout), Spec())
 
-    def put(leaf):
+    def put(leaf, sharding):
         if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            data = put(jax.random.key_data(leaf))
+            data = put(jax.random.key_data(leaf), sharding)
             return jax.random.wrap_key_data(data)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(
-            host.shape, replicated, functools.partial(_part, host)
+            host.shape, sharding, functools.partial(_part, host)
         )
 
-    return jax.tree.map(put, state)
+    return jax.tree.map(put, state, _shardings(state, layout))
 
 
 def _part(host: np.ndarray, index) -> np.ndarray:
@@ -199,10 +269,21 @@ def _part(host: np.ndarray, index) -> np.ndarray:
 
 
 def fetch_state(state: Any, layout: Layout) -> Any:
-    """Returns one copy of the state, as arrays of this process' first device."""
+    """Returns one copy of the state, or of some of it, that the host can read.
+
+    Every process calls it: what is split over processes is put together, array by
+    array, in host memory.
+    """
     if layout.kind == "pmap":
         return jax.tree.map(lambda a: a[0], state)
-    return state
+
+    def whole(leaf):
+        split = isinstance(leaf, jax.Array) and not leaf.is_fully_replicated
+        if not split or leaf.is_fully_addressable:
+            return leaf
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(whole, state)
 
 
 def place_batch(batch: Mapping[str, np.ndarray], layout: Layout) -> dict[str, Any]:
@@ -243,11 +324,11 @@ def placed_shapes(state: Any, batch: Any, layout: Layout) -> tuple[Any, Any]:
                 lambda a: _shape(a, (n, a.shape[0] // share, *a.shape[1:])), batch
             ),
         )
-    replicated, split = (
-        NamedSharding(_mesh(layout), spec) for spec in (Spec(), Spec(DATA))
-    )
+    split = NamedSharding(_mesh(layout), Spec(DATA))
     return (
-        jax.tree.map(lambda a: _shape(a, sharding=replicated), state),
+        jax.tree.map(
+            lambda a, place: _shape(a, sharding=place), state, _shardings(state, layout)
+        ),
         jax.tree.map(lambda a: _shape(a, sharding=split), batch),
     )
 

@@ -220,7 +220,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     prepare: Callable[[Batch, Key], Pair],
     config: StepConfig = StepConfig(),
-) -> Callable[[TrainState, Batch], tuple[TrainState, Parts]]:
+) -> "TrainStep":
     """Returns ``step(state, batch) -> (state, parts)`` for one device's share.
 
     A pure function, to be compiled by `parallel.compile_step`, which binds the axis.
@@ -235,35 +235,39 @@ def make_train_step(
       prepare: device side of the data: arrays of a batch and a key to a Pair.
       config: see `StepConfig`.
     """
-    return guarded_step(
+    return TrainStep(
         _accumulated(model, objective, prepare, config), optimizer, config.ema
     )
 
 
-def guarded_step(
-    parts_of: Callable[[Variables, Batch, Key], tuple[Any, Parts, Variables]],
-    optimizer: optax.GradientTransformation,
-    ema: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Parts]]:
-    """Returns ``step(state, batch) -> (state, parts)``; see `make_train_step`.
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """One training step, ``step(state, batch) -> (state, parts)``.
 
-    Args:
+    See `make_train_step`.
+
+    Attributes:
       parts_of: ``f(variables, batch, key) -> (gradient, parts, variables after it)``,
         of the global batch; "loss" is among the parts.
       optimizer: applied to the gradient.
       ema: see `StepConfig`.
     """
 
-    def step(state, batch):
+    parts_of: Callable[[Variables, Batch, Key], tuple[Any, Parts, Variables]]
+    optimizer: optax.GradientTransformation
+    ema: float = 0.0
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Parts]:
+        """Returns the state after the step, and its numbers."""
         key = jax.random.fold_in(state.key, state.step)
-        gradient, parts, after = parts_of(state.variables, batch, key)
+        gradient, parts, after = self.parts_of(state.variables, batch, key)
         params = state.variables["params"]
-        updates, opt_state = optimizer.update(gradient, state.opt_state, params)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         variables = {**state.variables, **changing(after), "params": params}
         average = state.ema
         if average is not None:
-            average = _averaged(average, changing(variables), ema)
+            average = _averaged(average, changing(variables), self.ema)
         norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm) & jnp.isfinite(parts["loss"])
         new = TrainState(
@@ -279,8 +283,6 @@ def guarded_step(
         )
         kept = dataclasses.replace(kept, step=state.step + 1)
         return kept, {**parts, "gradient_norm": norm, "finite": finite}
-
-    return step
 
 
 def _averaged(average: Variables, newest: Variables, decay: float) -> Variables:
@@ -320,13 +322,17 @@ def _accumulated(model, objective: Loss, prepare, config: StepConfig):
             )
 
         gradient, aux = jax.grad(loss_of, has_aux=True)(variables["params"])
+        return gradient, aux[0], aux[2]
+
+    def accumulated(variables, batch, key):
+        gradient, parts, after = over_parts(variables, batch, key)
         if config.axis is not None:
             # Each device differentiated the global loss by its own copy of the
             # parameters; the collectives' transposes make their mean the gradient.
             gradient = jax.lax.pmean(gradient, config.axis)
-        return gradient, aux[0], aux[2]
+        return gradient, parts, after
 
-    def accumulated(variables, batch, key):
+    def over_parts(variables, batch, key):
         n = config.accumulate
         if n == 1:
             return of_part(variables, batch, key)

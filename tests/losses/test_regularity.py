@@ -95,7 +95,7 @@ def test_gradicon_measures_the_order_forward_after_backward():
         return identity
 
     assert regularity.gradicon(note("forward"), note("backward"), points) == 0
-    stacked = (1, 4 * points.shape[1], *points.shape[2:])
+    stacked = (*points.shape[:3], 4 * points.shape[3], 3)
     assert seen == [("backward", stacked), ("forward", stacked)]
 
 

@@ -176,9 +176,34 @@ def _convolved_backward(margin, form, saved, dy):
         def function(xs, kernel):
             return _native(_padded(xs, margin), kernel)
 
-        return jax.vjp(function, xs, kernel)[1](dy)
+        dxs, dkernel = jax.vjp(function, xs, kernel)[1](dy)
+        if splitting.devices() > 1 and kernel.dtype != jnp.float32:
+            dkernel = _summed_kernel_gradient(_padded(xs, margin), dy)
+            dkernel = dkernel.astype(kernel.dtype)
+        return dxs, dkernel
 
     return _by_platform(form, Forms(slab, native), *saved, dy)
+
+
+def _summed_kernel_gradient(xs: Parts, dy: jax.Array) -> jax.Array:
+    """Returns the gradient of `_native`'s kernel, summed over devices in float32.
+
+    Where volumes are split each device has a sum of its own; XLA adds them up in the
+    type that the convolution gives.
+    """
+    parts = [
+        lax.conv_general_dilated(
+            x,
+            dy,
+            (1, 1, 1),
+            "VALID",
+            # The batch is summed over, as input channels are otherwise.
+            dimension_numbers=("CDHWN", "IDHWO", "DHWNC"),
+            preferred_element_type=jnp.float32,
+        )
+        for x in xs
+    ]
+    return jnp.concatenate(parts, axis=3)
 
 
 _convolved.defvjp(_convolved_forward, _convolved_backward)

@@ -1,11 +1,12 @@
 """Samplers, filters and layers of volumes split over four devices and whole, as JSON.
 
-Standard output: by name, the largest difference from the whole volume's result and
-gradients, relative to the largest number. Run in its own process, see
-`same_gradient.py`.
+Standard output: by name, the L2 distance to the whole volume's result and gradients,
+the larger one, relative to these; and the types of `kernel_gradient_types`. Run in its
+own process, see `same_gradient.py`.
 """
 
 import json
+import re
 
 import jax
 
@@ -61,6 +62,51 @@ def functions(rng):
     }
 
 
+def kernel_gradient_types() -> list[str]:
+    """Returns in which types a bfloat16 network's kernel gradient is summed.
+
+    Of the program before it is compiled: XLA's CPU backend widens bfloat16 by itself.
+    """
+    rng = np.random.default_rng(1)
+    kernel = rng.normal(size=(3, 3, 3, FEATURES, 4)).astype("f4")
+    arrays = tuple(rng.normal(size=(N, D, H, W, c)).astype("f4") for c in (FEATURES, 4))
+
+    def step(kernel, arrays):
+        x, weight = (splitting.along(a.astype(jnp.bfloat16), 1) for a in arrays)
+
+        def loss(kernel):
+            narrow, bias = kernel.astype(jnp.bfloat16), jnp.zeros(4, jnp.bfloat16)
+            parts = (x[..., :3], x[..., 3:])
+            y = api.conv3(parts, narrow, bias, form="native")
+            return jnp.sum((y * weight).astype(jnp.float32))
+
+        return kernel, jax.grad(loss)(kernel)
+
+    compiled, placed = prepared(step, 4, kernel, arrays)
+    text = compiled.lower(*placed).as_text()
+    return re.findall(r"stablehlo.convolution.*-> tensor<3x3x3x\d+x4x(\w+)>", text)
+
+
+def prepared(step, count, state, arrays):
+    """Returns a step for so many devices, and its arguments on them."""
+    devices = jax.devices()[:count]
+    layout = parallel.make_layout("mesh", space=count, devices=devices)
+    compiled = parallel.compile_step(step, layout, donate=False)
+    # On one "data" device, whose share is all of the batch.
+    return compiled, [parallel.place_state(a, layout) for a in (state, arrays)]
+
+
+def results(step, count, arrays):
+    """Returns the arrays that a step gives on so many devices."""
+    compiled, placed = prepared(step, count, (), arrays)
+    return jax.tree.leaves(jax.tree.map(np.asarray, compiled(*placed)[1]))
+
+
+def distance(a, b) -> float:
+    """L2 distance, relative to the first."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(a))
+
+
 def main() -> None:
     """Prints one JSON object."""
     rng = np.random.default_rng(0)
@@ -78,20 +124,9 @@ def main() -> None:
             (_, result), slopes = jax.value_and_grad(loss, has_aux=True)(arrays)
             return state, (result, slopes)
 
-        given = {}
-        for count in (1, 4):
-            layout = parallel.make_layout(
-                "mesh", space=count, devices=jax.devices()[:count]
-            )
-            # On one "data" device, whose share is all of the batch.
-            placed = parallel.place_state(arrays, layout)
-            compiled = parallel.compile_step(step, layout, donate=False)
-            given[count] = jax.tree.map(np.asarray, compiled((), placed)[1])
-        found[name] = max(
-            float(np.abs(a - b).max() / np.abs(a).max())
-            for a, b in zip(*map(jax.tree.leaves, given.values()), strict=True)
-        )
-    print(json.dumps(found))
+        given = [results(step, count, arrays) for count in (1, 4)]
+        found[name] = max(map(distance, *given))
+    print(json.dumps({"distances": found, "types": kernel_gradient_types()}))
 
 
 if __name__ == "__main__":
