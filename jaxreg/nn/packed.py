@@ -18,6 +18,7 @@ from jaxreg.nn.conv import api, folded
 from jaxreg.nn.conv.api import Form, Forms
 from jaxreg.nn.layers import Scaled, convolved, kernel_and_bias, leaky, value
 from jaxreg.typing import Field, Image
+from jaxreg.xla import splitting
 
 
 def fit(x: Image, channels: int) -> Image:
@@ -76,7 +77,8 @@ def _whole(parts: Any, channels: int) -> Image:
 def _doubled_packed(parts: Any, kernel: jax.Array, bias: jax.Array, *, form: Form):
     y = _doubled(parts, kernel, bias, form=form)
     n, d, h, w, c = y.shape
-    return y.reshape(n, d // 2, h // 2, w // 2, 8 * c)
+    y = splitting.evened(y, 2)
+    return y.reshape(n, -1, h // 2, w // 2, 8 * c)[:, : d // 2]
 
 
 def _summed(parts: Any, kernel: jax.Array, of_kernel, convolve) -> jax.Array:
@@ -93,7 +95,8 @@ def _summed(parts: Any, kernel: jax.Array, of_kernel, convolve) -> jax.Array:
     kernel = kernel.astype(x.dtype)
     doubling = folded.doubling_kernel(kernel.shape[-1], x.dtype)
     around = ((0, 0), *((1, 1),) * 3, (0, 0))
-    x, residual = jnp.pad(leaky(x), around), jnp.pad(residual, around, mode="edge")
+    x, along = jnp.pad(leaky(x), around), splitting.edged(residual, 1, 1)
+    residual = jnp.pad(along, (*((0, 0),) * 2, *around[2:]), mode="edge")
     if x.dtype == jnp.bfloat16:  # which holds the weights of doubling exactly
         both = jnp.concatenate([x, residual], -1)
         kernels = jnp.concatenate([kernel, doubling], 3)
@@ -151,7 +154,8 @@ _AXES = (1, 2, 3, 4)
 
 def _plain(grouped: jax.Array) -> jax.Array:
     g, n, d, h, w, c = grouped.shape
-    return grouped.reshape(g, n, 2 * d, 2 * h, 2 * w, c // 8)
+    grouped = splitting.evened(grouped.reshape(g * n, d, h, w, c))
+    return grouped.reshape(g, n, -1, 2 * h, 2 * w, c // 8)[:, :, : 2 * d]
 
 
 def _mean(grouped):
@@ -208,6 +212,7 @@ class LastLayer(nn.Module):
 
 
 def _last(y, factor, shift, skip, kernel, bias, *, form: Form) -> Field:
+    y = splitting.evened(y)
     n, d, h, w, c = y.shape
     y = y.reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
     parts = (Scaled(y, factor, shift, skip.shape[1:4]), skip)

@@ -79,6 +79,35 @@ def evened(array: jax.Array, unit: int = 1) -> jax.Array:
     return _longer(array, -array.shape[1] % (unit * devices()))
 
 
+def edged(array: jax.Array, before: int, behind: int) -> jax.Array:
+    """Returns the array with its ends along D repeated, at most once each.
+
+    Args:
+      array: N D ....
+      before: 1 repeats the first plane.
+      behind: 1 repeats the last one.
+    """
+    if not before and not behind:
+        return array
+    if devices() == 1:
+        widths = [(0, 0), (before, behind), *((0, 0),) * (array.ndim - 2)]
+        return jnp.pad(array, widths, mode="edge")
+
+    # Not put together of parts, for which the compiler would exchange all of it.
+    def moved(by):
+        widths = [(0, 0, 0)] * array.ndim
+        widths[1] = (by, before + behind - by, 0)
+        return jax.lax.pad(array, jnp.zeros((), array.dtype), widths)
+
+    result = moved(before)
+    place = jax.lax.broadcasted_iota(jnp.int32, result.shape, 1)
+    if before:
+        result = jnp.where(place == 0, moved(0), result)
+    if behind:
+        result = jnp.where(place == result.shape[1] - 1, moved(before + 1), result)
+    return result
+
+
 def sampled(
     function: Callable[..., jax.Array],
     values: jax.Array,

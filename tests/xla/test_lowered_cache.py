@@ -54,7 +54,7 @@ def train_step(rate=0.1, power=2):
         loss, gradient = jax.value_and_grad(loss_of)(variables["params"])
         return gradient, {"loss": loss}, variables
 
-    return step.guarded_step(parts_of, optax.adam(rate), 0.5)
+    return step.TrainStep(parts_of, optax.adam(rate), 0.5)
 
 
 def start():

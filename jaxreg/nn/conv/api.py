@@ -92,12 +92,29 @@ def _chosen_forward(forms, form, *args):
 
 def _chosen_backward(forms, form, args, dy):
     def gradient(function):
-        return function and (lambda dy, *args: jax.vjp(function, *args)[1](dy))
+        return function and functools.partial(_pulled, function)
 
     return _by_platform(form, Forms(*map(gradient, forms)), dy, *args)
 
 
 _differentiable.defvjp(_chosen_forward, _chosen_backward)
+
+
+def _pulled(function: Callable, dy: Any, images: Any, *parameters: Any) -> tuple:
+    """Returns the gradients with respect to the arguments of a layer.
+
+    Where volumes are split each device has a sum of its own for the parameters', and
+    XLA adds these up in the type that they have: float32, whatever the parameters' is.
+    """
+    gradients = jax.vjp(function, images, *parameters)[1](dy)
+    narrow = any(leaf.dtype != jnp.float32 for leaf in jax.tree.leaves(parameters))
+    if splitting.devices() == 1 or not narrow:
+        return gradients
+    given = (dy, images, *parameters)
+    dy, *wide = jax.tree.map(lambda a: a.astype(jnp.float32), given)
+    _, *sums = jax.vjp(function, *wide)[1](dy)
+    narrowed = jax.tree.map(lambda s, p: s.astype(p.dtype), tuple(sums), parameters)
+    return gradients[0], *narrowed
 
 
 # --- the primitive: stride 1, no padding ---------------------------------------------
@@ -176,34 +193,9 @@ def _convolved_backward(margin, form, saved, dy):
         def function(xs, kernel):
             return _native(_padded(xs, margin), kernel)
 
-        dxs, dkernel = jax.vjp(function, xs, kernel)[1](dy)
-        if splitting.devices() > 1 and kernel.dtype != jnp.float32:
-            dkernel = _summed_kernel_gradient(_padded(xs, margin), dy)
-            dkernel = dkernel.astype(kernel.dtype)
-        return dxs, dkernel
+        return _pulled(function, dy, xs, kernel)
 
     return _by_platform(form, Forms(slab, native), *saved, dy)
-
-
-def _summed_kernel_gradient(xs: Parts, dy: jax.Array) -> jax.Array:
-    """Returns the gradient of `_native`'s kernel, summed over devices in float32.
-
-    Where volumes are split each device has a sum of its own; XLA adds them up in the
-    type that the convolution gives.
-    """
-    parts = [
-        lax.conv_general_dilated(
-            x,
-            dy,
-            (1, 1, 1),
-            "VALID",
-            # The batch is summed over, as input channels are otherwise.
-            dimension_numbers=("CDHWN", "IDHWO", "DHWNC"),
-            preferred_element_type=jnp.float32,
-        )
-        for x in xs
-    ]
-    return jnp.concatenate(parts, axis=3)
 
 
 _convolved.defvjp(_convolved_forward, _convolved_backward)
@@ -460,7 +452,8 @@ def average_pool2(x: Image) -> Image:
     A window that runs past the end averages the voxels that exist, which is the same
     as repeating the last one.
     """
-    x = _pad(x, *((0, n % 2) for n in x.shape[1:4]), mode="edge")
+    d, h, w = (n % 2 for n in x.shape[1:4])
+    x = _pad(splitting.edged(x, 0, d), (0, 0), (0, h), (0, w), mode="edge")
 
     def windows(x):
         # A TPU would move the numbers of a reshaped minor axis one by one.

@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from jaxreg.typing import Image
+from jaxreg.xla import splitting
 
 DIMENSIONS = ("NDHWC", "DHWIO", "NDHWC")
 
@@ -43,16 +44,18 @@ def fold(x: Image) -> Image:
     """N D H W C to N ceil(D/2) ceil(H/2) ceil(W/2) 8C, zeros behind odd ends."""
     n, d, h, w, c = x.shape
     x = jnp.pad(x, ((0, 0), (0, d % 2), (0, h % 2), (0, 0), (0, 0)))
-    x = x.reshape(n, -(-d // 2), 2, -(-h // 2), 2, w, c)
+    x = splitting.evened(x, 2)
+    x = x.reshape(n, -1, 2, -(-h // 2), 2, w, c)
     selection = jnp.asarray(_selection(w), x.dtype)
     x = jnp.einsum("ndahbvc,rwv->ndhwabrc", x, selection, precision=exact(x))
-    return x.reshape(*x.shape[:4], 8 * c)
+    return x.reshape(*x.shape[:4], 8 * c)[:, : -(-d // 2)]
 
 
 def unfold(x: Image, shape: tuple[int, ...]) -> Image:
     """N D' H' W' 8C to the voxels of `shape`, N D H W C: the inverse of `fold`."""
-    n, *blocks, c = x.shape
     d, h, w = shape
+    x = splitting.evened(x)
+    n, *blocks, c = x.shape
     x = x.reshape(n, *blocks, 2, 2, 2, c // 8)
     selection = jnp.asarray(_selection(w), x.dtype)
     # The voxels of a row come last: three channels would fill three of 128 lanes.

@@ -54,6 +54,7 @@ def functions(rng):
         "resize": (lambda x: sampling.resize_aligned(x, (17, 9, 8)), (field,)),
         "shrink": (lambda x: sampling.resize_half_pixel(x, (5, 4, 3)), (field,)),
         "pool": (api.average_pool2, (features,)),
+        "edges": (lambda x: splitting.edged(x, 1, 1), (field,)),
         "double": (api.upsample2, (features,)),
         "repeat": (api.repeat2, (features,)),
         "unfold": (api.depth_to_space, (features,)),
