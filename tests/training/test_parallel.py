@@ -316,6 +316,25 @@ def test_a_run_that_lost_a_process_goes_on_with_one(tmp_path, cache):
     jax.tree.map(functools.partial(close, tolerance=1e-3), one, two)
 
 
+def test_optimizer_state_is_split_over_processes_and_put_together():
+    address = f"localhost:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, PROGRAMS / "split_state.py", address, str(index)],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    codes, texts = end(processes)
+    assert codes == [0, 0], texts
+    for text in texts:
+        found = json.loads(text[text.rindex("{") :].splitlines()[0])
+        assert found == {"held": 0.5, "same": True}
+
+
 def test_processes_with_different_settings_all_end_with_an_error(tmp_path, cache):
     second = ("--data.pairs_per_epoch", "4")
     codes, texts = end(start_two(tmp_path / "two", cache, second=second))
