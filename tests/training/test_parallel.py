@@ -139,9 +139,9 @@ LAYOUTS = pytest.mark.parametrize("optimizer", ["whole", "split"])
 def test_split_step_is_that_of_one_device(split_step, optimizer):
     found = split_step[optimizer]
     # Inverse consistency divides float32's rounding, 6e-8, by a step of 1e-3.
-    assert found["gradient"] < 1e-3 and found["ema"] < 1e-5
+    assert found["gradient"] < 1e-4 and found["ema"] < 1e-6
     for name, (one, several) in found["numbers"].items():
-        assert several == pytest.approx(one, rel=1e-3, abs=1e-7), name
+        assert several == pytest.approx(one, rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow
@@ -158,9 +158,13 @@ def test_no_whole_volume_of_features_is_exchanged(split_step, optimizer):
     exchanged = split_step[optimizer]["collectives"]
     assert {each["kind"] for each in exchanged} >= {"all-gather", "collective-permute"}
     for each in exchanged:
-        assert each["bytes"] < 1.3 * field, each
-        if each["kind"] == "all-gather" and each["inside"]:
-            assert all(shape[-1] <= 3 for _, shape in each["arrays"]), each
+        assert each["bytes"] < field, each
+        if each["kind"] == "all-reduce" or not each["inside"]:
+            continue  # of weights
+        for _, shape in each["arrays"]:
+            if shape[-1] > 3 and len(shape) == 5:
+                # Planes at the ends of a share, which has 8, or 4 at half resolution.
+                assert each["kind"] == "collective-permute" and shape[1] <= 3, each
 
 
 @pytest.mark.slow
