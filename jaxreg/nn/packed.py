@@ -117,7 +117,7 @@ def _doubled_on_tpu(parts: Any, kernel: jax.Array, bias: jax.Array) -> Image:
         return jnp.flip(kernel, (0, 1, 2))
 
     y = _summed(parts, kernel, of_kernel, convolve)
-    return y + bias.astype(y.dtype)
+    return y + bias.astype(y.dtype)[None, None, None, None]
 
 
 def _doubled_folded(parts: Any, kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -125,7 +125,7 @@ def _doubled_folded(parts: Any, kernel: jax.Array, bias: jax.Array) -> jax.Array
         return folded.convolved(x, kernel, ((0, 0),) * 3, **options)
 
     y = _summed(parts, kernel, folded.up_kernel, convolve)
-    return y + jnp.tile(bias.astype(y.dtype), 8)
+    return y + jnp.tile(bias.astype(y.dtype), 8)[None, None, None, None]
 
 
 def _forms(function: Callable, on_tpu: Callable) -> Forms:
@@ -236,7 +236,7 @@ def _last_folded(y, factor, shift, skip, kernel, bias) -> Field:
     sums = _in_float32(z, folded.same_kernel(of_z)) + _in_float32(
         *folded.folded_parts(skip, of_skip, folded.same_kernel)
     )
-    return folded.unfold(sums, shape) + bias
+    return folded.unfold(sums, shape) + bias[None, None, None, None]
 
 
 @jax.custom_vjp

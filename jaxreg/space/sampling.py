@@ -103,7 +103,9 @@ def sample_voxels(
       form: see `Form`.
     """
     values = jnp.asarray(values)
-    rows = index.reshape(*index.shape[:2], -1, 3)
+    # The first axis of points may be split over devices.
+    length = index.shape[1] if index.ndim > 2 else 1
+    rows = index.reshape(len(index), length, -1, 3)
     batch = max(values.shape[0], index.shape[0])
     if not jnp.issubdtype(values.dtype, jnp.floating):
         form = "map_coordinates"  # which rounds

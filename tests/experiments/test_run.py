@@ -876,9 +876,7 @@ def test_training_shows_scans_in_one_orientation_and_keeps_it(
         sources=scans_stored_as(tmp_path, *codes), experiment=chosen
     )
     said = []
-    found = run_lib._orientation(
-        chosen, [stage], tmp_path / "out", said.append, lambda _: known
-    )
+    found = run_lib._orientation(chosen, [stage], None, said.append, lambda _: known)
     assert found == seen
     assert stage.experiment.loading.orientation == (
         turned or changes.get("orientation")
@@ -888,7 +886,6 @@ def test_training_shows_scans_in_one_orientation_and_keeps_it(
     assert stored.get("orientation") == seen
     # A run that goes on keeps to what it saw, whatever is there to start from now.
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / folder_lib.SETTINGS).write_text("{}")
     (tmp_path / "out" / "orientation.txt").write_text(f"{seen or ''}\n")
     again = run_lib._orientation(chosen, [stage], tmp_path / "out", print, None)
     assert again == seen

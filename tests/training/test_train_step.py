@@ -129,7 +129,7 @@ def test_steps_share_one_program():
     model, adam = Shift(), optax.adam(0.1)
     step = step_lib.make_train_step(model, squares, adam, pair_of, StepConfig(ema=0.7))
     once = parallel.compile_step(
-        chex.assert_max_traces(step, n=1), parallel.Layout("single")
+        chex.assert_max_traces(step.__call__, n=1), parallel.Layout("single")
     )
     state = started(model, adam, ema=True)
     for seed in range(3):
