@@ -117,8 +117,8 @@ def _doubling(recorder, module, args, kwargs, found):
 def _last(recorder, module, args, kwargs, found):
     normal, skip = args
     channels = normal.image.shape[-1] // 8
-    shape = (*skip[0].shape[:-1], channels)
-    x = (jax.ShapeDtypeStruct(shape, normal.image.dtype), *skip)
+    shape = (*skip.shape[:-1], channels)
+    x = (jax.ShapeDtypeStruct(shape, normal.image.dtype), skip)
     _note_convolution(recorder, api.conv3, x, (3, 3, 3, module.inputs, 3), found)
 
 

@@ -198,13 +198,13 @@ class LastLayer(nn.Module):
     form: Form = "auto"
 
     @nn.compact
-    def __call__(self, normal: Scaled, skip: tuple[Image, ...]) -> Field:
+    def __call__(self, normal: Scaled, skip: Image) -> Field:
         """Maps a packed image, and one of D H W voxels, to N D H W 3.
 
         Args:
           normal: packed, at least D H W voxels; the factor and shift are those of C
             channels.
-          skip: N D H W C, parts along channels.
+          skip: N D H W C.
         """
         shape = (3, 3, 3, self.inputs, 3)
         kernel, bias = kernel_and_bias(
@@ -218,9 +218,7 @@ def _last(y, factor, shift, skip, kernel, bias, *, form: Form) -> Field:
     y = splitting.evened(y)
     n, d, h, w, c = y.shape
     y = y.reshape(n, 2 * d, 2 * h, 2 * w, c // 8)
-    together = jnp.concatenate(skip, -1)
-    _, d, h, w, _ = together.shape
-    parts = (Scaled(y, factor, shift, (d, h, w)), together)
+    parts = (Scaled(y, factor, shift, skip.shape[1:4]), skip)
     return convolved(
         parts, kernel, bias, function=api.conv3, activated=False, form=form,
         dtype="float32",
@@ -228,15 +226,14 @@ def _last(y, factor, shift, skip, kernel, bias, *, form: Form) -> Field:
 
 
 def _last_folded(y, factor, shift, skip, kernel, bias) -> Field:
-    shape = skip[0].shape[1:4]
+    shape = skip.shape[1:4]
     factor, shift = (jnp.tile(a, 8).astype(y.dtype) for a in (factor, shift))
     z = folded.within(y * factor + shift, shape)
-    of_z, of_skip = jnp.split(kernel, [y.shape[-1] // 8], axis=3)
+    kernels = jnp.split(kernel, [y.shape[-1] // 8], axis=3)
     # Two products: together their channels would be more than one tile of 128.
-    sums = _in_float32(z, folded.same_kernel(of_z)) + _in_float32(
-        *folded.folded_parts(skip, of_skip, folded.same_kernel)
-    )
-    return folded.unfold(sums, shape) + bias[None, None, None, None]
+    parts = zip((z, folded.fold(skip)), map(folded.same_kernel, kernels), strict=True)
+    sums = [_in_float32(x, kernel) for x, kernel in parts]
+    return folded.unfold(sums[0] + sums[1], shape) + bias[None, None, None, None]
 
 
 @jax.custom_vjp

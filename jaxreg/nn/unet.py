@@ -136,26 +136,23 @@ class TallUNet2(nn.Module):
             self.config.form,
         )
         levels = len(up)
-        found = moving.shape[-1] + fixed.shape[-1]
-        if found != down[0]:
+        x = jnp.concatenate([moving, fixed], axis=-1)
+        if x.shape[-1] != down[0]:
             raise ValueError(
-                f"moving and fixed have {found} channels together, "
+                f"moving and fixed have {x.shape[-1]} channels together, "
                 f"the U-Net expects {down[0]}"
             )
-        # Of each level its parts along channels: put together, two images would be
-        # stored channel by channel on a TPU.
-        dtype = self.config.precision
-        skip: tuple[Any, ...] = (moving.astype(dtype), fixed.astype(dtype))
+        x = x.astype(self.config.precision)
         skips = []
         for level in range(levels):
-            skips.append(skip)
+            skips.append(x)
             name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
             layer = Convolution(
                 api.conv3_stride2, shape, activated=True, form=form, name=name
             )
-            halved = jnp.concatenate([*map(api.average_pool2, skip)], -1)
-            skip = (layer(skip) + packed.fit(halved, down[level + 1]),)
-        parts: tuple[Any, ...] = skip
+            y = layer(x)
+            x = y + packed.fit(api.average_pool2(x), down[level + 1])
+        parts: tuple[Any, ...] = (x,)
         channels = down[levels]
         for level in reversed(range(levels)):
             finest = level == 0
@@ -167,8 +164,7 @@ class TallUNet2(nn.Module):
                 batching, form if finest else None, name=f"norm_{level}"
             )
             normal, skip = normalise(x, train=train), skips[level]
-            normal = dataclasses.replace(normal, shape=skip[0].shape[1:4])
-            parts, channels = (normal, *skip), up[level] + down[level]
+            parts = (dataclasses.replace(normal, shape=skip.shape[1:4]), skip)
+            channels = up[level] + skip.shape[-1]
         # In float32: displacements need more digits than bfloat16 has.
-        last = packed.LastLayer(channels, form, name="last")
-        return last(parts[0], parts[1:]) / 10.0
+        return packed.LastLayer(channels, form, name="last")(*parts) / 10.0

@@ -302,25 +302,19 @@ def conv3_stride2(
       bias: O.
       form: see the module's docstring.
     """
-    xs = _parts(x, kernel)
-    n, *spatial, _ = xs[0].shape
+    x = jnp.concatenate(_parts(x, kernel), -1)
+    n, *spatial, channels = x.shape
     voxels = n * math.prod(-(-m // 2) for m in spatial)
     outweighs = large_kernel.outweighs(kernel.shape, voxels)
-    few = kernel.shape[3] <= _FEW_INPUTS
     forms = Forms(
-        _down3_large if outweighs else _down3_slab,
+        large_kernel.down3 if outweighs else _down3_slab,
         _down3_native,
-        folded.down3 if few else _down3_strided,
+        folded.down3 if channels <= _FEW_INPUTS else _down3_strided,
     )
-    return chosen(forms, form, xs, kernel) + bias[None, None, None, None]
+    return chosen(forms, form, x, kernel) + bias[None, None, None, None]
 
 
-def _down3_large(xs: Parts, kernel: jax.Array) -> jax.Array:
-    return large_kernel.down3(jnp.concatenate(xs, -1), kernel)
-
-
-def _down3(xs: Parts, kernel: jax.Array, form: Form) -> jax.Array:
-    x = jnp.concatenate(xs, -1)
+def _down3(x: jax.Array, kernel: jax.Array, form: Form) -> jax.Array:
     # By space-to-depth and a 2x2x2 convolution, whose input gradient is as fast as its
     # forward pass. One voxel in front and up to two behind: 2 * (ceil(n / 2) + 1).
     x = space_to_depth(_pad(x, *((1, 1 + n % 2) for n in x.shape[1:4])))
@@ -336,8 +330,7 @@ _down3_slab = functools.partial(_down3, form="slab")
 _down3_native = functools.partial(_down3, form="native")
 
 
-def _down3_strided(xs: Parts, kernel: jax.Array) -> jax.Array:
-    x = jnp.concatenate(xs, -1)
+def _down3_strided(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.conv_general_dilated(
         x, kernel, (2, 2, 2), ((1, 1),) * 3, dimension_numbers=folded.DIMENSIONS
     )

@@ -16,14 +16,13 @@ Arrays are N D H W C and kernels kD kH kW I O, as in `api`; folded ones N D' H' 
 with ``D' = ceil(D / 2)``, channels ordered (2, 2, 2, C), zeros behind odd ends.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxreg.nn.conv.blocked import Parts
 from jaxreg.typing import Image
 from jaxreg.xla import splitting
 
@@ -152,32 +151,14 @@ def convolved(
     )
 
 
-def down3(xs: Parts, kernel: jax.Array) -> Image:
+def down3(x: Image, kernel: jax.Array) -> Image:
     """3x3x3 convolution, stride 2, zero padding 1: N ceil(D/2) ceil(H/2) ceil(W/2) O.
 
     Args:
-      xs: parts along channels, N D H W I together, not folded.
+      x: N D H W I, not folded.
       kernel: 3 3 3 I O.
     """
-    x, w = folded_parts(xs, kernel, down_kernel)
-    return convolved(x, w, ((1, 0),) * 3)
-
-
-def folded_parts(
-    xs: Parts, kernel: jax.Array, of_kernel: Callable[[jax.Array], jax.Array]
-) -> tuple[Image, jax.Array]:
-    """Folds parts one by one; returns the image and the kernel for its channels.
-
-    Put together first, a pair of images would be stored with two of 128 lanes in use.
-
-    Args:
-      xs: parts along channels, N D H W I together.
-      kernel: kD kH kW I O.
-      of_kernel: `down_kernel` or `same_kernel`.
-    """
-    edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
-    kernels = map(of_kernel, jnp.split(kernel, edges, axis=3))
-    return jnp.concatenate([*map(fold, xs)], -1), jnp.concatenate([*kernels], 3)
+    return convolved(fold(x), down_kernel(kernel), ((1, 0),) * 3)
 
 
 def conv3(x: Image, kernel: jax.Array) -> Image:
