@@ -454,19 +454,22 @@ def average_pool2(x: Image) -> Image:
     A window that runs past the end averages the voxels that exist, which is the same
     as repeating the last one.
     """
-    d, h, w = (n % 2 for n in x.shape[1:4])
-    x = _pad(splitting.edged(x, 0, d), (0, 0), (0, h), (0, w), mode="edge")
+
+    def repeated(x):
+        d, h, w = (n % 2 for n in x.shape[1:4])
+        return _pad(splitting.edged(x, 0, d), (0, 0), (0, h), (0, w), mode="edge")
 
     def windows(x):
         # A TPU would move the numbers of a reshaped minor axis one by one.
         size = (1, 2, 2, 2, 1)
         total = lax.reduce_window(
-            x.astype(jnp.float32), 0.0, lax.add, size, size, "VALID"
+            repeated(x).astype(jnp.float32), 0.0, lax.add, size, size, "VALID"
         )
         return (total / 8).astype(x.dtype)
 
+    on_tpu = folded.average_pool2 if x.shape[-1] <= _FEW_INPUTS else windows
     return lax.platform_dependent(
-        x, tpu=windows, default=lambda x: average_pool(x, (2, 2, 2))
+        x, tpu=on_tpu, default=lambda x: average_pool(repeated(x), (2, 2, 2))
     )
 
 

@@ -170,3 +170,23 @@ def conv3(x: Image, kernel: jax.Array) -> Image:
     """
     y = convolved(fold(x), same_kernel(kernel), ((1, 1),) * 3)
     return unfold(y, x.shape[1:4])
+
+
+def average_pool2(x: Image) -> Image:
+    """2x2x2 average pooling of few channels, see `api.average_pool2`.
+
+    A product, for what reads one window after the other wants the channels of a voxel
+    apart, each in a tile of its own.
+
+    Args:
+      x: N D H W C, not folded.
+    """
+    *spatial, c = x.shape[1:]
+    mean = jnp.asarray(np.tile(np.eye(c), (8, 1)) / 8, x.dtype)  # 8C C
+    kernel = mean[None, None, None]
+    y = convolved(fold(x), kernel, ((0, 0),) * 3, precision=exact(x))
+    for axis, n in enumerate(spatial, start=1):
+        if n % 2:  # of the last pair one voxel is a zero
+            twice = np.where(np.arange(y.shape[axis]) == n // 2, 2.0, 1.0)
+            y = y * jnp.asarray(twice.reshape(-1, *(1,) * (4 - axis)), y.dtype)[None]
+    return y

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.nn.conv import api
+from jaxreg.nn.conv import api, folded
 
 FORMS = ("slab", "native", "folded", "auto")
 LAYERS = {
@@ -245,3 +245,14 @@ def test_pooling_and_repetition_of_blocks():
     assert repeated.shape == (2, 8, 12, 16, 3)
     check(api.max_pool2(repeated), x)
     np.testing.assert_array_equal(repeated[:, 1::2, ::2, 1::2], x)
+
+
+@pytest.mark.parametrize("shape", [(4, 6, 2), (5, 4, 7), (1, 2, 3)])
+def test_pooling_of_folded_blocks(shape):
+    """The form for TPU; sums of eight numbers in another order."""
+    x = jnp.asarray(normal(np.random.default_rng(0), 2, *shape, 2), jnp.float32)
+    cotangent = jnp.ones(jax.eval_shape(api.average_pool2, x).shape, jnp.float32)
+    wanted, pull = jax.vjp(api.average_pool2, x)
+    found, own_pull = jax.vjp(folded.average_pool2, x)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(*own_pull(cotangent), *pull(cotangent), atol=1e-6)
