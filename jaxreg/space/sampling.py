@@ -192,7 +192,7 @@ def _by_form(form: Form, looped, whole, windowed, values, *per_point):
     args = values, *per_point
     if form == "map_coordinates":
         return jax.lax.platform_dependent(*args, cpu=looped, default=whole)
-    # By the compiler's estimates packing saves a forward pass nothing at most sizes.
+    # By the compiler's estimates packing costs a forward pass more at most sizes.
     packs = gradient and _packs(values, per_point[0])
     return jax.lax.platform_dependent(
         *args,
