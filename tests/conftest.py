@@ -1,10 +1,13 @@
 """Shared by all tests: the golden arrays and the stand-in for torchvision."""
 
 import gc
+import json
 import locale
 import os
 import pathlib
+import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import types
@@ -116,6 +119,34 @@ def icon():
 def unigradicon(icon):
     """The unigradicon package, or a skip where it is not installed."""
     return pytest.importorskip("unigradicon")
+
+
+@pytest.fixture(scope="session")
+def on_devices():
+    """Runs a program on simulated devices: on_devices(4, path, *arguments).
+
+    Returns what the last line that it prints says in JSON.
+    """
+
+    def run(count: int, *command: str | os.PathLike[str]):
+        flag = "--xla_force_host_platform_device_count"
+        flags = re.sub(rf"{flag}=\d+", "", os.environ["XLA_FLAGS"])
+        done = subprocess.run(
+            [sys.executable, *command],
+            env={
+                **os.environ,
+                "XLA_FLAGS": f"{flags} {flag}={count}",
+                "JAX_PLATFORMS": "cpu",
+            },
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -2,13 +2,8 @@
 
 import csv
 import dataclasses
-import json
 import math
-import os
 import pathlib
-import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -243,26 +238,11 @@ def test_two_parts_do_not_write_one_file(folder):
 
 
 @pytest.fixture
-def tables(folder):
+def tables(folder, on_devices):
     """Rows on one device and on four, of seven pairs, one of them broken."""
     whole = (folder / "d.nii.gz").read_bytes()
     (folder / "d.nii.gz").write_bytes(whole[: len(whole) // 2])
-    flag = "--xla_force_host_platform_device_count"
-    flags = re.sub(rf"{flag}=\d+", "", os.environ["XLA_FLAGS"])
-    done = subprocess.run(
-        [sys.executable, PROGRAM, folder / "pairs.csv"],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{flags} {flag}={DEVICES}",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_devices(DEVICES, PROGRAM, folder / "pairs.csv")
 
 
 def test_devices_give_the_table_of_one(tables):

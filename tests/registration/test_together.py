@@ -1,11 +1,6 @@
 """Pairs that are registered at once, each on a device of its own."""
 
-import json
-import os
 import pathlib
-import re
-import subprocess
-import sys
 import types
 
 import jax
@@ -36,7 +31,7 @@ def blob(seed: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(tmp_path_factory, on_devices):
     """What a process of four CPU devices says of its results and those of one."""
     folder = tmp_path_factory.mktemp("scans")
     grid = Grid(SHAPE, np.diag([1.0, 1.0, 1.0, 1.0])[[2, 1, 0, 3]])
@@ -48,22 +43,7 @@ def found(tmp_path_factory):
     lines = [f"0.nii.gz,{name}.nii.gz,mri,mri" for name in names]
     header = "fixed,moving,fixed_modality,moving_modality"
     (folder / "pairs.csv").write_text("\n".join([header, *lines]))
-    flag = "--xla_force_host_platform_device_count"
-    flags = re.sub(rf"{flag}=\d+", "", os.environ["XLA_FLAGS"])
-    done = subprocess.run(
-        [sys.executable, PROGRAM, folder],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"{flags} {flag}={DEVICES}",
-            "JAX_PLATFORMS": "cpu",
-        },
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return on_devices(DEVICES, PROGRAM, folder)
 
 
 @pytest.mark.parametrize("mode", ["predict", "network", "map"])

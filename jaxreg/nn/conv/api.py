@@ -123,9 +123,7 @@ def _pulled(function: Callable, dy: Any, images: Any, *parameters: Any) -> tuple
 def _native(xs: Parts, kernel: jax.Array) -> jax.Array:
     edges = np.cumsum([x.shape[-1] for x in xs])[:-1]
     convolved = [
-        lax.conv_general_dilated(
-            x, w, (1, 1, 1), "VALID", dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
+        folded.convolved(x, w, ((0, 0),) * 3)
         for x, w in zip(xs, jnp.split(kernel, edges, axis=3), strict=True)
     ]
     return functools.reduce(jnp.add, convolved)

@@ -29,7 +29,7 @@ from jaxreg.xla import splitting
 DIMENSIONS = ("NDHWC", "DHWIO", "NDHWC")
 
 
-def exact(x: jax.Array) -> lax.Precision | None:
+def _exact(x: jax.Array) -> lax.Precision | None:
     """Returns the precision at which a product with ones and zeros keeps x."""
     return None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
 
@@ -47,7 +47,7 @@ def fold(x: Image) -> Image:
     x = splitting.evened(x, 2)
     x = x.reshape(n, -1, 2, -(-h // 2), 2, w, c)
     selection = jnp.asarray(_selection(w), x.dtype)
-    x = jnp.einsum("ndahbvc,rwv->ndhwabrc", x, selection, precision=exact(x))
+    x = jnp.einsum("ndahbvc,rwv->ndhwabrc", x, selection, precision=_exact(x))
     return x.reshape(*x.shape[:4], 8 * c)[:, : -(-d // 2)]
 
 
@@ -59,7 +59,7 @@ def unfold(x: Image, shape: tuple[int, ...]) -> Image:
     x = x.reshape(n, *blocks, 2, 2, 2, c // 8)
     selection = jnp.asarray(_selection(w), x.dtype)
     # The voxels of a row come last: three channels would fill three of 128 lanes.
-    x = jnp.einsum("ndhwabrc,rwv->ncdahbv", x, selection, precision=exact(x))
+    x = jnp.einsum("ndhwabrc,rwv->ncdahbv", x, selection, precision=_exact(x))
     x = x.reshape(n, c // 8, 2 * blocks[0], 2 * blocks[1], w)[:, :, :d, :h]
     return jnp.moveaxis(x, 1, -1)
 
@@ -71,13 +71,13 @@ def within(x: Image, shape: tuple[int, ...]) -> Image:
         if 2 * count == n:
             continue
         inside = np.arange(2 * count).reshape(count, 2) < n
-        # its blocks, and its place among the channels
-        mask = np.ones((1, *(count if a == axis else 1 for a in range(3)), 2, 2, 2, 1))
-        one = [1] * 8
-        one[axis + 1], one[axis + 4] = count, 2
-        mask = np.broadcast_to(mask * inside.reshape(one), (*mask.shape[:-1], channels))
-        mask = mask.reshape(*mask.shape[:4], -1)
-        x = jnp.where(jnp.asarray(mask > 0), x, jnp.zeros((), x.dtype))
+        # Along its blocks, and its place among the channels; the same for the others.
+        size = [1, 1, 1, 1, 2, 2, 2, channels]
+        size[axis + 1] = count
+        place = [1] * 8
+        place[axis + 1], place[axis + 4] = inside.shape
+        mask = np.broadcast_to(inside.reshape(place), size).reshape(*size[:4], -1)
+        x = jnp.where(jnp.asarray(mask), x, jnp.zeros((), x.dtype))
     return x
 
 
@@ -184,7 +184,7 @@ def average_pool2(x: Image) -> Image:
     *spatial, c = x.shape[1:]
     mean = jnp.asarray(np.tile(np.eye(c), (8, 1)) / 8, x.dtype)  # 8C C
     kernel = mean[None, None, None]
-    y = convolved(fold(x), kernel, ((0, 0),) * 3, precision=exact(x))
+    y = convolved(fold(x), kernel, ((0, 0),) * 3, precision=_exact(x))
     for axis, n in enumerate(spatial, start=1):
         if n % 2:  # of the last pair one voxel is a zero
             twice = np.where(np.arange(y.shape[axis]) == n // 2, 2.0, 1.0)
