@@ -188,5 +188,6 @@ def average_pool2(x: Image) -> Image:
     for axis, n in enumerate(spatial, start=1):
         if n % 2:  # of the last pair one voxel is a zero
             twice = np.where(np.arange(y.shape[axis]) == n // 2, 2.0, 1.0)
-            y = y * jnp.asarray(twice.reshape(-1, *(1,) * (4 - axis)), y.dtype)[None]
+            others = tuple(other for other in range(5) if other != axis)
+            y = y * jnp.asarray(np.expand_dims(twice, others), y.dtype)
     return y
