@@ -28,6 +28,7 @@ from roofline import Clock
 
 from jaxreg.errors import UserError
 from jaxreg.experiments import config, dry_run, files, overrides
+from jaxreg.xla import platforms
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _BYTES = r"([\d.]+)([KMGT]?)"
@@ -67,7 +68,8 @@ def measure(spec: Spec) -> Record:
     began = time.perf_counter()
     highest = "highest" if spec.precision == "float32" else None
     program = _program(spec)
-    with jax.default_matmul_precision(highest):
+    platform = devices.TARGETS[spec.device].platform
+    with jax.default_matmul_precision(highest), platforms.tracing_for(platform):
         lowered = _lowered(spec, program, chosen)
     traced, worked = time.perf_counter(), time.process_time()
     print(f"  traced in {traced - began:.0f} s", flush=True)

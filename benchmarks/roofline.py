@@ -29,6 +29,8 @@ from counting import Layer
 from devices import DEVICES, Device
 from programs import MODELS, Precision, Program, build
 
+from jaxreg.xla import platforms
+
 
 def this_cpu() -> Device:
     """Measures a matrix product and a copy on the present device, best of several."""
@@ -172,7 +174,7 @@ def estimate(layers: Sequence[Layer], clock: Clock) -> str:
 
 def check(program: Program, layers: Sequence[Layer]) -> str:
     """Returns the count by hand beside XLA's of the program as it is handed to it."""
-    with counting_rules.whole():
+    with counting_rules.whole(), platforms.tracing_for("tpu"):
         traced = jax.jit(program.whole).trace(*program.whole_args)
         lowered = traced.lower(lowering_platforms=("tpu",))
         xla = (lowered.cost_analysis() or {}).get("flops", math.nan)

@@ -14,6 +14,7 @@ from jaxreg.models.gradicon import GradIcon, GradIconConfig
 from jaxreg.models.unireg.paper import UniRegConfig
 from jaxreg.nn.conv import api
 from jaxreg.space import fields, filters, sampling
+from jaxreg.xla import platforms
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
@@ -146,8 +147,9 @@ def test_gradients_of_a_convolution_are_two_of_its_size():
 def test_a_small_network_adds_up_to_what_xla_counts():
     given = programs.build("rdp", size=32, task="forward", precision="default")
     layers = given.layers()
-    lowered = jax.jit(given.whole).trace(*given.whole_args)
-    counted = lowered.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
+    with platforms.tracing_for("cuda"):
+        traced = jax.jit(given.whole).trace(*given.whole_args)
+    counted = traced.lower(lowering_platforms=("cuda",)).cost_analysis() or {}
     xla = counted["flops"]
     assert sum(layer.built for layer in layers) == pytest.approx(xla, rel=0.02)
 

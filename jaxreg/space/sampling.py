@@ -18,7 +18,7 @@ from jax.scipy import ndimage
 from jaxreg.space import grid as grid_lib
 from jaxreg.space import windows
 from jaxreg.typing import Image, Labels, Points
-from jaxreg.xla import scheduling, splitting
+from jaxreg.xla import platforms, scheduling, splitting
 
 Outside = Literal["edge", "zeros", "half_voxel"]
 """What lies outside the array.
@@ -33,9 +33,9 @@ Form = Literal["auto", "map_coordinates", "window", "packed"]
 map_coordinates: by `jax.scipy.ndimage.map_coordinates`; its gradients tap by tap.
 window: with one gather or scatter of eight voxels a point, see `jaxreg.space.windows`.
 packed: the same, of one row a point.
-auto: map_coordinates on CPU, window on GPU; on TPU map_coordinates, its gradients
-  packed where that fits. Nearest samples, and those of whole numbers, are
-  map_coordinates' everywhere.
+auto: map_coordinates on CPU, window on GPU; on TPU map_coordinates or packed, see
+  `_packs`. Nearest samples, and those of whole numbers, are map_coordinates'
+  everywhere.
 """
 
 
@@ -138,9 +138,10 @@ def sample_voxels(
 _CHUNK = 2**15
 _UNROLLED = 16  # channels gathered one by one on CPU; more would swell the program
 # On TPU a row of up to 16 channels' windows may take the memory of 128 numbers, for
-# each voxel of the values and for each point.
+# each voxel of the values.
 _PACKED_CHANNELS = 16
-_PACKED_ROWS = 2**20
+_PACKED_VOXELS = 2**20
+_SMALL = 2**18
 
 
 def _over_batch(function, *arrays, loop: bool):
@@ -184,17 +185,16 @@ def _by_form(form: Form, looped, whole, windowed, values, *per_point):
 
     def fetched(fetch: windows.Fetch):
         function = functools.partial(windowed, fetch=fetch)
-        return lambda *a: _over_batch(function, *a, loop=False)
+        # Rows of a whole batch at once take a batch's memory, and more than its time.
+        return lambda *a: _over_batch(function, *a, loop=fetch == "packed")
 
-    gradient = len(per_point) > 1
     if form == "window" or form == "packed":
         return fetched(form)(values, *per_point)
     args = values, *per_point
     if form == "map_coordinates":
-        return jax.lax.platform_dependent(*args, cpu=looped, default=whole)
-    # By the compiler's estimates packing costs a forward pass more at most sizes.
-    packs = gradient and _packs(values, per_point[0])
-    return jax.lax.platform_dependent(
+        return platforms.dependent(*args, cpu=looped, default=whole)
+    packs = _packs(values, per_point[0], gradient=len(per_point) > 1)
+    return platforms.dependent(
         *args,
         cpu=looped,
         tpu=fetched("packed") if packs else whole,
@@ -202,12 +202,19 @@ def _by_form(form: Form, looped, whole, windowed, values, *per_point):
     )
 
 
-def _packs(values: jax.Array, index: jax.Array) -> bool:
-    """Returns whether rows of packed windows pay on TPU, and fit."""
+def _packs(values: jax.Array, index: jax.Array, *, gradient: bool) -> bool:
+    """Returns whether rows of packed windows pay on TPU, by its compiler's estimates.
+
+    Packing touches every voxel. A forward pass that reads as few points as there are
+    voxels saves less, unless the values are few: then XLA keeps a row of 128 numbers
+    for each point.
+    """
     voxels, points = math.prod(values.shape[1:4]), index.shape[1]
-    fits = max(voxels, points) <= _PACKED_ROWS
-    # For fewer points than that, packing moves more than it saves.
-    return fits and values.shape[4] <= _PACKED_CHANNELS and voxels <= 8 * points
+    if voxels > _PACKED_VOXELS or values.shape[4] > _PACKED_CHANNELS:
+        return False
+    if gradient:
+        return voxels <= 8 * points
+    return 2 * voxels <= points or (values.shape[4] > 1 and voxels <= _SMALL)
 
 
 def _per_point(function, windowed, form: Form, values, *per_point, cpu=None):

@@ -8,7 +8,7 @@ How a window is fetched depends on the device:
 * "window": a gather of slices, straight from the values. XLA's GPU backend computes it
   inside of whatever reads it. On TPU it would be a loop over points.
 * "packed": a gather of rows from an array that holds each voxel's window as its row,
-  for TPUs.
+  for TPUs. There a row takes the memory of 128 numbers: points are read part by part.
 
 Gradients with respect to the values scatter the same windows.
 """
@@ -25,6 +25,9 @@ from jax import lax
 
 Fetch = Literal["window", "packed"]
 
+_PART = 2**16  # points whose rows are fetched at once: 32 MB of a TPU's VMEM
+_TILE = 8 * 128  # numbers of a vector register: parts of whole ones need no moving
+
 
 def read(values: jax.Array, index: jax.Array, *, zeros: bool, fetch: Fetch):
     """Returns the values at voxel indices, P C.
@@ -35,10 +38,16 @@ def read(values: jax.Array, index: jax.Array, *, zeros: bool, fetch: Fetch):
       zeros: whether what lies outside is 0; else it is as the nearest voxel.
       fetch: see the module's docstring.
     """
-    low, distances = _around(index, values.shape, zeros=zeros)
-    weights = _product(map(_hat, distances))
-    taps = _gathered(values, low, fetch)
-    return jnp.sum(taps * weights[..., None], 1).astype(values.dtype)
+    shape = values.shape
+    source = values if fetch == "window" else _packed(values)
+
+    def of(index):
+        low, distances = _around(index, shape, zeros=zeros)
+        weights = _product(map(_hat, distances))
+        taps = _gathered(source, shape, low, fetch)
+        return jnp.sum(taps * weights[..., None], 1).astype(values.dtype)
+
+    return _by_parts(of, fetch, index)
 
 
 def index_gradient(
@@ -57,18 +66,26 @@ def index_gradient(
       fetch: as `read`.
     """
     values, index, dy = _again(values, index, dy)
-    low, distances = _around(index, values.shape, zeros=zeros)
-    along = jnp.sum(_gathered(values, low, fetch) * dy[:, None], -1)  # P K
-    hats = [_hat(distance) for distance in distances]
-    gradient = [
-        jnp.sum(along * _product([_slope(distances[a]), *hats[:a], *hats[a + 1 :]]), 1)
-        for a in range(3)
-    ]
-    slopes = jnp.stack(gradient, -1).astype(index.dtype)
+    shape = values.shape
+    source = values if fetch == "window" else _packed(values)
+
+    def of(index, dy):
+        low, distances = _around(index, shape, zeros=zeros)
+        taps = _gathered(source, shape, low, fetch)
+        along = jnp.sum(taps * dy[:, None], -1)  # P K
+        hats = [_hat(distance) for distance in distances]
+        slopes = [
+            _product([_slope(distances[axis]), *hats[:axis], *hats[axis + 1 :]])
+            for axis in range(3)
+        ]
+        sums = [jnp.sum(along * slope, 1) for slope in slopes]
+        return jnp.stack(sums, -1).astype(index.dtype)
+
+    gradient = _by_parts(of, fetch, index, dy)
     if zeros:
-        return slopes
-    last = jnp.asarray(np.asarray(values.shape[:3]) - 1, index.dtype)
-    return jnp.where((index > 0) & (index < last[None]), slopes, 0.0)
+        return gradient
+    last = jnp.asarray(np.asarray(shape[:3]) - 1, index.dtype)
+    return jnp.where((index > 0) & (index < last[None]), gradient, 0.0)
 
 
 def values_gradient(
@@ -84,10 +101,24 @@ def values_gradient(
       fetch: as `read`.
     """
     values, index, dy = _again(values, index, dy)
-    low, distances = _around(index, values.shape, zeros=zeros)
-    weights = _product(map(_hat, distances))
-    taps = weights[..., None] * dy[:, None]  # P K C
-    return _scattered(values.shape, low, taps, fetch).astype(dy.dtype)
+    shape = values.shape
+
+    def added(total, points):
+        index, dy = points
+        low, distances = _around(index, shape, zeros=zeros)
+        weights = _product(map(_hat, distances))
+        taps = weights[..., None] * dy[:, None]  # P K C
+        return _scattered(total, shape, low, taps, fetch), None
+
+    if fetch == "window":
+        return added(jnp.zeros(shape, dy.dtype), (index, dy))[0]
+    width = math.prod(_sizes(shape)) * shape[3]
+    table = jnp.zeros((math.prod(shape[:3]), width), dy.dtype)
+    if len(index) <= _PART:
+        table, _ = added(table, (index, dy))
+    else:
+        table, _ = lax.scan(added, table, _parts(index, dy))
+    return _unpacked(table, shape)
 
 
 def _again(*arrays: jax.Array):
@@ -140,36 +171,62 @@ def _product(factors: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.multiply, factors)
 
 
+# --- points in parts -----------------------------------------------------------------
+
+
+def _parts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """P K arrays as parts of points, zero padded: parts part K."""
+    count = len(arrays[0])
+    parts = -(-count // _PART)
+    part = -(-count // (parts * _TILE)) * _TILE
+    return tuple(
+        jnp.pad(a, ((0, parts * part - count), (0, 0))).reshape(parts, part, -1)
+        for a in arrays
+    )
+
+
+def _by_parts(function, fetch: Fetch, *arrays: jax.Array) -> jax.Array:
+    """Applies a function of P K arrays that gives P C, to parts of the points."""
+    count = len(arrays[0])
+    if fetch == "window" or count <= _PART:
+        return function(*arrays)
+    result = lax.map(lambda part: function(*part), _parts(*arrays))
+    return result.reshape(-1, result.shape[-1])[:count]
+
+
 # --- fetching windows, and adding to them --------------------------------------------
 
 
-def _gathered(values: jax.Array, low: jax.Array, fetch: Fetch) -> jax.Array:
-    """Returns the windows of D H W C that begin at voxels P 3, P K C."""
+def _gathered(source, shape, low: jax.Array, fetch: Fetch) -> jax.Array:
+    """Returns the windows that begin at voxels P 3, P K C.
+
+    Args:
+      source: values D H W C, or if "packed" these as `_packed` has them.
+      shape: of the values.
+      low: P 3, voxels.
+      fetch: see the module's docstring.
+    """
     if fetch == "window":
-        sizes = *_sizes(values.shape), values.shape[3]
+        sizes = *_sizes(shape), shape[3]
         dimensions = lax.GatherDimensionNumbers((1, 2, 3, 4), (), (0, 1, 2))
-        taps = lax.gather(values, low, dimensions, sizes, mode="promise_in_bounds")
-        return taps.reshape(len(low), -1, values.shape[3])
+        taps = lax.gather(source, low, dimensions, sizes, mode="promise_in_bounds")
+        return taps.reshape(len(low), -1, shape[3])
     rows = lax.GatherDimensionNumbers((1,), (0,), (0,))
-    table = _packed(values)
-    at = _flat(low, values.shape)[:, None]
-    row = lax.gather(table, at, rows, (1, table.shape[1]), mode="promise_in_bounds")
-    return jnp.swapaxes(row.reshape(len(low), values.shape[3], -1), 1, 2)
+    at = _flat(low, shape)[:, None]
+    row = lax.gather(source, at, rows, (1, source.shape[1]), mode="promise_in_bounds")
+    return jnp.swapaxes(row.reshape(len(low), shape[3], -1), 1, 2)
 
 
-def _scattered(shape, low: jax.Array, taps: jax.Array, fetch: Fetch) -> jax.Array:
-    """Returns the sum of windows P K C that begin at voxels P 3, D H W C."""
+def _scattered(total, shape, low: jax.Array, taps: jax.Array, fetch: Fetch):
+    """Returns `total`, as `_gathered` has its source, and windows P K C at P 3."""
     if fetch == "window":
-        zeros = jnp.zeros(shape, taps.dtype)
         dimensions = lax.ScatterDimensionNumbers((1, 2, 3, 4), (), (0, 1, 2))
         taps = taps.reshape(len(low), *_sizes(shape), shape[3])
-        return lax.scatter_add(zeros, low, taps, dimensions, mode="promise_in_bounds")
+        return lax.scatter_add(total, low, taps, dimensions, mode="promise_in_bounds")
     row = jnp.swapaxes(taps, 1, 2).reshape(len(low), -1)
-    table = jnp.zeros((math.prod(shape[:3]), row.shape[1]), taps.dtype)
     rows = lax.ScatterDimensionNumbers((1,), (0,), (0,))
     at = _flat(low, shape)[:, None]
-    table = lax.scatter_add(table, at, row, rows, mode="promise_in_bounds")
-    return _unpacked(table, shape)
+    return lax.scatter_add(total, at, row, rows, mode="promise_in_bounds")
 
 
 def _flat(low: jax.Array, shape) -> jax.Array:

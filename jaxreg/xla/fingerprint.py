@@ -227,6 +227,8 @@ class _Walk:
         # Of `jax.jit` and `functools.cache`: the function says it all.
         if wrapped is not None and not isinstance(value, _CUSTOM):
             return (kind, wrapped)
+        if kind.__module__ == "jax._src.config":  # of `jax.make_user_context`
+            return (kind.__qualname__, value.value)
         state = getattr(value, "__dict__", None)
         if state is None or _is_module(value):
             raise UnknownKindError(f"{kind.__module__}.{kind.__qualname__}")

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxreg.xla import platforms
+
 
 def _one(array: jax.Array) -> jax.Array:
     """Returns a value from the middle, for edges may be known to be padding."""
@@ -39,9 +41,7 @@ def depends_on(array: jax.Array, to: jax.Array) -> jax.Array:
             value = _one(to)
         return array + 0 * value.astype(array.dtype)
 
-    return lax.platform_dependent(
-        array, to, cpu=waiting, default=lambda array, _: array
-    )
+    return platforms.dependent(array, to, cpu=waiting, default=lambda array, _: array)
 
 
 def empty_after(
@@ -53,7 +53,7 @@ def empty_after(
 
 def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     """Returns zeros, on CPU allocated once `like` is known and is finite."""
-    return lax.platform_dependent(
+    return platforms.dependent(
         like,
         cpu=lambda like: 0 * empty_after(shape, like),
         default=lambda like: jnp.zeros(shape, like.dtype),

@@ -137,3 +137,16 @@ def test_whole_numbers_are_rounded(form):
     read = sampling.sample_voxels(labels, index, form=form)
     assert read.dtype == np.int32
     np.testing.assert_array_equal(read[0, :, 0], [29, 0])
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_packed_rows_of_many_points_are_read_in_parts(outside):
+    count = 2**16 + 70  # one part and a little
+    values = jnp.asarray(random(2, *SHAPE, 2))
+    index = jnp.asarray(indices(SHAPE, 2, count))
+    # The values' gradients add up thousands of numbers, in another order.
+    weight = random(2, count, 2, seed=2) / count
+    ours = sampled(values, index, weight, outside=outside, form="packed")
+    theirs = sampled(values, index, weight, outside=outside, form="map_coordinates")
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)

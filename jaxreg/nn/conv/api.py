@@ -34,7 +34,7 @@ from jax import lax
 from jaxreg.nn.conv import blocked, few_outputs, folded, large_kernel, winograd
 from jaxreg.nn.conv.blocked import Parts
 from jaxreg.typing import Image
-from jaxreg.xla import splitting
+from jaxreg.xla import platforms, splitting
 
 Form = Literal["auto", "native", "slab", "folded"]
 _FEW_INPUTS = 4  # channels that leave most of a TPU's lanes empty, folded or not
@@ -60,9 +60,7 @@ def _by_platform(form: Form, forms: Forms, *args):
     if form != "auto":
         return given[form](*args)
     on_others = {"tpu": forms.folded} if forms.folded else {}
-    return lax.platform_dependent(
-        *args, cpu=forms.slab, **on_others, default=forms.native
-    )
+    return platforms.dependent(*args, cpu=forms.slab, **on_others, default=forms.native)
 
 
 def chosen(forms: Forms, form: Form, *args: Any) -> Any:
@@ -466,7 +464,7 @@ def average_pool2(x: Image) -> Image:
         return (total / 8).astype(x.dtype)
 
     on_tpu = folded.average_pool2 if x.shape[-1] <= _FEW_INPUTS else windows
-    return lax.platform_dependent(
+    return platforms.dependent(
         x, tpu=on_tpu, default=lambda x: average_pool(repeated(x), (2, 2, 2))
     )
 
@@ -529,7 +527,7 @@ def upsample2(x: Image) -> Image:
     if splitting.devices() > 1:  # the products would put x together
         return sums(x)
     # XLA's CPU backend takes long to compile the sums, and longer for their gradients.
-    return lax.platform_dependent(x, cpu=products, default=sums)
+    return platforms.dependent(x, cpu=products, default=sums)
 
 
 def _double_axis(x: jax.Array, axis: int) -> jax.Array:
