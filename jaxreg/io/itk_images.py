@@ -22,7 +22,7 @@ import SimpleITK as sitk
 from jaxreg.errors import UserError
 from jaxreg.io import files, nifti, text_headers
 
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """ITK's frame to RAS+ mm, and back."""
 
 _MICRO = {"um": 1e-3, "\N{MICRO SIGN}m": 1e-3, "\N{GREEK SMALL LETTER MU}m": 1e-3}

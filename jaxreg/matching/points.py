@@ -120,13 +120,13 @@ def resampled(volume: Volume, rule: IntensityRule, spacing_mm: float) -> Volume:
     Raises:
       UserError: see `preprocess.normalise`.
     """
-    placement = network_grid.ResamplingRule("pad_crop", "spl", spacing_mm)
-    reoriented = placement.reoriented(volume)
+    resampling = network_grid.ResamplingRule("pad_crop", "spl", spacing_mm)
+    reoriented = resampling.reoriented(volume)
     array = preprocess.normalise(reoriented.array, rule, source=volume.source)
     extent = reoriented.grid.spacing_mm * reoriented.grid.shape
     d, h, w = (max(round(float(mm) / spacing_mm), 1) for mm in extent)
-    grid = placement.grid(reoriented.grid, (d, h, w))
-    array = placement.image(array, reoriented.grid, (d, h, w), outside=rule.outside)
+    grid = resampling.grid(reoriented.grid, (d, h, w))
+    array = resampling.image(array, reoriented.grid, (d, h, w), outside=rule.outside)
     return Volume(array, grid, volume.source)
 
 

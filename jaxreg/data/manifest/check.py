@@ -15,7 +15,7 @@ from jaxreg.data import preprocess
 from jaxreg.data.manifest import records as records_lib
 from jaxreg.data.manifest.records import Labels, Manifest, Problem, Record
 from jaxreg.errors import UserError
-from jaxreg.io import files, tables, volumes
+from jaxreg.io import files, itk_images, tables, volumes
 from jaxreg.space.grid import Grid
 
 
@@ -236,7 +236,7 @@ def _point_problems(
     homogeneous = np.pad(reading.values, ((0, 0), (0, 1)), constant_values=1.0)
     places = (
         (homogeneous @ to_voxel.T)[:, :3],
-        (homogeneous * [-1.0, -1.0, 1.0, 1.0] @ to_voxel.T)[:, :3],
+        (homogeneous @ itk_images.LPS @ to_voxel.T)[:, :3],
         reading.values[:, ::-1],
     )
     inside = [
