@@ -30,6 +30,7 @@ from jaxreg.nn.layers import (
     value,
     xavier_uniform,
 )
+from jaxreg.nn.remat import Remat, part
 from jaxreg.nn.unet import BatchNorm
 from jaxreg.space import sampling
 from jaxreg.typing import ONE_CALL, Batching, Image, Key, Variables
@@ -70,6 +71,8 @@ class SamConfig(Architecture):
       embedding: channels of both embeddings.
       form: convolution form, see `jaxreg.nn.conv.api`.
       precision: of activations and products; the embeddings are float32.
+      remat: what a gradient computes again, see `jaxreg.nn.remat`: the networks that
+        the whole is made of are the stem with the first stage, and each other stage.
     """
 
     kind: ClassVar = SAM
@@ -79,6 +82,7 @@ class SamConfig(Architecture):
     embedding: int = 128
     form: api.Form = "auto"
     precision: Precision = "float32"
+    remat: Remat = "layers"
 
     def __post_init__(self):
         """Checks the sizes.
@@ -150,15 +154,13 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Image:
         """Maps N D H W I to N D' H' W' outputs."""
-        part = functools.partial(
+        layer = functools.partial(
             ConvNorm, self.outputs, form=self.form, batching=self.batching
         )
-        y = part(size=self.size, stride=self.stride, activated=True, name="conv_1")(
-            x, train=train
-        )
-        y = part(size=self.size, name="conv_2")(y, train=train)
+        first = layer(size=self.size, stride=self.stride, activated=True, name="conv_1")
+        y = layer(size=self.size, name="conv_2")(first(x, train=train), train=train)
         if self.projected:
-            shortcut = part(size=(1, 1, 1), stride=self.stride, name="shortcut")
+            shortcut = layer(size=(1, 1, 1), stride=self.stride, name="shortcut")
             x = shortcut(x, train=train)
         return nn.relu(y + x)
 
@@ -180,13 +182,16 @@ class Backbone(nn.Module):
         # The stem's own zeros along D: a slab has neighbours in their place.
         image = jnp.pad(image, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
         pairs = _pairs_per_slab(image, self.config)
+        remat = self.config.remat
         if train or self.is_initializing() or pairs is None:
-            x = self._full_depth(image, train=train)
+            whole = functools.partial(Backbone._full_depth, train=train)
+            x = part(whole, remat)(self, image)
         else:
             x = self._in_slabs(image, pairs)
         features = [x]
-        for stage in (2, 3, 4):
-            x = self._stage(x, stage, train=train)
+        for number in (2, 3, 4):
+            stage = functools.partial(Backbone._stage, stage=number, train=train)
+            x = part(stage, remat)(self, x)
             features.append(x)
         return tuple(features)
 

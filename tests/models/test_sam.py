@@ -293,19 +293,37 @@ def test_calls_end_to_end_are_normalised_apart(small, train):
     assert distance(apart.coarse[1], together.coarse[1]) > 0.1
 
 
-def test_gradient_reaches_every_parameter(small):
+def loss(params, config, variables):
+    """Of two images in training, and the variables after it."""
     image, rng = image_of((2, 8, 16, 32)), np.random.default_rng(1)
-    shapes = jax.eval_shape(lambda x: sam.features(SMALL, small, x), image)
-    weights = jax.tree.map(lambda s: rng.normal(size=s.shape), shapes)
+    found, after = sam.train_features(config, {**variables, "params": params}, image)
+    products = [
+        jnp.sum(rng.normal(size=e.shape) * e) for e in (found.fine, found.coarse)
+    ]
+    return sum(products), after
 
-    def loss(params):
-        found, _ = sam.train_features(SMALL, {**small, "params": params}, image)
-        products = jax.tree.map(lambda w, e: jnp.sum(w * e), weights, found)
-        return products.fine + products.coarse
 
-    gradient = jax.jit(jax.grad(loss))(small["params"])
+def test_gradient_reaches_every_parameter(small):
+    gradient = jax.jit(jax.grad(lambda p: loss(p, SMALL, small)[0]))(small["params"])
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         assert np.isfinite(leaf).all() and np.any(leaf), path
+
+
+def test_computing_again_keeps_less_and_changes_no_number(small):
+    def kept(config):
+        pull = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: loss(p, config, small)[0], p)[1],
+            small["params"],
+        )
+        return sum(x.size for x in jax.tree.leaves(pull) if x.shape[:1] == (2,))
+
+    again = dataclasses.replace(SMALL, remat="networks")
+    assert kept(again) < 0.5 * kept(SMALL)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)
+    found = [run(small["params"], config, small) for config in (SMALL, again)]
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        # Relative to each array's largest number: normalisation amplifies rounding.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(a).max())
 
 
 def test_bfloat16_is_near_float32(small, use):
