@@ -147,6 +147,12 @@ def test_the_main_path_leaves_torch_alone():
     assert not set(TORCH) & modules_after(code)
 
 
+def test_a_log_for_tensorboard_leaves_torch_alone(tmp_path):
+    pytest.importorskip("tensorboardX")
+    code = f"from jaxreg.training.logging import RunLog; RunLog({str(tmp_path)!r})"
+    assert not set(TORCH) & modules_after(code)
+
+
 def test_importing_the_command_line_is_quick():
     """--help needs no JAX."""
     assert "jax" not in modules_after("import jaxreg.cli.main")

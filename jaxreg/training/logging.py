@@ -17,6 +17,7 @@ import io
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -409,6 +410,10 @@ def _read_rows(
 
 def _summary_writer() -> Any:
     """Returns tensorboardX's writer, which is imported only where it is wanted."""
+    # It imports PyTorch where that is installed, for two seconds and nothing of ours.
+    hides = "torch" not in sys.modules
+    if hides:
+        sys.modules["torch"] = None  # pyright: ignore
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
@@ -416,4 +421,7 @@ def _summary_writer() -> Any:
             "TensorBoard's files need tensorboardX, which is not installed; "
             "pip install tensorboardX, or switch tensorboard off"
         ) from error
+    finally:
+        if hides:
+            del sys.modules["torch"]
     return SummaryWriter
