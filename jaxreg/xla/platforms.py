@@ -7,30 +7,36 @@ from typing import Any
 import jax
 from jax import lax
 
-# Of the key by which JAX finds what it has traced before.
+# Of the key by which JAX finds what it has traced before, as its default device is.
 _traced_for = jax.make_user_context(None)
 
 
 def dependent(
     *args: Any, default: Callable[..., Any], **by_platform: Callable[..., Any]
 ) -> Any:
-    """Applies the function of the platform that a program is compiled for.
+    """Applies the function of the platform that a program is traced for.
 
-    As `jax.lax.platform_dependent`, which traces and differentiates the functions of
-    all platforms and leaves the choice to the compiler. A process that has CPUs alone
-    traces the CPU's: most of the time of a first step there.
+    `jax.lax.platform_dependent` traces and differentiates the functions of all
+    platforms, and leaves the choice to the compiler: most of the time before a first
+    step. Here that of JAX's default device alone is traced, see `tracing_for`. A
+    program that runs on another device of the process has the same numbers.
 
     Args:
       *args: trees of arrays.
       default: the function for platforms that are not named.
-      **by_platform: functions by name of platform: "cpu", "tpu", "cuda".
+      **by_platform: functions by name of platform: "cpu", "tpu".
     """
-    platform = _traced_for.value
-    if platform is None and jax.default_backend() == "cpu":
-        platform = "cpu"
-    if platform is None or platform == "any":
+    platform = _traced_for.value or _default()
+    if platform == "any":
         return lax.platform_dependent(*args, default=default, **by_platform)
     return by_platform.get(platform, default)(*args)
+
+
+def _default() -> str:
+    device = jax.config.jax_default_device  # pyright: ignore
+    if device is None:
+        return jax.default_backend()
+    return device if isinstance(device, str) else device.platform
 
 
 @contextlib.contextmanager

@@ -26,13 +26,21 @@ def program(traced: list[str]):
     return jax.jit(run)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the process has others")
-def test_a_process_with_cpus_alone_traces_their_form():
+@pytest.mark.parametrize("device", ["cpu", jax.local_devices(backend="cpu")[0]])
+def test_the_form_of_the_default_device_is_traced(device):
     traced = []
     run = program(traced)
-    assert run(jnp.float32(1.0)) == 2.0
-    assert jax.grad(run)(jnp.float32(1.0)) == 2.0
+    with jax.default_device(device):
+        assert run(jnp.float32(1.0)) == 2.0
+        assert jax.grad(run)(jnp.float32(1.0)) == 2.0
     assert set(traced) == {"cpu"}
+
+
+@pytest.mark.parametrize(("backend", "factor"), [("tpu", 3.0), ("gpu", 5.0)])
+def test_without_one_it_is_that_of_the_process(backend, factor, monkeypatch):
+    # Each form runs anywhere.
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert program([])(jnp.float32(1.0)) == factor
 
 
 @pytest.mark.parametrize(
