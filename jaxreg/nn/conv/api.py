@@ -15,7 +15,7 @@ Arrays are N D H W C, kernels kD kH kW I O. Layers have three forms:
   channels at full resolution computed at half of it (`nn.conv.folded`). For TPU, where
   reshapes and transposes of the minor axes cost more than arithmetic.
 
-"auto" picks by platform when the program is compiled.
+"auto" picks by the platform that a program is traced for (`xla.platforms`).
 
 An input may be given in parts: ``conv((a, b), kernel)`` is the convolution of their
 concatenation along channels, which is not built at stride 1 and of several channels.
@@ -38,6 +38,8 @@ from jaxreg.xla import platforms, splitting
 
 Form = Literal["auto", "native", "slab", "folded"]
 _FEW_INPUTS = 4  # channels that leave most of a TPU's lanes empty, folded or not
+_FEW = 16  # channels that are a tile of 128 when folded
+_MANY = 2**16  # voxels; fewer are in a TPU's own memory in any layout
 
 
 class Forms(NamedTuple):
@@ -70,7 +72,7 @@ def chosen(forms: Forms, form: Form, *args: Any) -> Any:
 
     Args:
       forms: of a module's own functions, so that each is traced once for each shape.
-      form: "auto" decides by platform when the program is compiled.
+      form: see the module's docstring.
       *args: trees of arrays.
     """
     return _chosen(forms, form, *args)
@@ -147,7 +149,21 @@ def _convolved(
     def native(xs, kernel):
         return _native(_padded(xs, margin), kernel)
 
-    return _by_platform(form, Forms(slab, native), xs, kernel)
+    on_tpu = _few_folded if _folds(xs, kernel, margin, form) else None
+    return _by_platform(form, Forms(slab, native, on_tpu), xs, kernel)
+
+
+def _folds(xs: Parts, kernel: jax.Array, margin: blocked.Margin, form: Form) -> bool:
+    """Returns whether a layer is better folded on TPU: few channels, many voxels."""
+    same = kernel.shape[:3] == (3, 3, 3) and margin == (1, 1, 1)
+    few = max(kernel.shape[3:]) <= _FEW
+    many = form == "folded" or math.prod(xs[0].shape[1:4]) >= _MANY
+    # Volumes that are split over devices exchange less as they are.
+    return same and few and many and splitting.devices() == 1
+
+
+def _few_folded(xs: Parts, kernel: jax.Array) -> jax.Array:
+    return folded.conv3(jnp.concatenate(xs, -1), kernel)
 
 
 def _slab(xs: Parts, kernel: jax.Array) -> jax.Array:
@@ -191,7 +207,12 @@ def _convolved_backward(margin, form, saved, dy):
 
         return _pulled(function, dy, xs, kernel)
 
-    return _by_platform(form, Forms(slab, native), *saved, dy)
+    def on_tpu(xs, kernel, dy):
+        return _pulled(_few_folded, dy, xs, kernel)
+
+    folds = _folds(*saved, margin, form)
+    forms = Forms(slab, native, on_tpu if folds else None)
+    return _by_platform(form, forms, *saved, dy)
 
 
 _convolved.defvjp(_convolved_forward, _convolved_backward)
@@ -281,10 +302,6 @@ def conv3(x: Image | Parts, kernel: jax.Array, bias: jax.Array, *, form: Form = 
     else:
         y = _same(xs, kernel, form)
     return y + bias[None, None, None, None]
-
-
-def _few_folded(xs: Parts, kernel: jax.Array) -> jax.Array:
-    return folded.conv3(jnp.concatenate(xs, -1), kernel)
 
 
 def conv3_stride2(

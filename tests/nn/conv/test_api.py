@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxreg.nn.conv import api, folded
+from jaxreg.xla import platforms
 
 FORMS = ("slab", "native", "folded", "auto")
 LAYERS = {
@@ -256,3 +257,32 @@ def test_pooling_of_folded_blocks(shape):
     found, own_pull = jax.vjp(folded.average_pool2, x)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
     np.testing.assert_allclose(*own_pull(cotangent), *pull(cotangent), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "platform", "folds"),
+    [
+        (48, 16, "tpu", True),
+        (48, 16, "cuda", False),
+        (16, 16, "tpu", False),
+        (48, 24, "tpu", False),
+    ],
+)
+def test_few_channels_of_many_voxels_are_folded_for_tpu(
+    size, channels, platform, folds
+):
+    """In the layer and its gradients: blocks of eight voxels as channels."""
+    x = jax.ShapeDtypeStruct((1, size, size, size, channels), jnp.bfloat16)
+    kernel = jax.ShapeDtypeStruct((3, 3, 3, channels, channels), jnp.bfloat16)
+
+    def loss(x, kernel):
+        bias = jnp.zeros(channels, x.dtype)
+        return jnp.sum(api.conv3(x, kernel, bias).astype(jnp.float32) ** 2)
+
+    with platforms.tracing_for(platform):
+        traced = jax.jit(jax.grad(loss, (0, 1))).trace(x, kernel)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    convolutions = [t for t in text.splitlines() if "stablehlo.convolution" in t]
+    assert len(convolutions) >= 3  # the layer, and a gradient for each argument
+    wide = f"x{8 * channels}x"
+    assert all((wide in line) == folds for line in convolutions)
