@@ -141,7 +141,7 @@ _UNROLLED = 16  # channels gathered one by one on CPU; more would swell the prog
 # each voxel of the values.
 _PACKED_CHANNELS = 16
 _PACKED_VOXELS = 2**20
-_SMALL = 2**18
+_SMALL = 2**18  # voxels, see `_packs`
 
 
 def _over_batch(function, *arrays, loop: bool):
