@@ -210,9 +210,10 @@ def _convolved_backward(margin, form, saved, dy):
     def on_tpu(xs, kernel, dy):
         return _pulled(_few_folded, dy, xs, kernel)
 
-    folds = _folds(*saved, margin, form)
+    xs, kernel = saved
+    folds = _folds(xs, kernel, margin, form)
     forms = Forms(slab, native, on_tpu if folds else None)
-    return _by_platform(form, forms, *saved, dy)
+    return _by_platform(form, forms, xs, kernel, dy)
 
 
 _convolved.defvjp(_convolved_forward, _convolved_backward)
