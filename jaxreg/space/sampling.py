@@ -160,16 +160,6 @@ def _over_batch(function, *arrays, loop: bool):
     return scheduling.mapped(one, jnp.arange(batch), like=arrays[0])
 
 
-def _in_chunks(*arrays):
-    """P K arrays to chunks, zero padded: chunks chunk K."""
-    count = arrays[0].shape[0]
-    chunks = -(-count // _CHUNK)
-    return tuple(
-        jnp.pad(a, ((0, chunks * _CHUNK - count), (0, 0))).reshape(chunks, _CHUNK, -1)
-        for a in arrays
-    )
-
-
 def _by_form(form: Form, looped, whole, windowed, values, *per_point):
     """Applies the function of (values, *per_point) that computes a form.
 
@@ -228,7 +218,7 @@ def _per_point(function, windowed, form: Form, values, *per_point, cpu=None):
         count = arrays[0].shape[0]
         if count <= _CHUNK:
             return on_cpu(values, *arrays)
-        chunks = _in_chunks(*arrays)
+        chunks = windows.in_parts(_CHUNK, *arrays)
         out = scheduling.mapped(lambda c: on_cpu(values, *c), chunks, like=arrays[0])
         return out.reshape(-1, out.shape[-1])[:count]
 
@@ -418,7 +408,7 @@ def _values_gradient(values, index, dy, *, zeros: bool, form: Form):
 
     # A loop over the corners on CPU: eight scatters are eight programs to compile.
     def chunked(index, dy):
-        total, _ = jax.lax.scan(added, empty(), _in_chunks(index, dy))
+        total, _ = jax.lax.scan(added, empty(), windows.in_parts(_CHUNK, index, dy))
         return total.reshape(shape)
 
     def whole(index, dy):

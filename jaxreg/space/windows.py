@@ -117,7 +117,7 @@ def values_gradient(
     if len(index) <= _PART:
         table, _ = added(table, (index, dy))
     else:
-        table, _ = lax.scan(added, table, _parts(index, dy))
+        table, _ = lax.scan(added, table, in_parts(_even_size(len(index)), index, dy))
     return _unpacked(table, shape)
 
 
@@ -174,15 +174,20 @@ def _product(factors: Iterable[jax.Array]) -> jax.Array:
 # --- points in parts -----------------------------------------------------------------
 
 
-def _parts(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """P K arrays as parts of points, zero padded: parts part K."""
+def in_parts(size: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns P K arrays as parts of so many points, zero padded: parts size K."""
     count = len(arrays[0])
-    parts = -(-count // _PART)
-    part = -(-count // (parts * _TILE)) * _TILE
+    parts = -(-count // size)
     return tuple(
-        jnp.pad(a, ((0, parts * part - count), (0, 0))).reshape(parts, part, -1)
+        jnp.pad(a, ((0, parts * size - count), (0, 0))).reshape(parts, size, -1)
         for a in arrays
     )
+
+
+def _even_size(count: int) -> int:
+    """Returns the points of a part: about equal parts, of whole registers each."""
+    parts = -(-count // _PART)
+    return -(-count // (parts * _TILE)) * _TILE
 
 
 def _by_parts(function, fetch: Fetch, *arrays: jax.Array) -> jax.Array:
@@ -190,7 +195,8 @@ def _by_parts(function, fetch: Fetch, *arrays: jax.Array) -> jax.Array:
     count = len(arrays[0])
     if fetch == "window" or count <= _PART:
         return function(*arrays)
-    result = lax.map(lambda part: function(*part), _parts(*arrays))
+    parts = in_parts(_even_size(count), *arrays)
+    result = lax.map(lambda part: function(*part), parts)
     return result.reshape(-1, result.shape[-1])[:count]
 
 
