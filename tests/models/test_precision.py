@@ -133,7 +133,8 @@ def test_less_is_kept_in_bfloat16_and_much_less_of_parts_that_are_computed_again
     whole = bytes_kept(config)
     # Heads, coordinates and fields stay float32.
     assert bytes_kept(changed(config, precision="bfloat16")) < 0.8 * whole
-    assert bytes_kept(changed(config, remat="networks")) < 0.5 * whole
+    share = 0.5 if name == "gradicon" else 0.45
+    assert bytes_kept(changed(config, remat="networks")) < share * whole
 
 
 @pytest.mark.parametrize("name", NETWORKS)
