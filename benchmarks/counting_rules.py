@@ -17,7 +17,7 @@ from jaxreg.losses.objective import Objective
 from jaxreg.models import sam
 from jaxreg.models.unireg import features as features_lib
 from jaxreg.models.unireg.paper import UniReg
-from jaxreg.nn import correlation, heads, layers, packed, prompts, unet
+from jaxreg.nn import correlation, doubling, heads, layers, prompts, unet
 from jaxreg.nn.conv import api
 from jaxreg.space import fields, filters, sampling
 
@@ -114,14 +114,6 @@ def _doubling(recorder, module, args, kwargs, found):
     _UPSAMPLE(recorder, (residual,), {}, found)
 
 
-def _last(recorder, module, args, kwargs, found):
-    normal, skip = args
-    channels = normal.image.shape[-1] // 8
-    shape = (*skip.shape[:-1], channels)
-    x = (jax.ShapeDtypeStruct(shape, normal.image.dtype), skip)
-    _note_convolution(recorder, api.conv3, x, (3, 3, 3, module.inputs, 3), found)
-
-
 def _strided(recorder, module, args, kwargs, found):
     (x,) = args
     i, o, voxels = x.shape[-1], module.outputs, _size(found) // module.outputs
@@ -198,8 +190,7 @@ def _bank(recorder, module, args, kwargs, found):
 _MODULES = {
     layers.Convolution: _convolution,
     layers.StridedConvolution: _strided,
-    packed.Doubling: _doubling,
-    packed.LastLayer: _last,
+    doubling.Doubling: _doubling,
     unet.BatchNorm: _batch_norm,
     heads.GroupNorm: _group_norm,
     heads.Controller: _linear_layer,

@@ -7,15 +7,19 @@ References:
 
 import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jaxreg.nn import packed
+from jaxreg.nn import blocks
 from jaxreg.nn.conv import api
-from jaxreg.nn.layers import Convolution, Precision, Scaled
+from jaxreg.nn.doubling import Doubling, fit
+from jaxreg.nn.layers import Convolution, Precision, Scaled, kernel_and_bias
+from jaxreg.space.grid import Shape
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -41,19 +45,19 @@ class UNetConfig:
 
 
 # Keeps the array, no deviations.
-@functools.partial(jax.checkpoint, static_argnums=(1, 2))
+@functools.partial(jax.checkpoint, static_argnums=(1, 2, 3))
 def _moments(
-    grouped: jax.Array, batching: Batching, packed_form: api.Form | None
+    grouped: jax.Array, batching: Batching, folds: int, shape: Shape | None
 ) -> tuple[jax.Array, jax.Array]:
     """Returns mean and biased variance of G N D H W C per group and channel."""
     axes = (1, 2, 3, 4)
     grouped = grouped.astype(jnp.float32)
-    if packed_form is None:
+    if shape is None:
         mean = batching.mean_over_sharers(grouped.mean(axes, keepdims=True))
         variance = jnp.square(grouped - mean).mean(axes, keepdims=True)
     else:
-        mean = batching.mean_over_sharers(packed.mean(grouped, packed_form))
-        variance = packed.variance(grouped, mean, packed_form)
+        mean = batching.mean_over_sharers(blocks.mean(grouped, folds, shape))
+        variance = blocks.variance(grouped, mean, folds, shape)
     return mean, batching.mean_over_sharers(variance)
 
 
@@ -62,20 +66,22 @@ class BatchNorm(nn.Module):
 
     Attributes:
       batching: what the statistics are taken over.
-      packed_form: the form of `jaxreg.nn.packed` that x is in, None if it is plain.
+      folds: how often x is folded, see `jaxreg.nn.blocks`.
+      shape: the voxels of a folded x that count.
     """
 
     batching: Batching = ONE_CALL
-    packed_form: api.Form | None = None
+    folds: int = 0
+    shape: Shape | None = None
 
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Scaled:
         """Normalises N D H W C; in training moves the running statistics.
 
-        Of a packed image, N D H W 8C, the factor and the shift are those of C channels.
+        Of a folded image the factor and the shift are those of a voxel's C channels.
         """
         batching = self.batching
-        c = x.shape[-1] // (1 if self.packed_form is None else 8)
+        c = x.shape[-1] // 8**self.folds
         scale = self.param("scale", nn.initializers.ones, (c,))
         bias = self.param("bias", nn.initializers.zeros, (c,))
         mean = self.variable("batch_stats", "mean", jnp.zeros, (c,))
@@ -89,9 +95,10 @@ class BatchNorm(nn.Module):
             )
         groups = batching.calls * max(batching.replicas, 1)
         grouped = x.reshape(groups, -1, *x.shape[1:])  # G N/G D H W C
-        now_mean, now_var = _moments(grouped, batching, self.packed_form)
+        now_mean, now_var = _moments(grouped, batching, self.folds, self.shape)
         if not self.is_initializing():
-            voxels = grouped[0].size // c * batching.sharers()
+            counted = math.prod(self.shape or x.shape[1:4])
+            voxels = grouped.shape[1] * counted * batching.sharers()
             unbiased = now_var * (voxels / max(voxels - 1, 1))
             calls = [
                 # calls C
@@ -112,6 +119,19 @@ class BatchNorm(nn.Module):
         return Scaled(x, factor, shift)
 
 
+class _Weights(nn.Module):
+    """Kernel and bias of a layer, for a form of it that is no module."""
+
+    shape: tuple[int, ...]
+    function: Callable = api.conv3_stride2
+    zero: bool = False
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        init = nn.initializers.zeros if self.zero else None
+        return kernel_and_bias(self, self.shape, self.function, kernel_init=init)
+
+
 class TallUNet2(nn.Module):
     """Two images to a displacement field, unit coordinates of their own grid."""
 
@@ -130,41 +150,89 @@ class TallUNet2(nn.Module):
 
         In training mode batch norm uses and updates batch statistics, see `Batching`.
         """
-        down, up, form = (
-            self.config.channels_down,
-            self.config.channels_up,
-            self.config.form,
-        )
-        levels = len(up)
+        config = self.config
+        down, up, form = config.channels_down, config.channels_up, config.form
         x = jnp.concatenate([moving, fixed], axis=-1)
         if x.shape[-1] != down[0]:
             raise ValueError(
                 f"moving and fixed have {x.shape[-1]} channels together, "
                 f"the U-Net expects {down[0]}"
             )
-        x = x.astype(self.config.precision)
-        skips = []
-        for level in range(levels):
-            skips.append(x)
+        x = x.astype(config.precision)
+        levels, finer, coarsened = len(up), 0, None
+        if levels >= blocks.LEVELS and api.is_folded(form):
+            finer, coarsened = blocks.LEVELS, self._encoded(x)
+            x = coarsened[-1]
+        skips = {}
+        for level in range(finer, levels):
+            skips[level] = x
             name, shape = f"down_{level}", (3, 3, 3, down[level], down[level + 1])
             layer = Convolution(
                 api.conv3_stride2, shape, activated=True, form=form, name=name
             )
             y = layer(x)
-            x = y + packed.fit(api.average_pool2(x), down[level + 1])
+            x = y + fit(api.average_pool2(x), down[level + 1])
         parts: tuple[Any, ...] = (x,)
         channels = down[levels]
-        for level in reversed(range(levels)):
-            finest = level == 0
+        for level in reversed(range(finer, levels)):
             shape = (4, 4, 4, channels, up[level])
-            double = packed.Doubling(shape, form, packed=finest, name=f"up_{level}")
             # The residual keeps the first channels: the decoder's, as up shrinks.
-            x = double(parts)
-            normalise = BatchNorm(
-                batching, form if finest else None, name=f"norm_{level}"
-            )
-            normal, skip = normalise(x, train=train), skips[level]
+            x = Doubling(shape, form, name=f"up_{level}")(parts)
+            normal = BatchNorm(batching, name=f"norm_{level}")(x, train=train)
+            skip = skips[level]
             parts = (dataclasses.replace(normal, shape=skip.shape[1:4]), skip)
             channels = up[level] + skip.shape[-1]
         # In float32: displacements need more digits than bfloat16 has.
-        return packed.LastLayer(channels, form, name="last")(*parts) / 10.0
+        if coarsened is not None:
+            shape = moving.shape[1:4]
+            field = self._decoded(
+                parts, channels, coarsened, shape, batching, train=train
+            )
+        else:
+            last = Convolution(
+                api.conv3, (3, 3, 3, channels, 3), form=form, dtype="float32",
+                kernel_init=nn.initializers.zeros, name="last",
+            )  # fmt: skip
+            field = last(parts)
+        return field / 10.0
+
+    def _encoded(self, x: Image) -> tuple[Image, Image, Image]:
+        """Returns the images of the first three levels, folded twice, once and not."""
+        down, shape = self.config.channels_down, x.shape[1:4]
+        x = blocks.fold(x)
+        weights = _Weights((3, 3, 3, down[0], down[1]), name="down_0")()
+        second = blocks.down_0(x, *weights, shape)
+        weights = _Weights((3, 3, 3, down[1], down[2]), name="down_1")()
+        return x, second, blocks.down_1(second, *weights, blocks.below(shape))
+
+    def _decoded(
+        self,
+        parts: tuple[Image | Scaled, ...],
+        channels: int,
+        images: tuple[Image, Image, Image],
+        shape: Shape,
+        batching: Batching,
+        *,
+        train: bool,
+    ) -> Field:
+        """Returns the field of the third level's parts and the images above it."""
+        (first, second, _), down = images, self.config.channels_down
+        up = self.config.channels_up
+        middle = blocks.below(shape)
+        coarse = blocks.below(middle)
+        up4 = api.conv4_transpose2
+
+        def normalised(level, x, doubled, folds):
+            d, h, w = (2 * n for n in doubled)
+            name = f"norm_{level}"
+            return BatchNorm(batching, folds, (d, h, w), name=name)(x, train=train)
+
+        weights = _Weights((4, 4, 4, channels, up[1]), up4, name="up_1")()
+        x = blocks.up_1(parts, *weights, coarse)
+        normal = normalised(1, x, coarse, 1)
+        weights = _Weights((4, 4, 4, up[1] + down[1], up[0]), up4, name="up_0")()
+        x = blocks.up_0(normal, second, *weights, middle)
+        normal = normalised(0, x, middle, 2)
+        shape_of = (3, 3, 3, up[0] + down[0], 3)
+        weights = _Weights(shape_of, api.conv3, zero=True, name="last")()
+        return blocks.last(normal, first, *weights, shape)

@@ -26,10 +26,15 @@ def dependent(
       default: the function for platforms that are not named.
       **by_platform: functions by name of platform: "cpu", "tpu".
     """
-    platform = _traced_for.value or _default()
+    platform = traced()
     if platform == "any":
         return lax.platform_dependent(*args, default=default, **by_platform)
     return by_platform.get(platform, default)(*args)
+
+
+def traced() -> str:
+    """Returns the platform that programs are traced for; "any", see `tracing_for`."""
+    return _traced_for.value or _default()
 
 
 def _default() -> str:

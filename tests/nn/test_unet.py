@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxreg.nn import packed, unet
+from jaxreg.nn import blocks, doubling, unet
 from jaxreg.typing import Batching
 from jaxreg.weights.pytorch import gradicon
 
@@ -147,7 +147,7 @@ def test_fit_keeps_the_first_or_pads_in_front(icon, channels):
     wanted = networks.pad_or_crop(
         torch.from_numpy(np.moveaxis(x, -1, 1).copy()), size, 3
     )
-    fitted = packed.fit(jnp.asarray(x), channels)
+    fitted = doubling.fit(jnp.asarray(x), channels)
     np.testing.assert_array_equal(fitted, channels_last(wanted.numpy()))
 
 
@@ -275,7 +275,7 @@ def test_the_gradient_of_a_kernel_is_summed_in_float32():
     dy = jnp.asarray(rng.random((2, 4, 5, 6, 24)), jnp.bfloat16)
 
     def gradients(x, kernel, dy):
-        return jax.vjp(packed._in_float32, x, kernel)[1](dy.astype(jnp.float32))
+        return jax.vjp(blocks._in_float32, x, kernel)[1](dy.astype(jnp.float32))
 
     wanted = gradients(*(a.astype(jnp.float32) for a in (x, kernel, dy)))
     dx, dw = gradients(x, kernel.astype(jnp.float32), dy)

@@ -65,6 +65,11 @@ def _by_platform(form: Form, forms: Forms, *args):
     return platforms.dependent(*args, cpu=forms.slab, **on_others, default=forms.native)
 
 
+def is_folded(form: Form) -> bool:
+    """Returns whether a form is TPU's, where this is traced."""
+    return form == "folded" or (form == "auto" and platforms.traced() == "tpu")
+
+
 def chosen(forms: Forms, form: Form, *args: Any) -> Any:
     """Applies one of several functions, and differentiates only that one.
 

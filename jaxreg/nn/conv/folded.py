@@ -29,7 +29,7 @@ from jaxreg.xla import splitting
 DIMENSIONS = ("NDHWC", "DHWIO", "NDHWC")
 
 
-def _exact(x: jax.Array) -> lax.Precision | None:
+def exact(x: jax.Array) -> lax.Precision | None:
     """Returns the precision at which a product with ones and zeros keeps x."""
     return None if x.dtype == jnp.bfloat16 else lax.Precision.HIGHEST
 
@@ -47,7 +47,7 @@ def fold(x: Image) -> Image:
     x = splitting.evened(x, 2)
     x = x.reshape(n, -1, 2, -(-h // 2), 2, w, c)
     selection = jnp.asarray(_selection(w), x.dtype)
-    x = jnp.einsum("ndahbvc,rwv->ndhwabrc", x, selection, precision=_exact(x))
+    x = jnp.einsum("ndahbvc,rwv->ndhwabrc", x, selection, precision=exact(x))
     return x.reshape(*x.shape[:4], 8 * c)[:, : -(-d // 2)]
 
 
@@ -59,25 +59,41 @@ def unfold(x: Image, shape: tuple[int, ...]) -> Image:
     x = x.reshape(n, *blocks, 2, 2, 2, c // 8)
     selection = jnp.asarray(_selection(w), x.dtype)
     # The voxels of a row come last: three channels would fill three of 128 lanes.
-    x = jnp.einsum("ndhwabrc,rwv->ncdahbv", x, selection, precision=_exact(x))
+    x = jnp.einsum("ndhwabrc,rwv->ncdahbv", x, selection, precision=exact(x))
     x = x.reshape(n, c // 8, 2 * blocks[0], 2 * blocks[1], w)[:, :, :d, :h]
     return jnp.moveaxis(x, 1, -1)
 
 
-def within(x: Image, shape: tuple[int, ...]) -> Image:
+def along(values: np.ndarray, axis: int, folds: int, channels: int) -> np.ndarray:
+    """Returns numbers along an axis of voxels as a factor of a folded image.
+
+    Args:
+      values: of each voxel; zeros are added for those that complete a block.
+      axis: 0 to 2.
+      folds: how often the image is folded.
+      channels: of a voxel.
+
+    Returns:
+      1 D H W 8^folds C, of one place along the other axes.
+    """
+    count = -(-len(values) // 2**folds)
+    values = np.pad(values, (0, count * 2**folds - len(values)))
+    # Of its blocks, and its places among the channels; the same for the others.
+    shape = [1] * (5 + 3 * folds)
+    for place in (axis + 1, *range(axis + 4, 4 + 3 * folds, 3)):
+        shape[place] = 2
+    shape[axis + 1] = count
+    whole = [*shape[:4], *(2,) * (3 * folds), channels]
+    return np.broadcast_to(values.reshape(shape), whole).reshape(*whole[:4], -1)
+
+
+def within(x: Image, shape: tuple[int, ...], folds: int = 1) -> Image:
     """Sets what is folded of voxels beyond `shape` to zero."""
-    blocks, channels = x.shape[1:4], x.shape[-1] // 8
-    for axis, (count, n) in enumerate(zip(blocks, shape, strict=True)):
-        if 2 * count == n:
-            continue
-        inside = np.arange(2 * count).reshape(count, 2) < n
-        # Along its blocks, and its place among the channels; the same for the others.
-        size = [1, 1, 1, 1, 2, 2, 2, channels]
-        size[axis + 1] = count
-        place = [1] * 8
-        place[axis + 1], place[axis + 4] = inside.shape
-        mask = np.broadcast_to(inside.reshape(place), size).reshape(*size[:4], -1)
-        x = jnp.where(jnp.asarray(mask), x, jnp.zeros((), x.dtype))
+    for axis, n in enumerate(shape):
+        places = x.shape[axis + 1] * 2**folds
+        if places != n:
+            inside = along(np.arange(places) < n, axis, folds, x.shape[-1] // 8**folds)
+            x = jnp.where(jnp.asarray(inside), x, jnp.zeros((), x.dtype))
     return x
 
 
@@ -122,13 +138,17 @@ def up_kernel(kernel: jax.Array) -> jax.Array:
     return w.reshape(*w.shape[:4], -1)
 
 
-def doubling_kernel(channels: int, dtype) -> jax.Array:
-    """Returns 4 4 4 C C: trilinear doubling as a transposed convolution, stride 2.
+def doubling_kernel(channels: np.ndarray, dtype) -> jax.Array:
+    """Returns 4 4 4 I O: trilinear doubling as a transposed convolution, stride 2.
 
     See `api.upsample2`; its clamped ends are one more voxel on either side.
+
+    Args:
+      channels: I O: what of an input is in which output.
+      dtype: of the result.
     """
     taps = np.array([0.25, 0.75, 0.75, 0.25])
-    kernel = np.einsum("a,b,c,io->abcio", taps, taps, taps, np.eye(channels))
+    kernel = np.einsum("a,b,c,io->abcio", taps, taps, taps, channels)
     return jnp.asarray(kernel, dtype)
 
 
@@ -184,7 +204,7 @@ def average_pool2(x: Image) -> Image:
     *spatial, c = x.shape[1:]
     mean = jnp.asarray(np.tile(np.eye(c), (8, 1)) / 8, x.dtype)  # 8C C
     kernel = mean[None, None, None]
-    y = convolved(fold(x), kernel, ((0, 0),) * 3, precision=_exact(x))
+    y = convolved(fold(x), kernel, ((0, 0),) * 3, precision=exact(x))
     for axis, n in enumerate(spatial, start=1):
         if n % 2:  # of the last pair one voxel is a zero
             twice = np.where(np.arange(y.shape[axis]) == n // 2, 2.0, 1.0)
