@@ -212,6 +212,9 @@ def _register(
             read.moving, read.fixed, model, options,
             regions=read.regions, sam=sam, progress=bar.step,
         )  # fmt: skip
+    if model is not None and outputs["--report"] is not None:
+        known = f"{result.weights}; CRC-32 {model.checksum}"
+        result = dataclasses.replace(result, weights=known)
     result = dataclasses.replace(result, scans=read).save(
         transform=outputs["--transform-out"],
         warped=outputs["--warped-moving-out"],

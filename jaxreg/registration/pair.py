@@ -201,6 +201,7 @@ def finish(
         prealigned_from=start.start if start else "",
         started_from="" if start else found.start,
         conditioning=prepared.conditioned.text,
+        weights="" if model is None else model.described,
         scans=dataclasses.replace(prepared.given, regions=Regions()),
         **scores,
     )

@@ -5,7 +5,7 @@ import functools
 import html
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 
 if TYPE_CHECKING:
-    from jaxreg.registration.report import Picture
+    from jaxreg.registration.report import Page, Picture
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -56,6 +56,7 @@ class RegistrationResult:
         without one.
       started_from: what fitted best before a registration without a network:
         "headers", "centres of mass" or "stretched extents"; else empty.
+      weights: name, source and licence of the network's; empty without one.
       scans: the two scans, which are warped, drawn and written from; what was given as
         a volume or an image is referred to, not copied.
     """
@@ -80,6 +81,7 @@ class RegistrationResult:
     conditioning: str = ""
     prealigned_from: str = ""
     started_from: str = ""
+    weights: str = ""
     scans: scan_pair.ScanPair | None = None
 
     def __repr__(self) -> str:
@@ -128,6 +130,37 @@ class RegistrationResult:
         from jaxreg.registration import report
 
         return report.registration_figure(self._scans, self.transform, title=self._line)
+
+    def view(self, *, command: str | None = None) -> "Page":
+        """Returns the report, whose viewer a notebook shows; `save` writes it.
+
+        It goes into the notebook's file: up to 6 MB.
+
+        Args:
+          command: the command line, to be shown.
+        """
+        from jaxreg.registration import report
+
+        return report.page_of(
+            self._scans, self.transform, command=command, **self.reported
+        )
+
+    @property
+    def reported(self) -> dict[str, Any]:
+        """What a report says besides what it measures: arguments of `write_report`."""
+        from jaxreg.registration import report
+
+        return {
+            "numbers": summary(self),
+            "likeness": report.Likeness(
+                self.similarity,
+                self.similarity_before,
+                self.similarity_after,
+                self.similarity_prealigned,
+            ),
+            "history": self.history,
+            "provenance": report.provenance(self._scans, self.fixed_grid, self.weights),
+        }
 
     def save(
         self,
@@ -182,9 +215,8 @@ class RegistrationResult:
             from jaxreg.registration import report as report_lib
 
             report_lib.write_report(
-                report, scans, self.transform,
-                numbers=summary(found), history=self.history, command=command,
-            )  # fmt: skip
+                report, scans, self.transform, command=command, **found.reported
+            )
         return found
 
     def _repr_html_(self) -> str:

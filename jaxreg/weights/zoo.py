@@ -20,7 +20,7 @@ from jaxreg.models import registry
 from jaxreg.models.base import NetworkConfig, RegistrationModel
 from jaxreg.models.sam import HU_RANGE, SAM, SamConfig, TrainedSam, config_of
 from jaxreg.typing import Variables
-from jaxreg.weights.bundle import Bundle
+from jaxreg.weights.bundle import Bundle, tree_checksum
 from jaxreg.weights.pytorch import gradicon, sam
 from jaxreg.weights.pytorch import state as state_lib
 from jaxreg.weights.pytorch.table import table_of
@@ -76,6 +76,16 @@ class LoadedModel:
     model: RegistrationModel
     variables: Variables
     bundle: Bundle
+
+    @property
+    def described(self) -> str:
+        """Name, source (with the digest of a file) and licence, in one line."""
+        return f"{self.name}; {self.bundle.source}; licence: {self.bundle.licence}"
+
+    @property
+    def checksum(self) -> str:
+        """CRC-32 of the weights, as their checkpoint has it, in hexadecimal."""
+        return f"{tree_checksum(self.bundle.variables):08x}"
 
     def with_config(self, config: NetworkConfig) -> "LoadedModel":
         """Returns the network as another configuration with the same weights has it."""

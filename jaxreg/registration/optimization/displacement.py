@@ -387,8 +387,16 @@ def _controls(
 
 
 def chained(histories: Sequence[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Returns the histories of loops one after the other, by the last one's parts."""
+    """Returns the histories of loops one after the other, by the last one's parts.
+
+    `loop.LEVEL` counts the loops, those within a history that was chained before too.
+    """
+    levels, begun = [], 0
+    for history in histories:
+        within = history.get(loop.LEVEL, np.zeros(len(history["loss"]), int))
+        levels.append(begun + within)
+        begun += int(within.max()) + 1
     return {
         name: np.concatenate([h.get(name, np.zeros_like(h["loss"])) for h in histories])
         for name in histories[-1]
-    }
+    } | {loop.LEVEL: np.concatenate(levels)}

@@ -13,6 +13,8 @@ from jaxreg.typing import Key
 
 Progress = Callable[[int, int, dict[str, float]], None]
 """Called with (step from 1, steps in all, parts of the objective)."""
+LEVEL = "level"
+"""Name, in a history, of the number of the loop that each step belongs to."""
 
 
 @dataclasses.dataclass(frozen=True)

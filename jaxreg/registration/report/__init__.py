@@ -1,0 +1,32 @@
+"""Pictures of a registration, and self-contained HTML pages with a viewer."""
+
+from jaxreg.registration.report.cautions import Likeness
+from jaxreg.registration.report.figures import (
+    before_after_figure,
+    draw_before_after,
+    history_figure,
+    thumbnail,
+)
+from jaxreg.registration.report.page import Page, inline_image
+from jaxreg.registration.report.provenance import provenance
+from jaxreg.registration.report.writing import (
+    Picture,
+    page_of,
+    registration_figure,
+    write_report,
+)
+
+__all__ = [
+    "Likeness",
+    "Page",
+    "Picture",
+    "before_after_figure",
+    "draw_before_after",
+    "history_figure",
+    "inline_image",
+    "page_of",
+    "provenance",
+    "registration_figure",
+    "thumbnail",
+    "write_report",
+]

@@ -1,0 +1,182 @@
+"""The report of a registration: numbers, warnings, pictures and viewer on a page."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import numpy as np
+
+from jaxreg.io import files
+from jaxreg.registration.report import cautions, figures, packing, registered
+from jaxreg.registration.report import page as page_lib
+from jaxreg.registration.report.cautions import Likeness
+from jaxreg.registration.report.figures import Picture
+from jaxreg.registration.report.page import Page
+from jaxreg.registration.scan_pair import ScanPair
+from jaxreg.space import transform as transform_lib
+
+
+def registration_figure(
+    scans: ScanPair, transform: transform_lib.Transform, *, title: str | None = None
+) -> Picture:
+    """Returns `draw_before_after` of a registration, with its deformation.
+
+    Args:
+      scans: that were registered.
+      transform: fixed mm to moving mm.
+      title: a line above the pictures.
+    """
+    return _figure(registered.on_fixed_grid(scans, transform), title)
+
+
+def _figure(found: registered.Registered, title: str | None = None) -> Picture:
+    return figures.draw_before_after(
+        found.fixed,
+        found.before,
+        found.after,
+        displacement_mm=found.displacement_mm,
+        determinant=found.determinant,
+        title=title,
+    )
+
+
+def page_of(
+    scans: ScanPair,
+    transform: transform_lib.Transform,
+    *,
+    numbers: Mapping[str, str] = MappingProxyType({}),
+    likeness: Likeness | None = None,
+    history: Mapping[str, np.ndarray] = MappingProxyType({}),
+    provenance: Mapping[str, str] = MappingProxyType({}),
+    command: str | None = None,
+    notes: Sequence[str] = (),
+) -> Page:
+    """Returns the page of a registration; the arguments are those of `write_report`."""
+    return _page(
+        registered.on_fixed_grid(scans, transform),
+        scans, numbers, likeness, history, provenance, command, notes,
+    )[0]  # fmt: skip
+
+
+def _page(
+    found, scans, numbers, likeness, history, provenance, command, notes
+) -> tuple[Page, bytes]:
+    """Returns the page, and its picture as a PNG."""
+    measures = registered.measure(found)
+    picture = figures.fitting(_figure(found))
+    pictures = {"Before and after, on the fixed scan's grid": picture}
+    if any(np.size(values) > 1 for values in history.values()):
+        caption = "Objective by step"
+        if figures.level_starts(history):
+            caption += " (dashed: the next level begins)"
+        pictures[caption] = figures.history_figure(history)
+    names = (pathlib.PurePath(s.source).name for s in (scans.moving, scans.fixed))
+    content = page_lib.Content(
+        title="Registration",
+        subtitle=" onto ".join(names),
+        cautions=cautions.cautions(measures, likeness),
+        cards=_cards(measures, likeness),
+        pictures=pictures,
+        tables={
+            "Numbers": {**numbers, **_rows(measures)},
+            "Where it came from": provenance
+            or {"fixed scan": scans.fixed.source, "moving scan": scans.moving.source},
+        },
+        label_table=_label_table(measures),
+        command=command,
+        notes=notes,
+    )
+    text = page_lib.html_page(content, functools.partial(packing.packed, found))
+    return Page(text), picture
+
+
+def _cards(found: registered.Measures, likeness: Likeness | None) -> dict[str, str]:
+    """Returns the numbers that come first, name to value with its unit."""
+    cards = {}
+    if likeness is not None:
+        cards[f"{likeness.name} loss (less is better)"] = (
+            f"{likeness.before:.4f} → {likeness.after:.4f}"
+        )
+    if found.dice is not None:
+        before, after = found.dice
+        cards["mean Dice of labels"] = f"{before:.3f} → {after:.3f}"
+    low, _, high = found.volume_change
+    return {
+        **cards,
+        "folded voxels": f"{found.folded_percent:.3g} %",
+        "displacement (most)": (
+            f"{found.displacement_mm[0]:.1f} mm ({found.displacement_mm[2]:.1f})"
+        ),
+        "volume change (98 %)": f"{low:.2f} to {high:.2f} ×",
+        "without partner": f"{found.without_partner_percent:.1f} %",
+    }
+
+
+def _rows(found: registered.Measures) -> dict[str, str]:
+    """Returns the numbers of the map on all of the fixed grid."""
+    mean, high, most = found.displacement_mm
+    low, middle, large = found.volume_change
+    rows = {
+        "displacement": f"{mean:.2f} mm mean, {high:.2f} mm 95 %, {most:.2f} mm most",
+        "Jacobian determinant": f"{low:.3f} (1 %), {middle:.3f}, {large:.3f} (99 %)",
+        "folded voxels of the whole grid": f"{found.folded_percent:.4f} %",
+        "SDlogJ of the whole grid": f"{found.sdlogj:.4f}",
+    }
+    if found.dice is not None:
+        before, after = found.dice
+        rows["mean Dice of labels"] = f"{before:.4f} before, {after:.4f} after"
+    return rows
+
+
+_MOST_LABELS = 500
+
+
+def _label_table(found: registered.Measures) -> list[tuple[str, ...]]:
+    if not found.dice_by_label:
+        return []
+    rows = [
+        (str(label), f"{before:.3f}", f"{after:.3f}")
+        for label, (before, after) in found.dice_by_label.items()
+    ]
+    return [("label", "before", "after"), *rows[:_MOST_LABELS]]
+
+
+def write_report(
+    path: files.PathLike,
+    scans: ScanPair,
+    transform: transform_lib.Transform,
+    *,
+    numbers: Mapping[str, str] = MappingProxyType({}),
+    likeness: Likeness | None = None,
+    history: Mapping[str, np.ndarray] = MappingProxyType({}),
+    provenance: Mapping[str, str] = MappingProxyType({}),
+    command: str | None = None,
+    picture: files.PathLike | None = None,
+    notes: Sequence[str] = (),
+) -> None:
+    """Writes the HTML page of a registration, and its picture as a PNG if asked.
+
+    Args:
+      path: the page.
+      scans: that were registered; the outlines of their segmentations are drawn.
+      transform: fixed mm to moving mm.
+      numbers: rows of the table, see `result.summary`.
+      likeness: of the scans before and after.
+      history: parts of the objective per step, by name.
+      provenance: rows of a second table, see `provenance.provenance`.
+      command: the command line, to be shown.
+      picture: a PNG file of the first picture alone.
+      notes: sentences below the table.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    found = registered.on_fixed_grid(scans, transform)
+    page, data = _page(
+        found, scans, numbers, likeness, history, provenance, command, notes
+    )
+    if picture is not None:
+        with files.atomic_path(picture) as unfinished:
+            unfinished.write_bytes(data)
+    page.save(path)
