@@ -153,7 +153,7 @@ class RegistrationResult:
         return {
             "numbers": summary(self),
             "likeness": report.Likeness(
-                self.similarity,
+                f"{self.similarity} loss",
                 self.similarity_before,
                 self.similarity_after,
                 self.similarity_prealigned,

@@ -26,7 +26,8 @@ class ScanPair:
       moving: the scan to be warped, the same.
       regions: masks and label maps of both.
       stored: the moving scan in its own type, or what that can be read from.
-      modality: of the moving scan, which tells what lies beyond it.
+      modality: of the moving scan, which tells what lies beyond it; None goes by the
+        values.
       fill: value beyond the moving scan; that of `modality.background_of` if None.
     """
 
@@ -34,7 +35,7 @@ class ScanPair:
     moving: Volume
     regions: Regions
     stored: given.Scan
-    modality: str
+    modality: str | None
     fill: float | Background | None = None
 
     def with_stored(self) -> "ScanPair":
@@ -78,7 +79,7 @@ def read(
     fixed: given.Scan,
     regions: Regions | None = None,
     *,
-    modality: str = "mri",
+    modality: str | None = "mri",
     fill: float | None = None,
     to_warp: bool = False,
 ) -> ScanPair:
@@ -88,7 +89,7 @@ def read(
       moving: the scan to be warped: see `given.volume`.
       fixed: the scan that stays, the same.
       regions: masks and label maps of the two scans.
-      modality: of the moving scan.
+      modality: of the moving scan; None goes by the values.
       fill: value beyond the moving scan; that of `modality.background_of` if None.
       to_warp: read the moving scan in its own type as well.
 

@@ -31,7 +31,7 @@ from jaxreg.weights import load
 SHAPE = (20, 24, 22)
 SMALL = GradIconConfig((2, 4, 8), (4, 4), downsampled_steps=1, fullres_steps=0)
 NETWORK_GRID = "8,8,8"  # every level of the displacement has this size: one program
-VERBS = ("register", "warp", "jacobian", "convert", "models", "demo")
+VERBS = ("register", "warp", "jacobian", "report", "convert", "models", "demo")
 
 
 def grid(*, spacing=(1.5, 1.0, 1.2), offset=0.0) -> Grid:

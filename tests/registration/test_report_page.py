@@ -185,7 +185,7 @@ MEASURES = registered.Measures(
     ],
 )
 def test_warnings(changes, before, words):
-    likeness = report.Likeness("lncc", before, 0.4)
+    likeness = report.Likeness("lncc loss", before, 0.4)
     said = cautions.cautions(dataclasses.replace(MEASURES, **changes), likeness)
     assert len(said) == len(words)
     assert all(word in sentence for word, sentence in zip(words, said, strict=True))
@@ -238,7 +238,7 @@ def text() -> str:
         scans(name=EVIL),
         shift(2.0),
         numbers={"a & b": EVIL},
-        likeness=report.Likeness("lncc", 0.5, 0.4),
+        likeness=report.Likeness("lncc loss", 0.5, 0.4),
         history={"loss": np.arange(4.0), "level": np.array([0, 0, 1, 1])},
         provenance={"weights": EVIL},
         command=f"jaxreg register --moving '{EVIL}'",

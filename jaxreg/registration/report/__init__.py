@@ -1,12 +1,12 @@
 """Pictures of a registration, and self-contained HTML pages with a viewer."""
 
-from jaxreg.registration.report.cautions import Likeness
 from jaxreg.registration.report.figures import (
     before_after_figure,
     draw_before_after,
     history_figure,
     thumbnail,
 )
+from jaxreg.registration.report.likeness import Likeness, likeness_of
 from jaxreg.registration.report.page import Page, inline_image
 from jaxreg.registration.report.provenance import provenance
 from jaxreg.registration.report.writing import (
@@ -24,6 +24,7 @@ __all__ = [
     "draw_before_after",
     "history_figure",
     "inline_image",
+    "likeness_of",
     "page_of",
     "provenance",
     "registration_figure",

@@ -1,30 +1,13 @@
 """Warnings of a report: what to look at before a registration is used."""
 
-import dataclasses
 from collections.abc import Iterator
 
+from jaxreg.registration.report.likeness import Likeness
 from jaxreg.registration.report.registered import Measures
 
 _EDGE, _POOR = 2.0, 50.0  # per cent of the foreground
 _GAIN = 1e-4  # of a loss, below which it is as it was
 _LARGEST_CHANGE = 5.0  # of a volume, that organs of two people may differ by
-
-
-@dataclasses.dataclass(frozen=True)
-class Likeness:
-    """How alike the scans are, by a loss: smaller is better.
-
-    Attributes:
-      name: of the measure.
-      before: with the scans where their headers place them.
-      after: with the moving scan warped.
-      prealigned: between the two, or None.
-    """
-
-    name: str
-    before: float
-    after: float
-    prealigned: float | None = None
 
 
 def cautions(found: Measures, likeness: Likeness | None = None) -> list[str]:
@@ -67,7 +50,7 @@ def _worse_than_start(likeness: Likeness) -> Iterator[str]:
         if value is not None and likeness.after > value + _GAIN:
             yield (
                 f"The start is better than the end: the scans are more alike {name} "
-                f"({likeness.name} loss {value:.4f}) than after the registration "
+                f"({likeness.name} {value:.4f}) than after the registration "
                 f"({likeness.after:.4f})."
             )
 

@@ -272,7 +272,7 @@ def history_figure(history: Mapping[str, np.ndarray]) -> bytes:
     for axes, name in zip(panels, names, strict=False):
         axes.plot(np.arange(len(parts[name])), parts[name], color="#31688e")
         for step in starts:
-            axes.axvline(step - 0.5, color="#888888", linewidth=0.8, linestyle="--")
+            axes.axvline(step - 0.5, color="#888888", linewidth=0.8, linestyle="dashed")
         axes.set_title(name.replace("_", " "), fontsize=9)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=7)

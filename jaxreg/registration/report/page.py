@@ -29,9 +29,13 @@ class Page:
 
     Attributes:
       text: the page.
+      numbers: its table, name to value with its unit.
+      cautions: its warnings, a sentence each.
     """
 
     text: str
+    numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cautions: Sequence[str] = ()
 
     def save(self, path: files.PathLike) -> None:
         """Writes the page to a file, which appears whole or not at all.

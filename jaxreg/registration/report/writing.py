@@ -10,8 +10,8 @@ import numpy as np
 from jaxreg.io import files
 from jaxreg.registration.report import cautions, figures, packing, registered
 from jaxreg.registration.report import page as page_lib
-from jaxreg.registration.report.cautions import Likeness
 from jaxreg.registration.report.figures import Picture
+from jaxreg.registration.report.likeness import Likeness
 from jaxreg.registration.report.page import Page
 from jaxreg.registration.scan_pair import ScanPair
 from jaxreg.space import transform as transform_lib
@@ -72,14 +72,16 @@ def _page(
             caption += " (dashed: the next level begins)"
         pictures[caption] = figures.history_figure(history)
     names = (pathlib.PurePath(s.source).name for s in (scans.moving, scans.fixed))
+    warned = cautions.cautions(measures, likeness)
+    rows = {**numbers, **_rows(measures, numbers)}
     content = page_lib.Content(
         title="Registration",
         subtitle=" onto ".join(names),
-        cautions=cautions.cautions(measures, likeness),
+        cautions=warned,
         cards=_cards(measures, likeness),
         pictures=pictures,
         tables={
-            "Numbers": {**numbers, **_rows(measures)},
+            "Numbers": rows,
             "Where it came from": provenance
             or {"fixed scan": scans.fixed.source, "moving scan": scans.moving.source},
         },
@@ -88,14 +90,14 @@ def _page(
         notes=notes,
     )
     text = page_lib.html_page(content, functools.partial(packing.packed, found))
-    return Page(text), picture
+    return Page(text, rows, tuple(warned)), picture
 
 
 def _cards(found: registered.Measures, likeness: Likeness | None) -> dict[str, str]:
     """Returns the numbers that come first, name to value with its unit."""
     cards = {}
     if likeness is not None:
-        cards[f"{likeness.name} loss (less is better)"] = (
+        cards[f"{likeness.name} (less is better)"] = (
             f"{likeness.before:.4f} → {likeness.after:.4f}"
         )
     if found.dice is not None:
@@ -113,16 +115,25 @@ def _cards(found: registered.Measures, likeness: Likeness | None) -> dict[str, s
     }
 
 
-def _rows(found: registered.Measures) -> dict[str, str]:
-    """Returns the numbers of the map on all of the fixed grid."""
+def _rows(found: registered.Measures, known: Mapping[str, str]) -> dict[str, str]:
+    """Returns the numbers of the map on all of the fixed grid, but for known ones.
+
+    A registration may have measured the same within a network's box alone.
+    """
     mean, high, most = found.displacement_mm
     low, middle, large = found.volume_change
     rows = {
         "displacement": f"{mean:.2f} mm mean, {high:.2f} mm 95 %, {most:.2f} mm most",
         "Jacobian determinant": f"{low:.3f} (1 %), {middle:.3f}, {large:.3f} (99 %)",
-        "folded voxels of the whole grid": f"{found.folded_percent:.4f} %",
-        "SDlogJ of the whole grid": f"{found.sdlogj:.4f}",
     }
+    for name, value in (
+        ("folded voxels", f"{found.folded_percent:.4f} %"),
+        ("SDlogJ", f"{found.sdlogj:.4f}"),
+    ):
+        if name not in known:
+            rows[name] = value
+        elif known[name] != value:
+            rows[f"{name}, whole scan"] = value
     if found.dice is not None:
         before, after = found.dice
         rows["mean Dice of labels"] = f"{before:.4f} before, {after:.4f} after"
@@ -154,7 +165,7 @@ def write_report(
     command: str | None = None,
     picture: files.PathLike | None = None,
     notes: Sequence[str] = (),
-) -> None:
+) -> Page:
     """Writes the HTML page of a registration, and its picture as a PNG if asked.
 
     Args:
@@ -169,6 +180,9 @@ def write_report(
       picture: a PNG file of the first picture alone.
       notes: sentences below the table.
 
+    Returns:
+      The page.
+
     Raises:
       UserError: a file cannot be written.
     """
@@ -180,3 +194,4 @@ def write_report(
         with files.atomic_path(picture) as unfinished:
             unfinished.write_bytes(data)
     page.save(path)
+    return page
