@@ -13,13 +13,16 @@ from jaxreg.cli.options import (
     load_sam,
     print_merging,
     print_part,
+    print_written,
 )
 from jaxreg.cli.parser import option_name, spelled
 from jaxreg.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxreg.registration.list_reports import Pages
     from jaxreg.registration.many import Outcome, Rows
     from jaxreg.registration.options import Options
+    from jaxreg.registration.parts import Part
 
 _SUMMARY_S = 30.0
 """How much work a kill takes from the summary."""
@@ -36,6 +39,8 @@ class PairList:
         pairing.
       out_dir: Folder for what the list does not name: MOVING_to_FIXED_transform.h5 and
         MOVING_to_FIXED_warped.nii.gz; made if absent.
+      report_dir: Folder for a page of each pair, MOVING_to_FIXED.html, and index.html,
+        which lists them with thumbnails, to be sorted; made if absent.
       summary: Similarity, folding and seconds of each pair, and what failed: .csv.
       skip_existing: Pass over pairs whose results all exist.
     """
@@ -44,6 +49,7 @@ class PairList:
 
     pairs: pathlib.Path | None = None
     out_dir: pathlib.Path | None = None
+    report_dir: pathlib.Path | None = None
     summary: pathlib.Path | None = None
     skip_existing: bool = False
 
@@ -75,6 +81,7 @@ def check_one_or_many(
         return
     for name, value in (
         ("--out-dir", listed.out_dir),
+        ("--report-dir", listed.report_dir),
         ("--summary", listed.summary),
         ("--skip-existing", listed.skip_existing or None),
         ("--part", divided.part),
@@ -113,6 +120,11 @@ def merge(listed: PairList, count: int) -> None:
     rows: Rows = pair_list.read_rows(listed.pairs)
     found = many.merge_summaries(listed.summary, rows, count)
     print(f"wrote {listed.summary}")
+    pages = _pages(rows, listed)
+    if listed.report_dir is not None:
+        files.make_folder(listed.report_dir, "--report-dir")
+    many.write_overview(pages, many.skipped(rows, listed.summary))
+    print_written([pages.index])
     _check_none_failed(found["failed"], len(rows), "as their parts said")
 
 
@@ -125,6 +137,7 @@ def register_list(
     modalities: Mapping[str, Any],
     fill: float | None,
     sam_weights: pathlib.Path | None,
+    command: str,
     show: Callable[[int, int, int], None],
 ) -> None:
     """Registers a list, once the options have been checked.
@@ -137,6 +150,7 @@ def register_list(
       modalities: fixed_modality and moving_modality, None where they were not given.
       fill: value beyond the moving scans.
       sam_weights: of --sam-weights.
+      command: the command line, to be shown in reports.
       show: told after each pair (pairs done, pairs in all, pairs that failed).
 
     Raises:
@@ -151,11 +165,12 @@ def register_list(
     if part is not None and summary is not None:
         summary = part.file(summary)
     rows = _read(dataclasses.replace(listed, summary=summary), modalities)
+    pages = _pages(rows, listed, part, command)
     if part is not None:
         own = part.of(list(rows))
         print_part(part, len(own), len(rows))
         rows = {row: rows[row] for row in own}
-    there = many.finished(rows) if listed.skip_existing else {}
+    there = many.finished(rows, pages) if listed.skip_existing else {}
     waiting = {row: pair for row, pair in rows.items() if row not in there}
     many.check_inputs(waiting, options)
     sam, model = None, None
@@ -167,17 +182,20 @@ def register_list(
         )
         if listed.out_dir is not None:
             files.make_folder(listed.out_dir, "--out-dir")
+    if listed.report_dir is not None:
+        files.make_folder(listed.report_dir, "--report-dir")
     if listed.skip_existing:
         print(f"passed over {len(there)} of {len(rows)} pairs, whose results exist")
     start, outcomes = time.perf_counter(), many.skipped(there, summary)
-    keep = _Summary(summary, list(rows))
+    keep = _Summary(summary, list(rows), pages)
     devices = together.devices_for(len(waiting))
     if len(devices) > 1:
         print(together.described(devices))
     try:
         for outcome in many.register_all(
-            waiting, model, options, sam=sam, fill=fill, devices=devices
-        ):
+            waiting, model, options,
+            sam=sam, fill=fill, devices=devices, pages=pages,
+        ):  # fmt: skip
             outcome = dataclasses.replace(outcome, reason=spelled(outcome.reason))
             outcomes.append(outcome)
             _tell(outcome)
@@ -186,16 +204,24 @@ def register_list(
             keep.now_and_then(outcomes)
     finally:  # an interrupt leaves a summary of what is done
         keep.write(outcomes)
-    _conclude(outcomes, time.perf_counter() - start, summary)
+    _conclude(outcomes, time.perf_counter() - start, [summary, pages.index])
     print_merging(part, listed.summary)
     _check_none_failed(many.by_status(outcomes)["failed"], len(outcomes))
 
 
 class _Summary:
-    """The summary of a list, written anew now and then: a kill loses little of it."""
+    """Summary and overview of a list, written anew now and then.
 
-    def __init__(self, path: pathlib.Path | None, rows: Sequence[str]):
-        self._path = path
+    A kill loses little of them.
+    """
+
+    def __init__(
+        self,
+        path: pathlib.Path | None,
+        rows: Sequence[str],
+        pages: "Pages",
+    ):
+        self._path, self._pages = path, pages
         self._place = {row: number for number, row in enumerate(rows)}
         self._written = time.monotonic()
 
@@ -206,10 +232,32 @@ class _Summary:
     def write(self, outcomes: "Sequence[Outcome]") -> None:
         from jaxreg.registration import many
 
+        place = self._place
+        ordered = sorted(outcomes, key=lambda o: place[o.row])
         if self._path is not None:
-            place = self._place
-            many.write_summary(self._path, sorted(outcomes, key=lambda o: place[o.row]))
-            self._written = time.monotonic()
+            many.write_summary(self._path, ordered)
+        many.write_overview(self._pages, ordered)
+        self._written = time.monotonic()
+
+
+def _pages(
+    rows: "Rows",
+    listed: PairList,
+    part: "Part | None" = None,
+    command: str | None = None,
+) -> "Pages":
+    """Returns the pages that are wanted; a part of a list has an index of its own."""
+    from jaxreg.registration import many
+    from jaxreg.registration.list_reports import NO_PAGES, Pages
+
+    folder = listed.report_dir
+    if folder is None:
+        return NO_PAGES
+    from jaxreg.registration import report
+
+    index = folder / report.INDEX
+    paths = {row: folder / f"{stem}.html" for row, stem in many.stems(rows).items()}
+    return Pages(paths, index if part is None else part.file(index), command)
 
 
 def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
@@ -227,7 +275,9 @@ def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
     if listed.summary is not None:
         files.check_writable(listed.summary, "--summary", suffixes=(".csv",))
         others["--summary"] = listed.summary
-    many.check_outputs(rows, others=others, made=listed.out_dir)
+    many.check_outputs(
+        rows, others=others, made=listed.out_dir, pages=_pages(rows, listed)
+    )
     return rows
 
 
@@ -247,12 +297,11 @@ def _tell(outcome: "Outcome") -> None:
         print(f"jaxreg: {outcome.row} failed: {text}", file=sys.stderr)
 
 
-def _conclude(outcomes, seconds: float, summary: pathlib.Path | None) -> None:
+def _conclude(outcomes, seconds: float, written: Sequence[pathlib.Path | None]) -> None:
     from jaxreg.registration import many
 
     print(f"registered {many.by_status(outcomes)['done']} pairs in {seconds:.1f} s")
-    if summary is not None:
-        print(f"wrote {summary}")
+    print_written(written)
 
 
 def _check_none_failed(failed: int, count: int, whence: str = "above") -> None:

@@ -147,7 +147,8 @@ def register_verb(
         ):
             many.register_list(
                 listed, divided, options, weights, modalities=modalities,
-                fill=outside.fill, sam_weights=named.sam_weights, show=bar.pairs,
+                fill=outside.fill, sam_weights=named.sam_weights,
+                command=shlex.join(["jaxreg", *context.obj]), show=bar.pairs,
             )  # fmt: skip
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]

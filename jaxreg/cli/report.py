@@ -22,6 +22,7 @@ from jaxreg.errors import UserError
 from jaxreg.registration.options import MODALITIES
 
 Path = pathlib.Path
+_SEGMENTATIONS = ("fixed_segmentation", "moving_segmentation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +76,11 @@ def report_verb(
     inputs = dict(vars(given))
     inputs.pop("moving_modality")
     check_outputs({"--report": written.report}, list(inputs.values()))
-    segmentations = given.fixed_segmentation, given.moving_segmentation
-    if (segmentations[0] is None) != (segmentations[1] is None):
-        missing = "fixed" if segmentations[0] is None else "moving"
+    missing = [name for name in _SEGMENTATIONS if getattr(given, name) is None]
+    if len(missing) == 1:
         raise UserError(
             "outlines and Dice need the label maps of both scans; pass "
-            f"--{missing}-segmentation too, or none"
+            f"{option_name(missing[0])} too, or none"
         )
 
     from jaxreg.io import transforms, volumes
@@ -94,9 +94,7 @@ def report_verb(
     scans = scan_pair.read(
         given.moving,
         given.fixed,
-        Regions(
-            fixed_segmentation=segmentations[0], moving_segmentation=segmentations[1]
-        ),
+        Regions(**{name: getattr(given, name) for name in _SEGMENTATIONS}),
         modality=given.moving_modality,
         fill=outside.fill,
     )

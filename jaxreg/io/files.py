@@ -328,6 +328,23 @@ def _after_zeros(rest: bytes, file: BinaryIO) -> bytes:
     return rest
 
 
+def check_to_be_made(folder: pathlib.Path, name: str) -> None:
+    """Checks that a folder that is missing can be made; makes nothing.
+
+    Args:
+      folder: to be made.
+      name: what to call it in the sentence.
+
+    Raises:
+      UserError: it cannot be made.
+    """
+    there = next(path for path in folder.absolute().parents if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"{name} {folder} cannot be made in {there}; name another place"
+        )
+
+
 def make_folder(path: PathLike, option: str = "folder") -> pathlib.Path:
     """Makes a folder and those above it, if they are missing.
 

@@ -28,6 +28,7 @@ from jaxreg.models.sam import TrainedSam
 from jaxreg.registration import options as options_lib
 from jaxreg.registration import parts, result, scan_pair, together
 from jaxreg.registration import rows as rows_lib
+from jaxreg.registration.list_reports import NO_PAGES, Pages
 from jaxreg.registration.scan_pair import ScanPair
 from jaxreg.space.grid import Grid
 from jaxreg.weights import zoo
@@ -76,17 +77,27 @@ class Outcome:
     reason: str = ""
 
 
+def stems(rows: Rows) -> dict[str, str]:
+    """Returns what the files of each row are called: MOVING_to_FIXED.
+
+    By the names of the scans' files; by their paths below the common folder, with "-"
+    for the separator, where two scans have one name.
+    """
+    called = pair_list.pair_names(tuple(rows.values()))
+    return {
+        row: re.sub(r"[/\\]", "-", name).replace(" to ", "_to_")
+        for row, name in zip(rows, called, strict=True)
+    }
+
+
 def with_outputs(rows: Rows, folder: pathlib.Path) -> dict[str, PairSpec]:
     """Returns the rows with files in a folder where they name no output of their own.
 
-    They are called MOVING_to_FIXED_transform.h5 and MOVING_to_FIXED_warped.nii.gz, by
-    the names of the scans' files; by their paths below the common folder, with "-" for
-    the separator, where two scans have one name.
+    They are called MOVING_to_FIXED_transform.h5 and MOVING_to_FIXED_warped.nii.gz, see
+    `stems`.
     """
     named = {}
-    called = pair_list.pair_names(tuple(rows.values()))
-    for (row, pair), name in zip(rows.items(), called, strict=True):
-        stem = re.sub(r"[/\\]", "-", name).replace(" to ", "_to_")
+    for (row, pair), stem in zip(rows.items(), stems(rows).values(), strict=True):
         named[row] = dataclasses.replace(
             pair,
             transform_out=pair.transform_out or folder / f"{stem}_transform.h5",
@@ -95,12 +106,12 @@ def with_outputs(rows: Rows, folder: pathlib.Path) -> dict[str, PairSpec]:
     return named
 
 
-def finished(rows: Rows) -> dict[str, PairSpec]:
-    """Returns the rows whose files all exist."""
+def finished(rows: Rows, pages: Pages = NO_PAGES) -> dict[str, PairSpec]:
+    """Returns the rows whose files and pages all exist."""
     return {
         row: pair
         for row, pair in rows.items()
-        if all(path.is_file() for path in _outputs(pair).values())
+        if pages.made(row) and all(p.is_file() for p in _outputs(pair).values())
     }
 
 
@@ -114,6 +125,7 @@ def check_outputs(
     *,
     others: Mapping[str, pathlib.Path],
     made: pathlib.Path | None = None,
+    pages: Pages = NO_PAGES,
 ) -> None:
     """Checks that all files can be written, each once and none onto an input.
 
@@ -121,6 +133,7 @@ def check_outputs(
       rows: the pairs.
       others: further files that no row may write, by what to call them.
       made: a folder that may be missing, because it will be made.
+      pages: that are written besides.
 
     Raises:
       UserError: names the row.
@@ -133,10 +146,11 @@ def check_outputs(
             if isinstance(path, pathlib.Path) and name not in OUTPUTS:
                 taken.setdefault(path.resolve(), f"an input of {row}")
     if made is not None and not made.exists():
-        _check_to_be_made(made)
+        files.check_to_be_made(made, "`out_dir`")
+    pages.claim(taken)
     for row, pair in rows.items():
         outputs = _outputs(pair)
-        if not outputs:
+        if not outputs and row not in pages.paths:
             raise UserError(
                 f"{row} names nothing to write; add a column {', '.join(OUTPUTS[:-1])} "
                 f"or {OUTPUTS[-1]}, or pass `out_dir`"
@@ -150,14 +164,6 @@ def check_outputs(
                 )
                 check(path, f"{row}: {name}")
             files.claim(path, f"{row}: {name}", taken)
-
-
-def _check_to_be_made(folder: pathlib.Path) -> None:
-    there = next(path for path in folder.absolute().parents if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(
-            f"`out_dir` {folder} cannot be made in {there}; name another place"
-        )
 
 
 def check_inputs(rows: Rows, options: options_lib.Options) -> None:
@@ -198,6 +204,7 @@ def register_all(
     sam: TrainedSam | None = None,
     fill: float | None = None,
     devices: Sequence[spreading.Device] | None = None,
+    pages: Pages = NO_PAGES,
 ) -> Iterator[Outcome]:
     """Registers pairs and writes their files, in order.
 
@@ -213,10 +220,12 @@ def register_all(
       fill: value beyond the moving scans; that of `modality.background_of` if None.
       devices: on which so many pairs are registered at a time, see `together`; those of
         `together.devices_for` if None.
+      pages: that are written besides.
 
     Yields:
       The outcome of each row, in their order.
     """
+    pages = pages.naming(model)
     if model is not None:  # once, not with each pair
         on_device = jax.device_put(model.variables)
         model = dataclasses.replace(model, variables=on_device)
@@ -243,7 +252,8 @@ def register_all(
             for row, pair, scans, found in _registered(
                 batch, model, options, sam, devices
             ):
-                writing.append((row, pair, _written(writer, row, pair, scans, found)))
+                future = _written(writer, pages, row, pair, scans, found)
+                writing.append((row, pair, future))
             while len(writing) > ahead or (writing and writing[0][-1].done()):
                 yield _outcome(*writing.popleft())
         while writing:
@@ -294,6 +304,7 @@ def _registered(
 
 def _written(
     writer: futures.Executor,
+    pages: Pages,
     row: str,
     pair: PairSpec,
     scans: ScanPair | None,
@@ -301,7 +312,7 @@ def _written(
 ) -> futures.Future[Outcome]:
     """Returns the row's outcome to be: when its files are written, or at once."""
     if scans is not None and not isinstance(found, UserError):
-        return writer.submit(_write, row, pair, scans, found)
+        return writer.submit(_write, row, pair, scans, found, pages)
     failed: futures.Future[Outcome] = futures.Future()
     assert isinstance(found, UserError)
     failed.set_exception(found)
@@ -327,10 +338,15 @@ def _read(pair: PairSpec, options: options_lib.Options, fill: float | None) -> S
 
 
 def _write(
-    row: str, pair: PairSpec, scans: ScanPair, found: result.RegistrationResult
+    row: str,
+    pair: PairSpec,
+    scans: ScanPair,
+    found: result.RegistrationResult,
+    pages: Pages,
 ) -> Outcome:
     outputs = _outputs(pair)
     scan_pair.write(scans, found.transform, found.inverse, **outputs)
+    pages.write(row, pair, scans, found)
     return Outcome(
         row,
         pair.fixed,
@@ -401,6 +417,29 @@ def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
         except (KeyError, TypeError, ValueError):
             continue
     return found
+
+
+def write_overview(pages: Pages, outcomes: Iterable[Outcome]) -> None:
+    """Writes the page that lists the pages of pairs, whole or not at all; if wanted.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    if pages.index is None:
+        return
+    from jaxreg.registration import report
+
+    shown = ("similarity", "before", "after", "folding_percent", "seconds")
+    entries = [
+        report.Entry(
+            name=pages.paths[outcome.row].stem.replace("_to_", " to "),
+            page=pages.paths[outcome.row],
+            remark=outcome.reason,
+            **{name: getattr(outcome, name) for name in shown},
+        )
+        for outcome in outcomes
+    ]
+    report.write_overview(pages.index, entries)
 
 
 _COLUMNS = tuple(field.name for field in dataclasses.fields(Outcome))

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import pathlib
+import re
 import threading
 import time
 
@@ -275,6 +276,11 @@ WRONG = {
         (*MRI, "--out-dir", "%", "--summary", "%/s.txt"),
         "s.txt",
     ),
+    "pages below a file": (
+        PAIRS,
+        (*MRI, "--report-dir", "%/a.nii.gz/out"),
+        "--report-dir",
+    ),
     "folder below a file": (PAIRS, (*MRI, "--out-dir", "%/a.nii.gz/out"), "--out-dir"),
     "unknown column": ("fixed,moving,transform\na,b,c\n", MRI, "transform_out"),
     "no such scan": ("fixed,moving\na.nii.gz,x.nii.gz\n", MRI, "row 2"),
@@ -341,11 +347,71 @@ def test_mistakes_are_found_before_the_first_pair(case, folder, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    "more", [("--out-dir", "x"), ("--summary", "s.csv"), ("--skip-existing",)]
+    "more",
+    [
+        ("--out-dir", "x"),
+        ("--report-dir", "x"),
+        ("--summary", "s.csv"),
+        ("--skip-existing",),
+    ],
 )
 def test_options_of_lists_need_one(more, capsys):
     assert main.main(command(*MRI, "--fixed", "a", "--moving", "b", *more)) == 2
     assert f"{more[0]} is for a list" in capsys.readouterr().err
+
+
+def test_a_page_of_each_pair_and_one_that_lists_them(folder, capsys):
+    """Alone, without other files; a pair that fails is in the list without a page."""
+    for name, shape in zip("ab", SIZES, strict=False):
+        array = np.zeros(shape, np.uint8)
+        array[4:8, 4:8, 4:8] = 1
+        volumes.write_volume(folder / f"l{name}.nii.gz", Volume(array, place(shape)))
+    text = (
+        "fixed,moving,fixed_label,moving_label\na.nii.gz,b.nii.gz,la.nii.gz,lb.nii.gz\n"
+        "c.nii.gz,broken.nii.gz,,\nd.nii.gz,a.nii.gz,,\n"
+    )
+    out = folder / "pages"
+    argv = command(*MRI, "--pairs", listed(folder, text), "--report-dir", str(out))
+    assert main.main(argv) == 2
+    captured = capsys.readouterr()
+    assert f"wrote {out}/index.html" in captured.out
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "index.html", "b_to_a.html", "b_to_a.png", "a_to_d.html", "a_to_d.png",
+    }  # fmt: skip
+    page = (out / "b_to_a.html").read_text()
+    assert '"labels_fixed":"' in page
+    assert "--report-dir" in page
+    assert f"bending; a test; licence: none; CRC-32 {loaded().checksum}" in page
+    assert '"labels_fixed":"' not in (out / "a_to_d.html").read_text()
+    index = (out / "index.html").read_text()
+    assert set(re.findall(r'(?:href|src)="([^"]*)"', index)) == {
+        f"./{name}" for name in names - {"index.html"}
+    }
+    assert "2 of 3 pairs have a report" in index
+    assert "broken.nii.gz" in index
+    assert index.index("b to a") < index.index("broken to c") < index.index("a to d")
+    # Again: what has a page is passed over, and stays in the list.
+    (out / "a_to_d.html").unlink()
+    assert main.main([*argv, "--skip-existing"]) == 2
+    assert "passed over 1 of 3 pairs" in capsys.readouterr().out
+    assert "2 of 3 pairs have a report" in (out / "index.html").read_text()
+
+
+def test_parts_have_lists_of_their_own(folder):
+    out = folder / "pages"
+    argv = command(*MRI, "--pairs", listed(folder, PAIRS), "--report-dir", str(out))
+    argv += ["--summary", f"{folder}/s.csv"]
+    for part in ("1/2", "2/2"):
+        assert main.main([*argv, "--part", part]) == 0
+    assert not (out / "index.html").exists()
+    assert (out / "index.part-2-of-2.html").exists()
+    assert main.main([*argv, "--merge-parts", "2"]) == 0
+    index = (out / "index.html").read_text()
+    count = len(rows_of(folder / "s.csv"))
+    assert f"{count} of {count} pairs have a report" in index
+    assert index.count("<tr><td><a") == count
+    assert 'data-value=""' not in index
 
 
 def test_files_are_called_by_their_scans(folder):

@@ -7,6 +7,12 @@ from jaxreg.registration.report.figures import (
     thumbnail,
 )
 from jaxreg.registration.report.likeness import Likeness, likeness_of
+from jaxreg.registration.report.overview import (
+    INDEX,
+    Entry,
+    thumbnail_of,
+    write_overview,
+)
 from jaxreg.registration.report.page import Page, inline_image
 from jaxreg.registration.report.provenance import provenance
 from jaxreg.registration.report.writing import (
@@ -17,6 +23,8 @@ from jaxreg.registration.report.writing import (
 )
 
 __all__ = [
+    "INDEX",
+    "Entry",
     "Likeness",
     "Page",
     "Picture",
@@ -29,5 +37,7 @@ __all__ = [
     "provenance",
     "registration_figure",
     "thumbnail",
+    "thumbnail_of",
+    "write_overview",
     "write_report",
 ]

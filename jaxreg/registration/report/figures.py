@@ -196,6 +196,30 @@ def thumbnail(fixed: Volume, before: Volume, after: Volume) -> bytes:
     return fitting(draw_before_after(fixed, before, after), _SMALL_DPI, _SMALL_BYTES)
 
 
+def strip(fixed: Volume, before: Volume, after: Volume) -> bytes:
+    """Returns a PNG of a hand's breadth: axial before, then all planes after.
+
+    Colours as `overlay`; the arguments are those of `draw_before_after`.
+    """
+    fixed, before, after = map(background.without_padding, (fixed, before, after))
+    (one, other), still = _shown(fixed, before, after)
+    spacing = planes_lib.upright_grid(fixed.grid).spacing_mm
+    figure = Figure(figsize=(4.8, 1.2), layout="constrained", facecolor="black")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 4)
+    centre = planes_lib.centre(fixed)
+    for axes, plane, moved in zip(
+        panels, ("axial", *PLANES), (one, other, other, other), strict=True
+    ):
+        view = VIEWS[plane]
+        cuts = (slice_of(a, plane, centre[view.across]) for a in (moved, still))
+        axes.imshow(
+            overlay(*cuts), aspect=spacing[view.vertical] / spacing[view.horizontal]
+        )
+        _blank(axes)
+    return png(figure, dpi=80)
+
+
 def fitting(
     figure: Figure,
     resolutions: Sequence[int] = _PAGE_DPI,

@@ -101,15 +101,6 @@ _META_BYTES = 20_000  # more than the viewer's data need besides their volumes
 
 def _assembled(content: Content, data: Mapping[str, Any] | None) -> str:
     say = html.escape
-    style = _resource("page.css")
-    program = "" if data is None else _resource("viewer.js")
-    head = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{_policy(style, program)}\n"
-        f"<title>{say(content.title)}{': ' * bool(content.subtitle)}"
-        f"{say(content.subtitle)}</title>\n<style>{style}</style>\n</head>\n"
-    )
     parts = [f"<header><h1>{say(content.title)}</h1>"]
     if content.subtitle:
         parts.append(f'<p class="names">{say(content.subtitle)}</p>')
@@ -136,9 +127,31 @@ def _assembled(content: Content, data: Mapping[str, Any] | None) -> str:
         parts.append(
             f'<script type="application/json" id="viewer-data">{text}</script>'
         )
-        parts.append(f"<script>{program}</script>")
+    title = ": ".join(filter(None, (content.title, content.subtitle)))
     body = "\n".join(part for part in parts if part)
-    return f"{head}<body>\n{body}\n</body>\n</html>\n"
+    return document(title, body, None if data is None else "viewer.js")
+
+
+def document(
+    title: str, body: str, program: str | None, *, images: str = "data:"
+) -> str:
+    """Returns a whole page, which runs and loads nothing but what is said here.
+
+    Args:
+      title: of the window, as text.
+      body: what it shows, as HTML.
+      program: the file of this package that it runs at its end; None for none.
+      images: the sources of pictures, in the words of a Content-Security-Policy.
+    """
+    style = _resource("page.css")
+    code = "" if program is None else _resource(program)
+    script = f"<script>{code}</script>\n" if code else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"{_policy(style, code, images)}\n<title>{html.escape(title)}</title>\n"
+        f"<style>{style}</style>\n</head>\n<body>\n{body}\n{script}</body>\n</html>\n"
+    )
 
 
 @functools.cache
@@ -146,7 +159,7 @@ def _resource(name: str) -> str:
     return (importlib.resources.files(__package__ or "") / name).read_text("utf-8")
 
 
-def _policy(style: str, program: str) -> str:
+def _policy(style: str, program: str, images: str) -> str:
     """Returns the rule by which the page runs and loads nothing but what it holds."""
 
     def allowed(text: str) -> str:
@@ -154,7 +167,7 @@ def _policy(style: str, program: str) -> str:
         return f"'sha256-{base64.b64encode(digest).decode()}'" if text else "'none'"
 
     rule = (
-        f"default-src 'none'; img-src data:; style-src {allowed(style)}; "
+        f"default-src 'none'; img-src {images}; style-src {allowed(style)}; "
         f"script-src {allowed(program)}; base-uri 'none'; form-action 'none'"
     )
     return f'<meta http-equiv="Content-Security-Policy" content="{rule}">'

@@ -164,6 +164,7 @@ def write_report(
     provenance: Mapping[str, str] = MappingProxyType({}),
     command: str | None = None,
     picture: files.PathLike | None = None,
+    thumbnail: files.PathLike | None = None,
     notes: Sequence[str] = (),
 ) -> Page:
     """Writes the HTML page of a registration, and its picture as a PNG if asked.
@@ -178,6 +179,7 @@ def write_report(
       provenance: rows of a second table, see `provenance.provenance`.
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
+      thumbnail: a PNG file of small overlays, for `overview.write_overview`.
       notes: sentences below the table.
 
     Returns:
@@ -191,7 +193,14 @@ def write_report(
         found, scans, numbers, likeness, history, provenance, command, notes
     )
     if picture is not None:
-        with files.atomic_path(picture) as unfinished:
-            unfinished.write_bytes(data)
+        _write_bytes(picture, data)
+    if thumbnail is not None:
+        strip = figures.strip(found.fixed, found.before, found.after)
+        _write_bytes(thumbnail, strip)
     page.save(path)
     return page
+
+
+def _write_bytes(path: files.PathLike, data: bytes) -> None:
+    with files.atomic_path(path) as unfinished:
+        unfinished.write_bytes(data)
