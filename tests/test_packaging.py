@@ -132,10 +132,8 @@ def test_the_wheel_installs_and_runs_without_the_checkout(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     shutil.rmtree(checkout)
     modules = (path.relative_to(ROOT) for path in ROOT.glob("jaxreg/**/*.py"))
-    viewer = (
-        f"jaxreg/registration/report/{name}" for name in ("page.css", "viewer.js")
-    )
-    expected = {"jaxreg/py.typed", *viewer, *(path.as_posix() for path in modules)}
+    pages = (f.relative_to(ROOT) for f in (ROOT / "jaxreg").rglob("*.[cj]s*"))
+    expected = {"jaxreg/py.typed", *(path.as_posix() for path in (*modules, *pages))}
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
     venv.create(fresh, with_pip=False)

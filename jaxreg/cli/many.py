@@ -121,8 +121,7 @@ def merge(listed: PairList, count: int) -> None:
     found = many.merge_summaries(listed.summary, rows, count)
     print(f"wrote {listed.summary}")
     pages = _pages(rows, listed)
-    if listed.report_dir is not None:
-        files.make_folder(listed.report_dir, "--report-dir")
+    _make_folders(listed)
     many.write_overview(pages, many.skipped(rows, listed.summary))
     print_written([pages.index])
     _check_none_failed(found["failed"], len(rows), "as their parts said")
@@ -156,7 +155,6 @@ def register_list(
     Raises:
       UserError: something is wrong, or pairs failed.
     """
-    from jaxreg.io import files
     from jaxreg.registration import many, together
     from jaxreg.registration import rows as rows_lib
 
@@ -180,10 +178,7 @@ def register_list(
         rows_lib.check_conditioning(
             list(waiting.values()), list(waiting), model, options
         )
-        if listed.out_dir is not None:
-            files.make_folder(listed.out_dir, "--out-dir")
-    if listed.report_dir is not None:
-        files.make_folder(listed.report_dir, "--report-dir")
+    _make_folders(listed)
     if listed.skip_existing:
         print(f"passed over {len(there)} of {len(rows)} pairs, whose results exist")
     start, outcomes = time.perf_counter(), many.skipped(there, summary)
@@ -207,6 +202,17 @@ def register_list(
     _conclude(outcomes, time.perf_counter() - start, [summary, pages.index])
     print_merging(part, listed.summary)
     _check_none_failed(many.by_status(outcomes)["failed"], len(outcomes))
+
+
+def _make_folders(listed: PairList) -> None:
+    from jaxreg.io import files
+
+    for option, folder in (
+        ("--out-dir", listed.out_dir),
+        ("--report-dir", listed.report_dir),
+    ):
+        if folder is not None:
+            files.make_folder(folder, option)
 
 
 class _Summary:

@@ -135,9 +135,7 @@ def said(tmp_path_factory):
     # Twice the size along x about the mark: the determinant is 2.
     matrix = np.diag([2.0, 1.0, 1.0, 1.0])
     matrix[0, 3] = -(MARK[2] * SPACING[2])
-    text = report.page_of(scans, Transform((Affine(matrix),))).text
-    text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
-    assert count == 1
+    text = without_policy(report.page_of(scans, Transform((Affine(matrix),))).text)
     places = [on_canvas(plane, MARK) for plane in ("axial", "coronal", "sagittal")]
     places.append(on_canvas("axial", (6, 2, 2)))
     probe = PROBE % {
@@ -147,8 +145,13 @@ def said(tmp_path_factory):
     }
     start = json.dumps([MARK[2], MARK[1], MARK[0]]).replace(" ", "")
     text = re.sub(r'"start":\[\d+,\d+,\d+\]', f'"start":{start}', text)
-    path = folder / "page.html"
     text = text.replace("<main>", f"<script>{WITHOUT_FRAMES}</script><main>")
+    return probed(folder, text, probe)
+
+
+def probed(folder, text: str, probe: str):
+    """Opens a page with a program added to it, and returns what that says."""
+    path = folder / "page.html"
     path.write_text(text.replace("</body>", f"<script>{probe}</script></body>"))
     dom = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", path.as_uri()],
@@ -159,6 +162,12 @@ def said(tmp_path_factory):
     result = json.loads(html.unescape(found[1]))
     assert "error" not in result, result
     return result
+
+
+def without_policy(text: str) -> str:
+    text, count = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert count == 1
+    return text
 
 
 def near(colour, expected, *, within=6) -> bool:
@@ -203,3 +212,35 @@ def test_keys_change_slices_and_a_tap_moves_the_cross(said):
 
 def test_nothing_is_wider_than_the_window(said):
     assert said["wide"] <= 0
+
+
+SORT = """
+const order = () => [...document.querySelectorAll("tbody tr")]
+  .map((row) => row.cells[1].textContent);
+const found = [order()];
+for (const column of [4, 4, 2, 0]) {
+  document.querySelector(`[data-column="${column}"]`).click();
+  found.push(order());
+}
+const out = document.createElement("pre");
+out.id = "probe";
+out.textContent = JSON.stringify(found);
+document.body.append(out);
+"""
+
+
+def test_the_list_sorts_by_folds_and_similarity(tmp_path):
+    """Folds falling, then rising, loss after falling, names; unknown ones last."""
+    unknown = float("nan")
+    entries = [
+        report.Entry(name, tmp_path / f"{name}.html", "lncc", 0.5, after, folds, 1.0)
+        for name, after, folds in (
+            ("b", 0.2, 0.5), ("c", unknown, unknown), ("a", 0.3, 0.0), ("d", 0.1, 12.0),
+        )
+    ]  # fmt: skip
+    report.write_overview(tmp_path / "index.html", entries)
+    text = without_policy((tmp_path / "index.html").read_text())
+    found = probed(tmp_path, text, SORT)
+    assert ["".join(names) for names in found] == [
+        *("bcad", "dbac", "abdc", "abdc", "abcd"),
+    ]  # fmt: skip
