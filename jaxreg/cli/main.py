@@ -29,7 +29,15 @@ from jaxreg.xla import compilation_cache
 
 # isort: off
 # Each adds its verbs to `app`, in the order of the help page.
-from jaxreg.cli import register, warp, report, match, train, evaluate  # noqa: F401
+from jaxreg.cli import (  # noqa: F401
+    register,
+    warp,
+    transform,
+    report,
+    match,
+    train,
+    evaluate,
+)
 # isort: on
 
 # typer carries its own copy of click since 0.26; the base of all usage errors is found

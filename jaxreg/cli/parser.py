@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import pathlib
 import re
+import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
@@ -58,6 +59,8 @@ class _Option:
         given: Any = bool if flag else tuple[(str,) * kind.words] | None
         if kind.words == 1 and not flag:
             given = str | None
+        if self.positional and typing.get_origin(kind.base) is tuple:
+            given, metavar = list[str], f"{self.name.upper()}..."
         info = {"help": self.help, "rich_help_panel": self.panel}
         if not flag:
             info["metavar"] = _FORMS.get(self.name, metavar)
@@ -100,7 +103,7 @@ def verb(
       only: which fields of the function's last dataclass are options; None for all.
       panels: field to its panel on the help page; else what its dataclass has as
         `PANEL`.
-      positional: fields that are given by their place.
+      positional: fields that are given by their place, a tuple as several words.
       defaults: field to a default of this verb, or `REQUIRED`.
       **command: settings of typer's command.
 

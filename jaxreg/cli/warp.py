@@ -114,7 +114,7 @@ def warp_verb(sources: Sources, results: Results, outside: Fill) -> None:
         map_points(points, points_out, mapping, frame=sources.points_frame, fixed=fixed)
     if warped_moving_out is not None and fixed is not None and moving is not None:
         grid = volumes.read_grid(fixed)
-        _warn_beyond(mapping, transform, grid, fixed)
+        warn_beyond(mapping, transform, grid, fixed)
         stored = volumes.read_volume(moving, kind="stored")
         _warn_about_warp(transform, moving, stored, linear=results.linear)
         warped = _warped(
@@ -139,7 +139,17 @@ def _warn_about_warp(transform, moving, stored: "Volume", *, linear: bool) -> No
         )
 
 
-def _warn_beyond(mapping: "Transform", transform, grid: "Grid", fixed) -> None:
+def warn_beyond(
+    mapping: "Transform", transform: Path | None, grid: "Grid", fixed: Path
+) -> None:
+    """Warns where a displacement field does not cover the fixed scan.
+
+    Args:
+      mapping: fixed mm to moving mm.
+      transform: its file.
+      grid: of the fixed scan.
+      fixed: its file.
+    """
     from jaxreg.space import transform as transform_lib
 
     percent = transform_lib.beyond_percent(mapping, grid)
@@ -293,7 +303,7 @@ def jacobian_verb(measured: Measured) -> None:
 
     grid = volumes.read_grid(fixed)
     mapping = transforms.read_transform(transform)
-    _warn_beyond(mapping, transform, grid, fixed)
+    warn_beyond(mapping, transform, grid, fixed)
     determinant = warping.jacobian_map(mapping, grid)
     if jacob is not None:
         volumes.write_volume(jacob, Volume(determinant, grid))

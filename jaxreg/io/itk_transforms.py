@@ -25,7 +25,13 @@ from jaxreg.io import (
     matlab,
 )
 from jaxreg.space.grid import unit_to_voxel
-from jaxreg.space.transform import Affine, Step, Transform
+from jaxreg.space.transform import (
+    Affine,
+    Step,
+    Transform,
+    is_linear,
+    linear_matrix,
+)
 
 HDF5 = (".h5", ".hdf5")
 TEXT = (".tfm", ".txt")
@@ -76,6 +82,30 @@ def write(path: files.PathLike, transform: Transform) -> None:
     records = _to_records(transform)[::-1]
     with files.atomic_path(path) as temporary:
         write(temporary, records)
+
+
+def write_linear(path: files.PathLike, transform: Transform) -> None:
+    """Writes an affine transform as ANTs does, for tools that read matrices alone.
+
+    Args:
+      path: .mat.
+      transform: fixed mm to moving mm.
+
+    Raises:
+      UserError: the path cannot be written, or the transform has a displacement field,
+        which no .mat holds.
+    """
+    if not is_linear(transform):
+        raise UserError(
+            f"{path} is a .mat file, which cannot hold a displacement field; use .h5"
+        )
+    matrix = itk_images.LPS @ linear_matrix(transform) @ itk_images.LPS
+    record = _affine_record(matrix, np.zeros(3))
+    name = record.kind + _TYPE_ENDING
+    with files.atomic_path(path) as temporary:
+        matlab.write_matrices(
+            temporary, {name: record.parameters, "fixed": record.fixed}
+        )
 
 
 def read(path: pathlib.Path) -> Transform:

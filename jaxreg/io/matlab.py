@@ -9,6 +9,7 @@ References:
 
 import math
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -59,3 +60,18 @@ def _matrix(data: bytes, at: int) -> tuple[str, np.ndarray, int]:
     name = data[at + _HEADER : start].split(b"\0")[0].decode("ascii")
     numbers = np.frombuffer(data, dtype, count, start).astype(np.float64)
     return name, numbers, end
+
+
+def write_matrices(path: pathlib.Path, columns: Mapping[str, np.ndarray]) -> None:
+    """Writes columns of numbers by name, float64, in the byte order of most machines.
+
+    Args:
+      path: the file.
+      columns: 1D arrays, in order.
+    """
+    parts = []
+    for name, numbers in columns.items():
+        text = name.encode("ascii") + b"\0"
+        parts += [np.array([0, numbers.size, 1, 0, len(text)], "<i4").tobytes(), text]
+        parts.append(np.asarray(numbers, "<f8").tobytes())
+    path.write_bytes(b"".join(parts))

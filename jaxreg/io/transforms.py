@@ -14,7 +14,7 @@ import numpy as np
 from jaxreg.errors import UserError
 from jaxreg.io import displacements, files, itk_transforms, volumes
 from jaxreg.space.grid import Grid
-from jaxreg.space.transform import Transform
+from jaxreg.space.transform import Transform, is_linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class _Format:
     """
 
     read: Callable[[pathlib.Path], Transform]
-    write: Callable[[pathlib.Path, Transform, Grid], None] | None = None
+    write: Callable[[pathlib.Path, Transform, Grid | None], None] | None = None
     as_written: Callable[[pathlib.Path, Transform], Transform] | None = None
 
 
@@ -37,55 +37,80 @@ _ITK = _Format(
     lambda path, transform, _: itk_transforms.write(path, transform),
     itk_transforms.as_written,
 )
-_NIFTI = _Format(displacements.read_nifti, displacements.write_nifti)
+
+
+def _write_nifti(path: pathlib.Path, transform: Transform, fixed: Grid | None) -> None:
+    if fixed is None:
+        raise UserError(
+            f"{path} is to be a displacement field, which lies on a scan's grid; give "
+            "`fixed`, or use .h5"
+        )
+    displacements.write_nifti(path, transform, fixed)
+
+
+_NIFTI = _Format(displacements.read_nifti, _write_nifti)
+_MATLAB = _Format(
+    itk_transforms.read,
+    lambda path, transform, _: itk_transforms.write_linear(path, transform),
+)
 
 FORMATS: Mapping[str, _Format] = MappingProxyType(
     {
         **dict.fromkeys((*itk_transforms.HDF5, *itk_transforms.TEXT), _ITK),
         **dict.fromkeys(volumes.NIFTI, _NIFTI),
-        **dict.fromkeys(itk_transforms.MATLAB, _Format(itk_transforms.read)),
+        **dict.fromkeys(itk_transforms.MATLAB, _MATLAB),
         **dict.fromkeys(volumes.ITK_READ, _Format(displacements.read_itk)),
     }
 )
 """By extension in small letters."""
-EXTENSIONS = tuple(suffix for suffix, known in FORMATS.items() if known.write)
-"""What is written."""
+LINEAR_EXTENSIONS = tuple(suffix for suffix, known in FORMATS.items() if known.write)
+"""What is written of an affine transform."""
+EXTENSIONS = tuple(s for s in LINEAR_EXTENSIONS if s not in itk_transforms.MATLAB)
+"""What is written of any transform."""
 
 
 def check_transform_path(
-    path: files.PathLike, option: str = "`transform_out`"
+    path: files.PathLike, option: str = "`transform_out`", *, linear: bool = False
 ) -> pathlib.Path:
     """Checks that `write_transform` can write there, before any work.
+
+    Args:
+      path: the file to be.
+      option: what to call it in the sentence.
+      linear: whether the transform may be affine, which .mat holds as well.
 
     Raises:
       UserError: the extension is none of `EXTENSIONS`, or `files.check_writable`
         refuses.
     """
     path = pathlib.Path(path)
-    if path.suffix.lower() in itk_transforms.MATLAB:
+    if path.suffix.lower() in itk_transforms.MATLAB and not linear:
         raise UserError(
             f"{option} {path} is a .mat file, which cannot hold a displacement field; "
             "use .h5"
         )
-    _format_of(path, option, EXTENSIONS)
+    _format_of(path, option, LINEAR_EXTENSIONS if linear else EXTENSIONS)
     return files.check_writable(path, option)
 
 
-def write_transform(path: files.PathLike, transform: Transform, fixed: Grid) -> None:
+def write_transform(
+    path: files.PathLike, transform: Transform, fixed: Grid | None = None
+) -> None:
     """Writes a transform in the format of the extension, whole or not at all.
 
     Args:
       path: .h5, .hdf5, .tfm or .txt for ITK's composite, .nii or .nii.gz for a
-        displacement field.
+        displacement field, .mat for a matrix.
       transform: fixed mm to moving mm, e.g. from `space.transform.in_world`.
       fixed: the grid of a displacement field; ITK's composite keeps its own.
 
     Raises:
-      UserError: the path cannot be written.
+      UserError: the path cannot be written, a displacement field lacks its grid, or a
+        matrix is asked for of what has a displacement field.
       ValueError: see `itk_transforms.write`.
     """
-    path = check_transform_path(path)
-    write = _format_of(path, "transform", EXTENSIONS).write
+    path = check_transform_path(path, linear=is_linear(transform))
+    write = _format_of(path, "transform", LINEAR_EXTENSIONS).write
     assert write is not None
     write(path, transform, fixed)
 
@@ -102,7 +127,7 @@ def as_written(path: files.PathLike, transform: Transform) -> Transform:
       transform: what was written.
     """
     path = pathlib.Path(path)
-    known = _format_of(path, "transform", EXTENSIONS)
+    known = _format_of(path, "transform", LINEAR_EXTENSIONS)
     return known.as_written(path, transform) if known.as_written else known.read(path)
 
 

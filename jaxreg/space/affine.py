@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxreg.space import grid as grid_lib
 from jaxreg.space import sampling
-from jaxreg.space.transform import Affine, Transform
+from jaxreg.space.transform import Affine, Transform, linear_matrix
 
 
 def from_mm(
@@ -32,12 +32,8 @@ def to_mm(
     Raises:
       ValueError: a step is not affine.
     """
-    matrix = np.linalg.inv(fixed.unit_to_mm)
-    for step in transform.steps:
-        if not isinstance(step, Affine):
-            raise ValueError(f"the transform has a {type(step).__name__}, not affine")
-        matrix = np.asarray(step.matrix, np.float64) @ matrix
-    return moving.unit_to_mm @ matrix
+    matrix = linear_matrix(transform)
+    return moving.unit_to_mm @ matrix @ np.linalg.inv(fixed.unit_to_mm)
 
 
 def centres(fixed: grid_lib.Grid, moving: grid_lib.Grid) -> Transform:

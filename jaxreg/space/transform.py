@@ -168,6 +168,54 @@ def _flatten(unit: Transform, shape: grid_lib.Shape) -> Transform:
     return Transform((Displacement(unit.on_grid(shape) - sampling.identity(shape)),))
 
 
+def linear_matrix(transform: Transform) -> np.ndarray:
+    """Returns the 4x4 matrix of a transform of affine steps alone, float64.
+
+    Raises:
+      ValueError: a step is not affine.
+    """
+    matrix = np.eye(4)
+    for step in transform.steps:
+        if not isinstance(step, Affine):
+            raise ValueError(f"the transform has a {type(step).__name__}, not affine")
+        matrix = np.asarray(step.matrix, np.float64) @ matrix
+    return matrix
+
+
+def is_linear(transform: Transform) -> bool:
+    """Whether all steps are affine."""
+    return all(isinstance(step, Affine) for step in transform.steps)
+
+
+def first_grid(transform: Transform) -> grid_lib.Grid | None:
+    """Returns the grid of the first field among the transform's points; None without.
+
+    Args:
+      transform: from mm.
+    """
+    found = _first_field(transform)
+    if found is None:
+        return None
+    return grid_lib.Grid(found[1], np.linalg.inv(found[0].matrix))
+
+
+def last_grid(transform: Transform) -> grid_lib.Grid | None:
+    """Returns the grid of the last field where the transform leads; None without.
+
+    Args:
+      transform: to mm.
+    """
+    matrix = np.eye(4)
+    for step in reversed(transform.steps):
+        if isinstance(step, Displacement):
+            shape = tuple(step.field.shape[1:4])
+            return grid_lib.Grid(
+                shape, matrix @ np.linalg.inv(grid_lib.unit_to_voxel(shape))
+            )
+        matrix = matrix @ np.asarray(step.matrix, np.float64)
+    return None
+
+
 def count_beyond(transform: Transform, points_mm: np.ndarray) -> int:
     """Returns how many points the transform's first field does not reach.
 
