@@ -50,6 +50,20 @@ class Scans:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """Where the registration starts.
+
+    Attributes:
+      initial: Transform to start from, fixed to moving points, in place of --prealign;
+        the result is the whole transform. Formats as --transform of warp.
+    """
+
+    PANEL: ClassVar = "Pre-alignment"
+
+    initial: Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Outputs:
     """What is written.
 
@@ -104,6 +118,7 @@ def register_verb(
     written: Outputs,
     outside: Fill,
     region_files: RegionFiles,
+    start: Start,
     named: Weights,
     listed: many.PairList,
     divided: Division,
@@ -126,7 +141,7 @@ def register_verb(
     many.check_one_or_many(
         listed,
         divided,
-        _as_options({**vars(scans), **vars(written), **regions}),
+        _as_options({**vars(scans), **vars(start), **vars(written), **regions}),
         _as_options({**vars(scans), **modalities}),
     )
     options = dataclasses.replace(
@@ -152,7 +167,8 @@ def register_verb(
             )  # fmt: skip
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]
-    check_outputs(outputs, inputs)
+    check_outputs(outputs, [*inputs, start.initial])
+    _check_start(start, options)
     regions, options = _segmentations_as_masks(regions, options)
     options_lib.check_options(options)
     options_lib.check_regions(options, regions)
@@ -161,7 +177,18 @@ def register_verb(
     _register(
         {**vars(scans), **regions}, outputs, options, weights, outside.fill,
         shlex.join(["jaxreg", *context.obj]), sam_weights=named.sam_weights,
+        initial=start.initial,
     )  # fmt: skip
+
+
+def _check_start(start: Start, options: Options) -> None:
+    if start.initial is None:
+        return
+    from jaxreg.io import files
+    from jaxreg.registration.prealign import initial
+
+    initial.check(options)
+    files.check_readable(start.initial, "--initial")
 
 
 def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,6 +204,7 @@ def _register(
     command: str,
     *,
     sam_weights: pathlib.Path | None,
+    initial: pathlib.Path | None,
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg.io import volumes
@@ -211,7 +239,7 @@ def _register(
     ):
         result = pair.register(
             read.moving, read.fixed, model, options,
-            regions=read.regions, sam=sam, progress=bar.step,
+            regions=read.regions, sam=sam, initial=initial, progress=bar.step,
         )  # fmt: skip
     if model is not None and outputs["--report"] is not None:
         known = f"{result.weights}; CRC-32 {model.checksum}"

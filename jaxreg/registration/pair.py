@@ -35,6 +35,7 @@ from jaxreg.registration.optimization import features, loop
 from jaxreg.registration.optimization import map as map_lib
 from jaxreg.registration.optimization import network as network_lib
 from jaxreg.registration.options import Options, Progress, Regions
+from jaxreg.registration.prealign import initial as initial_lib
 from jaxreg.registration.prealign import select
 from jaxreg.registration.result import RegistrationResult
 from jaxreg.space import fields, sampling, warping
@@ -57,6 +58,7 @@ def register(
     regions: Regions | None = None,
     sam: TrainedSam | None = None,
     start: select.Prealignment | None = None,
+    initial: transform_lib.Transform | str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> RegistrationResult:
     """Registers one scan onto another.
@@ -73,6 +75,9 @@ def register(
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
         a UniReg's own aligns.
       start: the pre-alignment, where `prealigned` found it already.
+      initial: a transform from fixed to moving mm, or its file, in the place of a
+        pre-alignment: the registration starts from it, and its result is the whole
+        transform.
       progress: called after each step with its number, the total and the objective's
         parts.
 
@@ -81,9 +86,9 @@ def register(
 
     Raises:
       UserError: options, scans, masks or label maps do not go together, or a scan is
-        an array, whose place nobody knows.
+        an array, whose place nobody knows; or the initial transform leads nowhere.
     """
-    prepared = prepare(moving, fixed, model, options, regions, sam, start)
+    prepared = prepare(moving, fixed, model, options, regions, sam, start, initial)
     return finish(prepared, progress=progress)
 
 
@@ -118,6 +123,7 @@ def prepare(
     regions: Regions | None,
     sam: TrainedSam | None,
     start: select.Prealignment | None,
+    initial: transform_lib.Transform | str | os.PathLike[str] | None = None,
 ) -> Prepared:
     """Returns two scans ready for the network; the arguments are those of `register`.
 
@@ -125,12 +131,16 @@ def prepare(
       UserError: see `register`.
     """
     options_lib.check_options(options)
+    if initial is not None:
+        initial_lib.check(options)
     scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
     options_lib.check_regions(options, vars(scans.regions))
     model, conditioned = preparation.conditioning_of(model, options, sam)
     preparation.warn_of_orientation(scans.fixed, model, options)
     options = preparation.with_rule_of(model, preparation.with_grid(options, model))
     _prealigns_alone(model, options)  # or there is nothing to do
+    if initial is not None:
+        start = initial_lib.prealignment(initial, scans.fixed, scans.moving)
     seconds: dict[str, float] = {}
     placed = _placed(scans, model, options, conditioned, sam, start, seconds)
     return Prepared(scans, model, options, conditioned, sam, placed, seconds)
@@ -180,7 +190,7 @@ def finish(
         with _Clock(seconds, "inverse"):
             # With a pre-alignment both network grids lie over the fixed scan.
             over = None
-            if options.prealign != "none" and start is not None:
+            if start is not None:
                 over = start.moved_grid(scan)
             back_on = placed.scans.moving.grid
             inverse = inverse_lib.inverse_of(forward, back, grids, back_on, over)
@@ -251,7 +261,7 @@ def _placed(
         )
         apart = pair = shown()
     residual_field = None
-    if options.prealign != "none":
+    if options.prealign != "none" or start is not None:
         with _Clock(seconds, "prealign"):
             if start is None:
                 start = _prealigned(moving, fixed, model, options, regions, sam)

@@ -54,7 +54,7 @@ def placed(options: Options, scans: Scans) -> tuple[Options, loop.Optimized]:
     shown = _as_shown(scans, options)
     level = affine_lib.judged(*shown)
     found, matrix = features.UNTOUCHED, scans.placed
-    if options.prealign == "none":
+    if scans.start is None:
         starts = _starts(scans, *shown)
         name = affine_lib.best_of(affine_lib.compare(level, starts))
         matrix = starts[name]

@@ -54,8 +54,8 @@ class Prealignment:
         `grid`; None for an affine map alone.
       grid: over the fixed scan, whose unit cube the residual field lives in.
       start: what it came from: "headers", "centres", "centres of mass", "stretched
-        extents", "a place beside" the first of these or "matches"; "" where nothing
-        was looked for.
+        extents", "a place beside" the first of these, "matches" or "the given
+        transform"; "" where nothing was looked for.
       extents_fit: whether the scans fit better with their extents over each other than
         by their headers.
     """
