@@ -33,6 +33,7 @@ from jaxreg.cli import (  # noqa: F401
     register,
     warp,
     transform,
+    labels,
     report,
     match,
     train,
