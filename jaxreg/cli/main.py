@@ -34,6 +34,7 @@ from jaxreg.cli import (  # noqa: F401
     warp,
     transform,
     labels,
+    atlas,
     report,
     match,
     train,
