@@ -23,7 +23,7 @@ from jaxreg.space.transform import Transform
 GAIN = 4
 """Exponent of the local similarity."""
 _LEAST_WEIGHT = 1e-3  # where no atlas resembles the scan, all count alike
-_MOST_VOTES = 2**24  # labels times voxels at a time: 64 MB
+_MOST_VOTES = 2**22  # labels times voxels at a time: of two labels 0.4 GB in all
 
 
 @dataclasses.dataclass(frozen=True)
