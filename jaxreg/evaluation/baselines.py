@@ -34,7 +34,9 @@ def register_syn(
     metric: str = "CC",
     radius: int = 4,
     iterations: Sequence[int] = (40, 20, 0),
+    stages: str = "SyN",
     seed: int = 1,
+    package: Any = None,
 ) -> Transform:
     """Registers by ANTs: centres of mass, affine by mutual information, then SyN.
 
@@ -45,7 +47,9 @@ def register_syn(
         information), meansquares or demons.
       radius: of CC's window, voxels; bins of mattes, of which antspyx has 32.
       iterations: of the deformable stage, coarse to fine; antspyx's default.
+      stages: antspyx's type_of_transform; SyNRA has a rigid stage before the affine.
       seed: of the voxels that the affine stage samples, where antspyx can set it.
+      package: what stands for the module ants, such as one in another process.
 
     Returns:
       Fixed mm to moving mm (RAS+).
@@ -57,7 +61,7 @@ def register_syn(
       Avants et al., Symmetric diffeomorphic image registration with cross-correlation,
       Medical Image Analysis 2008.
     """
-    ants = _tool(*_ANTS)
+    ants = package or _tool(*_ANTS)
     with tempfile.TemporaryDirectory(prefix="jaxreg-syn-") as name:
         folder = pathlib.Path(name)
         scans = _write_scans(folder, moving=moving, fixed=fixed)
@@ -67,7 +71,7 @@ def register_syn(
             ants.registration(
                 fixed=ants.image_read(str(scans["fixed"])),
                 moving=ants.image_read(str(scans["moving"])),
-                type_of_transform="SyN",
+                type_of_transform=stages,
                 outprefix=f"{folder / 'syn'}",
                 syn_metric=metric,
                 syn_sampling=radius,
@@ -87,6 +91,7 @@ def register_greedy(
     metric: str = "NCC 2x2x2",
     affine_iterations: str = "100x50x10",
     iterations: str = "100x50x10",
+    package: Any = None,
 ) -> Transform:
     """Registers by greedy: image centres, affine, then diffeomorphic.
 
@@ -96,6 +101,7 @@ def register_greedy(
       metric: of both stages, as greedy's option -m.
       affine_iterations: coarse to fine, as its option -n.
       iterations: the same for the deformable stage.
+      package: what stands for the module picsl_greedy, such as one in another process.
 
     Returns:
       Fixed mm to moving mm (RAS+).
@@ -107,7 +113,7 @@ def register_greedy(
       Yushkevich et al., Fast automatic segmentation of hippocampal subfields and medial
       temporal lobe subregions in 3 Tesla and 7 Tesla MRI, Alzheimer's & Dementia 2016.
     """
-    greedy = _tool(*_PACKAGES["greedy"]).Greedy3D()
+    greedy = (package or _tool(*_PACKAGES["greedy"])).Greedy3D()
     with tempfile.TemporaryDirectory(prefix="jaxreg-greedy-") as name:
         folder = pathlib.Path(name)
         scans = _write_scans(folder, moving=moving, fixed=fixed)

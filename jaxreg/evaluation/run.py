@@ -226,7 +226,7 @@ def _row(
     *,
     write: bool,
 ) -> table_lib.EvalRecord:
-    """Returns the row of what a method found; see `_measure`.
+    """Returns the row of what a method found; see `measure`.
 
     Raises:
       UserError: it found nothing, or a file cannot be written.
@@ -234,7 +234,7 @@ def _row(
     if isinstance(found, UserError):
         raise found
     transform, seconds = found
-    row = _measure(case, transform, method_run.name, present, measured)
+    row = measure(case, transform, method_run.name, present, measured)
     if write:
         scan_pair.write(
             case.scans, transform,
@@ -447,13 +447,22 @@ def _timed_result(found: together.Outcome, seconds: float) -> _Found:
     return found.transform, seconds
 
 
-def _measure(
+def measure(
     case: Case,
     found: Transform,
     method: str,
     labels: tuple[int, ...],
     measured: Grid,
 ) -> table_lib.EvalRecord:
+    """Returns what a registration is worth; see `evaluate`.
+
+    Args:
+      case: the pair.
+      found: fixed mm to moving mm.
+      method: how it was found.
+      labels: that count, see `cases.labels_of`.
+      measured: the grid whose voxels' determinants count.
+    """
     dice, hd95 = {}, {}
     if case.labels is not None:
         fixed, moving = case.labels
