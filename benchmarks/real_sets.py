@@ -24,6 +24,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -254,4 +255,6 @@ def row_of(stored: dict[str, Any]) -> Row:
 if __name__ == "__main__":
     # Scans of every kind come along; what is odd about them is no news here.
     warnings.simplefilter("ignore")
+    # An end by another program ends the processes of the methods as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     main()

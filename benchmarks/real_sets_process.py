@@ -31,14 +31,14 @@ class Process:
         """Keeps what to start.
 
         Args:
-          script: a file of this folder.
+          script: a file of this folder, or any path.
           python: the interpreter of its environment.
           threads: of ITK, OpenMP and greedy.
           limit_s: seconds that a job may take.
         """
         self._command: Sequence[str] = (
             python,
-            str(pathlib.Path(__file__).with_name(script)),
+            str(pathlib.Path(__file__).parent / script),
         )
         self._limit_s = limit_s
         self._running: subprocess.Popen[str] | None = None
