@@ -162,6 +162,7 @@ def measure_row(
         sdlogj=record.sdlogj,
         seconds=found.seconds,
         compile_seconds=found.compile_seconds,
+        cpu_seconds=found.cpu_seconds,
         version=found.version,
     )
 

@@ -39,12 +39,14 @@ class Found:
       seconds: from the scans in memory (greedy: as files) to the transform, without
         compilation.
       compile_seconds: of tracing and compilation.
+      cpu_seconds: of all processors, compilation included.
       version: of the package.
     """
 
     transform: Transform
     seconds: float = 0.0
     compile_seconds: float = 0.0
+    cpu_seconds: float = 0.0
     version: str = ""
 
 
@@ -146,7 +148,12 @@ class Peer:
         found = self.register(
             case.scans.moving, case.scans.fixed, package=package, **self.arguments
         )
-        return Found(found, package.seconds, version=package.version)
+        return Found(
+            found,
+            package.seconds,
+            cpu_seconds=package.cpu_seconds,
+            version=package.version,
+        )
 
     def stop(self) -> None:
         """Ends the process."""
@@ -158,7 +165,7 @@ class _Elsewhere:
 
     def __init__(self, process: Process):
         self._process = process
-        self.seconds, self.version = 0.0, ""
+        self.seconds, self.cpu_seconds, self.version = 0.0, 0.0, ""
 
     def image_read(self, path: str) -> str:
         return path
@@ -175,6 +182,7 @@ class _Elsewhere:
     def _ask(self, job: dict[str, Any]) -> None:
         answer = self._process.ask(job)
         self.seconds += answer["seconds"]
+        self.cpu_seconds += answer["cpu_seconds"]
         self.version = answer["version"]
 
 

@@ -241,7 +241,7 @@ class Answering:
                 np.savetxt(path, SHIFT.steps[0].matrix)
             else:
                 displacements.write_nifti(path, Transform(()), grid())
-        return {"seconds": 2.0, "version": "1.0"}
+        return {"seconds": 2.0, "cpu_seconds": 3.0, "version": "1.0"}
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_peers_are_asked_in_their_own_process(data, name, calls, asked):
     found = real_sets_methods.Peer(process, *real_sets_methods.PEERS[name]).find(case)
     mapped = np.asarray(found.transform.map_points(np.zeros((1, 1, 3))))
     np.testing.assert_allclose(mapped, [[[5.0, 0.0, 0.0]]], atol=1e-5)
-    assert found.seconds == 2.0 * calls
+    assert (found.seconds, found.cpu_seconds) == (2.0 * calls, 3.0 * calls)
     assert len(process.jobs) == calls
     assert asked in json.dumps(process.jobs)
 
