@@ -125,24 +125,37 @@ class Cell:
         return statistics.fmean(self.gains) if self.gains else math.nan
 
     @property
+    def seconds(self) -> float:
+        """Mean over the pairs, without compiling."""
+        return self.mean(lambda row: row.seconds)
+
+    @property
     def failures(self) -> str:
         """Pairs worse than their start, and pairs without a result."""
         worse = sum(gain < -1e-9 for gain in self.gains)
         return f"{worse} + {len(self.rows) - len(self._done)}"
 
 
+def ordered(rows: Iterable[Row], always: Sequence[str] = ()) -> list[str]:
+    """Returns the methods of rows, in the order of `NAMES`, others after these.
+
+    Args:
+      rows: of any sets.
+      always: methods that are listed even without a row.
+    """
+    listed = list(dict.fromkeys([*always, *(row.method for row in rows)]))
+    return [m for m in NAMES if m in listed] + [m for m in listed if m not in NAMES]
+
+
 def cells_of(rows: Sequence[Row]) -> dict[str, dict[str, Cell]]:
-    """Returns each set's methods, in the order of `NAMES`, others after these."""
+    """Returns each set's methods, see `ordered`."""
     found = {}
     for name in dict.fromkeys(row.set for row in rows):
         own = [row for row in rows if row.set == name]
         starts = {row.pair: row for row in own if row.method == START}
-        listed = list(dict.fromkeys(row.method for row in own))
-        methods = [m for m in NAMES if m in listed]
-        methods += [m for m in listed if m not in NAMES]
         found[name] = {
             method: Cell([row for row in own if row.method == method], starts)
-            for method in methods
+            for method in ordered(own)
         }
     return found
 
@@ -162,7 +175,10 @@ _COLUMNS: Sequence[tuple[str, Callable[[Row], float], int]] = (
 def tables(rows: Sequence[Row]) -> str:
     """Returns all tables as Markdown: one of all sets, then one of each."""
     found = cells_of(rows)
-    parts = [_summary(found), *(_table(name, cells) for name, cells in found.items())]
+    parts = [
+        _summary(found, ordered(rows)),
+        *(_table(name, cells) for name, cells in found.items()),
+    ]
     errors = [f"- {line(row)}" for row in rows if row.error]
     if errors:
         parts.append("\n".join(["Without a result:", "", *errors]))
@@ -176,21 +192,17 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _summary(found: Mapping[str, Mapping[str, Cell]]) -> str:
-    every = dict.fromkeys(m for cells in found.values() for m in cells)
-    methods = [m for m in NAMES if m in every] + [m for m in every if m not in NAMES]
+def _summary(found: Mapping[str, Mapping[str, Cell]], methods: Sequence[str]) -> str:
     lines = []
     for name, cells in found.items():
         measure = next(iter(cells.values())).rows[0].measure
         unit, decimals = ("Dice %", 1) if measure == "dice" else ("TRE mm", 2)
-        scores = [
-            _number(cells[m].mean(lambda row: row.score), decimals)
-            + (f" ({len(cells[m].rows)})" if m in cells else "")
-            if m in cells
-            else "-"
-            for m in methods
-        ]
-        lines.append([f"{name}, {unit}", *scores])
+        scores = {
+            method: _number(cell.mean(lambda row: row.score), decimals)
+            + f" ({len(cell.rows)})"
+            for method, cell in cells.items()
+        }
+        lines.append([f"{name}, {unit}", *(scores.get(m, "-") for m in methods)])
     return _grid(["set (pairs)", *methods], lines)
 
 
@@ -242,8 +254,8 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     found = cells_of(rows)
-    methods = list(dict.fromkeys(m for cells in found.values() for m in cells))
-    methods = [m for m in methods if m != START]
+    # A method looks the same whichever others are there.
+    methods = [m for m in ordered(rows, always=NAMES) if m != START]
     across = min(3, len(found))
     down = math.ceil(len(found) / across)
     figure, axes = pyplot.subplots(
@@ -253,7 +265,11 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
         axis.set_axis_off()
     for axis, (name, cells) in zip(axes.flat, found.items(), strict=False):
         _panel(axis, name, cells, methods)
-    for axis in axes[-1]:
+    times = [c.seconds for cells in found.values() for c in cells.values() if c.gains]
+    times = [seconds for seconds in times if seconds > 0] or [1.0]
+    for axis in axes.flat[: len(found)]:
+        axis.set_xlim(min(times) / 1.6, max(times) * 3)
+    for axis in axes.flat[max(0, len(found) - across) : len(found)]:
         axis.set_xlabel("seconds a pair, without compiling", fontsize=8)
     handles = {
         label: handle
@@ -278,13 +294,21 @@ def _panel(
         cell = cells.get(method)
         if cell is None or not cell.gains:
             continue
+        colour = _COLOURS[index % len(_COLOURS)]
         axis.plot(
-            max(cell.mean(lambda row: row.seconds), 1e-2), cell.gain, linestyle="none",
-            marker=_MARKS[index % len(_MARKS)], markersize=7, label=method,
-            color=_COLOURS[index % len(_COLOURS)],
+            cell.seconds, cell.gain, linestyle="none", color=colour, label=method,
+            marker=_MARKS[index % len(_MARKS)], markersize=6,
+        )  # fmt: skip
+        decimals = 1 if measure == "dice" else 2
+        axis.annotate(
+            f"{cell.gain:+.{decimals}f}", (cell.seconds, cell.gain), fontsize=6,
+            xytext=(5, -2), textcoords="offset points", color=colour,
         )  # fmt: skip
     axis.axhline(0, color="#999999", linewidth=1)
     axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("")
+    axis.margins(y=0.1)
     start = cells[START].mean(lambda row: row.score) if START in cells else math.nan
     unit = f"Dice %, start {start:.1f}"
     if measure == "tre":
