@@ -13,7 +13,8 @@ and DIR may be filled by several commands one after another. The peers need
 
 Labels are warped by nearest neighbour, and everything is measured on the fixed scan's
 own grid by `evaluation.run.measure`, of the transform as each tool's file has it. A
-method that fails, dies or takes longer than --limit leaves a row that says so.
+method that fails, dies or takes longer than --limit leaves a row that says so; remove
+its file to try again.
 """
 
 import argparse
@@ -141,8 +142,8 @@ def measure_row(
         set=real_set.name, method=name, pair=called, measure=real_set.measure,
         kind=kind, settings=method.settings(kind), machine=machine(),
     )  # fmt: skip
-    case = cases.read(spec, called, Options(), "lps")
     try:
+        case = cases.read(spec, called, Options(), "lps")
         found: Found = method.find(case)
         record = run.measure(
             case,
@@ -153,6 +154,9 @@ def measure_row(
         )
     except (FailedError, UserError) as error:
         return dataclasses.replace(row, error=" ".join(str(error).split()))
+    except Exception as error:  # noqa: BLE001  one pair must not end a night's run
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return dataclasses.replace(row, error=text[:500])
     return dataclasses.replace(
         row,
         dice=dict(record.dice),

@@ -165,6 +165,11 @@ def test_a_row_is_measured_once(bench, capsys):
     stored = json.loads(next(records.rglob("failing--*.json")).read_text())
     assert stored["error"] == "took longer than 1 s"
     assert stored["tre_mm"] is None
+    for path in records.rglob("away--*.json"):
+        path.unlink()
+    methods["away"].factor = "no number"
+    run("--sets", "marked")
+    assert "away, b to a: TypeError: " in capsys.readouterr().out
     methods["right"].setting = "otherwise"
     with pytest.raises(SystemExit, match="2"):
         run("--sets", "marked")
