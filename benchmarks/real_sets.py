@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = read_rows(given.records, sets_of(given.sets))
         print(real_sets_report.tables(rows))
         if given.figure is not None:
-            real_sets_report.draw(rows, given.figure)
+            real_sets_report.draw(rows, given.figure, against=given.against)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     add("--limit", type=float, default=900.0, help="seconds of a row")
     add("--table", action="store_true", help="print what is there")
     add("--figure", type=pathlib.Path, help="PNG to draw")
+    kinds = list(real_sets_report.AGAINST)
+    add("--against", choices=kinds, default=kinds[0], help="what, in the figure")
     return made
 
 

@@ -125,11 +125,6 @@ class Cell:
         return statistics.fmean(self.gains) if self.gains else math.nan
 
     @property
-    def seconds(self) -> float:
-        """Mean over the pairs, without compiling."""
-        return self.mean(lambda row: row.seconds)
-
-    @property
     def failures(self) -> str:
         """Pairs worse than their start, and pairs without a result."""
         worse = sum(gain < -1e-9 for gain in self.gains)
@@ -241,12 +236,20 @@ _COLOURS = (
 _MARKS = "osD^v<>P*Xph"
 
 
-def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
-    """Draws gain over the start against seconds, a panel for each set.
+AGAINST = {
+    "seconds": "seconds a pair, without compiling",
+    "cpu_seconds": "processor seconds a pair, with compiling",
+}
+"""What a gain may have cost, and its words."""
+
+
+def draw(rows: Sequence[Row], path: pathlib.Path, *, against: str = "seconds") -> None:
+    """Draws gain over the start against time, a panel for each set.
 
     Args:
       rows: of all sets.
       path: PNG.
+      against: a key of `AGAINST`.
     """
     import matplotlib
 
@@ -264,13 +267,18 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     for axis, (name, cells) in zip(axes.flat, found.items(), strict=False):
-        _panel(axis, name, cells, methods)
-    times = [c.seconds for cells in found.values() for c in cells.values() if c.gains]
+        _panel(axis, name, cells, methods, against)
+    times = [
+        cell.mean(lambda row: getattr(row, against))
+        for cells in found.values()
+        for cell in cells.values()
+        if cell.gains
+    ]
     times = [seconds for seconds in times if seconds > 0] or [1.0]
     for axis in axes.flat[: len(found)]:
         axis.set_xlim(min(times) / 1.6, max(times) * 3)
     for axis in axes.flat[max(0, len(found) - across) : len(found)]:
-        axis.set_xlabel("seconds a pair, without compiling", fontsize=8)
+        axis.set_xlabel(AGAINST[against], fontsize=8)
     handles = {
         label: handle
         for axis in axes.flat
@@ -287,21 +295,26 @@ def draw(rows: Sequence[Row], path: pathlib.Path) -> None:
 
 
 def _panel(
-    axis: Any, name: str, cells: Mapping[str, Cell], methods: Sequence[str]
+    axis: Any,
+    name: str,
+    cells: Mapping[str, Cell],
+    methods: Sequence[str],
+    against: str,
 ) -> None:
     measure = next(iter(cells.values())).rows[0].measure
     for index, method in enumerate(methods):
         cell = cells.get(method)
         if cell is None or not cell.gains:
             continue
+        seconds = cell.mean(lambda row: getattr(row, against))
         colour = _COLOURS[index % len(_COLOURS)]
         axis.plot(
-            cell.seconds, cell.gain, linestyle="none", color=colour, label=method,
+            seconds, cell.gain, linestyle="none", color=colour, label=method,
             marker=_MARKS[index % len(_MARKS)], markersize=6,
         )  # fmt: skip
         decimals = 1 if measure == "dice" else 2
         axis.annotate(
-            f"{cell.gain:+.{decimals}f}", (cell.seconds, cell.gain), fontsize=6,
+            f"{cell.gain:+.{decimals}f}", (seconds, cell.gain), fontsize=6,
             xytext=(5, -2), textcoords="offset points", color=colour,
         )  # fmt: skip
     axis.axhline(0, color="#999999", linewidth=1)
