@@ -24,7 +24,6 @@ import numpy as np
 
 from jaxreg.nn.conv import api, folded
 from jaxreg.nn.layers import Scaled, leaky, value
-from jaxreg.space.grid import Shape
 from jaxreg.typing import Field, Image
 
 LEVELS = 2
@@ -32,7 +31,7 @@ LEVELS = 2
 _ONE = ((1, 1),) * 3
 
 
-def below(shape: Shape) -> Shape:
+def below(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     """Returns the voxels of the next coarser level."""
     d, h, w = (-(-n // 2) for n in shape)
     return d, h, w
@@ -43,13 +42,15 @@ class _Of:
     """A function of arrays, with the voxels that count; equal ones are traced once."""
 
     function: Callable
-    shape: Shape
+    shape: tuple[int, int, int]
 
     def __call__(self, *args: Any) -> jax.Array:
         return self.function(*args, shape=self.shape)
 
 
-def _layer(function: Callable, shape: Shape, images: Any, *parameters: jax.Array):
+def _layer(
+    function: Callable, shape: tuple[int, int, int], images: Any, *parameters: jax.Array
+):
     """Applies a layer; its gradient keeps the arguments, as all layers' do."""
     layer = _Of(function, shape)
     return api.chosen(api.Forms(layer, layer), "native", images, *parameters)
@@ -63,7 +64,9 @@ def fold(x: Image) -> Image:
     return folded.fold(folded.fold(x))
 
 
-def down_0(x: Image, kernel: jax.Array, bias: jax.Array, shape: Shape) -> Image:
+def down_0(
+    x: Image, kernel: jax.Array, bias: jax.Array, shape: tuple[int, int, int]
+) -> Image:
     """Strided convolution and pooling of the image: N D_2 H_2 W_2 8O.
 
     Args:
@@ -84,7 +87,9 @@ def _down_0(x, kernel, bias, *, shape):
     return folded.within(_with_bias(y, bias), below(shape))
 
 
-def down_1(x: Image, kernel: jax.Array, bias: jax.Array, shape: Shape) -> Image:
+def down_1(
+    x: Image, kernel: jax.Array, bias: jax.Array, shape: tuple[int, int, int]
+) -> Image:
     """Strided convolution and pooling of the second level: N D_2 H_2 W_2 O.
 
     Args:
@@ -102,7 +107,9 @@ def _down_1(x, kernel, bias, *, shape):
     return _with_bias(y + _pooled(x, kernel.shape[-2:], shape, 0), bias)
 
 
-def _pooled(x: Image, channels: tuple[int, ...], shape: Shape, folds: int) -> Image:
+def _pooled(
+    x: Image, channels: tuple[int, ...], shape: tuple[int, int, int], folds: int
+) -> Image:
     """Averages of 2 x 2 x 2 voxels, see `api.average_pool2`; as many channels as asked.
 
     Args:
@@ -127,7 +134,10 @@ def _pooled(x: Image, channels: tuple[int, ...], shape: Shape, folds: int) -> Im
 
 
 def up_1(
-    parts: tuple[Image | Scaled, ...], kernel: jax.Array, bias: jax.Array, shape: Shape
+    parts: tuple[Image | Scaled, ...],
+    kernel: jax.Array,
+    bias: jax.Array,
+    shape: tuple[int, int, int],
 ) -> Image:
     """The third level doubled, see `jaxreg.nn.doubling.Doubling`: N D_2 H_2 W_2 8O.
 
@@ -153,7 +163,11 @@ def _up_1(parts, kernel, bias, *, shape):
 
 
 def up_0(
-    normal: Scaled, skip: Image, kernel: jax.Array, bias: jax.Array, shape: Shape
+    normal: Scaled,
+    skip: Image,
+    kernel: jax.Array,
+    bias: jax.Array,
+    shape: tuple[int, int, int],
 ) -> Image:
     """The second level doubled, see `jaxreg.nn.doubling.Doubling`: N D_2 H_2 W_2 64O.
 
@@ -230,7 +244,7 @@ def _trilinear(
     return y
 
 
-def _edges(shape: Shape, folds: int, channels: int) -> list[np.ndarray]:
+def _edges(shape: tuple[int, int, int], folds: int, channels: int) -> list[np.ndarray]:
     """Returns 1 / the sum of weights of doubling with zeros around, for each axis.
 
     Args:
@@ -260,7 +274,11 @@ def _scaled(normal: Scaled, places: int) -> Image:
 
 
 def last(
-    normal: Scaled, image: Image, kernel: jax.Array, bias: jax.Array, shape: Shape
+    normal: Scaled,
+    image: Image,
+    kernel: jax.Array,
+    bias: jax.Array,
+    shape: tuple[int, int, int],
 ) -> Field:
     """3x3x3 convolution of the decoder's image and the input to a field, N D H W 3.
 
@@ -323,7 +341,7 @@ _in_float32.defvjp(_in_float32_forward, _in_float32_backward)
 # --- statistics -----------------------------------------------------------------------
 
 
-def mean(grouped: jax.Array, folds: int, shape: Shape) -> jax.Array:
+def mean(grouped: jax.Array, folds: int, shape: tuple[int, int, int]) -> jax.Array:
     """Returns the mean per group and channel, G 1 1 1 1 C.
 
     Args:
@@ -339,7 +357,7 @@ def mean(grouped: jax.Array, folds: int, shape: Shape) -> jax.Array:
 
 
 def variance(
-    grouped: jax.Array, mean_of: jax.Array, folds: int, shape: Shape
+    grouped: jax.Array, mean_of: jax.Array, folds: int, shape: tuple[int, int, int]
 ) -> jax.Array:
     """Returns the mean squared distance from a mean, G 1 1 1 1 C; see `mean`."""
     apart = jnp.square(grouped - jnp.tile(mean_of, 8**folds))

@@ -19,7 +19,6 @@ from jaxreg.nn import blocks
 from jaxreg.nn.conv import api
 from jaxreg.nn.doubling import Doubling, fit
 from jaxreg.nn.layers import Convolution, Precision, Scaled, kernel_and_bias
-from jaxreg.space.grid import Shape
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -47,7 +46,10 @@ class UNetConfig:
 # Keeps the array, no deviations.
 @functools.partial(jax.checkpoint, static_argnums=(1, 2, 3))
 def _moments(
-    grouped: jax.Array, batching: Batching, folds: int, shape: Shape | None
+    grouped: jax.Array,
+    batching: Batching,
+    folds: int,
+    shape: tuple[int, int, int] | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns mean and biased variance of G N D H W C per group and channel."""
     axes = (1, 2, 3, 4)
@@ -72,7 +74,7 @@ class BatchNorm(nn.Module):
 
     batching: Batching = ONE_CALL
     folds: int = 0
-    shape: Shape | None = None
+    shape: tuple[int, int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Image, *, train: bool) -> Scaled:
@@ -198,7 +200,9 @@ class TallUNet2(nn.Module):
 
     def _encoded(self, x: Image) -> tuple[Image, Image, Image]:
         """Returns the images of the first three levels, folded twice, once and not."""
-        down, shape = self.config.channels_down, x.shape[1:4]
+        down = self.config.channels_down
+        d, h, w = x.shape[1:4]
+        shape = d, h, w
         x = blocks.fold(x)
         weights = _Weights((3, 3, 3, down[0], down[1]), name="down_0")()
         second = blocks.down_0(x, *weights, shape)
@@ -210,7 +214,7 @@ class TallUNet2(nn.Module):
         parts: tuple[Image | Scaled, ...],
         channels: int,
         images: tuple[Image, Image, Image],
-        shape: Shape,
+        shape: tuple[int, int, int],
         batching: Batching,
         *,
         train: bool,
