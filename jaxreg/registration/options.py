@@ -25,9 +25,19 @@ Target = Literal["network", "displacement", "features", "map"]
 REFINING = ("features", "map")
 SIMILARITIES = ("auto", "lncc", "lncc2", "mind", "nmi", "ncc", "box_ncc", "mse")
 """The keys of `losses.similarity.SIMILARITIES`, and a choice by the scans."""
-Prealign = Literal["none", "centre", "affine", "sam", "sam-affine", "sam-coarse"]
-"""none; centres of mass; an affine map by intensities; by SAM's matches an affine map
-("sam-affine") or a coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
+Prealign = Literal[
+    "none",
+    "centre",
+    "rigid",
+    "similarity",
+    "affine",
+    "sam",
+    "sam-affine",
+    "sam-coarse",
+]
+"""none; centres of mass; by intensities a rigid, a similarity (rigid, and one stretch
+in all directions) or an affine map; by SAM's matches an affine map ("sam-affine") or a
+coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
 SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
 NETWORK = "unigradicon"
 """The network where no model is named."""
@@ -107,7 +117,8 @@ class Options:
       level_iterations: For UniReg-RPN: repeat each level up to so many times, as long
         as it helps; 10 is the released UniReg-IIRPN. Default: the weights' own (1).
       prealign: What comes before the network, in mm: centre puts centres of mass onto
-        each other, affine matches intensities; sam-affine and sam-coarse (sam is the
+        each other; rigid, similarity (one stretch in all directions) and affine match
+        intensities; sam-affine and sam-coarse (sam is the
         same) follow SAM's matches.
       io_iterations: Steps of instance optimisation (for a displacement per level of
         resolution), or None for a single prediction.

@@ -209,6 +209,7 @@ def finish(
         domains=domains,
         seconds=seconds,
         prealigned_from=start.start if start else "",
+        prealigned_fits=start.fits if start else None,
         started_from="" if start else found.start,
         conditioning=prepared.conditioned.text,
         weights="" if model is None else model.described,

@@ -12,6 +12,7 @@ import numpy as np
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms, volumes
 from jaxreg.registration import scan_pair
+from jaxreg.registration.prealign import measure
 from jaxreg.space import transform as transform_lib
 from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
@@ -54,6 +55,7 @@ class RegistrationResult:
         takes one, the weight of smoothness; empty for other networks.
       prealigned_from: what the pre-alignment came from, `Prealignment.start`; empty
         without one.
+      prealigned_fits: the pre-alignment's measures by the headers and after it, if any.
       started_from: what fitted best before a registration without a network:
         "headers", "centres of mass" or "stretched extents"; else empty.
       weights: name, source and licence of the network's; empty without one.
@@ -80,6 +82,7 @@ class RegistrationResult:
     sdlogj: float
     conditioning: str = ""
     prealigned_from: str = ""
+    prealigned_fits: tuple[measure.Fit, measure.Fit] | None = None
     started_from: str = ""
     weights: str = ""
     scans: scan_pair.ScanPair | None = None
@@ -261,6 +264,17 @@ def _check_outputs(
         files.claim(path, name, taken)
 
 
+def _pre_alignment(fits: tuple[measure.Fit, measure.Fit] | None) -> dict[str, str]:
+    """The measures of a pre-alignment at its start and end, by name."""
+    if fits is None:
+        return {}
+    rows = zip(("grey levels", "local correlation"), *fits, strict=True)
+    return {
+        f"pre-alignment by {name}": f"{before:.4f} by the headers, {after:.4f} after it"
+        for name, before, after in rows
+    }
+
+
 def summary(result: RegistrationResult) -> dict[str, str]:
     """Returns the numbers of a registration as text, name to value with its unit."""
     name = result.similarity
@@ -270,6 +284,7 @@ def summary(result: RegistrationResult) -> dict[str, str]:
         if result.similarity_prealigned is not None
         else "",
         "pre-aligned from": result.prealigned_from,
+        **_pre_alignment(result.prealigned_fits),
         f"{name} loss after": f"{result.similarity_after:.4f}",
         "folded voxels": f"{result.folding_percent:.4f} %",
         "SDlogJ": f"{result.sdlogj:.4f}",

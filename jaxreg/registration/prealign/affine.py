@@ -21,29 +21,22 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxreg.registration.prealign import measure
+from jaxreg.registration.prealign import descent, measure, places
 from jaxreg.registration.prealign.measure import Fit, Level, Map, Shown
 from jaxreg.space.grid import Grid
 
 _SAME, _ELSEWHERE = 0.08, 0.25
 """How far apart two maps are, see `_apart`, that are one place, or two."""
-_STEP_ASIDE = 0.2  # of the smaller scan's extents
+_ASIDE = 0.2  # of the smaller scan's extents
+_SHIFTS = 4  # that are descended from
+_PLACES, _TURNED_PLACES = 3, 2  # that are looked at more closely
 _OVERLAP = 0.3  # of the smaller scan: with less, headers are no place to keep
 _LEVELS = (16, 32, 48)  # voxels per axis of the smaller scan, were it a cube
-_ITERATIONS = 60  # per level
-_STIFFNESS, _LOCAL_STIFFNESS = 0.1, 0.5
-"""What the square of a logarithmic strain costs, by grey levels and by structure: a
-strain of 0.1, as of bodies of different people, asks for a gain of 0.001 and 0.005.
-Structure tells about five times as much as grey levels do when scans come to fit."""
-_FREE_STRAIN = 0.37  # norm of the logarithmic strain; about 24 % in each direction
 MOST_STRETCH = 2.0
 """Largest factor by which a map may stretch or shrink any direction. Organs of adults
 and of children differ by less than two in length; what asks for more is a mistake."""
@@ -62,6 +55,7 @@ class Found:
         alone where that is kept without a search.
       rivals: names of starts that ended elsewhere and fit nearly as well.
       certain: whether several starts led to the map, and none elsewhere.
+      end: how well the map fits.
     """
 
     matrix: np.ndarray
@@ -69,6 +63,7 @@ class Found:
     fits: Mapping[str, Fit]
     rivals: tuple[str, ...] = ()
     certain: bool = True
+    end: Fit | None = None
 
 
 def scaled(array: np.ndarray) -> np.ndarray:
@@ -100,17 +95,33 @@ def plausible(matrix: np.ndarray) -> bool:
     return bool(stretch[0] < MOST_STRETCH and stretch[-1] > 1 / MOST_STRETCH)
 
 
-def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Found:
+def is_of(matrix: np.ndarray, kind: descent.Kind) -> bool:
+    """Whether a 4x4 map in mm is of a kind, or of a narrower one."""
+    if kind == "affine":
+        return True
+    square = matrix[:3, :3].T @ matrix[:3, :3]
+    stretch = np.trace(square) / 3 if kind == "similarity" else 1.0
+    return bool(np.allclose(square, stretch * np.eye(3), atol=1e-4))
+
+
+def search(
+    fixed: Shown,
+    moving: Shown,
+    starts: Mapping[str, np.ndarray],
+    kind: descent.Kind = "affine",
+) -> Found:
     """Returns the map under which two scans are most alike, or one of the starts.
 
-    Every start, and four places around the first one that overlaps, is moved rigidly
-    at the coarsest level, by grey levels. From the best one (the first of those that
-    fit nearly as well as it) all twelve numbers are searched: at two levels by grey
-    levels, at the last by structure. A rotation, the logarithm of the strain and a
-    shift describe the map, which therefore never mirrors. The result is the best of
-    the starts, the rigid map and the affine ones by `best_of`; what is not plausible
-    is out of it.
+    Every start, places around the first one that overlaps, and the best of many shifts
+    and turns is moved rigidly at the coarsest level, by grey levels; where the best of
+    these lead to different places, they are moved on at the next level. From the one
+    that is best then (the first of those that fit nearly as well) the map asked for is
+    searched: by grey levels, and at the last level by structure. The result is the
+    best of the starts, the rigid map and these by `best_of`; what is not plausible is
+    out of it.
 
+    A turn is taken only if it fits much better than all that the starts lead to: how a
+    patient lies is known by headers more often than images of symmetric anatomy tell.
     A place to which one start alone leads, or that is one of several which fit nearly
     alike, is an accident of two images that tell little of each other. Then the first
     start is kept, if it overlaps.
@@ -120,45 +131,129 @@ def search(fixed: Shown, moving: Shown, starts: Mapping[str, np.ndarray]) -> Fou
       moving: the scan that is warped.
       starts: names to plausible 4x4 maps from fixed to moving mm; the first one is
         kept where none is better by both measures.
+      kind: of the map, beside the start from which it is searched.
     """
-    levels = [measure.Level.of(fixed, moving, n) for n in _LEVELS]
+    coarse, middle, fine = (measure.Level.of(fixed, moving, n) for n in _LEVELS)
     first = next(iter(starts))
     overlapping = [
         k for k, start in starts.items() if _overlap(fixed, moving, start) > _OVERLAP
     ]
-    around = _aside(levels[0], starts[overlapping[0] if overlapping else first])
-    begun = _distinct({**starts, **around}, levels[0])
-    moved = {k: _descended(levels[0], matrix, _RIGID) for k, matrix in begun.items()}
-    # In one measure: the loss at the end of a descent has points of its start.
-    scores = {
-        name: levels[0].unlikeness(matrix, measure.FEW)
-        for name, matrix in moved.items()
-    }
-    tells = 1 - min(scores.values())
-    best = next(k for k, score in scores.items() if 1 - score >= _AS_GOOD * tells)
-    ends, begins = (
-        {name: _apart(maps[name], maps[best], levels[0]) for name in begun}
-        for maps in (moved, begun)
-    )
-    rivals = [
-        name
-        for name, score in scores.items()
-        if 1 - score >= _RIVAL * tells and ends[name] > _ELSEWHERE
-    ]
-    agreeing = [k for k in begun if ends[k] < _SAME and begins[k] > 2 * _SAME]
-    certain = bool(agreeing) and not rivals
+    begun, turns = _begun(coarse, fixed, moving, starts, overlapping)
+    ended = _Ended.of(coarse, middle, begun, turns)
+    best, rivals, certain = ended.chosen()
     if not certain and first in overlapping:
-        fits = {first: levels[-1].fit(starts[first])}
-        return Found(starts[first], first, fits, tuple(rivals), certain)
-    rough = moved[best]
-    for level in levels[:-1]:
-        rough = _descended(level, rough, _AFFINE, base=begun[best])
-    fine = _descended_locally(levels[-1], rough, begun[best])
-    candidates = {**starts, "rigid": moved[best], "rough": rough, "fine": fine}
-    fits = {k: levels[-1].fit(m) for k, m in candidates.items() if plausible(m)}
+        fits = {first: fine.fit(starts[first])}
+        return Found(starts[first], first, fits, rivals, certain, fits[first])
+    rigid = ended.maps[best]
+    base = begun[best]
+    rough = descent.descended(middle, rigid, kind, base=base)
+    last = descent.descended_locally(fine, rough, base, kind)
+    candidates = {**starts, "rigid": rigid, "rough": rough, "fine": last}
+    fits = {k: fine.fit(m) for k, m in candidates.items() if plausible(m)}
     chosen = best_of(fits)
     start = chosen if chosen in starts else best
-    return Found(candidates[chosen], start, fits, tuple(rivals), certain)
+    return Found(candidates[chosen], start, fits, rivals, certain, fits[chosen])
+
+
+def _begun(
+    level: Level,
+    fixed: Shown,
+    moving: Shown,
+    starts: Mapping[str, np.ndarray],
+    overlapping: Sequence[str],
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """Where descents begin, by name, and the names of those that were turned."""
+    around = starts[overlapping[0] if overlapping else next(iter(starts))]
+    begun = places.distinct(level, {**starts, **places.beside(level, around, _ASIDE)})
+    bases = places.distinct(level, dict(list(starts.items())[:2]))
+    shifts = [m for base in bases.values() for m in places.shifted(level, base)]
+    turns = places.turned(fixed, moving)
+    scores = level.first_look([*shifts, *turns])
+    left = descent.MOST - _SHIFTS - len(begun)
+    found = places.best_apart(level, shifts, scores[: len(shifts)], _SHIFTS)
+    begun |= {f"a shift ({i + 1})": matrix for i, matrix in enumerate(found)}
+    found = places.best_apart(level, turns, scores[len(shifts) :], left)
+    added = {f"a turn ({i + 1})": matrix for i, matrix in enumerate(found)}
+    return begun | added, set(added)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ended:
+    """Where descents ended.
+
+    Attributes:
+      level: the coarsest one.
+      begun, ends: names to maps, before and after the descents at this level.
+      turns: names of those that began with a turn.
+      maps: of those that fit best and end apart, after the next level.
+      scores: of these, `Fit.globally` at the next level.
+    """
+
+    level: Level
+    begun: Mapping[str, np.ndarray]
+    ends: Mapping[str, np.ndarray]
+    turns: Collection[str]
+    maps: Mapping[str, np.ndarray]
+    scores: Mapping[str, float]
+
+    @classmethod
+    def of(
+        cls,
+        coarse: Level,
+        middle: Level,
+        begun: Mapping[str, np.ndarray],
+        turns: Collection[str],
+    ) -> "_Ended":
+        """Descends from all starts, and on from the best of them that end apart."""
+        ends = descent.all_descended(coarse, begun)
+        # In one measure: the loss at the end of a descent has points of its start.
+        rough = {k: coarse.unlikeness(m, measure.FEW) for k, m in ends.items()}
+        apart: list[str] = []
+        for turned, most in ((False, _PLACES), (True, _TURNED_PLACES)):
+            names = [k for k in begun if (k in turns) == turned]
+            most += len(apart)
+            for name in sorted(names, key=rough.__getitem__):
+                away = (places.apart(coarse, ends[name], ends[k]) for k in apart)
+                if len(apart) < most and all(a > _SAME for a in away):
+                    apart.append(name)
+        maps = {k: descent.descended(middle, ends[k], "rigid") for k in apart}
+        scores = {k: middle.unlikeness(m, measure.FEW) for k, m in maps.items()}
+        return cls(coarse, begun, ends, turns, maps, scores)
+
+    def chosen(self) -> tuple[str, tuple[str, ...], bool]:
+        """Returns the best name, those of its rivals, and whether it is certain."""
+        plain = {k: v for k, v in self.scores.items() if k not in self.turns}
+        tells = 1 - min(plain.values())
+        able = [k for k, v in plain.items() if 1 - v >= _AS_GOOD * tells]
+        best = min(able, key=list(self.begun).index)
+        turned = min(self.scores, key=self.scores.__getitem__)
+        if turned in self.turns and tells < _RIVAL * (1 - self.scores[turned]):
+            if self._agreed(turned) and not self._rivals(turned, self.scores):
+                return turned, (), True
+        rivals = self._rivals(best, plain)
+        return best, rivals, self._agreed(best) and not rivals
+
+    def _rivals(self, best: str, names: Collection[str]) -> tuple[str, ...]:
+        """Those of the names that ended elsewhere and fit nearly as well."""
+        tells = 1 - self.scores[best]
+        return tuple(
+            name
+            for name in names
+            if 1 - self.scores[name] >= _RIVAL * tells
+            and places.apart(self.level, self.maps[name], self.maps[best]) > _ELSEWHERE
+        )
+
+    def _agreed(self, best: str) -> bool:
+        """Whether one that began elsewhere ended in the same place."""
+        return any(
+            min(
+                places.apart(self.level, end, self.ends[best]),
+                places.apart(self.level, end, self.maps[best]),
+            )
+            < _SAME
+            and places.apart(self.level, self.begun[name], self.begun[best]) > 2 * _SAME
+            for name, end in self.ends.items()
+        )
 
 
 def best_of(fits: Mapping[str, Fit]) -> str:
@@ -215,7 +310,7 @@ def rivals(
 
     def away(name: str) -> float:
         apart_mm = np.linalg.norm((maps[name] - maps[best]) @ middle)
-        return float(apart_mm / _half_diagonal(fixed))
+        return float(apart_mm / places.half_diagonal(fixed))
 
     return tuple(
         name
@@ -272,7 +367,7 @@ def mirrored_fits(fixed: Shown, moving: Shown, matrix: np.ndarray) -> bool:
     plain, other = (
         min(
             level.unlikeness(found, measure.FEW)
-            for found in (m, _descended(level, m, _RIGID))
+            for found in (m, descent.descended(level, m, "rigid"))
         )
         for m in (matrix, matrix @ mirror)
     )
@@ -296,50 +391,12 @@ def apart(grid: Grid, one: np.ndarray, other: np.ndarray) -> float:
     shifts = np.linalg.norm(
         measure.apply(one, corners) - measure.apply(other, corners), axis=1
     )
-    return float(shifts.max() / _half_diagonal(grid))
+    return float(shifts.max() / places.half_diagonal(grid))
 
 
 def as_good(one: float, other: float) -> bool:
     """Whether `Fit.globally` is as good as another, but for what sampling adds."""
     return 1 - one >= _AS_GOOD * (1 - other)
-
-
-def _apart(one: np.ndarray, other: np.ndarray, level: "Level") -> float:
-    """Root mean square distance of two maps at the smaller scan's corners.
-
-    In half diagonals of that scan.
-    """
-    region = level.regions[0 if level.fixed_is_smaller else 1]
-    if not level.fixed_is_smaller:
-        one, other = np.linalg.inv(one), np.linalg.inv(other)
-    places = measure.apply(region.unit_to_mm, np.array(list(np.ndindex(2, 2, 2))))
-    wrong = measure.apply(one, places) - measure.apply(other, places)
-    return float(np.sqrt(np.mean(np.sum(wrong**2, -1))) / _half_diagonal(region))
-
-
-def _half_diagonal(grid: Grid) -> float:
-    return float(np.linalg.norm(grid.unit_to_mm[:3, :3] @ [0.5, 0.5, 0.5]))
-
-
-def _aside(level: "Level", matrix: np.ndarray) -> dict[str, np.ndarray]:
-    """Four maps at the corners of a tetrahedron around one."""
-    region = level.regions[0 if level.fixed_is_smaller else 1]
-    maps = {}
-    for signs in ((1, 1, 1), (1, -1, -1), (-1, 1, -1), (-1, -1, 1)):
-        shift = np.eye(4)
-        shift[:3, 3] = region.unit_to_mm[:3, :3] @ (_STEP_ASIDE * np.array(signs))
-        name = "a place beside " + "".join("-+"[sign > 0] for sign in signs)
-        maps[name] = shift @ matrix if level.fixed_is_smaller else matrix @ shift
-    return maps
-
-
-def _distinct(maps: Mapping[str, np.ndarray], level: "Level") -> dict[str, np.ndarray]:
-    """Maps without those that are nearly an earlier one."""
-    kept: dict[str, np.ndarray] = {}
-    for name, matrix in maps.items():
-        if all(_apart(matrix, other, level) > _SAME / 4 for other in kept.values()):
-            kept[name] = matrix
-    return kept
 
 
 def _overlap(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
@@ -353,144 +410,3 @@ def _overlap(fixed: Shown, moving: Shown, matrix: np.ndarray) -> float:
     index = measure.apply(np.linalg.inv(there.affine_mm), places)
     last = np.asarray(there.shape) - 0.5
     return float(np.mean(np.all((index >= -0.5) & (index <= last), -1)))
-
-
-_RIGID = np.array([1.0] * 6 + [0.0] * 6, np.float32)
-_AFFINE = np.ones(12, np.float32)
-
-
-def _map(numbers: jax.Array, radius: float | jax.Array, base: jax.Array) -> jax.Array:
-    """A base after strain, rotation and shift by 12 numbers in mm at a radius."""
-    strained = measure.product(_strain(numbers[6:] / radius), base[:3, :3])
-    linear = measure.product(_rotation(numbers[3:6] / radius), strained)
-    shift = base[:3, 3] + numbers[:3]
-    return jnp.eye(4).at[:3, :3].set(linear).at[:3, 3].set(shift)
-
-
-def _strain(numbers: jax.Array) -> jax.Array:
-    """The exponential of a symmetric 3x3 matrix of 6 numbers: positive definite.
-
-    A fourth power of a symmetric matrix is, however short its series.
-    """
-    a, b, c, d, e, f = numbers / 4
-    small = jnp.stack([jnp.stack(row) for row in ([a, d, e], [d, b, f], [e, f, c])])
-    square = measure.product(small, small)
-    root = jnp.eye(3) + small + square / 2 + measure.product(square, small) / 6
-    root = measure.product(root, root)
-    return measure.product(root, root)
-
-
-def _rotation(turn: jax.Array) -> jax.Array:
-    """Rotation of the quaternion (1, turn / 2): about it, by nearly its length."""
-    q = jnp.concatenate([jnp.ones(1), turn / 2])
-    a, b, c, d = q / jnp.linalg.norm(q)
-    rows = (
-        [1 - 2 * (c * c + d * d), 2 * (b * c - a * d), 2 * (b * d + a * c)],
-        [2 * (b * c + a * d), 1 - 2 * (b * b + d * d), 2 * (c * d - a * b)],
-        [2 * (b * d - a * c), 2 * (c * d + a * b), 1 - 2 * (b * b + c * c)],
-    )
-    return jnp.stack([jnp.stack(row) for row in rows])
-
-
-def _descended(
-    level: measure.Level,
-    start: np.ndarray,
-    free: np.ndarray,
-    *,
-    base: np.ndarray | None = None,
-) -> np.ndarray:
-    """Returns a map after gradient descent on mutual information at one level.
-
-    Args:
-      level: the pair.
-      start: 4x4, fixed to moving mm.
-      free: 12, which numbers change: 1 or 0.
-      base: the map whose strain is none; the start if None.
-    """
-    matrix = _descend(
-        level.centred(start),
-        level.sides,
-        level.points(start, measure.FEW),
-        level.fixed_is_smaller,
-        level.descent(0, start, base, free, _STIFFNESS),
-    )
-    return level.in_mm(matrix)
-
-
-def _descended_locally(
-    level: measure.Level, start: np.ndarray, base: np.ndarray
-) -> np.ndarray:
-    """Returns an affine map after gradient descent on local correlation.
-
-    On the smaller scan's grid.
-
-    Args:
-      level: the pair.
-      start: 4x4, fixed to moving mm.
-      base: the map whose strain is none.
-    """
-    side = 0 if level.fixed_is_smaller else 1
-    if side == 1:
-        start, base = np.linalg.inv(start), np.linalg.inv(base)
-    matrix = _descend_locally(
-        level.centred(start, side),
-        level.sides[side],
-        level.sides[1 - side],
-        level.about_middle(side, level.local_places(side)),
-        level.descent(side, start, base, _AFFINE, _LOCAL_STIFFNESS),
-    )
-    found = level.in_mm(matrix, side)
-    return found if side == 0 else np.linalg.inv(found)
-
-
-@jax.jit
-def _descend(base, sides, points, fixed_is_smaller, descent):
-    windows = [
-        measure.histogram_windows(*own) for own in zip(sides, points, strict=True)
-    ]
-    return _adam(
-        lambda matrix: measure.loss(matrix, sides, points, windows, fixed_is_smaller),
-        base,
-        descent,
-    )
-
-
-@jax.jit
-def _descend_locally(base, here, there, places, descent):
-    own, counts = measure.read(here, places)
-    return _adam(
-        lambda matrix: measure.unlike_locally(
-            own, counts, there, measure.moved(matrix, places), 1.0
-        ),
-        base,
-        descent,
-    )
-
-
-def _adam(unlike: Callable[[jax.Array], jax.Array], base, descent: measure.Descent):
-    """Returns the map of least unlikeness and strain; the rate falls along a cosine."""
-    strained, free, radius, rate, stiffness = descent
-
-    def objective(numbers):
-        a, b, c, d, e, f = numbers[6:] / radius
-        rows = ([a, d, e], [d, b, f], [e, f, c])
-        strain = strained + jnp.stack([jnp.stack(row) for row in rows])
-        square = jnp.sum(strain**2)
-        excess = jax.nn.relu(jnp.sqrt(square + 1e-12) - _FREE_STRAIN)
-        return unlike(_map(numbers, radius, base)) + stiffness * square + excess**2
-
-    optimizer = optax.scale_by_adam(b2=0.99)
-
-    def iterate(carry, index):
-        numbers, state = carry
-        gradient = jax.grad(objective)(numbers) * free
-        update: Any
-        update, state = optimizer.update(gradient, state)
-        left = (1 + jnp.cos(jnp.pi * index / _ITERATIONS)) / 2
-        return (numbers - rate * left * update, state), None
-
-    start = jnp.zeros(12)
-    (numbers, _), _ = jax.lax.scan(
-        iterate, (start, optimizer.init(start)), jnp.arange(_ITERATIONS)
-    )
-    return _map(numbers, radius, base)

@@ -2,8 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,13 @@ from jaxreg.space.grid import Grid
 
 _BUFFER = 96**3  # voxels
 _MOST_OF = 0.7  # of an axis's voxels: it keeps them all rather than so many
-FEW, MANY = 2**12, 2**15
-"""Points of a descent by grey levels, and of a judgement: what points that were drawn
-say is sure to one over the root of their number."""
-_BINS = 24
-_LOCAL = (48, 48, 48)  # voxels of the grid on which a map is judged
+FEWEST, FEW, MANY = 2**11, 2**12, 2**15
+"""Points of a first look, of a descent by grey levels, and of a judgement: what points
+that were drawn say is sure to one over the root of their number."""
+_BINS, _FEW_BINS = 24, 12  # the latter where points are few
+MOST = 768  # maps of a first look
+_LOCAL, LOCAL_DESCENT = 48, 40
+"""Voxels per axis of the grids on which a map is judged, and moved, by structure."""
 _LOCAL_SIGMA = 2  # of its voxels
 _AROUND = 0.9
 """Where points of the larger scan lie, as a share of the smaller one's extent: so that
@@ -133,10 +135,10 @@ class Level:
         """Whether the fixed scan has the smaller volume."""
         return volume_mm3(self.regions[0]) <= volume_mm3(self.regions[1])
 
-    def centred(self, matrix: np.ndarray, side: int = 0) -> jax.Array:
+    def centred(self, matrix: np.ndarray, side: int = 0) -> np.ndarray:
         """A map from a side's mm in mm about both middles: small for float32."""
         enter, leave = middle_of(self.regions[side]), middle_of(self.regions[1 - side])
-        return jnp.asarray(np.linalg.inv(leave) @ matrix @ enter, jnp.float32)
+        return (np.linalg.inv(leave) @ matrix @ enter).astype(np.float32)
 
     def in_mm(self, centred: jax.Array, side: int = 0) -> np.ndarray:
         """The opposite of `centred`, float64."""
@@ -233,7 +235,7 @@ class Level:
           step: from its mm to those of the other scan, P 3.
           least: share of it that the other scan can hold.
         """
-        places = self.local_places(side)
+        places = self.local_places(side, _LOCAL)
         value = _local(
             self.sides[side],
             self.sides[1 - side],
@@ -254,7 +256,7 @@ class Level:
           matrix: 4x4, fixed to moving mm.
         """
         side, step = self.from_smaller(matrix)
-        places = self.local_places(side)
+        places = self.local_places(side, _LOCAL)
         value = _agreement(
             self.sides[side],
             self.sides[1 - side],
@@ -263,16 +265,37 @@ class Level:
         )
         return float(value)
 
-    def local_places(self, side: int) -> np.ndarray:
-        """The grid of `Fit.locally` over fixed (0) or moving (1) scan, P 3 in mm."""
-        grid = self.regions[side].resized(_LOCAL)
-        unit = np.asarray(sampling.identity(_LOCAL), np.float64).reshape(-1, 3)
+    def local_places(self, side: int, voxels: int) -> np.ndarray:
+        """A cube of voxels over the fixed (0) or moving (1) scan, P 3 in mm."""
+        grid = self.regions[side].resized((voxels,) * 3)
+        unit = np.asarray(sampling.identity(grid.shape), np.float64).reshape(-1, 3)
         return apply(grid.unit_to_mm, unit)
 
     def about_middle(self, side: int, places: np.ndarray) -> jax.Array:
         """Returns mm P 3 about the middle of a side's scan."""
         middle = middle_of(self.regions[side])[:3, 3]
         return jnp.asarray(places - middle, jnp.float32)
+
+    def first_look(self, maps: Sequence[np.ndarray]) -> np.ndarray:
+        """`Fit.globally` of many maps in mm, roughly: by points of the smaller scan.
+
+        Args:
+          maps: at most `MOST` of them, 4x4.
+
+        Returns:
+          One number a map.
+        """
+        side = 0 if self.fixed_is_smaller else 1
+        if len(maps) > MOST:
+            raise ValueError(f"{len(maps)} maps at once, expected {MOST} at most")
+        steps = [self.centred(self.from_smaller(m)[1], side) for m in maps]
+        steps += [np.eye(4, dtype=np.float32)] * (MOST - len(maps))
+        points = self.counted(side, lattice(self.regions[side], 1.0, FEWEST), FEWEST)
+        values = _looked(
+            np.stack(steps), self.sides[side], self.sides[1 - side], points
+        )
+        values = np.asarray(values[: len(maps)])
+        return np.where(np.isfinite(values), values, 1.0)
 
     def unlikeness(self, matrix: np.ndarray, count: int) -> float:
         """`Fit.globally` of a map in mm."""
@@ -371,14 +394,17 @@ def read(side: _Side, places: jax.Array) -> tuple[jax.Array, jax.Array]:
     at = jnp.clip(index, 0.0, last)
     low = jnp.floor(at)
     fraction = at - low
-    corner = low.astype(jnp.int32)
-    total: Any = 0.0
-    for offset in np.ndindex(2, 2, 2):
-        voxel = jnp.minimum(corner + np.array(offset), side.shape - 1)
-        flat = (voxel[:, 0] * side.shape[1] + voxel[:, 1]) * side.shape[2] + voxel[:, 2]
-        share = jnp.prod(jnp.where(np.array(offset) == 1, fraction, 1 - fraction), -1)
-        total += share[:, None] * side.values[flat]
-    return total[:, 0], jnp.prod(reach, -1) * total[:, 1]
+    low, high = (jnp.minimum(low + n, last).astype(jnp.int32) for n in (0, 1))
+    rows = [x[:, 0] * side.shape[1] for x in (low, high)]
+    lines = [(row + x[:, 1]) * side.shape[2] for row in rows for x in (low, high)]
+    # Axis by axis: a product of three shares a corner costs more, most in its gradient.
+    corners = [side.values[line + x[:, 2]] for line in lines for x in (low, high)]
+    for axis in (2, 1, 0):
+        part = fraction[:, axis, None]
+        pairs = zip(corners[::2], corners[1::2], strict=True)
+        corners = [one + part * (other - one) for one, other in pairs]
+    (found,) = corners
+    return found[:, 0], reach[:, 0] * reach[:, 1] * reach[:, 2] * found[:, 1]
 
 
 def moved(matrix: jax.Array, places: jax.Array) -> jax.Array:
@@ -400,7 +426,8 @@ def _inverse(matrix: jax.Array) -> jax.Array:
 
 def histogram_windows(side: _Side, points: _Points) -> jax.Array:
     """What points of a scan add to a histogram, P bins: the same under every map."""
-    return similarity.parzen_weights(read(side, points.places)[0], _BINS)
+    bins = _BINS if len(points.places) > FEWEST else _FEW_BINS
+    return similarity.parzen_weights(read(side, points.places)[0], bins)
 
 
 def _one_way(windows, there: _Side, places, counts) -> tuple[jax.Array, jax.Array]:
@@ -408,7 +435,7 @@ def _one_way(windows, there: _Side, places, counts) -> tuple[jax.Array, jax.Arra
     found, inside = read(there, places)
     inside = inside * counts
     mask = jnp.where(inside > 0.5, 1.0, 0.0)
-    rows = similarity.parzen_weights(found, _BINS) * mask[:, None]
+    rows = similarity.parzen_weights(found, windows.shape[-1]) * mask[:, None]
     joint = product(rows.T, windows) / jnp.maximum(jnp.sum(mask), 1.0)
     share = jnp.sum(inside) / jnp.maximum(jnp.sum(counts), 1.0)
     return similarity.nmi_of_histogram(joint), share
@@ -435,6 +462,18 @@ def _unlikeness(matrix, sides, points, fixed_is_smaller):
 
 
 @jax.jit
+def _looked(steps, here: _Side, there: _Side, points: _Points):
+    windows = histogram_windows(here, points)
+
+    def unlike(step):
+        places = moved(step, points.places)
+        loss, share = _one_way(windows, there, places, points.counts)
+        return 1.0 - share * (1.0 - loss)
+
+    return jax.lax.map(unlike, steps, batch_size=16)
+
+
+@jax.jit
 def unlikeness_of_places(sides, points, places, least):
     """`Fit.globally` in one direction; `least` is the share that can be had."""
     windows = histogram_windows(sides[0], points)
@@ -445,11 +484,17 @@ def unlikeness_of_places(sides, points, places, least):
 def unlike_locally(own, counts, there: _Side, places, least):
     """`Fit.locally` of a grid's intensities with the other scan's at some places."""
     found, inside = read(there, places)
-    mask = ((counts > 0.5) & (inside > 0.5)).reshape(1, *_LOCAL, 1)
+    mask = _cube((counts > 0.5) & (inside > 0.5))
     images = (jnp.where(mask, x.reshape(mask.shape), 0.0) for x in (found, own))
     share = jnp.sum(mask) / jnp.maximum(jnp.sum(counts > 0.5), 1)
     unlike = similarity.squared_lncc(*images, mask=mask, sigma=_LOCAL_SIGMA)
     return 1.0 - jnp.minimum(share / least, 1.0) * (1.0 - unlike)
+
+
+def _cube(values: jax.Array) -> jax.Array:
+    """Values of a cube's voxels, P, as an image: 1 D D D 1."""
+    voxels = round(len(values) ** (1 / 3))
+    return values.reshape(1, voxels, voxels, voxels, 1)
 
 
 @jax.jit
@@ -461,7 +506,7 @@ def _local(here, there, own_places, places, least):
 def _agreement(here, there, own_places, places):
     own, counts = read(here, own_places)
     found, inside = read(there, places)
-    mask = ((counts > 0.5) & (inside > 0.5)).reshape(1, *_LOCAL, 1)
+    mask = _cube((counts > 0.5) & (inside > 0.5))
     # Means beyond the overlap: zeros would make an edge there that both images have.
     count = jnp.maximum(jnp.sum(mask), 1)
     images = (image.reshape(mask.shape) for image in (found, own))

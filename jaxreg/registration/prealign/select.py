@@ -12,6 +12,7 @@ References:
 """
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import get_args
@@ -30,7 +31,7 @@ from jaxreg.matching import points as points_lib
 from jaxreg.models import sam
 from jaxreg.registration.options import SAM_METHODS, Prealign
 from jaxreg.registration.prealign import affine as affine_lib
-from jaxreg.registration.prealign import from_matches, measure
+from jaxreg.registration.prealign import descent, from_matches, measure
 from jaxreg.space import affine, sampling
 from jaxreg.space import transform as transform_lib
 from jaxreg.space.grid import Grid, Volume
@@ -54,10 +55,12 @@ class Prealignment:
         `grid`; None for an affine map alone.
       grid: over the fixed scan, whose unit cube the residual field lives in.
       start: what it came from: "headers", "centres", "centres of mass", "stretched
-        extents", "a place beside" the first of these, "matches" or "the given
-        transform"; "" where nothing was looked for.
+        extents", "a place beside" the first of these, "a shift", "a turn", "matches" or
+        "the given transform"; "" where nothing was looked for.
       extents_fit: whether the scans fit better with their extents over each other than
         by their headers.
+      fits: how well the scans fit by their headers, and by this map; None where nothing
+        was looked for.
     """
 
     affine_mm: np.ndarray
@@ -65,6 +68,7 @@ class Prealignment:
     grid: Grid | None = None
     start: str = ""
     extents_fit: bool = False
+    fits: tuple[measure.Fit, measure.Fit] | None = None
 
     @property
     def transform(self) -> Transform:
@@ -116,6 +120,12 @@ class Scan:
     rule: IntensityRule
     mask: Volume | None = None
 
+    @functools.cached_property
+    def normalised(self) -> np.ndarray:
+        """Intensities by the rule, D H W in [0, 1]."""
+        volume = self.volume
+        return preprocess.normalise(volume.array, self.rule, source=volume.source)
+
 
 def find(
     method: Prealign,
@@ -148,8 +158,8 @@ def find(
     if method == "none":
         return Prealignment(np.eye(4))
     both = shown(fixed), shown(moving)
-    if method == "affine":
-        found = _by_intensities(moving, fixed, *both)
+    if method in ("rigid", "similarity", "affine"):
+        found = _by_intensities(method, moving, fixed, *both)
     else:
         if method in SAM_METHODS:
             given = _by_matches(method, moving, fixed, network)
@@ -176,7 +186,7 @@ def shown(scan: Scan) -> measure.Shown:
     that would leave its outline.
     """
     volume = scan.volume
-    array = preprocess.normalise(volume.array, scan.rule, source=volume.source)
+    array = scan.normalised  # also refuses what has nothing to see
     if scan.rule.modality != "ct":
         array = volume.array
     if scan.mask is not None:
@@ -189,7 +199,11 @@ def shown(scan: Scan) -> measure.Shown:
 
 
 def _by_intensities(
-    moving: Scan, fixed: Scan, here: measure.Shown, there: measure.Shown
+    method: descent.Kind,
+    moving: Scan,
+    fixed: Scan,
+    here: measure.Shown,
+    there: measure.Shown,
 ) -> Prealignment:
     reoriented = network_grid.oriented(
         moving.volume, orientations.io_orientation(fixed.volume.grid.affine_mm)
@@ -201,15 +215,25 @@ def _by_intensities(
         "centres of mass": _between_centres(moving, fixed),
         _EXTENTS: affine_lib.stretched(grids[0], reoriented.grid),
     }
-    starts = {k: v for k, v in starts.items() if affine_lib.plausible(v)}
-    found = affine_lib.search(here, there, starts)
+    starts = {
+        k: v
+        for k, v in starts.items()
+        if affine_lib.plausible(v) and affine_lib.is_of(v, method)
+    }
+    found = affine_lib.search(here, there, starts, method)
     doubt = _doubt_of(found, starts, moving, fixed)
     if doubt:
-        warnings.warn(f"`prealign` affine: {doubt}", stacklevel=3)
+        warnings.warn(f"`prealign` {method}: {doubt}", stacklevel=3)
     names = ("headers", _EXTENTS)
     fits = {name: found.fits[name] for name in names if name in found.fits}
     extents_fit = affine_lib.best_of(fits) == _EXTENTS
-    return Prealignment(found.matrix, start=found.start, extents_fit=extents_fit)
+    before, after = found.fits.get("headers"), found.end
+    return Prealignment(
+        found.matrix,
+        start=found.start,
+        extents_fit=extents_fit,
+        fits=None if before is None or after is None else (before, after),
+    )
 
 
 def _doubt_of(
@@ -263,23 +287,26 @@ def _not_worse(
     A coarse field that fits no better than the headers is left out first.
     """
     if given.residual_field is not None:
-        if _unlikeness_beyond_headers(_as_function(given), level, method) < 0:
-            return given
+        fits = _beside_headers(_as_function(given), level)
+        if fits[1].globally < fits[0].globally:
+            return dataclasses.replace(given, fits=fits)
         warnings.warn(
             f"`prealign` {method}: the coarse field fits no better than the scans' "
             "headers; it is left out",
             stacklevel=3,
         )
         given = Prealignment(given.affine_mm, start=given.start)
-    worse = _unlikeness_beyond_headers(given.affine_mm, level, method)
+    fits = _beside_headers(given.affine_mm, level)
+    # By one measure, which no way that is asked here has made small itself.
+    worse = fits[1].globally - fits[0].globally
     if worse <= 0:
-        return given
+        return dataclasses.replace(given, fits=fits)
     warnings.warn(
         f"`prealign` {method} fits worse than the scans' headers (NMI loss more by "
         f"{worse:.4f}); the headers are kept",
         stacklevel=3,
     )
-    return Prealignment(np.eye(4), start="headers")
+    return Prealignment(np.eye(4), start="headers", fits=(fits[0], fits[0]))
 
 
 def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:
@@ -292,24 +319,17 @@ def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:
     return mapped
 
 
-def _unlikeness_beyond_headers(
-    found: measure.Map,
-    level: measure.Level,
-    method: Prealign,
-) -> float:
-    """By how much a map fits worse than the headers.
-
-    By one measure, which no way that is asked here has made small itself.
-    """
-    maps = {"headers": np.eye(4), method: found}
-    fits = affine_lib.compare(level, maps)
-    return fits[method].globally - fits["headers"].globally
+def _beside_headers(
+    found: measure.Map, level: measure.Level
+) -> tuple[measure.Fit, measure.Fit]:
+    """How well scans fit by their headers and by a map, measured alike."""
+    fits = affine_lib.compare(level, {"headers": np.eye(4), "map": found})
+    return fits["headers"], fits["map"]
 
 
 def _scaled(scan: Scan) -> np.ndarray:
     """A scan's intensities, D H W in [0, 1], 0 outside its mask."""
-    volume = scan.volume
-    array = preprocess.normalise(volume.array, scan.rule, source=volume.source)
+    array = scan.normalised
     if scan.mask is not None:
         array = np.where(scan.mask.array > 0, array, np.float32(0))
     return array

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
-from jaxreg.registration.prealign import affine, measure
+from jaxreg.registration.prealign import affine, measure, places
 from jaxreg.registration.prealign.measure import Shown
 from jaxreg.space.grid import Grid
 
@@ -14,9 +15,11 @@ SLOW = pytest.mark.slow
 def few_points(request, monkeypatch):
     """Programs of tests are not optimised: slow tests alone have as many points."""
     if "slow" not in request.keywords:
+        monkeypatch.setattr(measure, "FEWEST", 2**9)
         monkeypatch.setattr(measure, "FEW", 2**10)
         monkeypatch.setattr(measure, "MANY", 2**12)
-        monkeypatch.setattr(measure, "_LOCAL", (24, 24, 24))
+        monkeypatch.setattr(measure, "_LOCAL", 24)
+        monkeypatch.setattr(measure, "LOCAL_DESCENT", 24)
 
 
 _RNG = np.random.default_rng(1)
@@ -125,6 +128,118 @@ def test_known_maps_are_found(fixed, moving, truth, within):
     found = affine.search(*pair(fixed, moving, truth), starts())
     assert error_mm(found.matrix, truth) < within
     assert affine.plausible(found.matrix)
+
+
+ALL = ("rigid", "similarity", "affine")
+OBLIQUE = np.eye(4)
+OBLIQUE[:3, :3] = Rotation.from_rotvec(
+    np.deg2rad(90) * np.array([0.6, -0.64, 0.48])
+).as_matrix()
+
+
+@pytest.mark.parametrize(
+    ("truth", "kind"),
+    [
+        pytest.param(OBLIQUE, "rigid", id="90 degrees"),
+        pytest.param(turned(60, 0, (300, -200, 170)), "rigid", id="far", marks=SLOW),
+        pytest.param(
+            turned(30, 2) @ np.diag([1.1, 1.1, 1.1, 1]), "similarity", marks=SLOW
+        ),
+    ],
+)
+def test_turns_are_found(truth, kind):
+    """Headers overlap and say something else."""
+    middle = apply(truth, np.zeros(3))
+    scans = pair(SMALL, grid((44, 40, 42), (1.4, 1.5, 1.6), middle), truth)
+    found = affine.search(*scans, starts(middle), kind)
+    assert found.certain
+    assert error_mm(found.matrix, truth) < 0.75
+    assert affine.is_of(found.matrix, kind)
+    assert found.end is not None
+    assert found.end.globally < found.fits["headers"].globally
+    assert found.end.locally < found.fits["headers"].locally
+
+
+@SLOW
+def test_half_of_each_is_found():
+    """Both show a third of the whole in common."""
+    truth = turned(8, 1, (3, -2, 4))
+    lower = grid((26, 44, 44), (1.4,) * 3, (0, 0, -8))
+    upper = grid((26, 44, 44), (1.4,) * 3, apply(truth, np.array([0, 0, 8.0])))
+    found = affine.search(*pair(lower, upper, truth), starts(), "rigid")
+    assert error_mm(found.matrix, truth) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("matrix", "kinds"),
+    [
+        (turned(40, 1, (9, 9, 9)), ALL),
+        (turned(40, 1) @ np.diag([1.2, 1.2, 1.2, 1]), ALL[1:]),
+        (np.diag([1.0, 1.0, 1.01, 1.0]), ALL[2:]),
+    ],
+)
+def test_kinds_of_maps(matrix, kinds):
+    assert tuple(kind for kind in ALL if affine.is_of(matrix, kind)) == kinds
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        # Told by a turn: 0.2, 0.12 and 0.2; by headers 0.1.
+        ({"headers": 0.9, "turn": 0.8}, ("turn", (), True)),
+        ({"headers": 0.9, "turn": 0.88, "beside": 0.895}, ("headers", (), True)),
+        ({"headers": 0.9, "turn": 0.89}, ("headers", (), True)),
+        ({"headers": 0.9, "turn": 0.8, "other turn": 0.81}, ("headers", (), True)),
+        ({"headers": 0.9, "far": 0.9}, ("headers", ("far",), False)),
+    ],
+    ids=["much better", "one alone", "a little better", "a rival", "rivals"],
+)
+def test_a_turn_has_to_fit_much_better(scores, expected):
+    """Headers are agreed on by a place beside them, the turn by another start."""
+    maps = {"headers": np.eye(4), "far": turned(0, 0, (40, 0, 0)),
+            "turn": turned(90, 0), "other turn": turned(180, 0)}  # fmt: skip
+    begun = maps | {"beside": turned(0, 0, (0, 20, 0)), "again": turned(70, 0)}
+    ends = maps | {"beside": np.eye(4), "again": turned(91, 0)}
+    if "beside" in scores:  # the second start leads back to the headers
+        ends["again"] = np.eye(4)
+    names = [name for name in maps if name in scores]
+    ended = affine._Ended(
+        measure.Level.of(scan(SMALL), scan(SMALL), 16),
+        begun,
+        ends,
+        {"turn", "other turn", "again"},
+        {name: maps[name] for name in names},
+        {name: scores[name] for name in names},
+    )
+    assert ended.chosen() == expected
+
+
+def test_rotations_lie_everywhere():
+    """None is farther from one of them than a descent reaches."""
+    matrices = np.stack(places.rotations(240))
+    np.testing.assert_allclose(
+        matrices @ matrices.swapaxes(1, 2), np.broadcast_to(np.eye(3), matrices.shape),
+        atol=1e-12,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.linalg.det(matrices), 1, atol=1e-12)
+    wanted = Rotation.from_quat(np.random.default_rng(0).normal(size=(300, 4)))
+    back = Rotation.from_matrix(matrices).inv()
+    away = [(rotation * back).magnitude().min() for rotation in wanted]
+    assert np.rad2deg(max(away)) < 40
+
+
+def test_moments_are_those_of_a_long_blob():
+    turn = Rotation.from_rotvec([0.3, -0.5, 0.8]).as_matrix()
+    spread = turn @ np.diag([4.0, 16, 49]) @ turn.T
+    back = np.linalg.inv(spread)
+
+    def blob(at):
+        away = at - (4, 2, -3)
+        return np.exp(-np.einsum("...i,ij,...j", away, back, away) / 2)
+
+    middle, axes = places.moments(scan(grid((60, 64, 56), (1.0, 1.0, 1.0)), blob))
+    np.testing.assert_allclose(middle, (4, 2, -3), atol=0.3)
+    np.testing.assert_allclose(np.abs(np.sum(axes * turn, 0)), 1, atol=0.01)
 
 
 @SLOW
@@ -284,7 +399,7 @@ def test_both_measures_have_to_agree():
 
 
 def test_agreement_tells_one_contrast_from_another(monkeypatch):
-    monkeypatch.setattr(measure, "_LOCAL", (48, 48, 48))  # blobs are small
+    monkeypatch.setattr(measure, "_LOCAL", 48)  # blobs are small
     fixed, moving = pair(SMALL, WIDE, np.eye(4))
     assert affine.judged(fixed, moving).agreement(np.eye(4)) > 0.98
     assert affine.judged(moving, fixed).agreement(np.eye(4)) > 0.98

@@ -36,9 +36,11 @@ from jaxreg.weights import zoo
 def few_points(request, monkeypatch):
     """Programs of tests are not optimised: slow tests alone have as many points."""
     if "slow" not in request.keywords:
+        monkeypatch.setattr(measure, "FEWEST", 2**9)
         monkeypatch.setattr(measure, "FEW", 2**10)
         monkeypatch.setattr(measure, "MANY", 2**12)
-        monkeypatch.setattr(measure, "_LOCAL", (24, 24, 24))
+        monkeypatch.setattr(measure, "_LOCAL", 24)
+        monkeypatch.setattr(measure, "LOCAL_DESCENT", 24)
 
 
 NETWORK_GRID = (18, 20, 16)
@@ -341,7 +343,11 @@ def test_a_bend_of_headers_that_fits_better_is_kept(scans, monkeypatch):
                              .reshape(p.shape)),
     )  # fmt: skip
     monkeypatch.setattr(select, "_by_matches", lambda *a: found)
-    assert select.find("sam", Scan(warped, MRI), fixed) is found
+    kept = select.find("sam", Scan(warped, MRI), fixed)
+    assert kept.residual_field is found.residual_field
+    assert kept.fits is not None
+    before, after = kept.fits
+    assert after.globally < before.globally
 
 
 FIT = measure.Fit(0.9, 0.9)
@@ -350,7 +356,7 @@ FIT = measure.Fit(0.9, 0.9)
 def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
     moving, fixed = scans
     found = affine.Found(
-        TRUTH, "centres", {"headers": FIT}, ("headers",), certain=False
+        TRUTH, "centres", {"headers": FIT}, ("headers",), False, measure.Fit(0.8, 0.7)
     )
     monkeypatch.setattr(affine, "search", lambda *a: found)
     monkeypatch.setattr(affine, "mirrored_fits", lambda *a: True)
@@ -362,7 +368,12 @@ def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
     )
     assert "`fixed_mask`" in said and "mirrored, left for right" in said
     assert result.prealigned_from == "centres"
-    assert result_lib.summary(result)["pre-aligned from"] == "centres"
+    rows = result_lib.summary(result)
+    assert rows["pre-aligned from"] == "centres"
+    assert rows["pre-alignment by grey levels"] == (
+        "0.9000 by the headers, 0.8000 after it"
+    )
+    assert "0.7000 after it" in rows["pre-alignment by local correlation"]
 
 
 @pytest.mark.parametrize(
