@@ -42,6 +42,9 @@ MOST_STRETCH = 2.0
 and of children differ by less than two in length; what asks for more is a mistake."""
 _AS_GOOD = 0.99  # share of what the images tell of each other
 _RIVAL = 0.9
+_TURN_TELLS, _TURN_MORE = 0.15, 1.5
+"""What a turn has to tell, and how many times what is told without one: ultrasound and
+MR tell each other up to 0.1 and, upside down, up to twice as much as upright."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,7 +230,8 @@ class _Ended:
         able = [k for k, v in plain.items() if 1 - v >= _AS_GOOD * tells]
         best = min(able, key=list(self.begun).index)
         turned = min(self.scores, key=self.scores.__getitem__)
-        if turned in self.turns and tells < _RIVAL * (1 - self.scores[turned]):
+        told = 1 - self.scores[turned]
+        if turned in self.turns and told > max(_TURN_TELLS, _TURN_MORE * tells):
             if self._agreed(turned) and not self._rivals(turned, self.scores):
                 return turned, (), True
         rivals = self._rivals(best, plain)

@@ -185,14 +185,21 @@ def test_kinds_of_maps(matrix, kinds):
 @pytest.mark.parametrize(
     ("scores", "expected"),
     [
-        # Told by a turn: 0.2, 0.12 and 0.2; by headers 0.1.
         ({"headers": 0.9, "turn": 0.8}, ("turn", (), True)),
-        ({"headers": 0.9, "turn": 0.88, "beside": 0.895}, ("headers", (), True)),
-        ({"headers": 0.9, "turn": 0.89}, ("headers", (), True)),
+        ({"headers": 0.9, "turn": 0.8, "beside": 0.9}, ("headers", (), True)),
+        ({"headers": 0.9, "turn": 0.86}, ("headers", (), True)),
+        ({"headers": 0.96, "turn": 0.9}, ("headers", (), True)),
         ({"headers": 0.9, "turn": 0.8, "other turn": 0.81}, ("headers", (), True)),
         ({"headers": 0.9, "far": 0.9}, ("headers", ("far",), False)),
     ],
-    ids=["much better", "one alone", "a little better", "a rival", "rivals"],
+    ids=[
+        "much better",
+        "one alone",
+        "a little better",
+        "telling little",
+        "a rival",
+        "rivals",
+    ],
 )
 def test_a_turn_has_to_fit_much_better(scores, expected):
     """Headers are agreed on by a place beside them, the turn by another start."""
