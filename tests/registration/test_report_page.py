@@ -173,8 +173,9 @@ MEASURES = registered.Measures(
     [
         ({}, 0.5, ()),
         ({"folded_percent": 0.3}, 0.5, ("folds in 0.3 %",)),
+        ({"volume_change": (-0.1, 1.0, 6.0)}, 0.5, ("grow to more than 6",)),
         ({"folded_percent": 99.0}, 0.5, ("mirrors",)),
-        ({"volume_change": (0.1, 1.0, 2.0)}, 0.5, ("Volumes change much",)),
+        ({"volume_change": (0.1, 1.0, 2.0)}, 0.5, ("shrink to less than 0.1",)),
         ({"without_partner_percent": 7.0}, 0.5, ("Edge of the field of view: 7.0 %",)),
         ({"without_partner_percent": 80.0}, 0.5, ("Poor overlap: 80 %",)),
         ({"beyond_percent": 85.0}, 0.5, ("85 % of the fixed scan lies beyond",)),

@@ -35,11 +35,10 @@ def _of_map(found: Measures) -> Iterator[str]:
             "the Jacobian), which no anatomy does."
         )
     low, _, high = found.volume_change
-    if low < 1 / _LARGEST_CHANGE or high > _LARGEST_CHANGE:
-        yield (
-            f"Volumes change much: by a factor below {low:.2g} or above {high:.2g} in "
-            "2 % of the voxels."
-        )
+    if 0 < low < 1 / _LARGEST_CHANGE:
+        yield f"Volumes shrink to less than {low:.2g} times in 1 % of the voxels."
+    if high > _LARGEST_CHANGE:
+        yield f"Volumes grow to more than {high:.2g} times in 1 % of the voxels."
 
 
 def _worse_than_start(likeness: Likeness) -> Iterator[str]:

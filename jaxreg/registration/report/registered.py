@@ -75,7 +75,7 @@ def on_fixed_grid(scans: ScanPair, transform: transform_lib.Transform) -> Regist
             warping.warp_volume(others, way, grid, order=0, fill=0.0) for way in ways
         )
         arrays = (own.array, *(volume.array for volume in warped))
-        labels = LabelMaps(*(np.rint(array).astype(np.int64) for array in arrays))
+        labels = LabelMaps(*(np.rint(array).astype(np.int32) for array in arrays))
     return Registered(
         fixed,
         before,
