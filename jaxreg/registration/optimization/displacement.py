@@ -12,12 +12,13 @@ import optax
 
 from jaxreg.losses import regularity, similarity
 from jaxreg.losses.objective import Objective
-from jaxreg.registration.optimization import loop
+from jaxreg.registration.optimization import discrete, loop
+from jaxreg.registration.optimization.discrete import DiscreteConfig
 from jaxreg.registration.optimization.loop import Optimized, Progress, Report
 from jaxreg.space import fields, sampling
 from jaxreg.space.grid import Shape
 from jaxreg.space.transform import Affine, Displacement, Transform
-from jaxreg.typing import Field, Key, Pair
+from jaxreg.typing import Field, Image, Key, Pair
 
 # --- the displacement itself ---------------------------------------------------------
 
@@ -36,6 +37,7 @@ class DisplacementConfig:
       control_spacing: voxels of a level per control point of its field.
       affine_learning_rate: of Adam, in means of the extents per step.
       smoothness: weight of the field's diffusion energy.
+      discrete: how a start for large displacements is searched for; None for no search.
     """
 
     factors: tuple[int, ...] = (4, 2, 1)
@@ -43,6 +45,7 @@ class DisplacementConfig:
     control_spacing: int = 2
     affine_learning_rate: float = 0.01
     smoothness: float = 1.0
+    discrete: DiscreteConfig | None = DiscreteConfig()
 
 
 def _coarser(pair: Pair, factor: int) -> Pair:
@@ -291,7 +294,8 @@ def optimize_displacement(
 
     First an affine map, then a forward and a backward displacement field on control
     grids, coarse to fine, all by Adam on the objective plus a diffusion term. The
-    inverse consistency term of the objective ties the two fields together.
+    inverse consistency term of the objective ties the two fields together. The fields
+    begin where a discrete search leads, if the similarity says that this is better.
 
     Only voxels count that have a partner in the other image where a descent begins. One
     that loses it later is compared with what `objective.outside` says: so nothing is
@@ -337,7 +341,8 @@ def optimize_displacement(
         report = report and report.after(2 * steps)
     begin = jnp.asarray(np.eye(4) if start is None else start, jnp.float32)
     extent = _relative(extent_mm)
-    parameters: dict[str, Any] = {"affine": jnp.zeros((3, 4)), "control": None}
+    found = _searched(pair, begin, extent, objective, config)
+    parameters: dict[str, Any] = {"affine": jnp.zeros((3, 4)), "control": found}
     for level, factor in enumerate(config.factors):
         at_level = _coarser(pair, factor)
         control = _controls(parameters["control"], at_level, config)
@@ -356,13 +361,60 @@ def optimize_displacement(
         )
         histories.append(history)
         report = report and report.after(steps)
-    forward, backward = _maps(
-        _affine(parameters["affine"], begin, extent),
-        parameters["control"],
-        pair.fixed.shape[1:4],
-        extent,
+    last = _affine(parameters["affine"], begin, extent)
+    maps = _maps(last, parameters["control"], pair.fixed.shape[1:4], extent)
+    return Optimized(*maps, chained(histories))
+
+
+def _searched(
+    pair: Pair, start, extent, objective: Objective, config: DisplacementConfig
+) -> tuple[Field, Field] | None:
+    """Returns fields for large displacements; None without, or if they are no help.
+
+    The objective's similarity says so, at the middle level, on the voxels that the
+    affine map gives a partner: a coarser level is blind to what they bring together.
+
+    Args:
+      pair: one pair, 1 D H W C.
+      start: of the affine map.
+      extent: of the fixed cube.
+      objective: what is minimised.
+      config: says how to search.
+    """
+    search = config.discrete
+    if search is None:
+        return None
+    shape = discrete.grid_shape(
+        pair.fixed.shape[1:4], np.asarray(extent).tolist(), search
     )
-    return Optimized(forward, backward, chained(histories))
+    found = discrete.search(
+        pair.fixed, _carried(pair, start), shape=shape, config=search
+    )
+    found = tuple(field * extent for field in found)
+    judged = _coarser(pair, config.factors[len(config.factors) // 2])
+    nothing = {"affine": jnp.zeros((3, 4)), "control": None}
+    judged = _meeting(judged, nothing, start, extent, masked=objective.loss_masking)
+    objective = dataclasses.replace(objective, loss_masking=True)
+    mine, others = (
+        _similarity(control, judged, start, extent, objective=objective)
+        for control in (_controls(both, judged, config) for both in (found, None))
+    )
+    return found if mine < others else None
+
+
+@jax.jit
+def _carried(pair: Pair, start) -> Image:
+    """Returns the moving image over the fixed one's grid, by an affine map."""
+    points = Affine(start)(sampling.identity(pair.fixed.shape[1:4]))
+    return fields.warp(pair.moving, jnp.asarray(points))
+
+
+@functools.partial(jax.jit, static_argnames="objective")
+def _similarity(control, pair: Pair, start, extent, *, objective: Objective):
+    """Returns the objective's similarity under an affine start and two fields."""
+    maps = _maps(Affine(start), control, pair.fixed.shape[1:4], extent)
+    noise = jnp.zeros((1, *pair.fixed.shape[1:4], 3))
+    return objective(*maps, pair, noise)[1]["similarity"]
 
 
 def _controls(
