@@ -31,7 +31,7 @@ from jaxreg.registration.prealign.measure import Fit, Level, Map, Shown
 from jaxreg.space.grid import Grid
 
 _SAME, _ELSEWHERE = 0.08, 0.25
-"""How far apart two maps are, see `_apart`, that are one place, or two."""
+"""How far apart two maps are, see `places.apart`, that are one place, or two."""
 _ASIDE = 0.2  # of the smaller scan's extents
 _SHIFTS = 4  # that are descended from
 _PLACES, _TURNED_PLACES = 3, 2  # that are looked at more closely
