@@ -42,9 +42,9 @@ MOST_STRETCH = 2.0
 and of children differ by less than two in length; what asks for more is a mistake."""
 _AS_GOOD = 0.99  # share of what the images tell of each other
 _RIVAL = 0.9
-_TURN_TELLS, _TURN_MORE = 0.15, 1.5
-"""What a turn has to tell, and how many times what is told without one: ultrasound and
-MR tell each other up to 0.1 and, upside down, up to twice as much as upright."""
+_TURN_TELLS = 0.15
+"""What a turn has to tell: ultrasound and MR tell each other up to 0.1, and that upside
+down, by up to twice as much as upright."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,8 +123,9 @@ def search(
     best of the starts, the rigid map and these by `best_of`; what is not plausible is
     out of it.
 
-    A turn is taken only if it fits much better than all that the starts lead to: how a
-    patient lies is known by headers more often than images of symmetric anatomy tell.
+    A turn is taken only if it fits well, and so much better than all that the starts
+    lead to that none of these is its rival: how a patient lies is known by headers more
+    often than images of symmetric anatomy tell.
     A place to which one start alone leads, or that is one of several which fit nearly
     alike, is an accident of two images that tell little of each other. Then the first
     start is kept, if it overlaps.
@@ -231,7 +232,7 @@ class _Ended:
         best = min(able, key=list(self.begun).index)
         turned = min(self.scores, key=self.scores.__getitem__)
         told = 1 - self.scores[turned]
-        if turned in self.turns and told > max(_TURN_TELLS, _TURN_MORE * tells):
+        if turned in self.turns and told > max(_TURN_TELLS, tells / _RIVAL):
             if self._agreed(turned) and not self._rivals(turned, self.scores):
                 return turned, (), True
         rivals = self._rivals(best, plain)

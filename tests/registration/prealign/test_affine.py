@@ -187,7 +187,7 @@ def test_kinds_of_maps(matrix, kinds):
     [
         ({"headers": 0.9, "turn": 0.8}, ("turn", (), True)),
         ({"headers": 0.9, "turn": 0.8, "beside": 0.9}, ("headers", (), True)),
-        ({"headers": 0.9, "turn": 0.86}, ("headers", (), True)),
+        ({"headers": 0.82, "turn": 0.81}, ("headers", (), True)),
         ({"headers": 0.96, "turn": 0.9}, ("headers", (), True)),
         ({"headers": 0.9, "turn": 0.8, "other turn": 0.81}, ("headers", (), True)),
         ({"headers": 0.9, "far": 0.9}, ("headers", ("far",), False)),
@@ -201,7 +201,7 @@ def test_kinds_of_maps(matrix, kinds):
         "rivals",
     ],
 )
-def test_a_turn_has_to_fit_much_better(scores, expected):
+def test_a_turn_has_to_fit_well_and_better(scores, expected):
     """Headers are agreed on by a place beside them, the turn by another start."""
     maps = {"headers": np.eye(4), "far": turned(0, 0, (40, 0, 0)),
             "turn": turned(90, 0), "other turn": turned(180, 0)}  # fmt: skip
