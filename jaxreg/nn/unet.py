@@ -162,7 +162,7 @@ class TallUNet2(nn.Module):
             )
         x = x.astype(config.precision)
         levels, finer, coarsened = len(up), 0, None
-        if levels >= blocks.LEVELS and api.is_folded(form):
+        if levels >= blocks.LEVELS and api.is_folded(form, x.shape[1:4]):
             finer, coarsened = blocks.LEVELS, self._encoded(x)
             x = coarsened[-1]
         skips = {}
@@ -186,9 +186,9 @@ class TallUNet2(nn.Module):
             channels = up[level] + skip.shape[-1]
         # In float32: displacements need more digits than bfloat16 has.
         if coarsened is not None:
-            shape = moving.shape[1:4]
+            d, h, w = moving.shape[1:4]
             field = self._decoded(
-                parts, channels, coarsened, shape, batching, train=train
+                parts, channels, coarsened, (d, h, w), batching, train=train
             )
         else:
             last = Convolution(

@@ -65,9 +65,15 @@ def _by_platform(form: Form, forms: Forms, *args):
     return platforms.dependent(*args, cpu=forms.slab, **on_others, default=forms.native)
 
 
-def is_folded(form: Form) -> bool:
-    """Returns whether a form is TPU's, where this is traced."""
-    return form == "folded" or (form == "auto" and platforms.traced() == "tpu")
+def is_folded(form: Form, shape: Sequence[int]) -> bool:
+    """Returns whether so many voxels are computed in TPU's form, where this is traced.
+
+    Args:
+      form: see the module's docstring; "folded" says so whatever the shape is.
+      shape: voxels along each axis.
+    """
+    on_tpu = form == "auto" and platforms.traced() == "tpu"
+    return form == "folded" or (on_tpu and math.prod(shape) >= _MANY)
 
 
 def chosen(forms: Forms, form: Form, *args: Any) -> Any:

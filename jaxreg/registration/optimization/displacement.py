@@ -37,7 +37,8 @@ class DisplacementConfig:
       control_spacing: voxels of a level per control point of its field.
       affine_learning_rate: of Adam, in means of the extents per step.
       smoothness: weight of the field's diffusion energy.
-      discrete: how a start for large displacements is searched for; None for no search.
+      discrete: how a start for large displacements is searched for; None for no search,
+        which after an affine map has been as good on real pairs.
     """
 
     factors: tuple[int, ...] = (4, 2, 1)
@@ -45,7 +46,7 @@ class DisplacementConfig:
     control_spacing: int = 2
     affine_learning_rate: float = 0.01
     smoothness: float = 1.0
-    discrete: DiscreteConfig | None = DiscreteConfig()
+    discrete: DiscreteConfig | None = None
 
 
 def _coarser(pair: Pair, factor: int) -> Pair:
@@ -295,7 +296,8 @@ def optimize_displacement(
     First an affine map, then a forward and a backward displacement field on control
     grids, coarse to fine, all by Adam on the objective plus a diffusion term. The
     inverse consistency term of the objective ties the two fields together. The fields
-    begin where a discrete search leads, if the similarity says that this is better.
+    begin where a discrete search leads, if there is one and the similarity says that
+    this is better.
 
     Only voxels count that have a partner in the other image where a descent begins. One
     that loses it later is compared with what `objective.outside` says: so nothing is

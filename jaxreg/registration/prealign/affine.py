@@ -42,9 +42,9 @@ MOST_STRETCH = 2.0
 and of children differ by less than two in length; what asks for more is a mistake."""
 _AS_GOOD = 0.99  # share of what the images tell of each other
 _RIVAL = 0.9
-_TURN_TELLS = 0.15
-"""What a turn has to tell: ultrasound and MR tell each other up to 0.1, and that upside
-down, by up to twice as much as upright."""
+_TELLS = 0.15
+"""What a map has to tell to be believed that leads elsewhere than the first start:
+ultrasound and MR tell each other up to 0.1, and that at any place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,9 @@ def search(
     lead to that none of these is its rival: how a patient lies is known by headers more
     often than images of symmetric anatomy tell.
     A place to which one start alone leads, or that is one of several which fit nearly
-    alike, is an accident of two images that tell little of each other. Then the first
-    start is kept, if it overlaps.
+    alike, or to which the first start does not lead and that tells hardly anything, is
+    an accident of two images that tell little of each other. Then the first start is
+    kept, if it overlaps.
 
     Args:
       fixed: the scan that stays.
@@ -150,7 +151,9 @@ def search(
         return Found(starts[first], first, fits, rivals, certain, fits[first])
     rigid = ended.maps[best]
     base = begun[best]
-    rough = descent.descended(middle, rigid, kind, base=base)
+    rough = rigid
+    for level in (coarse, middle):
+        rough = descent.descended(level, rough, kind, base=base)
     last = descent.descended_locally(fine, rough, base, kind)
     candidates = {**starts, "rigid": rigid, "rough": rough, "fine": last}
     fits = {k: fine.fit(m) for k, m in candidates.items() if plausible(m)}
@@ -232,11 +235,14 @@ class _Ended:
         best = min(able, key=list(self.begun).index)
         turned = min(self.scores, key=self.scores.__getitem__)
         told = 1 - self.scores[turned]
-        if turned in self.turns and told > max(_TURN_TELLS, tells / _RIVAL):
+        if turned in self.turns and told > max(_TELLS, tells / _RIVAL):
             if self._agreed(turned) and not self._rivals(turned, self.scores):
                 return turned, (), True
         rivals = self._rivals(best, plain)
-        return best, rivals, self._agreed(best) and not rivals
+        first = self.ends[next(iter(self.begun))]
+        there = places.apart(self.level, self.maps[best], first) < _SAME
+        certain = (there or tells > _TELLS) and self._agreed(best) and not rivals
+        return best, rivals, certain
 
     def _rivals(self, best: str, names: Collection[str]) -> tuple[str, ...]:
         """Those of the names that ended elsewhere and fit nearly as well."""
@@ -264,18 +270,23 @@ class _Ended:
 def best_of(fits: Mapping[str, Fit]) -> str:
     """Returns the name of the map to trust, the first one's if none is better.
 
-    Of those at least as good as the first by both measures, the best locally. The
-    search goes by the global measure, so the other one is a judge of its own: across
-    modalities, images that tell little of each other can be made to share more grey
-    levels by a map that agrees with no structure.
+    Of those at least as good as the first by both measures, the best locally, unless
+    the first is as good by both but for what sampling adds. The search goes by the
+    global measure, so the other one is a judge of its own: across modalities, images
+    that tell little of each other can be made to share more grey levels by a map that
+    agrees with no structure.
     """
-    first = next(iter(fits.values()))
+    name_of_first, first = next(iter(fits.items()))
     able = {
         name: fit.locally
         for name, fit in fits.items()
         if fit.globally <= first.globally and fit.locally <= first.locally
     }
-    return min(able, key=able.__getitem__)
+    best = min(able, key=able.__getitem__)
+    same = as_good(first.locally, fits[best].locally) and as_good(
+        first.globally, fits[best].globally
+    )
+    return name_of_first if same else best
 
 
 def judged(fixed: Shown, moving: Shown) -> Level:
@@ -400,7 +411,7 @@ def apart(grid: Grid, one: np.ndarray, other: np.ndarray) -> float:
 
 
 def as_good(one: float, other: float) -> bool:
-    """Whether `Fit.globally` is as good as another, but for what sampling adds."""
+    """Whether one number of a `Fit` is as good as another, but for sampling."""
     return 1 - one >= _AS_GOOD * (1 - other)
 
 

@@ -22,7 +22,7 @@ _STIFFNESS, _LOCAL_STIFFNESS = 0.1, 0.5
 strain of 0.1, as of bodies of different people, asks for a gain of 0.001 and 0.005.
 Structure tells about five times as much as grey levels do when scans come to fit."""
 _FREE_STRAIN = 0.37  # norm of the logarithmic strain; about 24 % in each direction
-_ITERATIONS, _FIRST_ITERATIONS = 40, 30  # of a descent, and of many at once
+_ITERATIONS, _FIRST_ITERATIONS = 60, 30  # of a descent, and of many at once
 MOST = 24  # descents at once
 
 

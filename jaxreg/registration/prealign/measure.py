@@ -21,7 +21,7 @@ FEWEST, FEW, MANY = 2**11, 2**12, 2**15
 that were drawn say is sure to one over the root of their number."""
 _BINS, _FEW_BINS = 24, 12  # the latter where points are few
 MOST = 768  # maps of a first look
-_LOCAL, LOCAL_DESCENT = 48, 40
+_LOCAL, LOCAL_DESCENT = 48, 48
 """Voxels per axis of the grids on which a map is judged, and moved, by structure."""
 _LOCAL_SIGMA = 2  # of its voxels
 _AROUND = 0.9

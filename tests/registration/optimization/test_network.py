@@ -169,7 +169,7 @@ def test_predict_equals_the_model():
 # --- a displacement ------------------------------------------------------------------
 
 CUBE = (24, 24, 24)
-CONFIG = displacement.DisplacementConfig(factors=(2, 1), affine_factor=2, discrete=None)
+CONFIG = displacement.DisplacementConfig(factors=(2, 1), affine_factor=2)
 DIRECT_STEPS = 40
 
 
