@@ -351,6 +351,24 @@ def test_functions_are_compared_as_matrices_are():
     assert fits["matrix"].globally == pytest.approx(both["matrix"].globally, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("tells", "away", "believed"), [(0.1, 40, False), (0.2, 40, True), (0.05, 0, True)]
+)
+def test_a_place_that_headers_do_not_lead_to_has_to_tell_much(tells, away, believed):
+    """Two starts agree on it; what they tell decides where the first does not."""
+    level = measure.Level.of(scan(SMALL), scan(SMALL), 16)
+    far, beside = turned(0, 0, (away, 0, 0)), turned(0, 0, (20, 20, 0))
+    ended = affine._Ended(
+        level,
+        begun={"headers": np.eye(4), "centres": beside, "a shift": far},
+        ends={"headers": np.eye(4), "centres": far, "a shift": far},
+        turns=(),
+        maps={"centres": far},
+        scores={"centres": 1 - tells},
+    )
+    assert ended.chosen() == ("centres", (), believed)
+
+
 @SLOW
 def test_a_perfect_start_stays_one():
     found = affine.search(scan(SMALL), scan(SMALL), starts((15, 0, 0)))
