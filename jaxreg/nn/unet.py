@@ -161,10 +161,11 @@ class TallUNet2(nn.Module):
                 f"the U-Net expects {down[0]}"
             )
         x = x.astype(config.precision)
-        levels, finer, coarsened = len(up), 0, None
+        levels, coarsened = len(up), None
         if levels >= blocks.LEVELS and api.is_folded(form, x.shape[1:4]):
-            finer, coarsened = blocks.LEVELS, self._encoded(x)
+            coarsened = self._encoded(x)
             x = coarsened[-1]
+        finer = blocks.LEVELS if coarsened else 0
         skips = {}
         for level in range(finer, levels):
             skips[level] = x

@@ -72,8 +72,13 @@ def is_folded(form: Form, shape: Sequence[int]) -> bool:
       form: see the module's docstring; "folded" says so whatever the shape is.
       shape: voxels along each axis.
     """
-    on_tpu = form == "auto" and platforms.traced() == "tpu"
-    return form == "folded" or (on_tpu and math.prod(shape) >= _MANY)
+    on_tpu = form == "folded" or (form == "auto" and platforms.traced() == "tpu")
+    return on_tpu and _are_many(form, shape)
+
+
+def _are_many(form: Form, shape: Sequence[int]) -> bool:
+    """Returns whether TPU's form pays for so many voxels, or was asked for."""
+    return form == "folded" or math.prod(shape) >= _MANY
 
 
 def chosen(forms: Forms, form: Form, *args: Any) -> Any:
@@ -168,7 +173,7 @@ def _folds(xs: Parts, kernel: jax.Array, margin: blocked.Margin, form: Form) -> 
     """Returns whether a layer is better folded on TPU: few channels, many voxels."""
     same = kernel.shape[:3] == (3, 3, 3) and margin == (1, 1, 1)
     few = max(kernel.shape[3:]) <= _FEW
-    many = form == "folded" or math.prod(xs[0].shape[1:4]) >= _MANY
+    many = _are_many(form, xs[0].shape[1:4])
     # Volumes that are split over devices exchange less as they are.
     return same and few and many and splitting.devices() == 1
 

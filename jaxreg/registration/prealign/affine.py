@@ -350,10 +350,10 @@ def no_worse_in_common(
       one: from fixed mm P 3 to moving mm P 3.
       other: the same, such as where a search began.
     """
-    places = measure.lattice(level.regions[0], 1.0, measure.MANY)
-    here = level.counted(0, places, measure.MANY)
+    points = measure.lattice(level.regions[0], 1.0, measure.MANY)
+    here = level.counted(0, points, measure.MANY)
     ends = [
-        level.counted(1, np.asarray(found(places)), measure.MANY)
+        level.counted(1, np.asarray(found(points)), measure.MANY)
         for found in (one, other)
     ]
     common = here._replace(counts=here.counts * ends[0].counts * ends[1].counts)
