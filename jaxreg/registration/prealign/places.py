@@ -132,6 +132,8 @@ def half_diagonal(grid: Grid) -> float:
 @functools.cache
 def rotations(count: int) -> tuple[np.ndarray, ...]:
     """Returns so many 3x3 rotations, spread evenly over all of them."""
+    from scipy.spatial.transform import Rotation  # for searches alone, slow to import
+
     spiral = np.arange(count) + 0.5
     share = spiral / count
     alpha, beta = 2 * np.pi * spiral / np.sqrt(2), 2 * np.pi * spiral / _PSI
@@ -145,7 +147,7 @@ def rotations(count: int) -> tuple[np.ndarray, ...]:
         ],
         -1,
     )
-    return tuple(_of_quaternion(*q) for q in quaternions)
+    return tuple(Rotation.from_quat(quaternions, scalar_first=True).as_matrix())
 
 
 def moments(shown: Shown) -> tuple[np.ndarray, np.ndarray]:
@@ -193,13 +195,3 @@ def _about(turn: np.ndarray, here: np.ndarray, there: np.ndarray) -> np.ndarray:
     matrix[:3, :3] = turn
     matrix[:3, 3] = there - turn @ here
     return matrix
-
-
-def _of_quaternion(a: float, b: float, c: float, d: float) -> np.ndarray:
-    return np.array(
-        [
-            [1 - 2 * (c * c + d * d), 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), 1 - 2 * (b * b + d * d), 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), 1 - 2 * (b * b + c * c)],
-        ]
-    )
