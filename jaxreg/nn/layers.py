@@ -221,6 +221,27 @@ def kernel_and_bias(
     return kernel, layer.param("bias", bias_init, (o,))
 
 
+class Weights(nn.Module):
+    """Kernel and bias of a layer, for a form of it that is no module.
+
+    Attributes:
+      shape: of the kernel, kD kH kW I O.
+      function: see `kernel_and_bias`.
+      kernel_init: see `Convolution`.
+    """
+
+    shape: tuple[int, ...]
+    function: Callable = api.conv3
+    kernel_init: Callable | None = None
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        """Creates or returns both."""
+        return kernel_and_bias(
+            self, self.shape, self.function, kernel_init=self.kernel_init
+        )
+
+
 def convolved(x: Any, kernel: jax.Array, bias: jax.Array, **settings: Any) -> jax.Array:
     """Applies a layer of `jaxreg.nn.conv.api` to N D H W I or parts of it.
 

@@ -8,7 +8,6 @@ References:
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from flax import linen as nn
 from jaxreg.nn import blocks
 from jaxreg.nn.conv import api
 from jaxreg.nn.doubling import Doubling, fit
-from jaxreg.nn.layers import Convolution, Precision, Scaled, kernel_and_bias
+from jaxreg.nn.layers import Convolution, Precision, Scaled, Weights
 from jaxreg.typing import ONE_CALL, Batching, Field, Image
 
 _NORM_EPSILON = 1e-5
@@ -121,19 +120,6 @@ class BatchNorm(nn.Module):
         return Scaled(x, factor, shift)
 
 
-class _Weights(nn.Module):
-    """Kernel and bias of a layer, for a form of it that is no module."""
-
-    shape: tuple[int, ...]
-    function: Callable = api.conv3_stride2
-    zero: bool = False
-
-    @nn.compact
-    def __call__(self) -> tuple[jax.Array, jax.Array]:
-        init = nn.initializers.zeros if self.zero else None
-        return kernel_and_bias(self, self.shape, self.function, kernel_init=init)
-
-
 class TallUNet2(nn.Module):
     """Two images to a displacement field, unit coordinates of their own grid."""
 
@@ -205,9 +191,9 @@ class TallUNet2(nn.Module):
         d, h, w = x.shape[1:4]
         shape = d, h, w
         x = blocks.fold(x)
-        weights = _Weights((3, 3, 3, down[0], down[1]), name="down_0")()
+        weights = Weights((3, 3, 3, down[0], down[1]), name="down_0")()
         second = blocks.down_0(x, *weights, shape)
-        weights = _Weights((3, 3, 3, down[1], down[2]), name="down_1")()
+        weights = Weights((3, 3, 3, down[1], down[2]), name="down_1")()
         return x, second, blocks.down_1(second, *weights, blocks.below(shape))
 
     def _decoded(
@@ -232,12 +218,12 @@ class TallUNet2(nn.Module):
             name = f"norm_{level}"
             return BatchNorm(batching, folds, (d, h, w), name=name)(x, train=train)
 
-        weights = _Weights((4, 4, 4, channels, up[1]), up4, name="up_1")()
+        weights = Weights((4, 4, 4, channels, up[1]), up4, name="up_1")()
         x = blocks.up_1(parts, *weights, coarse)
         normal = normalised(1, x, coarse, 1)
-        weights = _Weights((4, 4, 4, up[1] + down[1], up[0]), up4, name="up_0")()
+        weights = Weights((4, 4, 4, up[1] + down[1], up[0]), up4, name="up_0")()
         x = blocks.up_0(normal, second, *weights, middle)
         normal = normalised(0, x, middle, 2)
         shape_of = (3, 3, 3, up[0] + down[0], 3)
-        weights = _Weights(shape_of, api.conv3, zero=True, name="last")()
+        weights = Weights(shape_of, kernel_init=nn.initializers.zeros, name="last")()
         return blocks.last(normal, first, *weights, shape)

@@ -44,7 +44,7 @@ from jaxreg.models.unireg.features import (
     sam_features,
 )
 from jaxreg.models.unireg.regions import RegionConfig
-from jaxreg.nn import heads
+from jaxreg.nn import halved, heads
 from jaxreg.nn.conv import api
 from jaxreg.nn.heads import (
     LAST_DEVIATION,
@@ -54,7 +54,7 @@ from jaxreg.nn.heads import (
     RegionPairings,
     SmoothnessRange,
 )
-from jaxreg.nn.layers import convolution, kaiming_uniform, leaky, normal
+from jaxreg.nn.layers import Weights, convolution, kaiming_uniform, leaky, normal
 from jaxreg.nn.remat import part
 from jaxreg.space import fields
 from jaxreg.space.grid import Shape, unit_scale
@@ -242,6 +242,7 @@ class Layer(nn.Module):
       shortcut: whether the input, averaged where there is a stride, is added before
         the ReLU; only if both widths agree.
       form: see `jaxreg.nn.conv.api`.
+      folded: whether the input is, and without a stride the result; see `nn.halved`.
     """
 
     inputs: int
@@ -249,25 +250,36 @@ class Layer(nn.Module):
     stride: Literal[1, 2] = 1
     shortcut: bool = False
     form: api.Form = "auto"
+    folded: bool = False
 
     @nn.compact
     def __call__(self, x) -> Image:
         """Returns N D' H' W' outputs."""
-        function = api.conv3 if self.stride == 1 else api.conv3_stride2
-        y = convolution(function, self.inputs, self.outputs, "conv", self.form)(x)
+        if self.folded:
+            shape = (3, 3, 3, self.inputs, self.outputs)
+            y = halved.convolved(x, *Weights(shape, name="conv")(), stride=self.stride)
+        else:
+            function = api.conv3 if self.stride == 1 else api.conv3_stride2
+            y = convolution(function, self.inputs, self.outputs, "conv", self.form)(x)
         if self.shortcut and self.inputs == self.outputs:
             y = y + (x if self.stride == 1 else api.average_pool2(x))
         return leaky(y, SLOPE)
 
 
 class UNet(nn.Module):
-    """Two images and what their features say to 16 channels per voxel."""
+    """Two images and what their features say to 16 channels per voxel.
+
+    Attributes:
+      config: see `UniRegConfig`.
+      folded: whether images of full resolution are, the result among them.
+    """
 
     config: UniRegConfig
+    folded: bool = False
 
     @nn.compact
     def __call__(self, moving: Image, fixed: Image, matched: Image | None) -> Image:
-        """Returns N D H W 16.
+        """Returns N D H W 16, or N D/2 H/2 W/2 128.
 
         Args:
           moving: N D H W 1, [-1, 1].
@@ -289,22 +301,28 @@ class UNet(nn.Module):
         *,
         down: bool = False,
         shortcut: bool = False,
+        folded: bool = False,
     ) -> Callable:
         config = self.config
         strided = config.downsample == "strided"
         stride = 2 if down and strided else 1
         shortcut = shortcut and config.residual
-        module = Layer(inputs, outputs, stride, shortcut, config.form, name=name)
+        module = Layer(
+            inputs, outputs, stride, shortcut, config.form, folded, name=name
+        )
         pooled = down and not strided
         return lambda x: module(api.max_pool2(x) if pooled else x)
 
     def _encode(self, moving: Image, fixed: Image, matched: Image | None):
         """Returns features at four resolutions, finest first."""
-        config, layer = self.config, self._layer
-        e0 = layer("encoder_0", 2, 16)((moving, fixed))
-        strided = config.downsample == "strided"
-        halve = Layer(16, 16, 2, form=config.form, name="halve") if strided else None
-        x = api.max_pool2(e0) if halve is None else halve(e0)
+        config, layer, folds = self.config, self._layer, self.folded
+        images = (moving, fixed)
+        x = halved.fold(jnp.concatenate(images, -1)) if folds else images
+        e0 = layer("encoder_0", 2, 16, folded=folds)(x)
+        if config.downsample == "strided":
+            x = Layer(16, 16, 2, form=config.form, folded=folds, name="halve")(e0)
+        else:
+            x = (halved if folds else api).max_pool2(e0)
         parts = (x,) if matched is None else (x, matched)
         e1 = layer("encoder_1", 16 + config.matched, 32)(parts)
         e2 = layer("encoder_2", 32, 32, down=True, shortcut=True)(e1)
@@ -319,10 +337,12 @@ class UNet(nn.Module):
         return x
 
     def _at_full_resolution(self, x: Image, e0: Image) -> Image:
-        """Returns N D H W 16."""
-        x = self._layer("remaining_0", 48, 32)((api.repeat2(x), e0))
-        x = self._layer("remaining_1", 32, 16)(x)
-        return self._layer("remaining_2", 16, 16, shortcut=True)(x)
+        """Returns N D H W 16, or N D/2 H/2 W/2 128."""
+        layer = functools.partial(self._layer, folded=self.folded)
+        repeated = x if self.folded else api.repeat2(x)
+        x = layer("remaining_0", 48, 32)((repeated, e0))
+        x = layer("remaining_1", 32, 16)(x)
+        return layer("remaining_2", 16, 16, shortcut=True)(x)
 
 
 class UniRegNetwork(nn.Module):
@@ -353,20 +373,25 @@ class UniRegNetwork(nn.Module):
         if source is not None and target is not None:
             match = {"correlation": correlated, "concatenation": concatenated}
             matched = match[config.matching](source, target)
-        x = UNet(config, name="unet")(moving, fixed, matched)
-        return part(UniRegNetwork._head, config.remat)(self, x, conditioning)
+        folded = api.is_folded(config.form, moving.shape[1:4])
+        x = UNet(config, folded, name="unet")(moving, fixed, matched)
+        head = functools.partial(UniRegNetwork._head, folded=folded)
+        return part(head, config.remat)(self, x, conditioning)
 
-    def _head(self, x: Image, conditioning: Float[Array, "N K"] | None) -> Image:
-        """Returns the displacement that a head makes of N D H W 16."""
+    def _head(
+        self, x: Image, conditioning: Float[Array, "N K"] | None, *, folded: bool
+    ) -> Image:
+        """Returns the displacement that a head makes of the U-Net's result."""
         config = self.config
         if config.head == "flow":
-            x = x.astype(jnp.float32)
+            x = (halved.unfold(x) if folded else x).astype(jnp.float32)
             flow = convolution(
                 api.conv3, 16, 3, "flow", config.form, kernel_init=_near_zero()
             )
             scale = 0.5 * jnp.asarray(unit_scale(x.shape[1:4]), x.dtype)
             return flow(x) * scale[None, None, None, None]
-        x = Layer(16, EMBEDDING, form=config.form, name="embedding")(x)
+        embed = Layer(16, EMBEDDING, form=config.form, folded=folded, name="embedding")
+        x = halved.unfold(embed(x)) if folded else embed(x)
         if config.head == "dynamic":
             assert conditioning is not None
             head = DynamicHead(EMBEDDING, pool_norm=config.pool_norm, name="head")

@@ -68,12 +68,15 @@ def _by_platform(form: Form, forms: Forms, *args):
 def is_folded(form: Form, shape: Sequence[int]) -> bool:
     """Returns whether so many voxels are computed in TPU's form, where this is traced.
 
+    Not where volumes are split: each device's part of a gradient would be summed over
+    devices as that of a kernel between folded images, many times the weights.
+
     Args:
       form: see the module's docstring; "folded" says so whatever the shape is.
       shape: voxels along each axis.
     """
     on_tpu = form == "folded" or (form == "auto" and platforms.traced() == "tpu")
-    return on_tpu and _are_many(form, shape)
+    return on_tpu and _are_many(form, shape) and splitting.devices() == 1
 
 
 def _are_many(form: Form, shape: Sequence[int]) -> bool:

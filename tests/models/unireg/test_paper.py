@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import ndimage
 
 from jaxreg.errors import UserError
 from jaxreg.losses.objective import Objective
@@ -15,6 +16,7 @@ from jaxreg.models.unireg import features as features_lib
 from jaxreg.models.unireg import paper
 from jaxreg.models.unireg.features import Features
 from jaxreg.models.unireg.paper import UniReg, UniRegConfig
+from jaxreg.nn import halved
 from jaxreg.nn.conv import api
 from jaxreg.nn.correlation import normalised
 from jaxreg.registration.optimization import network as network_lib
@@ -235,6 +237,68 @@ def test_forms(change):
     assert np.ptp(np.asarray(field)) > 0
     one = run(*(np.stack([a[1], a[1]]) for a in (moving, fixed)))
     check(field[1], one.transform.steps[0].field[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"head": "dynamic", "features": "mind", "residual": True},
+        {"head": "flow", "features": "none", **POOLED},
+    ],
+)
+def test_tpu_form_agrees_in_values_and_gradients(change):
+    """Full resolution on the grid of half of it, against the direct form."""
+    config = dataclasses.replace(SMALL, backbone_window=None, **change)
+    variables = loud(UniReg(config).init(jax.random.key(1), SHAPE), size=0.05)
+    task = jnp.array([0, 1]) if config.head == "dynamic" else None
+    moving, fixed = images()
+    cotangent = np.random.default_rng(2).normal(size=(2, *SHAPE, 3)).astype("f4")
+    found = []
+    for form in ("native", "folded"):
+        model = UniReg(dataclasses.replace(config, form=form))
+
+        @jax.jit
+        def run(variables, moving, fixed, model=model):
+            prediction, _ = model.apply(variables, moving, fixed, task=task)
+            return prediction.transform.steps[0].field
+
+        field, pull = jax.vjp(run, variables, moving, fixed)
+        found.append(jax.tree.leaves((field, pull(cotangent))))
+    for direct, ours in zip(*found, strict=True):
+        assert ours.shape == direct.shape
+        limit = 3e-5 * np.abs(direct).max()  # a few hundred roundings of float32
+        np.testing.assert_allclose(ours, direct, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_folded_layers_are_those_of_the_voxels(stride):
+    """Of parts, one of which is repeated, against SciPy's correlation."""
+    rng = np.random.default_rng(3)
+    coarse, fine = rng.normal(size=(1, 2, 3, 4, 2)), rng.normal(size=(1, 4, 6, 8, 3))
+    parts = [coarse.repeat(2, 1).repeat(2, 2).repeat(2, 3), fine] if stride == 1 else [
+        fine
+    ]  # fmt: skip
+    whole = np.concatenate(parts, -1)[0]
+    kernel = rng.normal(size=(3, 3, 3, whole.shape[-1], 2))
+    bias = rng.normal(size=2)
+    direct = np.stack(
+        [
+            bias[o]
+            + sum(
+                ndimage.correlate(whole[..., i], kernel[..., i, o], mode="constant")
+                for i in range(whole.shape[-1])
+            )
+            for o in range(2)
+        ],
+        -1,
+    )[::stride, ::stride, ::stride]
+    images = [jnp.asarray(a, jnp.float32) for a in (coarse, fine)]
+    folded = halved.fold(images[1])
+    given = (images[0], folded) if stride == 1 else folded
+    weights = (jnp.asarray(a, jnp.float32) for a in (kernel, bias))
+    ours = halved.convolved(given, *weights, stride=stride)
+    ours = halved.unfold(ours) if stride == 1 else ours
+    np.testing.assert_allclose(ours[0], direct, rtol=0, atol=2e-5)
 
 
 def test_windows():
