@@ -4,9 +4,17 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from jaxreg.cli.options import OUT, PANELS, SCANS, app, print_written
+from jaxreg.cli.options import (
+    OUT,
+    PANELS,
+    SCANS,
+    app,
+    named_model,
+    print_written,
+    say_chosen,
+)
 from jaxreg.cli.parser import verb
 from jaxreg.cli.progress import Bar, interrupted
 from jaxreg.errors import UserError
@@ -146,11 +154,8 @@ class _Build:
 
         self._scans, self._options, self._out_dir = scans, options, out_dir
         self._rule, _ = preparation.intensity_rules(options)
-        self._model: Any = scans.model
-        if scans.model is None:
-            self._model = preparation.DEFAULT
-        elif scans.model.lower() == "none":
-            self._model = None
+        self._model, why = named_model(scans.model, options)
+        say_chosen(why)
 
     def _name(self, number: int) -> str:
         path = self._scans.scans[number]

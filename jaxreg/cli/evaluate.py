@@ -108,7 +108,12 @@ _ANY_MODALITY = {"fixed_modality": None, "moving_modality": None}
     "evaluate",
     only=PANELS,
     panels=PANELS,
-    defaults={**_ANY_MODALITY, "io_iterations": None},
+    defaults={
+        **_ANY_MODALITY,
+        "io_iterations": None,
+        "io_target": "network",
+        "prealign": "none",
+    },
 )
 def evaluate_verb(
     chosen: Pairs,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from jaxreg.cli.options import (
     OUT,
@@ -10,8 +10,10 @@ from jaxreg.cli.options import (
     SCANS,
     app,
     check_outputs,
+    named_model,
     print_numbers,
     print_written,
+    say_chosen,
     with_modalities,
 )
 from jaxreg.cli.parser import verb
@@ -101,12 +103,16 @@ def labels_verb(atlases: Atlases, labelled: Labelled, options: Options) -> None:
     if truth is not None:
         known = volumes.read_volume(truth, kind="labels")
         preprocess.check_same_grid(known, fixed, what="truth")
+    model = None
+    if atlases.transform is None:
+        model, why = named_model(atlases.model, options)
+        say_chosen(why)
     with (
         interrupted("nothing was written"),
         Bar("labels", waiting="compiling and the first scan") as bar,
     ):
         carried = [
-            _carried(atlases, number, fixed, options, bar)
+            _carried(atlases, number, fixed, model, options, bar)
             for number in range(len(atlases.moving))
         ]
         found = label_fusion.fuse(fixed.grid, carried)
@@ -140,7 +146,12 @@ def _check_counts(atlases: Atlases) -> None:
 
 
 def _carried(
-    atlases: Atlases, number: int, fixed: "Volume", options: Options, bar: Bar
+    atlases: Atlases,
+    number: int,
+    fixed: "Volume",
+    model: Any,
+    options: Options,
+    bar: Bar,
 ) -> "Carried":
     """Reads an atlas, registers it and weighs it, if there are several."""
     from jaxreg.data import preprocess
@@ -154,9 +165,6 @@ def _carried(
     if atlases.transform is not None:
         mapping = transforms.read_transform(atlases.transform[number])
     else:
-        model = preparation.DEFAULT if atlases.model is None else atlases.model
-        if str(model).lower() == "none":
-            model = None
         mapping = pair.register(moving, fixed, model, options).transform
     weight = None
     if count > 1:

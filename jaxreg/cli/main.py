@@ -24,7 +24,7 @@ from jaxreg.cli.options import PANELS, app, print_numbers, print_written, warn
 from jaxreg.cli.parser import spelled, verb
 from jaxreg.cli.progress import Bar, compiling
 from jaxreg.errors import UserError
-from jaxreg.registration.options import Options
+from jaxreg.registration.options import Options, settled
 from jaxreg.xla import compilation_cache
 
 # isort: off
@@ -117,7 +117,8 @@ def demo_verb(context: typer.Context, wanted: Demo, options: Options) -> None:
     download, no weights; a few minutes on two cores.
     """
     name = None if wanted.model.lower() == "none" else wanted.model
-    if name is None and options.io_iterations is None:
+    steps = settled(options, network=name is not None).steps
+    if name is None and steps is None:
         raise UserError(
             "--model none needs optimisation; pass --io-iterations with a number, or "
             "name a --model"
@@ -132,7 +133,7 @@ def demo_verb(context: typer.Context, wanted: Demo, options: Options) -> None:
             wanted.out,
             shape=grid,
             model=name,
-            iterations=options.io_iterations,
+            iterations=steps,
             seed=options.seed,
             command=shlex.join(["jaxreg", *context.obj]),
             progress=bar.step,

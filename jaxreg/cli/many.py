@@ -92,8 +92,7 @@ def check_one_or_many(
     for name, value in needed.items():
         if value is None:
             raise UserError(
-                f"{name} is missing; give --fixed, --moving and their modalities, or a "
-                "list by --pairs"
+                f"{name} is missing; give --fixed and --moving, or a list by --pairs"
             )
 
 
@@ -285,6 +284,19 @@ def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
         rows, others=others, made=listed.out_dir, pages=_pages(rows, listed)
     )
     return rows
+
+
+def across(pairs: pathlib.Path, options: "Options") -> bool:
+    """Whether contrasts differ in any pair of a list."""
+    from jaxreg.data import modality, pair_list
+    from jaxreg.registration import rows as rows_lib
+
+    every = pair_list.read_rows(pairs).values()
+    with_own = (rows_lib.options_of(pair, options) for pair in every)
+    return not all(
+        modality.same_contrast(one.fixed_modality, one.moving_modality)
+        for one in with_own
+    )
 
 
 def _check_modalities(rows: "Rows", given: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ LandmarksFrame = Literal["lps", "ras", "voxel"]
 SCANS, OUT = "Scans", "Outputs"
 _PANELS = {
     SCANS: ("fixed_modality", "moving_modality"),
-    "Model": ("shape", "precision", "stored_orientation"),
+    "Model": ("quality", "shape", "precision", "stored_orientation"),
     "Task": ("task", "pairing", "smoothness", "level_iterations"),
     "Pre-alignment": ("prealign", "sam_weights"),
     "Instance optimisation": ("io_iterations", "io_target", "io_sim", "io_lr", "seed"),
@@ -111,7 +111,8 @@ class Weights(SamWeights):
 
     Attributes:
       model: unigradicon, multigradicon, a path to weights (checkpoint folder or .trch),
-        or none. Default: unigradicon; none with --io-target displacement.
+        none, or auto: published weights that are in the cache already, else none.
+        [default: auto]
       network_weights: Your own weights for the model: checkpoint folder or .trch.
     """
 
@@ -213,6 +214,28 @@ def load_sam(
 
         raise select.without_sam(method)
     return None
+
+
+def named_model(
+    model: str | None, options: options_lib.Options, *, across: bool | None = None
+) -> tuple[str | None, str]:
+    """Returns the model that --model stands for, and why where jaxreg chooses it.
+
+    Args:
+      model: its value; None for "auto".
+      options: how to register.
+      across: see `automatic.choose`.
+    """
+    from jaxreg.registration import automatic
+
+    found, why = automatic.named(model or options_lib.AUTO, options, across=across)
+    return found, spelled(why)
+
+
+def say_chosen(why: str) -> None:
+    """Says which model takes part, where none was named."""
+    if why:
+        print(f"chosen: {why}")
 
 
 def fetch(weights: str | pathlib.Path) -> "LoadedModel":

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import typer
@@ -20,8 +20,10 @@ from jaxreg.cli.options import (
     check_outputs,
     fetch,
     load_sam,
+    named_model,
     print_numbers,
     print_written,
+    say_chosen,
     warn,
     with_modalities,
 )
@@ -29,7 +31,7 @@ from jaxreg.cli.parser import option_name, verb
 from jaxreg.cli.progress import Bar, compiling, interrupted, shorter
 from jaxreg.errors import UserError
 from jaxreg.registration import options as options_lib
-from jaxreg.registration.options import NETWORK, Options
+from jaxreg.registration.options import AUTO, Options
 
 Path = pathlib.Path
 
@@ -142,16 +144,19 @@ def register_verb(
         listed,
         divided,
         _as_options({**vars(scans), **vars(start), **vars(written), **regions}),
-        _as_options({**vars(scans), **modalities}),
+        _as_options(vars(scans)),
     )
-    options = dataclasses.replace(
-        with_modalities(options), inverse=written.inverse_out is not None
-    )
+    options = dataclasses.replace(options, inverse=written.inverse_out is not None)
     if listed.pairs is not None and divided.merge_parts is not None:
         many.merge(listed, divided.merge_parts)
         return
     if listed.pairs is not None:
-        weights = _choose_weights(named.model, named.network_weights, options)
+        options = with_modalities(options)
+        across = many.across(listed.pairs, options)
+        weights, why = _choose_weights(
+            named.model, named.network_weights, options, across=across
+        )
+        say_chosen(why)
         _warn_about_idle_options(options, regions, None, outputs)
         with (
             interrupted(
@@ -168,17 +173,35 @@ def register_verb(
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]
     check_outputs(outputs, [*inputs, start.initial])
+    options, guessed = _with_guessed(scans, options)
     _check_start(start, options)
     regions, options = _segmentations_as_masks(regions, options)
     options_lib.check_options(options)
     options_lib.check_regions(options, regions)
-    weights = _choose_weights(named.model, named.network_weights, options)
+    weights, why = _choose_weights(named.model, named.network_weights, options)
     _warn_about_idle_options(options, regions, outside.fill, outputs)
     _register(
         {**vars(scans), **regions}, outputs, options, weights, outside.fill,
         shlex.join(["jaxreg", *context.obj]), sam_weights=named.sam_weights,
-        initial=start.initial,
+        initial=start.initial, why=why, guessed=guessed,
     )  # fmt: skip
+
+
+def _with_guessed(scans: Scans, options: Options) -> tuple[Options, list[str]]:
+    """Returns the options with the modalities that the scans look like, where they say
+    none, and lines about it.
+    """
+    from jaxreg.data import modality
+    from jaxreg.io import volumes
+
+    found, lines = {}, []
+    for name, path in vars(scans).items():
+        if getattr(options, f"{name}_modality") is None:
+            volumes.check_source(path, option_name(name))
+            found[name] = modality.guessed(volumes.read_volume(path))
+            lines.append(f"--{name}-modality is not given: by its values {found[name]}")
+    given = {f"{name}_modality": value for name, value in found.items()}
+    return dataclasses.replace(options, **given), lines
 
 
 def _check_start(start: Start, options: Options) -> None:
@@ -205,6 +228,8 @@ def _register(
     *,
     sam_weights: pathlib.Path | None,
     initial: pathlib.Path | None,
+    why: str,
+    guessed: Sequence[str],
 ) -> None:
     """Reads, registers and writes, once everything else has been checked."""
     from jaxreg.io import volumes
@@ -221,8 +246,11 @@ def _register(
         modality=options.moving_modality, fill=fill,
         to_warp=outputs["--warped-moving-out"] is not None,
     )  # fmt: skip
+    for line in guessed:
+        print(line)
+    say_chosen(why)
     model = None if weights is None else fetch(weights)
-    options = preparation.with_grid(options, model)
+    options = preparation.with_grid(options, model, read.fixed)
     if sam is not None and not preparation.uses_sam(model, options):
         warn(
             "--sam-weights has no effect without --prealign sam, --io-target features "
@@ -244,7 +272,7 @@ def _register(
     if model is not None and outputs["--report"] is not None:
         known = f"{result.weights}; CRC-32 {model.checksum}"
         result = dataclasses.replace(result, weights=known)
-    result = dataclasses.replace(result, scans=read).save(
+    result = dataclasses.replace(result, scans=read, chosen=why).save(
         transform=outputs["--transform-out"],
         warped=outputs["--warped-moving-out"],
         inverse=outputs["--inverse-out"],
@@ -279,47 +307,50 @@ def _segmentations_as_masks(regions: dict, options):
 
 
 def _choose_weights(
-    model: str | None, network_weights: pathlib.Path | None, options
-) -> str | pathlib.Path | None:
-    """Returns what `load.load` is to load; None where no network takes part."""
-    target, prealigned = options.io_target, options.prealign != "none"
+    model: str | None,
+    network_weights: pathlib.Path | None,
+    options: Options,
+    *,
+    across: bool | None = None,
+) -> tuple[str | pathlib.Path | None, str]:
+    """Returns what `load.load` is to load, None for no network; and why, if not named.
+
+    For `across` see `automatic.choose`.
+    """
+    word = "" if model is None else model.lower()
     named = [
         f"{option} {value}"
         for option, value in (
             ("--network-weights", network_weights),
             ("--model", model),
         )
-        if value is not None and str(value).lower() != "none"
+        if value is not None and str(value).lower() not in ("none", AUTO)
     ]
-    if target == "displacement":
+    if options.io_target == "displacement":
         if named:
             raise UserError(
                 f"{named[0]} has no effect with --io-target displacement, which uses "
                 "no network; leave one of them out"
             )
-        return None
-    if model is not None and model.lower() == "none":
-        if target in ("features", "map"):  # from where the scans are
-            return None
-        if prealigned and options.io_iterations is None:
-            return None
-        raise UserError(
-            "--model none leaves nothing to optimise or predict with; add --io-target "
-            "displacement to register without weights"
-            + ", or --io-iterations None to pre-align alone"
-            * prealigned
-        )
+        return None, ""
+    if word == "none":
+        if options.io_target == "network":
+            raise UserError(
+                "--model none leaves nothing to optimise or predict with; leave "
+                "--io-target network out to register without weights"
+            )
+        return None, ""
     from jaxreg.weights import zoo
 
     if network_weights is None:
-        return model or NETWORK
-    if model is not None and model not in zoo.ZOO:
+        return named_model(model, options, across=across)
+    if word not in ("", AUTO) and model not in zoo.ZOO:
         raise UserError(
             f"--model {model} and --network-weights {network_weights} both name "
             "weights; pass one of them"
         )
     # A name of the zoo wins over a folder called so, unless it is spelt as a path.
-    return network_weights.absolute()
+    return network_weights.absolute(), ""
 
 
 def _warn_about_idle_options(options, regions, fill, outputs) -> None:

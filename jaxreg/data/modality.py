@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
+import numpy as np
+
 from jaxreg.space import background
 from jaxreg.space.grid import Volume
 
@@ -12,6 +14,8 @@ Modality = Literal["ct", "mri"]
 
 
 _CT = frozenset(("ct", "cbct", "fbct", "cect", "ncct", "ldct", "hrct", "cta"))
+_NEARLY_ALL = (0.001, 0.999)
+_HOUNSFIELD = 90.0  # units: fat, which every CT shows, is below their negative
 _EMISSION = frozenset(("pet", "spect"))
 
 
@@ -64,6 +68,18 @@ def same_contrast(first: str, second: str) -> bool:
     if one == other or kind(first) == "ct":
         return True
     return "mri" in (one, other) and not {one, other} & {"us", "pet"}
+
+
+def guessed(volume: Volume) -> Modality:
+    """Returns which rule of intensities the values of a scan ask for.
+
+    Hounsfield units go far below 0 and above; what else does is taken for MR.
+    """
+    values = volume.array[np.isfinite(volume.array)]
+    if not values.size:
+        return "mri"
+    low, high = np.quantile(values, _NEARLY_ALL)
+    return "ct" if low <= -_HOUNSFIELD and high >= _HOUNSFIELD else "mri"
 
 
 def background_of(

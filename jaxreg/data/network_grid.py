@@ -32,6 +32,7 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
     }
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
+_EVEN = 8  # voxels: scans of nearly one size have one grid, and one program
 _FEWEST_KEPT = 4  # voxels along each axis of a part
 _WHOLE = 0.8  # share of an axis from which all of it is kept
 CANONICAL = "RAS"
@@ -268,6 +269,34 @@ def oriented(volume: Volume, axes: Any) -> Volume:
 def orientation_of(grid: Grid) -> str:
     """Returns the directions in which NIfTI's i, j and k grow, e.g. "RAS"."""
     return "".join(orientations.aff2axcodes(grid.transposed().affine_mm))
+
+
+def shape_within(grid: Grid, voxels: int) -> Shape:
+    """Returns a scan's shape, or a coarser one of about so many voxels at most.
+
+    A coarser one has voxels that are as cubic as the scan's own allow. Axes of more
+    than 8 voxels get a multiple of 8, the next larger one.
+
+    Args:
+      grid: of the scan.
+      voxels: how many.
+    """
+    spacing = np.maximum(np.asarray(grid.spacing_mm, np.float64), 1e-9)
+    own = np.asarray(grid.shape, np.float64)
+
+    def count(edge: float) -> np.ndarray:
+        return np.maximum(np.minimum(own, own * spacing / edge), 1.0)
+
+    low, high = spacing.min(), (own * spacing).max()
+    if own.prod() > voxels:
+        for _ in range(50):  # bisection of the voxels' edge in mm
+            middle = math.sqrt(low * high)
+            fits = count(middle).prod() <= voxels
+            low, high = (low, middle) if fits else (middle, high)
+        own = count(high)
+    even = [_EVEN * math.ceil(n / _EVEN - 1e-6) if n > _EVEN else n for n in own]
+    d, h, w = (max(1, math.ceil(n - 1e-6)) for n in even)
+    return d, h, w
 
 
 def part_near(

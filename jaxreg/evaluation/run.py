@@ -132,7 +132,8 @@ def evaluate(
             f"`dice_loss_weight` is {options.dice_loss_weight:g}: the evaluation would "
             "optimise what it measures; leave it out"
         )
-    options = preparation.with_grid(dataclasses.replace(options, inverse=False), model)
+    options = dataclasses.replace(options, inverse=False)
+    options = options_lib.settled(options, network=True)
     method_runs = _method_runs(
         model, options, with_optimisation, name, others or {}, smoothness, sam
     )
@@ -150,14 +151,13 @@ def evaluate(
     waiting = [(p, name[1]) for name, p in own.items() if name not in there]
     if rows and share.keep is not None:
         share.keep(sharing.in_order(rows, methods, whole))
-    placement = preparation.placement_of(model, options)
     devices = share.devices or together.devices_for(len(waiting))
     compiled: set[str] = set()
     for first in range(0, len(waiting), len(devices)):
         batch = waiting[first : first + len(devices)]
         firsts: set[str] = set()
         for row in _rows_of(
-            batch, method_runs, devices, options, placement, labels, landmarks_frame
+            batch, method_runs, devices, options, model, labels, landmarks_frame
         ):
             firsts |= {row.method} if row.first else set()
             first_ever = row.first and row.method not in compiled
@@ -175,7 +175,7 @@ def _rows_of(
     method_runs: Sequence[_MethodRun],
     devices: Sequence[spreading.Device],
     options: options_lib.Options,
-    placement: network_grid.ResamplingRule,
+    model: Any,
     labels: Sequence[int] | None,
     frame: Frame,
 ) -> Iterator[table_lib.EvalRecord]:
@@ -183,6 +183,7 @@ def _rows_of(
 
     Without numbers, and with a warning, where a method fails.
     """
+    placement = preparation.placement_of(model, options)
     written = next((w for w in reversed(method_runs) if w.compiles), None)
     read = [_read(pair, name, options, frame) for pair, name in batch]
     present = [() if c is None else cases.labels_of(c, labels) for c in read]
@@ -192,8 +193,10 @@ def _rows_of(
             if case is None:
                 yield table_lib.EvalRecord(method_run.name, pair.table, name)
                 continue
+            fixed = case.scans.fixed
+            on_grid = preparation.with_grid(options, model, fixed)
             measured = placement.measured(
-                placement.reoriented(case.scans.fixed).grid, options.grid_shape
+                placement.reoriented(fixed).grid, on_grid.grid_shape
             )
             try:
                 yield _row(
@@ -325,7 +328,8 @@ def _starts(
     placement = preparation.placement_of(model, options)
 
     def resized(case):
-        return _resized(case, options, placement), math.nan
+        on_grid = preparation.with_grid(options, model, case.scans.fixed)
+        return _resized(case, on_grid, placement), math.nan
 
     method_runs = [
         _MethodRun(

@@ -10,6 +10,7 @@ import math
 import numbers
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from jaxreg import settings
@@ -21,11 +22,12 @@ from jaxreg.space.grid import Shape, Volume
 if TYPE_CHECKING:
     from jaxreg.data import network_grid
 
-Target = Literal["network", "displacement", "features", "map"]
+Target = Literal["auto", "network", "displacement", "features", "map"]
 REFINING = ("features", "map")
 SIMILARITIES = ("auto", "lncc", "lncc2", "mind", "nmi", "ncc", "box_ncc", "mse")
 """The keys of `losses.similarity.SIMILARITIES`, and a choice by the scans."""
 Prealign = Literal[
+    "auto",
     "none",
     "centre",
     "rigid",
@@ -35,12 +37,12 @@ Prealign = Literal[
     "sam-affine",
     "sam-coarse",
 ]
-"""none; centres of mass; by intensities a rigid, a similarity (rigid, and one stretch
-in all directions) or an affine map; by SAM's matches an affine map ("sam-affine") or a
-coarse field ("sam-coarse", and "sam", as UniReg was trained)."""
+"""auto: see `settled`; none; centres of mass; by intensities a rigid, a similarity
+(rigid, and one stretch in all directions) or an affine map; by SAM's matches an affine
+map ("sam-affine") or a coarse field ("sam-coarse" and "sam", as UniReg was trained)."""
 SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
-NETWORK = "unigradicon"
-"""The network where no model is named."""
+AUTO = "auto"
+"""What jaxreg chooses: a model (`automatic.choose`), or an option (`settled`)."""
 MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 MODALITIES = tuple(modality_lib.CONTRASTS)
@@ -67,14 +69,41 @@ def read_shape(text: str) -> Shape:
     return d, h, w
 
 
-def read_iterations(text: str) -> int | None:
-    """Returns a number of steps, or None for "None".
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """What a quality means where the options do not say it.
+
+    Attributes:
+      network_steps: of instance optimisation after a network; None for none.
+      steps: of a displacement without a network, at each level.
+      voxels: of the grid without a network, at most, see `network_grid.shape_within`.
+    """
+
+    network_steps: int | None
+    steps: int
+    voxels: int
+
+
+Quality = Literal["fast", "default", "best"]
+EFFORTS: Mapping[Quality, Effort] = MappingProxyType(
+    {
+        "fast": Effort(network_steps=None, steps=30, voxels=48**3),
+        "default": Effort(network_steps=50, steps=50, voxels=80**3),
+        "best": Effort(network_steps=200, steps=100, voxels=128**3),
+    }
+)
+
+
+def read_iterations(text: str) -> int | Literal["auto"] | None:
+    """Returns a number of steps, None for "None", or "auto".
 
     Raises:
-      UserError: it is neither.
+      UserError: it is none of them.
     """
     if text.strip().lower() == "none":
         return None
+    if text.strip().lower() == AUTO:
+        return AUTO
     try:
         return int(text)
     except ValueError:
@@ -83,8 +112,8 @@ def read_iterations(text: str) -> int | None:
 
 def _wrong_iterations(given: int | str) -> UserError:
     return UserError(
-        f"`io_iterations` is {given}, expected a positive number, or None to register "
-        "without instance optimisation"
+        f"`io_iterations` is {given}, expected a positive number, auto, or None to "
+        "register without instance optimisation"
     )
 
 
@@ -99,7 +128,11 @@ class Options:
         network sees it turned (without weights: superior, anterior, right; its fastest
         for weights that see NIfTI's order, as PromptReg's), or one number for a cube.
         Default: the grid that the weights were trained on, 175,175,175 for the
-        published ones.
+        published ones; without weights the fixed scan's own, or a coarser one of as
+        many voxels as the quality has.
+      quality: How much work is done where other options do not say it. fast: a
+        network's prediction alone, or a coarse grid; best: more steps, and a finer
+        grid.
       precision: Of the network's products, where the device has a choice: weights and
         images stay float32, and a CPU always computes in it.
       stored_orientation: Feed both scans as they are stored, as the PyTorch tool does.
@@ -116,14 +149,16 @@ class Options:
         training, else the middle.
       level_iterations: For UniReg-RPN: repeat each level up to so many times, as long
         as it helps; 10 is the released UniReg-IIRPN. Default: the weights' own (1).
-      prealign: What comes before the network, in mm: centre puts centres of mass onto
-        each other; rigid, similarity (one stretch in all directions) and affine match
+      prealign: What comes before the network, in mm. auto: affine without a network,
+        unless io_target is given; else none. centre puts centres of mass onto each
+        other; rigid, similarity (one stretch in all directions) and affine match
         intensities; sam-affine and sam-coarse (sam is the
         same) follow SAM's matches.
       io_iterations: Steps of instance optimisation (for a displacement per level of
-        resolution), or None for a single prediction.
+        resolution), or None for a single prediction. auto: by quality, 50.
       io_target: What is optimised: a copy of the network's weights; an affine and a
-        displacement field without any network; after the network, a displacement by
+        displacement field without any network (auto: the first of these with a
+        network, the second without); after the network, a displacement by
         features (of SAM, or MIND's descriptors), or its map by intensities.
       io_sim: Similarity. auto: lncc; without a network nmi where contrasts differ, by
         the modalities or else by the intensities.
@@ -149,15 +184,16 @@ class Options:
     fixed_modality: Annotated[str, MODALITIES] = "mri"
     moving_modality: Annotated[str, MODALITIES] = "mri"
     shape: Annotated[Shape | None, read_shape] = None
+    quality: Quality = "default"
     precision: Literal["float32", "bfloat16"] = "float32"
     stored_orientation: bool = False
     task: str = "auto"
     pairing: Pairing | None = None
     smoothness: float | None = None
     level_iterations: int | None = None
-    prealign: Prealign = "none"
-    io_iterations: Annotated[int | None, read_iterations] = 50
-    io_target: Target = "network"
+    prealign: Prealign = "auto"
+    io_iterations: Annotated[int | Literal["auto"] | None, read_iterations] = "auto"
+    io_target: Target = "auto"
     io_sim: Annotated[str, SIMILARITIES] = "auto"
     io_lr: float | None = None
     seed: int = 0
@@ -189,6 +225,12 @@ class Options:
                 "(175, 175, 175), or one for a cube"
             ) from None
         object.__setattr__(self, "shape", (d, h, w))
+
+    @property
+    def steps(self) -> int | None:
+        """`io_iterations` of options that say them; see `settled`."""
+        assert not isinstance(self.io_iterations, str), "the caller has called settled"
+        return self.io_iterations
 
     @property
     def grid_shape(self) -> Shape:
@@ -224,6 +266,37 @@ class Regions:
                 object.__setattr__(self, name, read)
 
 
+def settled(options: Options, *, network: bool, started: bool = False) -> Options:
+    """Returns the options with what "auto" stands for, but for the similarity.
+
+    Args:
+      options: how to register.
+      network: whether a network takes part.
+      started: whether something else says already where the scans are.
+    """
+    effort, steps = EFFORTS[options.quality], options.io_iterations
+    target, prealign = options.io_target, options.prealign
+    if steps == AUTO:
+        alone = not network or target == "displacement"
+        steps = effort.steps if alone else effort.network_steps
+        if steps is None and _asks_for_steps(options):
+            steps = EFFORTS["default"].network_steps
+    if target == AUTO:
+        target = "network" if network or steps is None else "displacement"
+    if prealign == AUTO:
+        unplaced = not (network or started) and options.io_target == AUTO
+        prealign = "affine" if unplaced else "none"
+    return dataclasses.replace(
+        options, io_iterations=steps, io_target=target, prealign=prealign
+    )
+
+
+def _asks_for_steps(options: Options) -> bool:
+    """Whether anything would have no effect without instance optimisation."""
+    weighted = options.dice_loss_weight > 0 or options.intensity_conservation_loss
+    return weighted or options.io_target != AUTO
+
+
 def check_options(options: Options) -> None:
     """Checks what can be said before any file is read.
 
@@ -234,14 +307,16 @@ def check_options(options: Options) -> None:
         options, Options, "the options are", "jaxreg.registration.options.Options(...)"
     )
     for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "io_iterations" and value == AUTO:
+            continue
         if not isinstance(field.type, str):  # placement, which names a later module
-            settings.read(
-                getattr(options, field.name), field.type, field.name, parse=False
-            )
+            settings.read(value, field.type, field.name, parse=False)
     _check_modality_options(options)
     _check_prealign(options)
-    if options.io_iterations is not None and options.io_iterations < 1:
-        raise _wrong_iterations(options.io_iterations)
+    steps = options.io_iterations
+    if isinstance(steps, int) and steps < 1:
+        raise _wrong_iterations(steps)
     if options.io_lr is not None and not 0 < options.io_lr < math.inf:
         raise UserError(f"`io_lr` is {options.io_lr:g}, expected a positive number")
     if not 0 <= options.dice_loss_weight < math.inf:
@@ -284,7 +359,10 @@ def _check_target(options: Options) -> None:
         )
     if options.io_iterations is None:
         for name, used in (
-            (f"`io_target` {options.io_target}", options.io_target != "network"),
+            (
+                f"`io_target` {options.io_target}",
+                options.io_target not in (AUTO, "network"),
+            ),
             ("`dice_loss_weight`", options.dice_loss_weight > 0),
             ("`intensity_conservation_loss`", options.intensity_conservation_loss),
         ):
@@ -296,7 +374,7 @@ def _check_target(options: Options) -> None:
 
 
 def _check_prealign(options: Options) -> None:
-    if options.prealign != "none" and options.stored_orientation:
+    if options.prealign not in (AUTO, "none") and options.stored_orientation:
         raise UserError(
             "`stored_orientation` shows the network the moving scan as it is stored, "
             f"`prealign` {options.prealign} over the fixed scan; leave one of the two "

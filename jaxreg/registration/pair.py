@@ -24,6 +24,7 @@ from jaxreg.io import given
 from jaxreg.losses import similarity
 from jaxreg.models.sam import TrainedSam
 from jaxreg.registration import (
+    automatic,
     conditioning,
     preparation,
     scan_pair,
@@ -52,7 +53,7 @@ _MUCH_FOLDED = 1.0  # per cent of the voxels
 def register(
     moving: given.Scan,
     fixed: given.Scan,
-    model: zoo.LoadedModel | str | os.PathLike[str] | None = preparation.DEFAULT,
+    model: zoo.LoadedModel | str | os.PathLike[str] | None = options_lib.AUTO,
     options: Options = Options(),
     *,
     regions: Regions | None = None,
@@ -67,9 +68,9 @@ def register(
       moving: the scan to be warped: the path of a file, an image of nibabel or
         SimpleITK, or a volume, D H W, stored intensities.
       fixed: the scan that stays, the same.
-      model: weights from `load.load`, or what that loads; None where `io_target` can do
-        without, or for a pre-alignment alone (without `io_iterations`). By default as
-        on the command line: uniGradICON, or None for a displacement.
+      model: weights from `load.load`, or what that loads; None for no network; "auto"
+        for published weights that are in the cache, else none, see
+        `automatic.choose`.
       options: how to register.
       regions: masks and label maps of the two scans.
       sam: a network for SAM's pre-alignments and for a UniReg that has none; by default
@@ -104,6 +105,7 @@ class Prepared:
       sam: see `register`.
       placed: the scans on the network grid.
       seconds: of each phase so far.
+      why: why the model is the one, where none was named.
     """
 
     given: scan_pair.ScanPair
@@ -113,6 +115,7 @@ class Prepared:
     sam: TrainedSam | None
     placed: "_Placed"
     seconds: dict[str, float]
+    why: str = ""
 
 
 def prepare(
@@ -133,17 +136,22 @@ def prepare(
     options_lib.check_options(options)
     if initial is not None:
         initial_lib.check(options)
+    model, why = automatic.named(model, options)
+    started = initial is not None or start is not None
+    options = options_lib.settled(options, network=model is not None, started=started)
+    options_lib.check_options(options)
     scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
     options_lib.check_regions(options, vars(scans.regions))
     model, conditioned = preparation.conditioning_of(model, options, sam)
     preparation.warn_of_orientation(scans.fixed, model, options)
-    options = preparation.with_rule_of(model, preparation.with_grid(options, model))
+    options = preparation.with_grid(options, model, scans.fixed)
+    options = preparation.with_rule_of(model, options)
     _prealigns_alone(model, options)  # or there is nothing to do
     if initial is not None:
         start = initial_lib.prealignment(initial, scans.fixed, scans.moving)
     seconds: dict[str, float] = {}
     placed = _placed(scans, model, options, conditioned, sam, start, seconds)
-    return Prepared(scans, model, options, conditioned, sam, placed, seconds)
+    return Prepared(scans, model, options, conditioned, sam, placed, seconds, why)
 
 
 def finish(
@@ -213,6 +221,7 @@ def finish(
         started_from="" if start else found.start,
         conditioning=prepared.conditioned.text,
         weights="" if model is None else model.described,
+        chosen=prepared.why,
         scans=dataclasses.replace(prepared.given, regions=Regions()),
         **scores,
     )
@@ -440,7 +449,7 @@ def network_task(
 
 def optimisation_of(options: Options) -> dict[str, Any]:
     """Returns steps and, perhaps, learning rate of an optimisation, by argument."""
-    found: dict[str, Any] = {"steps": options.io_iterations}
+    found: dict[str, Any] = {"steps": options.steps}
     if options.io_lr is not None:
         found["learning_rate"] = options.io_lr
     return found

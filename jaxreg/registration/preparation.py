@@ -24,16 +24,21 @@ from jaxreg.space.grid import Grid, Volume
 from jaxreg.typing import Pair
 from jaxreg.weights import load, zoo
 
-DEFAULT = "default"
-"""In place of a model: uniGradICON, or none where a displacement is optimised alone."""
-_WITHOUT_WEIGHTS = (175, 175, 175)  # the network grid
 
+def with_grid(
+    options: Options, model: zoo.LoadedModel | None, fixed: Volume
+) -> Options:
+    """Returns options on the grid of the weights, where they name none themselves.
 
-def with_grid(options: Options, model: zoo.LoadedModel | None) -> Options:
-    """Returns options on the grid of the weights, where they name none themselves."""
+    Without weights on the fixed scan's, or a coarser one, see `options.Effort`.
+    """
     if options.shape is not None:
         return options
-    shape = _WITHOUT_WEIGHTS if model is None else model.shape
+    if model is not None:
+        return dataclasses.replace(options, shape=model.shape)
+    seen = placement_of(None, options).reoriented(fixed).grid
+    voxels = options_lib.EFFORTS[options.quality].voxels
+    shape = network_grid.shape_within(seen, voxels)
     return dataclasses.replace(options, shape=shape)
 
 
@@ -44,8 +49,6 @@ def conditioning_of(
 ) -> tuple[zoo.LoadedModel | None, conditioning.TaskValues]:
     """Returns the network as it serves the task, and what its pairs are to carry."""
     words = (options.task, options.pairing, options.smoothness)
-    if model == DEFAULT:
-        model = None if options.io_target == "displacement" else options_lib.NETWORK
     if isinstance(model, str | os.PathLike):
         model = load.load(model)
     loaded = zoo.LoadedModel | None

@@ -59,6 +59,7 @@ class RegistrationResult:
       started_from: what fitted best before a registration without a network:
         "headers", "centres of mass" or "stretched extents"; else empty.
       weights: name, source and licence of the network's; empty without one.
+      chosen: the model, and why it is the one, where none was named; else empty.
       scans: the two scans, which are warped, drawn and written from; what was given as
         a volume or an image is referred to, not copied.
     """
@@ -85,6 +86,7 @@ class RegistrationResult:
     prealigned_fits: tuple[measure.Fit, measure.Fit] | None = None
     started_from: str = ""
     weights: str = ""
+    chosen: str = ""
     scans: scan_pair.ScanPair | None = None
 
     def __repr__(self) -> str:
@@ -292,6 +294,8 @@ def summary(result: RegistrationResult) -> dict[str, str]:
     rows = {name: text for name, text in rows.items() if text}
     if result.started_from:
         rows = {"started from": result.started_from, **rows}
+    if result.chosen:
+        rows = {"chosen": result.chosen, **rows}
     if result.conditioning:
         rows = {"told": result.conditioning, **rows}
     if result.domains:

@@ -95,7 +95,7 @@ def _register_each(
     requests: Sequence[Request], devices: Sequence[spreading.Device]
 ) -> list[Outcome]:
     homes = [
-        device if _optimises_displacement(request.options) else devices[0]
+        device if _optimises_displacement(request) else devices[0]
         for request, device in zip(requests, devices, strict=False)
     ]
     prepared = _in_threads(_prepare, homes, requests)
@@ -108,7 +108,8 @@ def _register_each(
     return _in_threads(_finish, homes, prepared, found)
 
 
-def _optimises_displacement(options: options_lib.Options) -> bool:
+def _optimises_displacement(request: Request) -> bool:
+    options = options_lib.settled(request.options, network=request.model is not None)
     return options.io_iterations is not None and options.io_target != "network"
 
 

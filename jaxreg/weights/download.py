@@ -39,6 +39,11 @@ def manual_steps(folder: pathlib.Path, name: str) -> pathlib.Path:
     return folder / f"{name}.trch"
 
 
+def is_cached(name: str, folder: pathlib.Path) -> bool:
+    """Whether a network can be loaded by its name without fetching anything."""
+    return (folder / name).is_dir() or manual_steps(folder, name).is_file()
+
+
 def fill_cache(
     name: str,
     folder: pathlib.Path,

@@ -43,6 +43,7 @@ class ModelCard:
       preprocessing: what its input must look like.
       parameters: number of trained numbers.
       coverage: anatomies and modalities, one line.
+      across: whether its training had pairs of two modalities.
       licence: terms of the weights.
       paper: where it is described.
       asset: the file's place below the release page.
@@ -55,6 +56,7 @@ class ModelCard:
     preprocessing: Mapping[str, Any]
     parameters: int
     coverage: str
+    across: bool
     licence: str
     paper: str
     asset: str
@@ -171,6 +173,7 @@ ZOO = {
         title="uniGradICON",
         model="gradicon",
         coverage="lung CT, knee MR, brain MR, abdomen CT; two scans of one modality",
+        across=False,
         paper="Tian et al., MICCAI 2024, https://arxiv.org/abs/2403.05780",
         asset="unigradicon_weights/Step_2_final.trch",
         **_PUBLISHED_GRADICON,
@@ -179,6 +182,7 @@ ZOO = {
         title="multiGradICON",
         model="gradicon",
         coverage="lung, knee, brain, abdomen; CT, CBCT, MR, also across modalities",
+        across=True,
         paper="Demir et al., WBIR 2024, https://arxiv.org/abs/2408.00221",
         asset="multigradicon_weights/Step_2_final.trch",
         **_PUBLISHED_GRADICON,

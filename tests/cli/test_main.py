@@ -259,7 +259,7 @@ BAD = {
         {"io_target": None, "network_weights": "@missing"},
         "missing.nii.gz",
     ),
-    "model none": ({"io_target": None, "model": "none"}, "--io-target displacement"),
+    "model none": ({"io_target": "network", "model": "none"}, "--io-target network"),
     "model with displacement": ({"model": "unigradicon"}, "--model"),
     "weights with displacement": ({"network_weights": "x.trch"}, "--network-weights"),
     "two sets of weights": (
@@ -277,7 +277,6 @@ BAD = {
     "one file twice": ({"inverse_out": "%transform.h5"}, "--inverse-out"),
     "no output": ({"transform_out": None}, "--transform-out"),
     "no fixed": ({"fixed": None}, "--fixed"),
-    "no modality": ({"fixed_modality": None}, "--fixed-modality"),
     "modality": ({"fixed_modality": "xray"}, "--fixed-modality"),
     "iterations abc": ({"io_iterations": "abc"}, "--io-iterations"),
     "iterations 0": ({"io_iterations": "0"}, "--io-iterations"),
@@ -368,10 +367,6 @@ BAD = {
     "SAM's path is looked at before scans": (
         {"prealign": "sam", "moving": "@text", "sam_weights": "%nowhere"},
         "no SAM weights at",
-    ),
-    "pre-alignment alone with steps": (
-        {"prealign": "affine", "io_target": None, "model": "none"},
-        "--io-iterations None to pre-align alone",
     ),
     "features without steps": (
         {"io_target": "features", "io_iterations": "None"},

@@ -36,16 +36,17 @@ def options_of(argv: list[str], **defaults) -> Options:
 def test_without_options_there_are_the_defaults_of_the_dataclass():
     assert options_of([]) == Options()
     assert options_of([], io_iterations=None).io_iterations is None
-    assert options_of(["--io-iterations", "50"], io_iterations=None) == Options()
+    given = options_of(["--io-iterations", "50"], io_iterations=None)
+    assert given == Options(io_iterations=50)
 
 
 def test_every_option_arrives():
     given = Options(
         fixed_modality="t1", moving_modality="ct", shape=(8, 9, 10),
-        precision="bfloat16", stored_orientation=True, task="a,b", pairing="intra",
-        smoothness=0.5, level_iterations=3, prealign="sam-affine", io_iterations=None,
-        io_target="map", io_sim="box_ncc", io_lr=1e-3, seed=7, input_masking=True,
-        loss_function_masking=True, dice_loss_weight=2.0,
+        quality="best", precision="bfloat16", stored_orientation=True, task="a,b",
+        pairing="intra", smoothness=0.5, level_iterations=3, prealign="sam-affine",
+        io_iterations=None, io_target="map", io_sim="box_ncc", io_lr=1e-3, seed=7,
+        input_masking=True, loss_function_masking=True, dice_loss_weight=2.0,
         intensity_conservation_loss=True, ct_window=(-1000, 400),
         quantile_range=(0.01, 0.98),
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """From two volumes to a transform in mm, with models whose answer is known."""
 
 import dataclasses
+import math
 import warnings
 
 import jax
@@ -542,8 +543,9 @@ def test_dice_classes_are_those_of_both():
 
 def test_model_is_needed_for_the_network():
     scan = blobs(make_grid())
+    options = dataclasses.replace(OPTIONS, io_target="network", io_iterations=2)
     with pytest.raises(UserError, match="displacement"):
-        pair_lib.register(scan, scan, None, OPTIONS)
+        pair_lib.register(scan, scan, None, options)
 
 
 def test_mask_elsewhere_is_refused():
@@ -951,7 +953,10 @@ def test_the_grid_is_that_of_the_weights_unless_another_is_given():
     assert result.fixed_grid.shape == (9, 10, 11)
     result = pair_lib.register(fixed, fixed, model, OPTIONS)
     assert result.fixed_grid.shape == NETWORK_GRID
-    assert preparation.with_grid(options, None).shape == (175, 175, 175)
+    # Without weights the fixed scan's, of which an axis has a multiple of 8.
+    assert preparation.with_grid(options, None, fixed).shape == tuple(
+        8 * math.ceil(n / 8) for n in fixed.grid.shape
+    )
 
 
 def test_paths_and_images_are_registered_as_volumes_are(tmp_path):

@@ -17,7 +17,6 @@ from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
 from jaxreg.models.base import Prediction, RegistrationModel
 from jaxreg.registration import pair as pair_lib
-from jaxreg.registration import preparation
 from jaxreg.space.grid import Grid, Volume
 from jaxreg.space.transform import Displacement, Transform
 from jaxreg.weights import bundle as bundle_lib
@@ -27,7 +26,16 @@ GRID = (10, 9, 8)
 OPTIONS = jaxreg.Options(
     fixed_modality="mri", moving_modality="ct", shape=GRID, io_iterations=None
 )
-CALLS = ("--fixed-modality", "mri", "--moving-modality", "ct", "--shape", "10,9,8")
+CALLS = (
+    "--model",
+    "unigradicon",
+    "--fixed-modality",
+    "mri",
+    "--moving-modality",
+    "ct",
+    "--shape",
+    "10,9,8",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +214,3 @@ def test_a_result_refers_to_what_it_was_given(paths):
     assert found.scans.moving is moving
     assert found.scans.fixed is fixed
     assert found.scans.stored is moving
-
-
-def test_without_a_model_the_default_is_that_of_the_command_line(paths, monkeypatch):
-    asked = []
-
-    def note(name):
-        asked.append(name)
-        return loaded()
-
-    monkeypatch.setattr(load, "load", note)
-    jaxreg.register(fixed=paths[1], moving=paths[0], options=OPTIONS)
-    assert asked == ["unigradicon"]
-    options = dataclasses.replace(OPTIONS, io_target="displacement", io_iterations=1)
-    model, _ = preparation.conditioning_of(preparation.DEFAULT, options, None)
-    assert model is None
-    assert asked == ["unigradicon"]

@@ -77,6 +77,7 @@ def prepared(weights=1.0, images=SHAPE, **options) -> Prepared:
     model = types.SimpleNamespace(model="network", variables=shared)
     placed = types.SimpleNamespace(pair=Pair(image, image))
     chosen = options_lib.Options(**{"io_sim": "lncc", **options})
+    chosen = options_lib.settled(chosen, network=True)
     return Prepared(None, model, chosen, None, None, placed, {})  # pyright: ignore
 
 

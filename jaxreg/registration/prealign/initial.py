@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxreg.errors import UserError
 from jaxreg.io import files, transforms
-from jaxreg.registration.options import Options
+from jaxreg.registration.options import AUTO, Options
 from jaxreg.registration.prealign import select
 from jaxreg.space import affine, warping
 from jaxreg.space import transform as transform_lib
@@ -26,7 +26,7 @@ def check(options: Options) -> None:
     Raises:
       UserError: a pre-alignment is asked for as well, or scans as they are stored.
     """
-    if options.prealign != "none":
+    if options.prealign not in (AUTO, "none"):
         raise UserError(
             f"`initial` says where to start, and `prealign` {options.prealign} looks "
             "for it; leave one of the two away"

@@ -134,7 +134,8 @@ def main(folder: pathlib.Path) -> None:
     scans = [volumes.read_volume(folder / f"{n}.nii.gz") for n in range(2)]
     options = MODES["predict"]
     good = together.Request(scans[1], scans[0], model(), options)
-    bad = together.Request(scans[1], scans[0], None, options)
+    asking = dataclasses.replace(options, io_target="network", prealign="none")
+    bad = together.Request(scans[1], scans[0], None, asking)
     found = together.register_each([good, bad, good], devices)
     said["one failing"] = [type(one).__name__ for one in found]
     said["collectives"] = collectives()
