@@ -151,25 +151,10 @@ def register_verb(
         many.merge(listed, divided.merge_parts)
         return
     if listed.pairs is not None:
-        options = with_modalities(options)
-        across = many.across(listed.pairs, options)
-        weights, why = _choose_weights(
-            named.model, named.network_weights, options, across=across
-        )
-        say_chosen(why)
-        _warn_about_idle_options(options, regions, None, outputs)
-        with (
-            interrupted(
-                "the pairs that are done are written; give the same command with "
-                "--skip-existing to go on with the others"
-            ),
-            Bar("register", waiting="compiling and the first pair") as bar,
-        ):
-            many.register_list(
-                listed, divided, options, weights, modalities=modalities,
-                fill=outside.fill, sam_weights=named.sam_weights,
-                command=shlex.join(["jaxreg", *context.obj]), show=bar.pairs,
-            )  # fmt: skip
+        _register_list(
+            listed, divided, named, with_modalities(options), outside.fill,
+            modalities, shlex.join(["jaxreg", *context.obj]),
+        )  # fmt: skip
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]
     check_outputs(outputs, [*inputs, start.initial])
@@ -185,6 +170,37 @@ def register_verb(
         shlex.join(["jaxreg", *context.obj]), sam_weights=named.sam_weights,
         initial=start.initial, why=why, guessed=guessed,
     )  # fmt: skip
+
+
+def _register_list(
+    listed: many.PairList,
+    divided: Division,
+    named: Weights,
+    options: Options,
+    fill: float | None,
+    modalities: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Chooses what registers a list, and registers it."""
+    assert listed.pairs is not None  # the caller's promise
+    across = many.across(listed.pairs, options)
+    weights, why = _choose_weights(
+        named.model, named.network_weights, options, across=across
+    )
+    say_chosen(why)
+    _warn_about_idle_options(options, {"fixed_segmentation": None}, None, {})
+    with (
+        interrupted(
+            "the pairs that are done are written; give the same command with "
+            "--skip-existing to go on with the others"
+        ),
+        Bar("register", waiting="compiling and the first pair") as bar,
+    ):
+        many.register_list(
+            listed, divided, options, weights, modalities=modalities,
+            fill=fill, sam_weights=named.sam_weights, command=command,
+            show=bar.pairs,
+        )  # fmt: skip
 
 
 def _with_guessed(scans: Scans, options: Options) -> tuple[Options, list[str]]:
@@ -218,6 +234,12 @@ def _as_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return {option_name(name): value for name, value in values.items()}
 
 
+def _say(guessed: Sequence[str], why: str) -> None:
+    for line in guessed:
+        print(line)
+    say_chosen(why)
+
+
 def _register(
     scans,
     outputs,
@@ -246,9 +268,7 @@ def _register(
         modality=options.moving_modality, fill=fill,
         to_warp=outputs["--warped-moving-out"] is not None,
     )  # fmt: skip
-    for line in guessed:
-        print(line)
-    say_chosen(why)
+    _say(guessed, why)
     model = None if weights is None else fetch(weights)
     options = preparation.with_grid(options, model, read.fixed)
     if sam is not None and not preparation.uses_sam(model, options):

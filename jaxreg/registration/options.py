@@ -40,6 +40,7 @@ Prealign = Literal[
 """auto: see `settled`; none; centres of mass; by intensities a rigid, a similarity
 (rigid, and one stretch in all directions) or an affine map; by SAM's matches an affine
 map ("sam-affine") or a coarse field ("sam-coarse" and "sam", as UniReg was trained)."""
+INTENSITY_METHODS = ("rigid", "similarity", "affine")
 SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
 AUTO = "auto"
 """What jaxreg chooses: a model (`automatic.choose`), or an option (`settled`)."""

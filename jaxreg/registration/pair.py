@@ -216,15 +216,21 @@ def finish(
         sdlogj=sdlogj,
         domains=domains,
         seconds=seconds,
-        prealigned_from=start.start if start else "",
-        prealigned_fits=start.fits if start else None,
-        started_from="" if start else found.start,
+        **_started(placed.scans, found),
         conditioning=prepared.conditioned.text,
         weights="" if model is None else model.described,
         chosen=prepared.why,
         scans=dataclasses.replace(prepared.given, regions=Regions()),
         **scores,
     )
+
+
+def _started(scans: without_network.Scans, found: loop.Optimized) -> dict[str, Any]:
+    """Returns what a result says of where the registration started."""
+    aligned = scans.start or scans.guess
+    if aligned is None:
+        return {"started_from": found.start}
+    return {"prealigned_from": aligned.start, "prealigned_fits": aligned.fits}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -270,15 +276,18 @@ def _placed(
             placement.grid(moving.grid, options.grid_shape),
         )
         apart = pair = shown()
-    residual_field = None
+    residual_field = guess = None
     if options.prealign != "none" or start is not None:
         with _Clock(seconds, "prealign"):
             if start is None:
                 start = _prealigned(moving, fixed, model, options, regions, sam)
-            pair = shown(network_grid.Resampled(grids[0], start.transform))
-            grids = grids[0], start.moved_grid(grids[0])
-            residual_field = start.residual_on(grids[0])
-    turned = without_network.Scans(moving, fixed, regions, grids, start)
+                if options.io_target == "displacement" and start.residual_field is None:
+                    start, guess = None, start
+            if start is not None:
+                pair = shown(network_grid.Resampled(grids[0], start.transform))
+                grids = grids[0], start.moved_grid(grids[0])
+                residual_field = start.residual_on(grids[0])
+    turned = without_network.Scans(moving, fixed, regions, grids, start, guess)
     return _Placed(turned, apart, apart_grids, pair, residual_field)
 
 
@@ -310,9 +319,13 @@ def _scores(
     before, warped_before = _score(
         placed.apart, transform_lib.Transform((unmoved,)), options
     )
-    between = None
+    between, guess = None, placed.scans.guess
     if placed.scans.start is not None:
         between, _ = _score(placed.pair, transform_lib.Transform(()), options)
+    elif guess is not None:
+        moved = without_network.unit_matrix(guess.affine_mm, *placed.apart_grids)
+        led = transform_lib.Affine(jnp.asarray(moved, "f4"))
+        between, _ = _score(placed.apart, transform_lib.Transform((led,)), options)
     after, warped_after = _score(placed.pair, rest, options)
     compared = preparation.as_compared(placed.pair)
     return {

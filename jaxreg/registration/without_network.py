@@ -32,13 +32,24 @@ _ALIKE = 0.95  # share of local structure: bright in one scan, bright in the oth
 
 @dataclasses.dataclass(frozen=True)
 class Scans:
-    """Reoriented scans with their regions, network grids and pre-alignment."""
+    """Reoriented scans with their regions, network grids and pre-alignment.
+
+    Attributes:
+      moving: the scan to be warped.
+      fixed: the scan that stays.
+      regions: of both.
+      grids: their network grids, fixed and moving.
+      start: the pre-alignment over which the moving scan was carried, if any.
+      guess: a pre-alignment from which a displacement starts, of scans that are left
+        as they are: what lies beyond the fixed scan's box is still there.
+    """
 
     moving: Volume
     fixed: Volume
     regions: Regions
     grids: tuple[Grid, Grid]
     start: select.Prealignment | None
+    guess: select.Prealignment | None = None
 
     @property
     def placed(self) -> np.ndarray:
@@ -74,17 +85,22 @@ def find_displacement(
     Affine maps are found from several starts, by each similarity that may suit the
     pair; the displacement follows from the map that fits best. All are found on the
     parts of the scans that can meet: where one shows much more than the other, its
-    whole extent on the network grid would leave few voxels to what both show.
+    whole extent on the network grid would leave few voxels to what both show. A map
+    that intensities gave on finer grids already is not looked for once more.
     """
     steps, progress = common["steps"], common.pop("progress")
     shown = _as_shown(scans, options)
     level = affine_lib.judged(*shown)
     starts = {"pre-alignment": scans.placed}
-    if scans.start is None:
+    if scans.guess is not None:
+        starts = {"pre-alignment": scans.guess.affine_mm}
+    elif scans.start is None:
         starts = _starts(scans, *shown)
     maps, came = dict(starts), {name: name for name in starts}
     fits = affine_lib.compare(level, starts)
     tried = _possible(options)
+    if _placed_by_intensities(scans, options):
+        tried = ()
     first = starts[affine_lib.best_of(fits)]
     if len(tried) > 1 and _by_images(options, level, first) == tried[0]:
         tried = tried[:1]
@@ -128,6 +144,11 @@ def find_displacement(
     return _not_worse(result, starts[came[best]], scans, level, options)
 
 
+def _placed_by_intensities(scans: Scans, options: Options) -> bool:
+    """Whether a pre-alignment by intensities says where a displacement starts."""
+    return scans.guess is not None and options.prealign in options_lib.INTENSITY_METHODS
+
+
 def _displaced(
     pair: Pair,
     options: Options,
@@ -152,6 +173,8 @@ def _displaced(
         part,
         objective,
         start=unit_matrix(matrix, here, there),
+        # Across modalities a descent on this grid only loses the place.
+        affine=not (options.io_sim == "nmi" and _placed_by_intensities(scans, options)),
         found_affine=True,
         extent_mm=_extent_mm(here),
         report=report,

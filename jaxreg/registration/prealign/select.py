@@ -29,7 +29,7 @@ from jaxreg.errors import UserError
 from jaxreg.matching import nearest
 from jaxreg.matching import points as points_lib
 from jaxreg.models import sam
-from jaxreg.registration.options import SAM_METHODS, Prealign
+from jaxreg.registration.options import INTENSITY_METHODS, SAM_METHODS, Prealign
 from jaxreg.registration.prealign import affine as affine_lib
 from jaxreg.registration.prealign import descent, from_matches, measure
 from jaxreg.space import affine, sampling
@@ -158,7 +158,7 @@ def find(
     if method == "none":
         return Prealignment(np.eye(4))
     both = shown(fixed), shown(moving)
-    if method in ("rigid", "similarity", "affine"):
+    if method in INTENSITY_METHODS:
         found = _by_intensities(method, moving, fixed, *both)
     else:
         if method in SAM_METHODS:

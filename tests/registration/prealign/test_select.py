@@ -606,7 +606,7 @@ def test_what_sam_needs_is_said(ct, scans):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"prealign": "best"}, "'best', expected one of none, centre"),
+        ({"prealign": "best"}, "'best', expected one of auto, none, centre"),
         ({"stored_orientation": True}, "leave one of the two"),
     ],
 )
