@@ -25,6 +25,7 @@ from jaxreg.typing import Field, Image, Key, Pair
 
 LARGEST_CHANGE = 2.0
 """By how much an affine map may change volume against its start, either way."""
+_NO_CHANGE = np.zeros((3, 4), np.float32)  # of an affine map's start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +57,12 @@ def _coarser(pair: Pair, factor: int) -> Pair:
     if shape == tuple(full):
         return pair
 
-    def smooth(image):
-        return sampling.resize_half_pixel(
-            similarity.gaussian_blur(image, max(1, factor // 2)), shape
-        )
-
     def resize(name, value):
         if value is None or value.ndim != 5:  # what is known of a pair besides images
             return value
         if name.endswith("mask"):
             return sampling.resize_nearest_floor(value, shape)
-        return smooth(value)
+        return _smoothed(value, sigma=max(1, factor // 2), shape=shape)
 
     return dataclasses.replace(
         pair,
@@ -75,6 +71,12 @@ def _coarser(pair: Pair, factor: int) -> Pair:
             for f in dataclasses.fields(pair)
         },
     )
+
+
+# What is small is compiled as a whole too: every operation by itself is a program.
+@functools.partial(jax.jit, static_argnames=("sigma", "shape"))
+def _smoothed(image: Image, *, sigma: int, shape: Shape) -> Image:
+    return sampling.resize_half_pixel(similarity.gaussian_blur(image, sigma), shape)
 
 
 def _affine(parameters, start, extent) -> Affine:
@@ -123,6 +125,17 @@ def _maps(affine: Affine, control, shape: Shape, extent) -> tuple[Transform, Tra
         Transform((Displacement(forward), affine)),
         Transform((_inverse(affine), Displacement(backward))),
     )
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _maps_found(
+    parameters, start, extent, *, shape: Shape
+) -> tuple[tuple[Transform, Transform], jax.Array]:
+    """Returns the maps of parameters, see `_direct_loss`, and the change of volume."""
+    change = parameters["affine"]
+    affine = _affine(change, start, extent)
+    maps = _maps(affine, parameters["control"], shape, extent)
+    return maps, _determinant(jnp.eye(3) + change[:, :3])
 
 
 def _direct_loss(
@@ -214,16 +227,18 @@ def _direct_loop(
     return loop.repeat(step, _direct_start(parameters), steps, report)
 
 
-def _relative(extent_mm: Sequence[float]) -> jax.Array:
+def _relative(extent_mm: Sequence[float]) -> np.ndarray:
     """Edges of a cube relative to their mean; one of a single slice is no length."""
     extent = np.maximum(np.asarray(extent_mm, np.float64), 1e-6 * np.max(extent_mm))
-    return jnp.asarray(extent / extent.mean(), jnp.float32)
+    return (extent / extent.mean()).astype(np.float32)
 
 
 def by_affine(matrix) -> Optimized:
     """Returns an affine map, 4x4 in unit coordinates, as a result."""
-    affine = Affine(jnp.asarray(matrix, jnp.float32))
-    return Optimized(Transform((affine,)), Transform((_inverse(affine),)))
+    nothing = {"affine": _NO_CHANGE, "control": None}
+    start = np.asarray(matrix, np.float32)
+    maps, _ = _maps_found(nothing, start, np.ones(3, np.float32), shape=())
+    return Optimized(*maps)
 
 
 def find_affine(
@@ -255,9 +270,9 @@ def find_affine(
     config = config or DisplacementConfig()
     start = np.eye(4) if start is None else np.asarray(start, np.float64)
     extent = _relative(extent_mm)
-    begin = jnp.asarray(start, jnp.float32)
+    begin = np.asarray(start, np.float32)
     parameters, history = _direct_loop(
-        {"affine": jnp.zeros((3, 4)), "control": None},
+        {"affine": _NO_CHANGE, "control": None},
         _coarser(pair, config.affine_factor),
         key,
         config.affine_learning_rate,
@@ -269,10 +284,9 @@ def find_affine(
         affine=True,
         report=report,
     )
-    change = parameters["affine"]
-    volume = float(_determinant(jnp.eye(3) + change[:, :3]))
-    if 1 / LARGEST_CHANGE < volume < LARGEST_CHANGE:
-        start = np.asarray(_affine(change, begin, extent).matrix, np.float64)
+    (found, _), volume = _maps_found(parameters, begin, extent, shape=())
+    if 1 / LARGEST_CHANGE < float(volume) < LARGEST_CHANGE:
+        start = np.asarray(found.steps[0].matrix, np.float64)
     return start, history
 
 
@@ -341,10 +355,10 @@ def optimize_displacement(
         )  # fmt: skip
         histories.append(history)
         report = report and report.after(2 * steps)
-    begin = jnp.asarray(np.eye(4) if start is None else start, jnp.float32)
+    begin = np.asarray(np.eye(4) if start is None else start, np.float32)
     extent = _relative(extent_mm)
     found = _searched(pair, begin, extent, objective, config)
-    parameters: dict[str, Any] = {"affine": jnp.zeros((3, 4)), "control": found}
+    parameters: dict[str, Any] = {"affine": _NO_CHANGE, "control": found}
     for level, factor in enumerate(config.factors):
         at_level = _coarser(pair, factor)
         control = _controls(parameters["control"], at_level, config)
@@ -363,9 +377,9 @@ def optimize_displacement(
         )
         histories.append(history)
         report = report and report.after(steps)
-    last = _affine(parameters["affine"], begin, extent)
-    maps = _maps(last, parameters["control"], pair.fixed.shape[1:4], extent)
-    return Optimized(*maps, chained(histories))
+    shape = tuple(pair.fixed.shape[1:4])
+    (forward, backward), _ = _maps_found(parameters, begin, extent, shape=shape)
+    return Optimized(forward, backward, chained(histories))
 
 
 def _searched(
@@ -394,7 +408,7 @@ def _searched(
     )
     found = tuple(field * extent for field in found)
     judged = _coarser(pair, config.factors[len(config.factors) // 2])
-    nothing = {"affine": jnp.zeros((3, 4)), "control": None}
+    nothing = {"affine": _NO_CHANGE, "control": None}
     judged = _meeting(judged, nothing, start, extent, masked=objective.loss_masking)
     objective = dataclasses.replace(objective, loss_masking=True)
     mine, others = (
@@ -433,7 +447,15 @@ def _controls(
         max(4, -(-n // config.control_spacing)) if n > 4 else n
         for n in pair.fixed.shape[1:4]
     )
-    first, second = control or (jnp.zeros((1, *shape, 3)),) * 2
+    if control is None:
+        nothing = jnp.asarray(np.zeros((1, *shape, 3), np.float32))
+        return nothing, nothing
+    return _resized(control, shape=shape)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _resized(control: tuple[Field, Field], *, shape: Shape) -> tuple[Field, Field]:
+    first, second = control
     return (
         sampling.resize_aligned(first, shape),
         sampling.resize_aligned(second, shape),

@@ -289,6 +289,27 @@ def test_one_pair_at_a_time():
         )
 
 
+def test_what_is_small_is_no_program_by_itself():
+    """Around a level's step: its start, mask and images, and the maps at the end."""
+    compiled = []
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    images = np.random.default_rng(0).random((2, 1, 15, 13, 11, 1), np.float32)
+    pair, key = Pair(*jnp.asarray(images)), jax.random.key(0)
+    config = displacement.DisplacementConfig(factors=(2, 1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        displacement.optimize_displacement(
+            pair, CHEAP, steps=1, key=key, affine=False, config=config
+        )
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert 2 <= len(compiled) <= 15, len(compiled)
+
+
 def test_a_coarser_pair_knows_the_same():
     image = jnp.ones((1, 16, 16, 16, 1))
     known = {
