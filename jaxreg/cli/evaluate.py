@@ -24,12 +24,11 @@ from jaxreg.cli.options import (
     parse_labels,
     print_merging,
     print_part,
-    with_modalities,
 )
 from jaxreg.cli.parser import verb
 from jaxreg.cli.progress import Bar, interrupted
 from jaxreg.errors import UserError
-from jaxreg.registration.options import Options
+from jaxreg.registration.options import AUTO, Options
 
 if TYPE_CHECKING:
     from jaxreg.data.manifest.records import Manifest
@@ -100,16 +99,12 @@ class Progressed(Division):
     skip_existing: bool = False
 
 
-_ANY_MODALITY = {"fixed_modality": None, "moving_modality": None}
-
-
 @verb(
     app,
     "evaluate",
     only=PANELS,
     panels=PANELS,
     defaults={
-        **_ANY_MODALITY,
         "io_iterations": None,
         "io_target": "network",
         "prealign": "none",
@@ -124,10 +119,10 @@ def evaluate_verb(
 ) -> None:
     """Score registrations of labelled pairs: Dice, HD95, TRE, folding, time.
 
-    A pair that names no modality takes the options', MRI without. With --io-iterations
-    there are rows with so many steps of optimisation as well. The files of --out are
-    written anew after every pair, or as many as there are devices; a pair that fails is
-    warned about and left empty.
+    A pair that names no modality takes the options', or goes by its values. With
+    --io-iterations there are rows with so many steps of optimisation as well. The files
+    of --out are written anew after every pair, or as many as there are devices; a pair
+    that fails is warned about and left empty.
     """
     _check_source(chosen, "evaluate")
     from jaxreg.evaluation import baselines, run, sharing
@@ -222,12 +217,11 @@ def _paired(
 ) -> tuple[Any, Any, Options]:
     """Returns the first pairs, a manifest's names of labels, and the options.
 
-    Warns of pairs whose modality neither they nor the options name, which counts as MR.
+    Warns of pairs whose modality neither they nor the options name.
     """
     from jaxreg.evaluation import pairs as pairs_lib
 
-    given = options.fixed_modality, options.moving_modality
-    options = dataclasses.replace(with_modalities(options), inverse=False)
+    options = dataclasses.replace(options, inverse=False)
     if isinstance(listed, tuple):
         pairs, names = listed, None
     else:
@@ -241,20 +235,21 @@ def _paired(
             options=options,
         )
     pairs = pairs[: chosen.count]
-    _warn_about_modalities(pairs, *given)
+    _warn_about_modalities(pairs, options)
     return pairs, names, options
 
 
-def _warn_about_modalities(pairs, fixed_modality, moving_modality) -> None:
+def _warn_about_modalities(pairs, options: Options) -> None:
     unknown = sum(
-        (pair.fixed_modality or fixed_modality) is None
-        or (pair.moving_modality or moving_modality) is None
+        (pair.fixed_modality or options.fixed_modality) == AUTO
+        or (pair.moving_modality or options.moving_modality) == AUTO
         for pair in pairs
     )
     if unknown:
         warnings.warn(
-            f"{unknown} of {len(pairs)} pairs name no modality and count as MRI; "
-            "give --fixed-modality and --moving-modality, or columns of that name",
+            f"{unknown} of {len(pairs)} pairs name no modality, so that the values of "
+            "their scans say whether they are CT or MRI; give --fixed-modality and "
+            "--moving-modality, or columns of that name",
             stacklevel=4,
         )
 
@@ -328,7 +323,6 @@ class Sweep:
     "tune-lambda",
     only=[name for name in PANELS if name not in (*OPTIMISATION, "smoothness")],
     panels=PANELS,
-    defaults=_ANY_MODALITY,
 )
 def tune_verb(
     chosen: Pairs, asked: Sweep, sam_network: SamWeights, options: Options

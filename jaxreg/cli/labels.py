@@ -14,7 +14,6 @@ from jaxreg.cli.options import (
     print_numbers,
     print_written,
     say_chosen,
-    with_modalities,
 )
 from jaxreg.cli.parser import verb
 from jaxreg.cli.progress import Bar, interrupted
@@ -67,13 +66,7 @@ class Labelled:
     truth: Path | None = None
 
 
-@verb(
-    app,
-    "labels",
-    only=_REGISTRATION,
-    panels=PANELS,
-    defaults={"fixed_modality": None, "moving_modality": None},
-)
+@verb(app, "labels", only=_REGISTRATION, panels=PANELS)
 def labels_verb(atlases: Atlases, labelled: Labelled, options: Options) -> None:
     """Carry labels of an atlas, or of several subjects, to a scan.
 
@@ -89,7 +82,7 @@ def labels_verb(atlases: Atlases, labelled: Labelled, options: Options) -> None:
     ]  # fmt: skip
     check_outputs({"--segmentation-out": out}, inputs)
     _check_counts(atlases)
-    options = dataclasses.replace(with_modalities(options), inverse=False)
+    options = dataclasses.replace(options, inverse=False)
 
     from jaxreg import metrics
     from jaxreg.data import preprocess
@@ -166,6 +159,7 @@ def _carried(
         mapping = transforms.read_transform(atlases.transform[number])
     else:
         mapping = pair.register(moving, fixed, model, options).transform
+    options = preparation.with_modalities(options, fixed, moving)
     weight = None
     if count > 1:
         rules = preparation.intensity_rules(options)

@@ -17,6 +17,7 @@ from jaxreg.cli.options import (
 )
 from jaxreg.cli.parser import option_name, spelled
 from jaxreg.errors import UserError
+from jaxreg.registration.options import AUTO
 
 if TYPE_CHECKING:
     from jaxreg.registration.list_reports import Pages
@@ -132,7 +133,6 @@ def register_list(
     options: "Options",
     weights: str | pathlib.Path | None,
     *,
-    modalities: Mapping[str, Any],
     fill: float | None,
     sam_weights: pathlib.Path | None,
     command: str,
@@ -145,7 +145,6 @@ def register_list(
       divided: those of its parts.
       options: of all pairs.
       weights: what to load; None for no network.
-      modalities: fixed_modality and moving_modality, None where they were not given.
       fill: value beyond the moving scans.
       sam_weights: of --sam-weights.
       command: the command line, to be shown in reports.
@@ -161,7 +160,7 @@ def register_list(
     summary = listed.summary
     if part is not None and summary is not None:
         summary = part.file(summary)
-    rows = _read(dataclasses.replace(listed, summary=summary), modalities)
+    rows = _read(dataclasses.replace(listed, summary=summary), options)
     pages = _pages(rows, listed, part, command)
     if part is not None:
         own = part.of(list(rows))
@@ -265,7 +264,7 @@ def _pages(
     return Pages(paths, index if part is None else part.file(index), command)
 
 
-def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
+def _read(listed: PairList, options: "Options") -> "Rows":
     """Returns the rows of a list with their outputs, checked."""
     from jaxreg.data import pair_list
     from jaxreg.io import files
@@ -273,7 +272,7 @@ def _read(listed: PairList, modalities: Mapping[str, Any]) -> "Rows":
 
     assert listed.pairs is not None  # the caller's promise
     rows: Rows = pair_list.read_rows(listed.pairs)
-    _check_modalities(rows, modalities)
+    _check_modalities(rows, options)
     if listed.out_dir is not None:
         rows = many.with_outputs(rows, listed.out_dir)
     others = {"--pairs": listed.pairs}
@@ -299,10 +298,11 @@ def across(pairs: pathlib.Path, options: "Options") -> bool:
     )
 
 
-def _check_modalities(rows: "Rows", given: Mapping[str, Any]) -> None:
+def _check_modalities(rows: "Rows", options: "Options") -> None:
+    """Checks that each scan's modality is named: nobody looks at so many by eye."""
     for row, pair in rows.items():
-        for name, value in given.items():
-            if value is None and getattr(pair, name) is None:
+        for name in ("fixed_modality", "moving_modality"):
+            if getattr(options, name) == AUTO and getattr(pair, name) is None:
                 raise UserError(
                     f"{row} names no {name}; add the column, or give "
                     f"{option_name(name)} for all"

@@ -104,12 +104,8 @@ def match_verb(
     from jaxreg.data import modality as modality_lib
     from jaxreg.io import tables, volumes
 
-    modalities = [
-        modality_lib.kind(name)
-        for name in (options.fixed_modality, options.moving_modality)
-    ]
     rule = options.ct_window, options.quantile_range
-    options_lib.check_intensities(*rule, modalities)
+    options_lib.check_modalities(options)
 
     for name, path in (("--fixed", fixed), ("--moving", moving)):
         volumes.check_source(path, name)
@@ -117,8 +113,14 @@ def match_verb(
     describe = _by_mind(spacing) if model.lower() == _MIND else _by_sam(model)
 
     from jaxreg.matching import points as matching_points
+    from jaxreg.registration import preparation
 
     scans = [volumes.read_volume(path) for path in (fixed, moving)]
+    options = preparation.with_modalities(options, *scans)
+    modalities = [
+        modality_lib.kind(name)
+        for name in (options.fixed_modality, options.moving_modality)
+    ]
     frame, grid = wanted.points_frame, scans[0].grid
     outside = tables.outside(
         table, frame, lambda places: tables.count_outside(places, grid), grid=grid,

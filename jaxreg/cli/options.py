@@ -177,16 +177,6 @@ def print_merging(part: parts.Part | None, path: pathlib.Path | None) -> None:
         )
 
 
-def with_modalities(options: options_lib.Options) -> options_lib.Options:
-    """Returns the options with the modality that counts where none was given."""
-    default = options_lib.Options
-    return dataclasses.replace(
-        options,
-        fixed_modality=options.fixed_modality or default.fixed_modality,
-        moving_modality=options.moving_modality or default.moving_modality,
-    )
-
-
 def load_sam(
     method: str, path: pathlib.Path | None, model: str | pathlib.Path | None
 ) -> "TrainedSam | None":

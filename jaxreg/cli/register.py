@@ -25,7 +25,6 @@ from jaxreg.cli.options import (
     print_written,
     say_chosen,
     warn,
-    with_modalities,
 )
 from jaxreg.cli.parser import option_name, verb
 from jaxreg.cli.progress import Bar, compiling, interrupted, shorter
@@ -107,13 +106,7 @@ class RegionFiles:
     moving_segmentation: Path | None = None
 
 
-@verb(
-    app,
-    "register",
-    only=PANELS,
-    panels=PANELS,
-    defaults={"fixed_modality": None, "moving_modality": None},
-)
+@verb(app, "register", only=PANELS, panels=PANELS)
 def register_verb(
     context: typer.Context,
     scans: Scans,
@@ -137,9 +130,6 @@ def register_verb(
     """
     regions = dict(vars(region_files))
     outputs = _as_options(vars(written))
-    modalities = {
-        name: getattr(options, name) for name in ("fixed_modality", "moving_modality")
-    }
     many.check_one_or_many(
         listed,
         divided,
@@ -152,8 +142,8 @@ def register_verb(
         return
     if listed.pairs is not None:
         _register_list(
-            listed, divided, named, with_modalities(options), outside.fill,
-            modalities, shlex.join(["jaxreg", *context.obj]),
+            listed, divided, named, options, outside.fill,
+            shlex.join(["jaxreg", *context.obj]),
         )  # fmt: skip
         return
     inputs = [*vars(scans).values(), named.network_weights, *regions.values()]
@@ -178,7 +168,6 @@ def _register_list(
     named: Weights,
     options: Options,
     fill: float | None,
-    modalities: Mapping[str, Any],
     command: str,
 ) -> None:
     """Chooses what registers a list, and registers it."""
@@ -197,9 +186,8 @@ def _register_list(
         Bar("register", waiting="compiling and the first pair") as bar,
     ):
         many.register_list(
-            listed, divided, options, weights, modalities=modalities,
-            fill=fill, sam_weights=named.sam_weights, command=command,
-            show=bar.pairs,
+            listed, divided, options, weights, fill=fill,
+            sam_weights=named.sam_weights, command=command, show=bar.pairs,
         )  # fmt: skip
 
 
@@ -212,7 +200,7 @@ def _with_guessed(scans: Scans, options: Options) -> tuple[Options, list[str]]:
 
     found, lines = {}, []
     for name, path in vars(scans).items():
-        if getattr(options, f"{name}_modality") is None:
+        if getattr(options, f"{name}_modality") == AUTO:
             volumes.check_source(path, option_name(name))
             found[name] = modality.guessed(volumes.read_volume(path))
             lines.append(f"--{name}-modality is not given: by its values {found[name]}")

@@ -11,6 +11,8 @@ from jaxreg.space import background
 from jaxreg.space.grid import Volume
 
 Modality = Literal["ct", "mri"]
+AUTO = "auto"
+"""In the place of a modality: what the values say, see `guessed`."""
 
 
 _CT = frozenset(("ct", "cbct", "fbct", "cect", "ncct", "ldct", "hrct", "cta"))
@@ -82,6 +84,11 @@ def guessed(volume: Volume) -> Modality:
     return "ct" if low <= -_HOUNSFIELD and high >= _HOUNSFIELD else "mri"
 
 
+def settled(modality: str, volume: Volume) -> str:
+    """Returns the modality of a scan, by its values where it is "auto"."""
+    return guessed(volume) if modality == AUTO else modality
+
+
 def background_of(
     modality: str | None,
     volume: Volume,
@@ -92,10 +99,10 @@ def background_of(
     """Returns the fill value of a warped scan, and which of its voxels are padding.
 
     Args:
-      modality: see `kind`; None goes by the values.
+      modality: see `kind`; None and "auto" go by the values.
       volume: the scan, in its stored unit.
       fill: see `background.find`.
       nearest: see `background.find`.
     """
-    ct = None if modality is None else kind(modality) == "ct"
+    ct = None if modality in (None, AUTO) else kind(modality) == "ct"
     return background.find(volume, ct=ct, nearest=nearest, fill=fill)

@@ -42,11 +42,12 @@ Prealign = Literal[
 map ("sam-affine") or a coarse field ("sam-coarse" and "sam", as UniReg was trained)."""
 INTENSITY_METHODS = ("rigid", "similarity", "affine")
 SAM_METHODS = ("sam", "sam-affine", "sam-coarse")
-AUTO = "auto"
+AUTO = modality_lib.AUTO
 """What jaxreg chooses: a model (`automatic.choose`), or an option (`settled`)."""
 MATMUL = {"float32": "highest", "bfloat16": "bfloat16"}
 Progress = Callable[[int, int, dict[str, float]], None]
 MODALITIES = tuple(modality_lib.CONTRASTS)
+_MODALITIES = (AUTO, *MODALITIES)
 
 
 def read_shape(text: str) -> Shape:
@@ -123,8 +124,10 @@ class Options:
     """How to register.
 
     Attributes:
-      fixed_modality: Kind of the fixed scan; of MR, also its contrast.
-      moving_modality: Kind of the moving scan; of MR, also its contrast.
+      fixed_modality: Kind of the fixed scan; of MR, also its contrast. auto: CT if its
+        values look like Hounsfield units, else MR.
+      moving_modality: Kind of the moving scan; of MR, also its contrast. auto: as of
+        the fixed scan.
       shape: Network grid in voxels, the slowest axis of the volume first, as the
         network sees it turned (without weights: superior, anterior, right; its fastest
         for weights that see NIfTI's order, as PromptReg's), or one number for a cube.
@@ -182,8 +185,8 @@ class Options:
         do, or as GradICON.
     """
 
-    fixed_modality: Annotated[str, MODALITIES] = "mri"
-    moving_modality: Annotated[str, MODALITIES] = "mri"
+    fixed_modality: Annotated[str, _MODALITIES] = AUTO
+    moving_modality: Annotated[str, _MODALITIES] = AUTO
     shape: Annotated[Shape | None, read_shape] = None
     quality: Quality = "default"
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -313,7 +316,7 @@ def check_options(options: Options) -> None:
             continue
         if not isinstance(field.type, str):  # placement, which names a later module
             settings.read(value, field.type, field.name, parse=False)
-    _check_modality_options(options)
+    check_modalities(options)
     _check_prealign(options)
     steps = options.io_iterations
     if isinstance(steps, int) and steps < 1:
@@ -383,8 +386,15 @@ def _check_prealign(options: Options) -> None:
         )
 
 
-def _check_modality_options(options: Options) -> None:
+def check_modalities(options: Options) -> None:
+    """Checks that the options go with the modalities, where these are known.
+
+    Raises:
+      UserError: an option is for scans that neither is, or not both are.
+    """
     modalities = (options.fixed_modality, options.moving_modality)
+    if AUTO in modalities:
+        return  # until the scans are read
     modalities = tuple(modality_lib.kind(modality) for modality in modalities)
     check_intensities(options.ct_window, options.quantile_range, modalities)
     if options.intensity_conservation_loss and set(modalities) != {"ct"}:

@@ -136,11 +136,13 @@ def prepare(
     options_lib.check_options(options)
     if initial is not None:
         initial_lib.check(options)
+    scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
+    options = preparation.with_modalities(options, scans.fixed, scans.moving)
+    scans = dataclasses.replace(scans, modality=options.moving_modality)
     model, why = automatic.named(model, options)
     started = initial is not None or start is not None
     options = options_lib.settled(options, network=model is not None, started=started)
     options_lib.check_options(options)
-    scans = scan_pair.read(moving, fixed, regions, modality=options.moving_modality)
     options_lib.check_regions(options, vars(scans.regions))
     model, conditioned = preparation.conditioning_of(model, options, sam)
     preparation.warn_of_orientation(scans.fixed, model, options)

@@ -42,6 +42,21 @@ def with_grid(
     return dataclasses.replace(options, shape=shape)
 
 
+def with_modalities(options: Options, fixed: Volume, moving: Volume) -> Options:
+    """Returns options that say what both scans are, by their values where "auto".
+
+    Raises:
+      UserError: what they are does not go with the other options.
+    """
+    found = dataclasses.replace(
+        options,
+        fixed_modality=modality_lib.settled(options.fixed_modality, fixed),
+        moving_modality=modality_lib.settled(options.moving_modality, moving),
+    )
+    options_lib.check_modalities(found)
+    return found
+
+
 def conditioning_of(
     model: zoo.LoadedModel | str | os.PathLike[str] | None,
     options: Options,
@@ -192,6 +207,8 @@ def check_units(model: zoo.LoadedModel, options: Options) -> None:
         return
     for name in ("fixed_modality", "moving_modality"):
         modality = getattr(options, name)
+        if modality == options_lib.AUTO:
+            continue  # until the scan is read
         if modality_lib.kind(modality) != "ct" and config.network_window is not None:
             raise UserError(
                 f"`{name}` is {modality}, but {model.name} reads Hounsfield units; "
@@ -324,6 +341,8 @@ def intensity_rules(
     options: Options,
 ) -> tuple[preprocess.IntensityRule, preprocess.IntensityRule]:
     """Returns the intensity rules of the moving and of the fixed scan."""
+    named = (options.moving_modality, options.fixed_modality)
+    assert options_lib.AUTO not in named, "the caller has called with_modalities"
     moving, fixed = (
         preprocess.IntensityRule(
             modality=modality_lib.kind(modality),
@@ -331,7 +350,7 @@ def intensity_rules(
             quantile_range=options.quantile_range,
             foreground=bool(options.foreground),
         )
-        for modality in (options.moving_modality, options.fixed_modality)
+        for modality in named
     )
     return moving, fixed
 

@@ -26,8 +26,8 @@ class ScanPair:
       moving: the scan to be warped, the same.
       regions: masks and label maps of both.
       stored: the moving scan in its own type, or what that can be read from.
-      modality: of the moving scan, which tells what lies beyond it; None goes by the
-        values.
+      modality: of the moving scan, which tells what lies beyond it; None and "auto"
+        go by the values.
       fill: value beyond the moving scan; that of `modality.background_of` if None.
     """
 
@@ -79,7 +79,7 @@ def read(
     fixed: given.Scan,
     regions: Regions | None = None,
     *,
-    modality: str | None = "mri",
+    modality: str | None = None,
     fill: float | None = None,
     to_warp: bool = False,
 ) -> ScanPair:
@@ -89,7 +89,7 @@ def read(
       moving: the scan to be warped: see `given.volume`.
       fixed: the scan that stays, the same.
       regions: masks and label maps of the two scans.
-      modality: of the moving scan; None goes by the values.
+      modality: of the moving scan; None and "auto" go by the values.
       fill: value beyond the moving scan; that of `modality.background_of` if None.
       to_warp: read the moving scan in its own type as well.
 

@@ -743,8 +743,8 @@ def test_evaluate_takes_the_options_of_register(evaluated, scored):
 def test_evaluate_warns_of_pairs_without_a_modality(evaluated):
     status, _, error, options = evaluated("--fixed-modality", "ct")
     assert status == 0
-    assert (options.fixed_modality, options.moving_modality) == ("ct", "mri")
-    assert "1 of 1 pairs name no modality and count as MRI" in error
+    assert (options.fixed_modality, options.moving_modality) == ("ct", "auto")
+    assert "1 of 1 pairs name no modality" in error
     _, _, error, options = evaluated(fixed_modality="ct", moving_modality="ct")
     assert options.moving_modality == "ct"
     assert "no modality" not in error

@@ -11,7 +11,7 @@ from jaxreg.cli import main
 from jaxreg.data import modality, network_grid
 from jaxreg.errors import UserError
 from jaxreg.io import transforms, volumes
-from jaxreg.registration import automatic
+from jaxreg.registration import automatic, pair, preparation
 from jaxreg.registration import options as options_lib
 from jaxreg.registration.options import EFFORTS, Options, settled
 from jaxreg.space.grid import Grid, Volume
@@ -146,6 +146,36 @@ def test_a_modality_is_guessed_by_the_values():
     assert of(-3, 3) == "mri"
     empty = Volume(np.full((2, 2, 2), np.nan), Grid((2, 2, 2), np.eye(4)))
     assert modality.guessed(empty) == "mri"
+
+
+def test_modalities_that_are_not_given_are_those_of_the_values():
+    """In Python as on the command line; what is named is believed."""
+    grid = Grid((8, 8, 8), np.eye(4))
+    rng = np.random.default_rng(0)
+    ct, mri = (
+        Volume(rng.uniform(low, high, grid.shape).astype(np.float32), grid)
+        for low, high in ((-1000, 1500), (0, 1000))
+    )
+
+    def prepared(fixed, moving, **given):
+        options = Options(**{"prealign": "centre", "io_iterations": None, **given})
+        return pair.prepare(moving, fixed, None, options, None, None, None)
+
+    def of(fixed, moving, **given):
+        found = prepared(fixed, moving, **given).options
+        return found.fixed_modality, found.moving_modality
+
+    assert of(ct, mri) == ("ct", "mri")
+    assert of(mri, ct, moving_modality="t1") == ("mri", "t1")
+    assert prepared(mri, ct).given.modality == "ct"
+    rules = preparation.intensity_rules(prepared(ct, mri).options)
+    assert [rule.modality for rule in rules] == ["mri", "ct"]  # moving, fixed
+    # What fits no modality is said once the scans have been read.
+    of(ct, mri, ct_window=(0.0, 100.0))
+    with pytest.raises(UserError, match="neither modality is ct"):
+        of(mri, mri, ct_window=(0.0, 100.0))
+    with pytest.raises(UserError, match="two CT scans"):
+        prepared(ct, mri, intensity_conservation_loss=True, io_iterations=1)
 
 
 @pytest.fixture(scope="module")
