@@ -139,10 +139,9 @@ def measure_row(
 ) -> Row:
     """Returns the row of a pair, with numbers or the reason why there are none."""
     called, spec = pair
-    kind = kind_of(spec)
     row = Row(
         set=real_set.name, method=name, pair=called, measure=real_set.measure,
-        kind=kind, settings=method.settings(kind), machine=machine(),
+        kind=kind_of(spec), settings=method.settings(), machine=machine(),
     )  # fmt: skip
     try:
         case = cases.read(spec, called, Options(), "lps")
@@ -206,7 +205,7 @@ def is_there(
     if not path.is_file():
         return False
     there = json.loads(path.read_text())["settings"]
-    now = json.loads(json.dumps(method.settings(kind_of(pair[1]))))
+    now = json.loads(json.dumps(method.settings()))
     if there != now:
         raise UserError(
             f"{path} is of the settings {there}, now they are {now}; name another "

@@ -1,6 +1,7 @@
 """The methods of real_sets.py: how a pair's transform is found.
 
-One setting of ours for all sets of a kind, `OURS`; nothing is chosen by the set.
+Ours is what a user gets who says nothing but what the scans are, `OURS`; nothing is
+chosen by the set.
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from real_sets_cases import Kind, kind_of
 from real_sets_process import Process
 
 from jaxreg import settings as settings_lib
@@ -22,12 +22,8 @@ from jaxreg.io import transforms
 from jaxreg.registration.options import Options
 from jaxreg.space.transform import Transform
 
-SIMILARITY: Mapping[Kind, str] = MappingProxyType({"same": "lncc", "across": "nmi"})
-_GRID = (64, 64, 64)
-OURS: Mapping[str, Any] = MappingProxyType(
-    {"io_target": "displacement", "io_iterations": 50, "shape": _GRID}
-)
-"""Fields of `Options` without weights, with `SIMILARITY` of the pair's kind."""
+OURS: Mapping[str, Any] = MappingProxyType({})
+"""Fields of `Options` without weights: all by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Found:
 class Method(Protocol):
     """A way to register."""
 
-    def settings(self, kind: Kind) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Returns what a row's numbers depend on besides the pair, for JSON."""
         ...
 
@@ -68,7 +64,7 @@ class Method(Protocol):
 class Start:
     """The scans where their headers place them."""
 
-    def settings(self, kind: Kind) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Returns nothing."""
         return {}
 
@@ -94,12 +90,9 @@ class Ours:
     options: Mapping[str, Any]
     weights: str | None = None
 
-    def settings(self, kind: Kind) -> dict[str, Any]:
-        """Returns the options, with the kind's similarity where they need one."""
-        chosen = {"inverse": False, **self.options}
-        if chosen["io_iterations"] is not None:
-            chosen = {"io_sim": SIMILARITY[kind], **chosen}
-        return {"weights": self.weights, "options": chosen}
+    def settings(self) -> dict[str, Any]:
+        """Returns the weights and the options."""
+        return {"weights": self.weights, "options": {"inverse": False, **self.options}}
 
     def find(self, case: Case) -> Found:
         """Returns what `register` gives, as its file has it."""
@@ -110,7 +103,7 @@ class Ours:
         }
         with tempfile.TemporaryDirectory(prefix="jaxreg-sets-") as folder:
             path = pathlib.Path(folder) / "transform.h5"
-            job = {**self.settings(kind_of(case.spec)), "pair": pair}
+            job = {**self.settings(), "pair": pair}
             answer = self.process.ask({**job, "transform_out": str(path)})
             return Found(transforms.read_transform(path), **answer)
 
@@ -138,7 +131,7 @@ class Peer:
     register: Callable[..., Transform]
     arguments: Mapping[str, Any]
 
-    def settings(self, kind: Kind) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Returns the function's arguments."""
         return dict(self.arguments)
 
@@ -193,7 +186,7 @@ PEERS: Mapping[str, tuple[Callable[..., Transform], Mapping[str, Any]]] = {
     "greedy-NCC": (baselines.register_greedy, {"metric": "NCC 2x2x2"}),
     "greedy-NMI": (baselines.register_greedy, {"metric": "NMI"}),
 }
-_PREALIGNED = {"io_iterations": None, "io_target": "network", "shape": _GRID}
+_PREALIGNED = {"io_iterations": None}
 OWN: Mapping[str, Mapping[str, Any]] = {
     "centre": {**_PREALIGNED, "prealign": "centre"},
     "affine": {**_PREALIGNED, "prealign": "affine"},

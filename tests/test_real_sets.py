@@ -80,8 +80,8 @@ class Known:
     setting: str = "as asked"
     asked: int = 0
 
-    def settings(self, kind):
-        return {"setting": self.setting, "kind": kind}
+    def settings(self):
+        return {"setting": self.setting}
 
     def find(self, case):
         self.asked += 1
@@ -192,7 +192,7 @@ def test_the_first_pairs_are_the_same_in_every_run(data):
 COMMON = {"peers_python": None, "threads": 1, "limit_s": 1.0}
 
 
-def test_methods_are_set_by_the_kind_alone():
+def test_ours_is_what_a_user_gets_who_says_nothing():
     found = real_sets_methods.methods_of(
         ["affine", "ours"],
         weights=["weights/net"],
@@ -201,15 +201,12 @@ def test_methods_are_set_by_the_kind_alone():
     )
     assert list(found) == ["start", "affine", "ours", "net", "net + IO", "mind"]
     options = {
-        (name, kind): found[name].settings(kind)["options"]
-        for name in ("affine", "ours", "mind")
-        for kind in ("same", "across")
+        name: found[name].settings()["options"] for name in ("affine", "ours", "mind")
     }
-    assert options["ours", "same"]["io_sim"] == "lncc"
-    assert options["ours", "across"]["io_sim"] == "nmi"
-    assert options["mind", "same"] == options["mind", "across"]
-    assert options["mind", "same"]["shape"] == (96, 96, 96)
-    assert "io_sim" not in options["affine", "same"]
+    assert options["ours"] == {"inverse": False}
+    assert options["mind"] == {"inverse": False, "io_sim": "mind", "shape": (96,) * 3}
+    assert options["affine"]["prealign"] == "affine"
+    assert options["affine"]["io_iterations"] is None
 
 
 @pytest.mark.parametrize(
@@ -290,8 +287,9 @@ def test_ours_registers_as_it_is_asked(data, tmp_path, monkeypatch):
     assert pathlib.Path(str(fixed)).name == "a.nii.gz"
     assert model is None
     assert (options.fixed_modality, options.moving_modality) == ("us", "mri")
-    assert (options.io_sim, options.io_target) == ("nmi", "displacement")
-    assert (options.shape, options.inverse) == ((64, 64, 64), False)
+    assert options == dataclasses.replace(
+        real_sets.Options(), fixed_modality="us", moving_modality="mri", inverse=False
+    )
 
 
 SPANS = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=6)

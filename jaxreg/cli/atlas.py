@@ -18,7 +18,7 @@ from jaxreg.cli.options import (
 from jaxreg.cli.parser import verb
 from jaxreg.cli.progress import Bar, interrupted
 from jaxreg.errors import UserError
-from jaxreg.registration.options import MODALITIES, Options
+from jaxreg.registration.options import AUTO, MODALITIES, Options
 
 if TYPE_CHECKING:
     from jaxreg.space.grid import Volume
@@ -39,7 +39,8 @@ class Scans:
     Attributes:
       scans: Two or more scans: FILE,FILE,... The first gives the grid of the mean, and
         is what the others are registered onto in the first round.
-      modality: Kind of the scans.
+      modality: Kind of the scans. auto: CT if the first one's values look like
+        Hounsfield units, else MR.
       rounds: How often all are registered onto the mean so far.
       model: As in register.
     """
@@ -47,7 +48,7 @@ class Scans:
     PANEL: ClassVar = SCANS
 
     scans: tuple[Path, ...]
-    modality: Annotated[str, MODALITIES] = "mri"
+    modality: Annotated[str, (AUTO, *MODALITIES)] = AUTO
     rounds: int = 4
     model: Annotated[str | None, str] = None
 
@@ -76,6 +77,7 @@ def atlas_verb(scans: Scans, folder: Folder, options: Options) -> None:
     lead on average. Intensities of MR are scaled to [0, 1]. An interrupted command goes
     on where it was when it is given again.
     """
+    from jaxreg.data.modality import settled
     from jaxreg.io import files, volumes
     from jaxreg.registration import options as options_lib
 
@@ -83,6 +85,11 @@ def atlas_verb(scans: Scans, folder: Folder, options: Options) -> None:
         raise UserError("--scans names one scan; give two or more, with commas")
     if scans.rounds < 1:
         raise UserError(f"--rounds is {scans.rounds}, expected a positive number")
+    for path in scans.scans:
+        volumes.check_source(path, "--scans")
+    first = volumes.read_volume(scans.scans[0])
+    grid = first.grid
+    scans = dataclasses.replace(scans, modality=settled(scans.modality, first))
     options = dataclasses.replace(
         options,
         fixed_modality=scans.modality,
@@ -90,9 +97,6 @@ def atlas_verb(scans: Scans, folder: Folder, options: Options) -> None:
         inverse=False,
     )
     options_lib.check_options(options)
-    for path in scans.scans:
-        volumes.check_source(path, "--scans")
-    grid = volumes.read_grid(scans.scans[0])
     files.make_folder(folder.out_dir, "--out-dir")
     _check_same(folder.out_dir, scans, options)
     build = _Build(scans, options, folder.out_dir)

@@ -375,6 +375,7 @@ def prealigned(
     if model is not None:
         words = (options.task, options.pairing, options.smoothness)
         model = conditioning.condition(model, *words).model
+    options = preparation.with_modalities(options, fixed, moving)
     options = preparation.with_rule_of(model, options)
     placement = preparation.placement_of(model, options)
     moving, fixed, regions = preparation.reoriented(

@@ -27,7 +27,6 @@ from jaxreg.typing import Pair
 
 _LARGEST_STRETCH = 1.5  # of lengths, by which extents may still be those of one thing
 _SAME_PLACE = 0.01  # half diagonals of the fixed scan
-_ALIKE = 0.95  # share of local structure: bright in one scan, bright in the other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,7 +210,7 @@ def _by_images(
     possible = _possible(options)
     if len(possible) == 1:
         return possible[0]
-    alike = level.agreement(matrix) > _ALIKE
+    alike = level.agreement(matrix) > measure.ALIKE
     return "lncc" if alike else "nmi"
 
 

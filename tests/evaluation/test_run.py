@@ -452,7 +452,7 @@ def test_modalities_and_masks_of_a_pair(asked, spec, folder):
         warnings.simplefilter("error")
         run_lib.evaluate([pair], loaded(Shifting()), options)
     (_, first, bare), (_, _, masked) = asked
-    assert (first.fixed_modality, first.moving_modality) == ("ct", "mri")
+    assert (first.fixed_modality, first.moving_modality) == ("ct", "auto")
     assert bare.fixed_mask is None
     assert masked.fixed_mask.source == str(folder / "mask.nii.gz")
     assert masked.moving_mask is None

@@ -85,7 +85,8 @@ def loaded(model, **preprocessing) -> zoo.LoadedModel:
     return zoo.LoadedModel("known", model, {}, bundle)
 
 
-OPTIONS = options_lib.Options(shape=NETWORK_GRID, io_iterations=None)
+MRI = options_lib.Options(fixed_modality="mri", moving_modality="mri")
+OPTIONS = dataclasses.replace(MRI, shape=NETWORK_GRID, io_iterations=None)
 
 
 def test_predicted_shift_in_mm():
@@ -532,7 +533,7 @@ def test_dice_classes_are_those_of_both():
     labels = np.digitize(scan.array, [200, 500, 700])
     moving = Volume(labels.astype(np.int32), scan.grid, "m")
     fixed = Volume(np.where(labels == 3, 9, labels).astype(np.int32), scan.grid, "f")
-    options = options_lib.Options(shape=NETWORK_GRID, dice_loss_weight=1.0)
+    options = dataclasses.replace(MRI, shape=NETWORK_GRID, dice_loss_weight=1.0)
     regions = options_lib.Regions(fixed_segmentation=fixed, moving_segmentation=moving)
     pair = preparation.make_pair(scan, scan, options, regions)
     assert pair.moving_onehot is not None

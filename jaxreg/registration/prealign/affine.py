@@ -42,6 +42,8 @@ MOST_STRETCH = 2.0
 and of children differ by less than two in length; what asks for more is a mistake."""
 _AS_GOOD = 0.99  # share of what the images tell of each other
 _RIVAL = 0.9
+_CLEARER = 1.25
+"""By how much a map has to raise squared local correlation to be believed by it."""
 _TELLS = 0.15
 """What a map has to tell to be believed that leads elsewhere than the first start:
 ultrasound and MR tell each other up to 0.1, and that at any place."""
@@ -129,7 +131,8 @@ def search(
     A place to which one start alone leads, or that is one of several which fit nearly
     alike, or to which the first start does not lead and that tells hardly anything, is
     an accident of two images that tell little of each other. Then the first start is
-    kept, if it overlaps.
+    kept, if it overlaps, but where local structure says more, see
+    `_told_by_structure`.
 
     Args:
       fixed: the scan that stays.
@@ -146,9 +149,10 @@ def search(
     begun, turns = _begun(coarse, fixed, moving, starts, overlapping)
     ended = _Ended.of(coarse, middle, begun, turns)
     best, rivals, certain = ended.chosen()
-    if not certain and first in overlapping:
-        fits = {first: fine.fit(starts[first])}
-        return Found(starts[first], first, fits, rivals, certain, fits[first])
+    doubted = not certain and first in overlapping
+    kept = fine.fit(starts[first])
+    if doubted and rivals:
+        return Found(starts[first], first, {first: kept}, rivals, False, kept)
     rigid = ended.maps[best]
     base = begun[best]
     rough = rigid
@@ -158,8 +162,28 @@ def search(
     candidates = {**starts, "rigid": rigid, "rough": rough, "fine": last}
     fits = {k: fine.fit(m) for k, m in candidates.items() if plausible(m)}
     chosen = best_of(fits)
+    matrix, end = candidates[chosen], fits[chosen]
+    if doubted and not _told_by_structure(fine, matrix, end, kept):
+        return Found(starts[first], first, {first: kept}, rivals, False, kept)
     start = chosen if chosen in starts else best
-    return Found(candidates[chosen], start, fits, rivals, certain, fits[chosen])
+    return Found(matrix, start, fits, rivals, certain or doubted, end)
+
+
+def _told_by_structure(level: Level, matrix: np.ndarray, end: Fit, kept: Fit) -> bool:
+    """Whether a map is sure although grey levels tell little: by local structure.
+
+    Where scans of one contrast lie on each other, nearly all that is bright in one is
+    bright in the other. No wrong place of ultrasound on MR has come near that and
+    raised local correlation so much.
+
+    Args:
+      level: both scans, see `judged`.
+      matrix: 4x4, fixed to moving mm.
+      end: how well it fits.
+      kept: how well the map fits that would be kept.
+    """
+    clearer = 1 - end.locally > _CLEARER * (1 - kept.locally)
+    return clearer and level.agreement(matrix) > measure.ALIKE
 
 
 def _begun(

@@ -19,6 +19,8 @@ _MOST_OF = 0.7  # of an axis's voxels: it keeps them all rather than so many
 FEWEST, FEW, MANY = 2**11, 2**12, 2**15
 """Points of a first look, of a descent by grey levels, and of a judgement: what points
 that were drawn say is sure to one over the root of their number."""
+ALIKE = 0.95
+"""Share of local structure, see `Level.agreement`, from which contrasts are one."""
 _BINS, _FEW_BINS = 24, 12  # the latter where points are few
 MOST = 768  # maps of a first look
 _LOCAL, LOCAL_DESCENT = 48, 48

@@ -256,6 +256,8 @@ def test_labels_and_masks_are_carried_along(scans, monkeypatch):
     )
     options = dataclasses.replace(
         OPTIONS,
+        fixed_modality="mri",
+        moving_modality="mri",
         io_iterations=1,
         dice_loss_weight=1.0,
         loss_function_masking=True,
