@@ -175,6 +175,26 @@ def test_diffusion_averages_over_the_batch():
 def test_an_axis_of_one_voxel_adds_nothing():
     x = np.asarray(sampling.identity((6, 1, 7)), np.float32)
     np.testing.assert_allclose(regularity.diffusion(x), 2 / 3, rtol=1e-5)
+    assert regularity.folding(-2 * x) == 0
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"), [(1.0, 0.0), (0.5, 0.0), (0.05, 0.05), (-1.0, 1.1)]
+)
+def test_folding_is_what_the_determinant_lacks(scale, expected):
+    """A map that scales one axis has this determinant everywhere."""
+    x = np.asarray(sampling.identity(SHAPE), np.float64)
+    displacement = x * np.array([0, scale - 1, 0])
+    found = regularity.folding(jnp.asarray(displacement, jnp.float32))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_one_folded_point_is_seen_by_the_cells_around_it():
+    displacement = np.zeros((1, 5, 5, 5, 3), np.float32)
+    displacement[0, 2, 2, 2, 0] = 1.5 / 4  # past its neighbour
+    # By the four cells before it a corner's edges turn round: 1 - 1.5 for 0.1.
+    found = regularity.folding(jnp.asarray(displacement))
+    np.testing.assert_allclose(found, 4 * 0.6 / 4**3, rtol=1e-5)
 
 
 @pytest.mark.golden

@@ -38,6 +38,7 @@ class DisplacementConfig:
       control_spacing: voxels of a level per control point of its field.
       affine_learning_rate: of Adam, in means of the extents per step.
       smoothness: weight of the field's diffusion energy.
+      folding: weight of `regularity.folding`.
       discrete: how a start for large displacements is searched for; None for no search,
         which after an affine map has been as good on real pairs.
     """
@@ -47,6 +48,7 @@ class DisplacementConfig:
     control_spacing: int = 2
     affine_learning_rate: float = 0.01
     smoothness: float = 1.0
+    folding: float = 1.0
     discrete: DiscreteConfig | None = None
 
 
@@ -139,12 +141,12 @@ def _maps_found(
 
 
 def _direct_loss(
-    parameters, pair, noise, objective, smoothness, *, start, extent, affine=True
+    parameters, pair, noise, objective, weights, *, start, extent, affine=True
 ):
     """Returns (loss, (parts, maps)) of "affine", 3 4, and "control", two fields.
 
     The fields are lengths in means of the extents, so that they cost, and move, the
-    same along every axis in space.
+    same along every axis in space. The weights are of smoothness and of folding.
     """
     control = parameters["control"]
     shape = pair.fixed.shape[1:4]
@@ -159,17 +161,17 @@ def _direct_loss(
     loss = loss + jax.nn.relu(low - volume) + jax.nn.relu(volume / high - 1.0)
     if control is not None:
         smooth = sum(regularity.diffusion(c, extent) for c in control)
-        parts = {**parts, "smoothness": smooth}
-        loss = loss + smoothness * smooth
+        # Of the control points: between them the map is read linearly.
+        folding = sum(regularity.folding(c / jnp.asarray(extent)) for c in control)
+        parts = {**parts, "smoothness": smooth, "folding": folding}
+        loss = loss + weights[0] * smooth + weights[1] * folding
     return loss, ({**parts, "loss": loss}, (forward, backward))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("objective", "steps", "smoothness", "affine")
-)
+@functools.partial(jax.jit, static_argnames=("objective", "steps", "weights", "affine"))
 def _direct_step(
     state, index, pair, key, learning_rate, start, extent,
-    *, objective, steps, smoothness, affine,
+    *, objective, steps, weights, affine,
 ):  # fmt: skip
     # The step size falls to nothing: the field settles instead of trembling.
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps, 0.05))
@@ -177,7 +179,7 @@ def _direct_step(
     gradient_of = jax.grad(loss, has_aux=True)
     parameters, adam = state
     noise = loop.draw_noise(key, index, pair.fixed.shape[1:4], None)
-    gradient, (parts, _) = gradient_of(parameters, pair, noise, objective, smoothness)
+    gradient, (parts, _) = gradient_of(parameters, pair, noise, objective, weights)
     updates, adam = optimizer.update(gradient, adam)
     return (optax.apply_updates(parameters, updates), adam), parts, parameters
 
@@ -280,7 +282,7 @@ def find_affine(
         extent,
         objective=objective,
         steps=steps,
-        smoothness=0.0,
+        weights=(0.0, 0.0),
         affine=True,
         report=report,
     )
@@ -371,7 +373,7 @@ def optimize_displacement(
             extent,
             objective=objective,
             steps=steps,
-            smoothness=config.smoothness,
+            weights=(config.smoothness, config.folding),
             affine=affine,
             report=report,
         )

@@ -242,6 +242,24 @@ def test_similarity_falls_and_nothing_folds(recovered):
         assert fields.jacobian_determinant(points).min() > 0
 
 
+@pytest.mark.parametrize("folding", [0.0, 1.0])
+def test_what_would_fold_is_held(folding):
+    """Two scans that have nothing in common, and every freedom."""
+    images = np.random.default_rng(0).random((2, 1, 16, 16, 16, 1), np.float32)
+    config = displacement.DisplacementConfig(
+        factors=(1,), smoothness=0.0, folding=folding
+    )
+    objective = dataclasses.replace(CHEAP, inverse_consistency_weight=0.0)
+    result = displacement.optimize_displacement(
+        Pair(*images), objective, steps=40, learning_rate=0.02,
+        key=jax.random.key(0), affine=False, config=config,
+    )  # fmt: skip
+    determinant = fields.jacobian_determinant(result.forward.on_grid((16, 16, 16)))
+    assert float(jnp.mean(determinant < 0)) > 0.1 or folding > 0
+    assert determinant.min() > 0 or folding == 0
+    assert result.history["folding"].shape == result.history["loss"].shape
+
+
 def test_the_two_maps_are_inverse(recovered):
     _, result, _ = recovered
     grid = sampling.identity(CUBE)
