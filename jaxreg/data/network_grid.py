@@ -33,6 +33,7 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
 _EVEN = 8  # voxels: scans of nearly one size have one grid, and one program
+_FINER = 1.5  # times as many voxels as a scan has along an axis, at most
 _FEWEST_KEPT = 4  # voxels along each axis of a part
 _WHOLE = 0.8  # share of an axis from which all of it is kept
 CANONICAL = "RAS"
@@ -271,15 +272,17 @@ def orientation_of(grid: Grid) -> str:
     return "".join(orientations.aff2axcodes(grid.transposed().affine_mm))
 
 
-def shape_within(grid: Grid, voxels: int) -> Shape:
-    """Returns a scan's shape, or a coarser one of about so many voxels at most.
+def shape_within(grid: Grid, voxels: int, least: int = 0) -> Shape:
+    """Returns a scan's shape, or a coarser or a finer one of about so many voxels.
 
-    A coarser one has voxels that are as cubic as the scan's own allow. Axes of more
-    than 8 voxels get a multiple of 8, the next larger one.
+    A coarser one has voxels that are as cubic as the scan's own allow. A finer one has
+    up to `_FINER` times as many along each axis. Axes of more than 8 voxels get a
+    multiple of 8, the next larger one.
 
     Args:
       grid: of the scan.
-      voxels: how many.
+      voxels: how many, at most.
+      least: how many, at least.
     """
     spacing = np.maximum(np.asarray(grid.spacing_mm, np.float64), 1e-9)
     own = np.asarray(grid.shape, np.float64)
@@ -294,6 +297,9 @@ def shape_within(grid: Grid, voxels: int) -> Shape:
             fits = count(middle).prod() <= voxels
             low, high = (low, middle) if fits else (middle, high)
         own = count(high)
+    elif own.prod() < least:
+        finer = min(_FINER, (least / own.prod()) ** (1 / 3))
+        own = np.where(own > _EVEN, own * finer, own)
     even = [_EVEN * math.ceil(n / _EVEN - 1e-6) if n > _EVEN else n for n in own]
     d, h, w = (max(1, math.ceil(n - 1e-6)) for n in even)
     return d, h, w

@@ -79,19 +79,21 @@ class Effort:
       network_steps: of instance optimisation after a network; None for none.
       steps: of a displacement without a network, at each level.
       voxels: of the grid without a network, at most, see `network_grid.shape_within`.
+      least: of the same, at least: a displacement moves parts of voxels.
     """
 
     network_steps: int | None
     steps: int
     voxels: int
+    least: int
 
 
 Quality = Literal["fast", "default", "best"]
 EFFORTS: Mapping[Quality, Effort] = MappingProxyType(
     {
-        "fast": Effort(network_steps=None, steps=30, voxels=48**3),
-        "default": Effort(network_steps=50, steps=50, voxels=80**3),
-        "best": Effort(network_steps=200, steps=100, voxels=128**3),
+        "fast": Effort(network_steps=None, steps=30, voxels=48**3, least=0),
+        "default": Effort(network_steps=50, steps=50, voxels=80**3, least=48**3),
+        "best": Effort(network_steps=200, steps=100, voxels=128**3, least=64**3),
     }
 )
 
@@ -132,8 +134,8 @@ class Options:
         network sees it turned (without weights: superior, anterior, right; its fastest
         for weights that see NIfTI's order, as PromptReg's), or one number for a cube.
         Default: the grid that the weights were trained on, 175,175,175 for the
-        published ones; without weights the fixed scan's own, or a coarser one of as
-        many voxels as the quality has.
+        published ones; without weights the fixed scan's own, or a coarser or finer one
+        of as many voxels as the quality has.
       quality: How much work is done where other options do not say it. fast: a
         network's prediction alone, or a coarse grid; best: more steps, and a finer
         grid.

@@ -30,15 +30,15 @@ def with_grid(
 ) -> Options:
     """Returns options on the grid of the weights, where they name none themselves.
 
-    Without weights on the fixed scan's, or a coarser one, see `options.Effort`.
+    Without weights on the fixed scan's, a coarser or a finer one, see `options.Effort`.
     """
     if options.shape is not None:
         return options
     if model is not None:
         return dataclasses.replace(options, shape=model.shape)
     seen = placement_of(None, options).reoriented(fixed).grid
-    voxels = options_lib.EFFORTS[options.quality].voxels
-    shape = network_grid.shape_within(seen, voxels)
+    effort = options_lib.EFFORTS[options.quality]
+    shape = network_grid.shape_within(seen, effort.voxels, effort.least)
     return dataclasses.replace(options, shape=shape)
 
 

@@ -116,6 +116,20 @@ def test_grid_without_weights(shape, spacing, limit, expected):
     assert network_grid.shape_within(grid, limit) == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "least", "expected"),
+    [
+        ((35, 50, 36), 48**3, (48, 64, 48)),  # by 1.2
+        ((35, 50, 36), 35 * 50 * 36, (40, 56, 40)),  # fine enough
+        ((16, 20, 24), 48**3, (24, 32, 40)),  # by no more than 1.5
+        ((1, 40, 40), 48**3, (1, 64, 64)),
+    ],
+)
+def test_a_small_scan_has_a_finer_grid(shape, least, expected):
+    grid = Grid(shape, np.diag([1.0, 1.0, 1.0, 1.0]))
+    assert network_grid.shape_within(grid, 80**3, least) == expected
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_coarser_grid_is_as_cubic_as_the_scan_allows(seed):
     rng = np.random.default_rng(seed)
