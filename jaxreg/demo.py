@@ -228,8 +228,9 @@ def run(
         scans, result.transform, transform_out=written[0], warped_out=written[2]
     )
     report.write_report(
-        written[4], scans, result.transform, numbers=numbers, history=result.history,
-        command=command, picture=written[3], notes=[_NOTE],
+        written[4], scans, result.transform,
+        report.Known(numbers=numbers, history=result.history, notes=(_NOTE,)),
+        command=command, picture=written[3],
     )  # fmt: skip
     return numbers, written
 

@@ -103,11 +103,9 @@ def report_verb(
         written.report,
         scans,
         mapping,
-        numbers=likeness.rows,
-        likeness=likeness,
-        provenance={
+        report.Known(numbers=likeness.rows, likeness=likeness, provenance={
             "transform": str(given.transform), **report.provenance(scans),
-        },
+        }),
         command=shlex.join(["jaxreg", *context.obj]),
     )  # fmt: skip
     for sentence in page.cautions:

@@ -32,7 +32,10 @@ _AXES_WORDS: Mapping[Axes, str] = MappingProxyType(
     }
 )
 _SUPERIOR_POSTERIOR_LEFT = ((2, 1), (1, -1), (0, -1))
-_EVEN = 8  # voxels: scans of nearly one size have one grid, and one program
+_EVEN, _EVENER, _LONG = 8, 16, 32
+"""Voxels along an axis come in multiples of 8, of more than 32 in multiples of 16: so
+scans of nearly one size have one grid, and one program, which takes longer to compile
+than a few more voxels do."""
 _FINER = 1.5  # times as many voxels as a scan has along an axis, at most
 _FEWEST_KEPT = 4  # voxels along each axis of a part
 _WHOLE = 0.8  # share of an axis from which all of it is kept
@@ -277,7 +280,8 @@ def shape_within(grid: Grid, voxels: int, least: int = 0) -> Shape:
 
     A coarser one has voxels that are as cubic as the scan's own allow. A finer one has
     up to `_FINER` times as many along each axis. Axes of more than 8 voxels get a
-    multiple of 8, the next larger one.
+    multiple of 8 or 16: the next larger one where the scan has so many, else the
+    nearest.
 
     Args:
       grid: of the scan.
@@ -290,18 +294,19 @@ def shape_within(grid: Grid, voxels: int, least: int = 0) -> Shape:
     def count(edge: float) -> np.ndarray:
         return np.maximum(np.minimum(own, own * spacing / edge), 1.0)
 
-    low, high = spacing.min(), (own * spacing).max()
+    low, high, wanted = spacing.min(), (own * spacing).max(), own
     if own.prod() > voxels:
         for _ in range(50):  # bisection of the voxels' edge in mm
             middle = math.sqrt(low * high)
             fits = count(middle).prod() <= voxels
             low, high = (low, middle) if fits else (middle, high)
-        own = count(high)
+        wanted = count(high)
     elif own.prod() < least:
         finer = min(_FINER, (least / own.prod()) ** (1 / 3))
-        own = np.where(own > _EVEN, own * finer, own)
-    even = [_EVEN * math.ceil(n / _EVEN - 1e-6) if n > _EVEN else n for n in own]
-    d, h, w = (max(1, math.ceil(n - 1e-6)) for n in even)
+        wanted = np.where(own > _EVEN, own * finer, own)
+    step = np.where(wanted > _LONG, _EVENER, np.where(wanted > _EVEN, _EVEN, 1))
+    rounded = np.where(wanted == own, np.ceil(own / step), np.rint(wanted / step))
+    d, h, w = (step * np.maximum(rounded, 1)).astype(int).tolist()
     return d, h, w
 
 

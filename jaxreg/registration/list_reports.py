@@ -86,8 +86,8 @@ class Pages:
         seen = dataclasses.replace(found, scans=scans, weights=self.weights)
         page = self.paths[row]
         report.write_report(
-            page, scans, found.transform,
-            command=self.command, thumbnail=report.thumbnail_of(page), **seen.reported,
+            page, scans, found.transform, seen.reported,
+            command=self.command, thumbnail=report.thumbnail_of(page),
         )  # fmt: skip
 
 

@@ -60,6 +60,7 @@ class Outcome:
       folding_percent: see `result.RegistrationResult`.
       seconds: to register, without reading and writing.
       reason: why it failed.
+      warnings: `RegistrationResult.doubts` in one text.
     """
 
     row: str
@@ -75,6 +76,7 @@ class Outcome:
     folding_percent: float = math.nan
     seconds: float = math.nan
     reason: str = ""
+    warnings: str = ""
 
 
 def stems(rows: Rows) -> dict[str, str]:
@@ -358,6 +360,7 @@ def _write(
         after=found.similarity_after,
         folding_percent=found.folding_percent,
         seconds=sum(found.seconds.values()),
+        warnings="; ".join(found.doubts),
     )
 
 
@@ -413,7 +416,8 @@ def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
             figures = {name: float(row[name] or "nan") for name in _FIGURES}
             scans = _scans_of(row["fixed"], row["moving"])
             if row["similarity"]:
-                found[scans] = {"similarity": row["similarity"], **figures}
+                words = {n: row[n] for n in ("similarity", "warnings")}
+                found[scans] = {**words, **figures}
         except (KeyError, TypeError, ValueError):
             continue
     return found
@@ -434,7 +438,7 @@ def write_overview(pages: Pages, outcomes: Iterable[Outcome]) -> None:
         report.Entry(
             name=pages.paths[outcome.row].stem.replace("_to_", " to "),
             page=pages.paths[outcome.row],
-            remark=outcome.reason,
+            remark=outcome.reason or outcome.warnings,
             **{name: getattr(outcome, name) for name in shown},
         )
         for outcome in outcomes

@@ -231,8 +231,12 @@ def _started(scans: without_network.Scans, found: loop.Optimized) -> dict[str, A
     """Returns what a result says of where the registration started."""
     aligned = scans.start or scans.guess
     if aligned is None:
-        return {"started_from": found.start}
-    return {"prealigned_from": aligned.start, "prealigned_fits": aligned.fits}
+        return {"started_from": found.start, "doubts": found.doubts}
+    return {
+        "prealigned_from": aligned.start,
+        "prealigned_fits": aligned.fits,
+        "doubts": aligned.doubts + found.doubts,
+    }
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -302,6 +306,8 @@ def _found(
     with jax.default_matmul_precision(options_lib.MATMUL[options.precision]):
         found = _optimise(prepared, by_network, progress)
         domains = {} if model is None else conditioning.domains(model, pair)
+    for doubt in found.doubts:
+        warnings.warn(doubt, stacklevel=3)
     similar = found.similarity or options.io_sim
     return found, dataclasses.replace(options, io_sim=similar), domains
 

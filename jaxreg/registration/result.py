@@ -5,7 +5,7 @@ import functools
 import html
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from jaxreg.space import warping
 from jaxreg.space.grid import Grid, Volume
 
 if TYPE_CHECKING:
-    from jaxreg.registration.report import Page, Picture
+    from jaxreg.registration.report import Known, Page, Picture
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -59,6 +59,8 @@ class RegistrationResult:
       started_from: what fitted best before a registration without a network:
         "headers", "centres of mass" or "stretched extents"; else empty.
       weights: name, source and licence of the network's; empty without one.
+      doubts: what was warned about of the place and the map, a sentence each; folds are
+        in `folding_percent`.
       chosen: the model, and why it is the one, where none was named; else empty.
       scans: the two scans, which are warped, drawn and written from; what was given as
         a volume or an image is referred to, not copied.
@@ -87,6 +89,7 @@ class RegistrationResult:
     started_from: str = ""
     weights: str = ""
     chosen: str = ""
+    doubts: tuple[str, ...] = ()
     scans: scan_pair.ScanPair | None = None
 
     def __repr__(self) -> str:
@@ -147,25 +150,26 @@ class RegistrationResult:
         from jaxreg.registration import report
 
         return report.page_of(
-            self._scans, self.transform, command=command, **self.reported
+            self._scans, self.transform, self.reported, command=command
         )
 
     @property
-    def reported(self) -> dict[str, Any]:
-        """What a report says besides what it measures: arguments of `write_report`."""
+    def reported(self) -> "Known":
+        """What a report says besides what it measures."""
         from jaxreg.registration import report
 
-        return {
-            "numbers": summary(self),
-            "likeness": report.Likeness(
+        return report.Known(
+            numbers=summary(self),
+            likeness=report.Likeness(
                 f"{self.similarity} loss",
                 self.similarity_before,
                 self.similarity_after,
                 self.similarity_prealigned,
             ),
-            "history": self.history,
-            "provenance": report.provenance(self._scans, self.fixed_grid, self.weights),
-        }
+            history=self.history,
+            provenance=report.provenance(self._scans, self.fixed_grid, self.weights),
+            doubts=self.doubts,
+        )
 
     def save(
         self,
@@ -220,7 +224,7 @@ class RegistrationResult:
             from jaxreg.registration import report as report_lib
 
             report_lib.write_report(
-                report, scans, self.transform, command=command, **found.reported
+                report, scans, self.transform, found.reported, command=command
             )
         return found
 

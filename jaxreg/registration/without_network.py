@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -131,7 +130,7 @@ def find_displacement(
             came[f"{name} by {similar}"] = name
     fits |= affine_lib.compare(level, {n: maps[n] for n in maps if n not in starts})
     best = affine_lib.best_of(fits)
-    _warn_of_rivals(scans, maps, fits, best)
+    doubts = _doubts_of_place(scans, maps, fits, best)
     similar = _by_images(options, level, maps[best])
     by = dataclasses.replace(options, io_sim=similar)
     result = _displaced(pair, by, scans, maps[best], report, common)
@@ -140,6 +139,7 @@ def find_displacement(
         history=displacement.chained([*histories, result.history]),
         start=came[best],
         similarity=similar,
+        doubts=doubts,
     )
     return _not_worse(result, starts[came[best]], scans, level, options)
 
@@ -325,22 +325,21 @@ def _parts_that_meet(
     return preparation.as_compared(found), objective, (here, there)
 
 
-def _warn_of_rivals(
+def _doubts_of_place(
     scans: Scans,
     maps: Mapping[str, np.ndarray],
     fits: Mapping[str, measure.Fit],
     best: str,
-) -> None:
-    """Warns where the scans fit nearly as well elsewhere."""
+) -> tuple[str, ...]:
+    """Returns a sentence where the scans fit nearly as well elsewhere."""
     rivals = affine_lib.rivals(scans.fixed.grid, maps, fits, best)
     if not rivals:
-        return
-    warnings.warn(
+        return ()
+    return (
         f"the place of {scans.fixed.source} in {scans.moving.source} is not certain: "
         f"affine maps from {best} and from {', '.join(rivals)} differ and fit nearly "
         "alike; look at the result, give masks with `fixed_mask`, `moving_mask` and "
         "`loss_function_masking`, or crop the larger scan",
-        stacklevel=3,
     )
 
 
@@ -356,7 +355,7 @@ def _not_worse(
     level: measure.Level,
     options: Options,
 ) -> loop.Optimized:
-    """Returns what was found, or the start where that fits better; warns of it.
+    """Returns what was found, or the start where that fits better, as a doubt.
 
     Args:
       found: between the scans' network grids.
@@ -385,15 +384,19 @@ def _not_worse(
         return found
     where = "" if common else " where both results place them on each other"
     stay = "stay" if found.start.endswith("s") else "stays"
-    warnings.warn(
+    doubt = (
         f"the optimisation made the scans less alike{where} (unlikeness "
         f"{fits['found']:.4f}, by the {found.start} {fits['start']:.4f}), so the "
         f"{found.start} {stay}; try another similarity (`io_sim`), more steps or a "
-        "finer grid",
-        stacklevel=3,
+        "finer grid"
     )
     kept = displacement.by_affine(unit_matrix(start, fixed, moving))
-    return dataclasses.replace(found, forward=kept.forward, backward=kept.backward)
+    return dataclasses.replace(
+        found,
+        forward=kept.forward,
+        backward=kept.backward,
+        doubts=(*found.doubts, doubt),
+    )
 
 
 def _between(

@@ -104,11 +104,12 @@ def test_steps_of_another_kind_are_refused(steps):
 @pytest.mark.parametrize(
     ("shape", "spacing", "limit", "expected"),
     [
-        ((35, 50, 36), (1.0, 1.0, 1.0), 80**3, (40, 56, 40)),
+        ((35, 50, 36), (1.0, 1.0, 1.0), 80**3, (48, 64, 48)),
+        ((30, 20, 9), (1.0, 1.0, 1.0), 80**3, (32, 24, 16)),
         ((160, 160, 160), (1.0, 1.0, 1.0), 80**3, (80, 80, 80)),
         ((1, 64, 64), (1.0, 1.0, 1.0), 80**3, (1, 64, 64)),
         ((5, 200, 200), (8.0, 1.0, 1.0), 5 * 80**2, (5, 80, 80)),
-        ((40, 320, 320), (4.0, 0.5, 0.5), 40**3, (40, 40, 40)),
+        ((40, 320, 320), (4.0, 0.5, 0.5), 50**3, (48, 48, 48)),
     ],
 )
 def test_grid_without_weights(shape, spacing, limit, expected):
@@ -120,8 +121,8 @@ def test_grid_without_weights(shape, spacing, limit, expected):
     ("shape", "least", "expected"),
     [
         ((35, 50, 36), 48**3, (48, 64, 48)),  # by 1.2
-        ((35, 50, 36), 35 * 50 * 36, (40, 56, 40)),  # fine enough
-        ((16, 20, 24), 48**3, (24, 32, 40)),  # by no more than 1.5
+        ((17, 25, 18), 17 * 25 * 18, (24, 32, 24)),  # fine enough
+        ((16, 20, 24), 48**3, (24, 32, 32)),  # by no more than 1.5
         ((1, 40, 40), 48**3, (1, 64, 64)),
     ],
 )
@@ -138,9 +139,9 @@ def test_a_coarser_grid_is_as_cubic_as_the_scan_allows(seed):
     grid = Grid(shape, np.diag([*spacing, 1.0]))
     found = np.array(network_grid.shape_within(grid, 64**3))
     assert (found % 8 == 0).all()
-    assert (found < np.array(shape) + 8).all()
-    # Rounded up by less than 8 voxels along each axis.
-    assert np.prod(np.maximum(found - 8, 1)) <= 64**3
+    assert (found < np.array(shape) + 16).all()
+    # Rounded up by less than 16 voxels along an axis, and by 8 where there is a choice.
+    assert np.prod(np.maximum(found - 16, 1)) <= 64**3
     edge = np.array(shape) * spacing / found
     finest = edge.max()
     kept = found >= np.array(shape)

@@ -718,8 +718,9 @@ def test_a_worse_result_gives_way_to_its_start():
     away = np.eye(4)
     away[:3, 3] = 0.2
     found = dataclasses.replace(displacement_lib.by_affine(away), start="headers")
-    with pytest.warns(UserWarning, match="less alike .*so the headers stay"):
-        kept = without_network._not_worse(found, np.eye(4), scans, level, OPTIONS)
+    kept = without_network._not_worse(found, np.eye(4), scans, level, OPTIONS)
+    (doubt,) = kept.doubts
+    assert "less alike" in doubt and "so the headers stay" in doubt
     np.testing.assert_allclose(kept.forward.steps[0].matrix, np.eye(4), atol=1e-6)
     start = scans.grids[1].unit_to_mm @ away @ np.linalg.inv(scans.grids[0].unit_to_mm)
     home = displacement_lib.by_affine(np.eye(4))
@@ -954,10 +955,13 @@ def test_the_grid_is_that_of_the_weights_unless_another_is_given():
     assert result.fixed_grid.shape == (9, 10, 11)
     result = pair_lib.register(fixed, fixed, model, OPTIONS)
     assert result.fixed_grid.shape == NETWORK_GRID
-    # Without weights the fixed scan's, of which an axis has a multiple of 8.
-    assert preparation.with_grid(options, None, fixed).shape == tuple(
+    # Without weights the fixed scan's, or a finer one of so small a scan.
+    fast = dataclasses.replace(options, quality="fast")
+    assert preparation.with_grid(fast, None, fixed).shape == tuple(
         8 * math.ceil(n / 8) for n in fixed.grid.shape
     )
+    finer = preparation.with_grid(options, None, fixed).grid_shape
+    assert min(finer) > max(fixed.grid.shape)
 
 
 def test_paths_and_images_are_registered_as_volumes_are(tmp_path):

@@ -238,12 +238,15 @@ def text() -> str:
     return report.page_of(
         scans(name=EVIL),
         shift(2.0),
-        numbers={"a & b": EVIL},
-        likeness=report.Likeness("lncc loss", 0.5, 0.4),
-        history={"loss": np.arange(4.0), "level": np.array([0, 0, 1, 1])},
-        provenance={"weights": EVIL},
+        report.Known(
+            numbers={"a & b": EVIL},
+            likeness=report.Likeness("lncc loss", 0.5, 0.4),
+            history={"loss": np.arange(4.0), "level": np.array([0, 0, 1, 1])},
+            provenance={"weights": EVIL},
+            doubts=["the sides & ends are not certain"],
+            notes=["1 < 2"],
+        ),
         command=f"jaxreg register --moving '{EVIL}'",
-        notes=["1 < 2"],
     ).text
 
 
@@ -252,7 +255,8 @@ def test_a_page_has_all_sections_and_no_links(text):
     for words in (
         "Viewer", "Before and after", "Objective by step", "the next level begins",
         "Numbers", "Where it came from", "Overlap of labels", "Command", "1 < 2",
-        "0.5000 → 0.4000", "folded voxels", "mm", "needs JavaScript", "Keys and touch",
+        "0.5000 → 0.4000", "the sides & ends are not certain", "folded voxels", "mm",
+        "needs JavaScript", "Keys and touch",
     ):  # fmt: skip
         assert words in read.text, words
     for tag, attributes in read.tags:

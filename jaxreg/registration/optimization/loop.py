@@ -28,6 +28,7 @@ class Optimized:
         result. Empty without optimisation.
       start: name of what it started from, where there was a choice.
       similarity: name of the measure, where there was a choice.
+      doubts: what was warned about, a sentence each.
     """
 
     forward: Transform
@@ -35,6 +36,7 @@ class Optimized:
     history: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     start: str = ""
     similarity: str = ""
+    doubts: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,6 +61,7 @@ class Prealignment:
         by their headers.
       fits: how well the scans fit by their headers, and by this map; None where nothing
         was looked for.
+      doubts: what was warned about, a sentence each.
     """
 
     affine_mm: np.ndarray
@@ -69,6 +70,7 @@ class Prealignment:
     start: str = ""
     extents_fit: bool = False
     fits: tuple[measure.Fit, measure.Fit] | None = None
+    doubts: tuple[str, ...] = ()
 
     @property
     def transform(self) -> Transform:
@@ -144,9 +146,9 @@ def find(
 
     Returns:
       What fits at least as well as the scans where their headers place them, by the
-      measures of `measure.Fit`. It warns where that is the headers themselves,
-      where the images do not say how they lie to each other, and where the mirrored
-      scan fits as well.
+      measures of `measure.Fit`. It warns, and keeps as doubts, where that is the
+      headers themselves, where the images do not say how they lie to each other, and
+      where the mirrored scan fits as well.
 
     Raises:
       UserError: SAM's weights are missing, or its matches are too few or contradict
@@ -167,13 +169,19 @@ def find(
             given = Prealignment(_between_centres(moving, fixed), start="centres")
         found = _not_worse(method, given, affine_lib.judged(*both))
     if affine_lib.mirrored_fits(*both, found.affine_mm):
-        warnings.warn(
+        found = _doubted(
+            found,
             f"{moving.volume.source} mirrored, left for right, fits "
             f"{fixed.volume.source} as well: these images cannot tell the sides; check "
             "that neither header flips left and right",
-            stacklevel=2,
         )
+    for doubt in found.doubts:
+        warnings.warn(doubt, stacklevel=2)
     return found
+
+
+def _doubted(found: Prealignment, doubt: str) -> Prealignment:
+    return dataclasses.replace(found, doubts=(*found.doubts, doubt))
 
 
 # --- by intensities -------------------------------------------------------------------
@@ -222,8 +230,6 @@ def _by_intensities(
     }
     found = affine_lib.search(here, there, starts, method)
     doubt = _doubt_of(found, starts, moving, fixed)
-    if doubt:
-        warnings.warn(f"`prealign` {method}: {doubt}", stacklevel=3)
     names = ("headers", _EXTENTS)
     fits = {name: found.fits[name] for name in names if name in found.fits}
     extents_fit = affine_lib.best_of(fits) == _EXTENTS
@@ -233,6 +239,7 @@ def _by_intensities(
         start=found.start,
         extents_fit=extents_fit,
         fits=None if before is None or after is None else (before, after),
+        doubts=(f"`prealign` {method}: {doubt}",) if doubt else (),
     )
 
 
@@ -282,7 +289,7 @@ def _not_worse(
     given: Prealignment,
     level: measure.Level,
 ) -> Prealignment:
-    """Returns a pre-alignment, or the headers where they fit better; warns of that.
+    """Returns a pre-alignment, or the headers where they fit better, as a doubt.
 
     A coarse field that fits no better than the headers is left out first.
     """
@@ -290,23 +297,27 @@ def _not_worse(
         fits = _beside_headers(_as_function(given), level)
         if fits[1].globally < fits[0].globally:
             return dataclasses.replace(given, fits=fits)
-        warnings.warn(
-            f"`prealign` {method}: the coarse field fits no better than the scans' "
-            "headers; it is left out",
-            stacklevel=3,
+        given = Prealignment(
+            given.affine_mm,
+            start=given.start,
+            doubts=(
+                f"`prealign` {method}: the coarse field fits no better than the scans' "
+                "headers; it is left out",
+            ),
         )
-        given = Prealignment(given.affine_mm, start=given.start)
     fits = _beside_headers(given.affine_mm, level)
     # By one measure, which no way that is asked here has made small itself.
     worse = fits[1].globally - fits[0].globally
     if worse <= 0:
         return dataclasses.replace(given, fits=fits)
-    warnings.warn(
+    kept = Prealignment(
+        np.eye(4), start="headers", fits=(fits[0], fits[0]), doubts=given.doubts
+    )
+    return _doubted(
+        kept,
         f"`prealign` {method} fits worse than the scans' headers (NMI loss more by "
         f"{worse:.4f}); the headers are kept",
-        stacklevel=3,
     )
-    return Prealignment(np.eye(4), start="headers", fits=(fits[0], fits[0]))
 
 
 def _as_function(given: Prealignment) -> Callable[[np.ndarray], np.ndarray]:

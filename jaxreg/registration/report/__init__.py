@@ -16,6 +16,7 @@ from jaxreg.registration.report.overview import (
 from jaxreg.registration.report.page import Page, inline_image
 from jaxreg.registration.report.provenance import provenance
 from jaxreg.registration.report.writing import (
+    Known,
     Picture,
     page_of,
     registration_figure,
@@ -25,6 +26,7 @@ from jaxreg.registration.report.writing import (
 __all__ = [
     "INDEX",
     "Entry",
+    "Known",
     "Likeness",
     "Page",
     "Picture",

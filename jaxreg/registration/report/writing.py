@@ -1,9 +1,9 @@
 """The report of a registration: numbers, warnings, pictures and viewer on a page."""
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 
@@ -15,6 +15,30 @@ from jaxreg.registration.report.likeness import Likeness
 from jaxreg.registration.report.page import Page
 from jaxreg.registration.scan_pair import ScanPair
 from jaxreg.space import transform as transform_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What a page says of a registration besides what it measures itself.
+
+    Attributes:
+      numbers: rows of the table, see `result.summary`.
+      likeness: of the scans before and after.
+      history: parts of the objective per step, by name.
+      provenance: rows of a second table, see `provenance.provenance`.
+      doubts: warnings of the registration, beside those of `cautions.cautions`.
+      notes: sentences below the table.
+    """
+
+    numbers: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    likeness: Likeness | None = None
+    history: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    doubts: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
+_NOTHING = Known()
 
 
 def registration_figure(
@@ -44,50 +68,44 @@ def _figure(found: registered.Registered, title: str | None = None) -> Picture:
 def page_of(
     scans: ScanPair,
     transform: transform_lib.Transform,
+    known: Known = _NOTHING,
     *,
-    numbers: Mapping[str, str] = MappingProxyType({}),
-    likeness: Likeness | None = None,
-    history: Mapping[str, np.ndarray] = MappingProxyType({}),
-    provenance: Mapping[str, str] = MappingProxyType({}),
     command: str | None = None,
-    notes: Sequence[str] = (),
 ) -> Page:
     """Returns the page of a registration; the arguments are those of `write_report`."""
-    return _page(
-        registered.on_fixed_grid(scans, transform),
-        scans, numbers, likeness, history, provenance, command, notes,
-    )[0]  # fmt: skip
+    found = registered.on_fixed_grid(scans, transform)
+    return _page(found, scans, known, command)[0]
 
 
 def _page(
-    found, scans, numbers, likeness, history, provenance, command, notes
+    found: registered.Registered, scans: ScanPair, known: Known, command: str | None
 ) -> tuple[Page, bytes]:
     """Returns the page, and its picture as a PNG."""
     measures = registered.measure(found)
     picture = figures.fitting(_figure(found))
     pictures = {"Before and after, on the fixed scan's grid": picture}
-    if any(np.size(values) > 1 for values in history.values()):
+    if any(np.size(values) > 1 for values in known.history.values()):
         caption = "Objective by step"
-        if figures.level_starts(history):
+        if figures.level_starts(known.history):
             caption += " (dashed: the next level begins)"
-        pictures[caption] = figures.history_figure(history)
+        pictures[caption] = figures.history_figure(known.history)
     names = (pathlib.PurePath(s.source).name for s in (scans.moving, scans.fixed))
-    warned = cautions.cautions(measures, likeness)
-    rows = {**numbers, **_rows(measures, numbers)}
+    warned = [*cautions.cautions(measures, known.likeness), *known.doubts]
+    rows = {**known.numbers, **_rows(measures, known.numbers)}
     content = page_lib.Content(
         title="Registration",
         subtitle=" onto ".join(names),
         cautions=warned,
-        cards=_cards(measures, likeness),
+        cards=_cards(measures, known.likeness),
         pictures=pictures,
         tables={
             "Numbers": rows,
-            "Where it came from": provenance
+            "Where it came from": known.provenance
             or {"fixed scan": scans.fixed.source, "moving scan": scans.moving.source},
         },
         label_table=_label_table(measures),
         command=command,
-        notes=notes,
+        notes=known.notes,
     )
     text = page_lib.html_page(content, functools.partial(packing.packed, found))
     return Page(text, rows, tuple(warned)), picture
@@ -157,15 +175,11 @@ def write_report(
     path: files.PathLike,
     scans: ScanPair,
     transform: transform_lib.Transform,
+    known: Known = _NOTHING,
     *,
-    numbers: Mapping[str, str] = MappingProxyType({}),
-    likeness: Likeness | None = None,
-    history: Mapping[str, np.ndarray] = MappingProxyType({}),
-    provenance: Mapping[str, str] = MappingProxyType({}),
     command: str | None = None,
     picture: files.PathLike | None = None,
     thumbnail: files.PathLike | None = None,
-    notes: Sequence[str] = (),
 ) -> Page:
     """Writes the HTML page of a registration, and its picture as a PNG if asked.
 
@@ -173,15 +187,10 @@ def write_report(
       path: the page.
       scans: that were registered; the outlines of their segmentations are drawn.
       transform: fixed mm to moving mm.
-      numbers: rows of the table, see `result.summary`.
-      likeness: of the scans before and after.
-      history: parts of the objective per step, by name.
-      provenance: rows of a second table, see `provenance.provenance`.
+      known: what else there is to say.
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
       thumbnail: a PNG file of small overlays, for `overview.write_overview`.
-      notes: sentences below the table.
-
     Returns:
       The page.
 
@@ -189,9 +198,7 @@ def write_report(
       UserError: a file cannot be written.
     """
     found = registered.on_fixed_grid(scans, transform)
-    page, data = _page(
-        found, scans, numbers, likeness, history, provenance, command, notes
-    )
+    page, data = _page(found, scans, known, command)
     if picture is not None:
         _write_bytes(picture, data)
     if thumbnail is not None:

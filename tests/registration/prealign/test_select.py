@@ -369,6 +369,10 @@ def test_what_it_came_from_and_doubts_are_said(scans, monkeypatch):
         "places far apart fit nearly alike; the best place, found from centres" in said
     )
     assert "`fixed_mask`" in said and "mirrored, left for right" in said
+    # They stay with the result, whose report shows them.
+    assert len(result.doubts) == 2
+    assert result.doubts == result.reported.doubts
+    assert all(doubt in said for doubt in result.doubts)
     assert result.prealigned_from == "centres"
     rows = result_lib.summary(result)
     assert rows["pre-aligned from"] == "centres"
