@@ -126,6 +126,11 @@ def test_split_gradients_of_bfloat16_are_summed_in_float32(split_arrays):
     assert split_arrays["types"] == ["f32", "f32"]  # of a kernel's two parts
 
 
+def test_split_volumes_are_not_folded(split_arrays):
+    """A kernel between folded images is 16 times as large, and summed over devices."""
+    assert split_arrays["folded"] == [True, False]
+
+
 @pytest.fixture(scope="module")
 def split_step():
     return printed("split_step.py")

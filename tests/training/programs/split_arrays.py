@@ -103,6 +103,19 @@ def results(step, count, arrays):
     return jax.tree.leaves(jax.tree.map(np.asarray, compiled(*placed)[1]))
 
 
+def folded_forms() -> list[bool]:
+    """Whether TPU's form is taken on one device and where volumes are split."""
+    seen = []
+
+    def step(state, arrays):
+        seen.append(api.is_folded("folded", (64, 64, 64)))
+        return state, (arrays, arrays)
+
+    for count in (1, 4):
+        results(step, count, (np.zeros((N, D, H, W, 1), np.float32),))
+    return seen
+
+
 def distance(a, b) -> float:
     """L2 distance, relative to the first."""
     return float(np.linalg.norm(a - b) / np.linalg.norm(a))
@@ -127,7 +140,11 @@ def main() -> None:
 
         given = [results(step, count, arrays) for count in (1, 4)]
         found[name] = max(map(distance, *given))
-    print(json.dumps({"distances": found, "types": kernel_gradient_types()}))
+    print(json.dumps({
+        "distances": found,
+        "types": kernel_gradient_types(),
+        "folded": folded_forms(),
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":
