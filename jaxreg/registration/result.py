@@ -5,7 +5,7 @@ import functools
 import html
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -152,6 +152,18 @@ class RegistrationResult:
         return report.page_of(
             self._scans, self.transform, self.reported, command=command
         )
+
+    def niivue(self) -> Any:
+        """Returns both scans in NiiVue, for a notebook with the package ipyniivue.
+
+        The warped scan lies over the fixed one; both go into the notebook whole.
+
+        Raises:
+          UserError: ipyniivue is not installed.
+        """
+        from jaxreg.registration.report import niivue
+
+        return niivue.viewer(self._scans.fixed, self.warped)
 
     @property
     def reported(self) -> "Known":

@@ -2,8 +2,11 @@
 
 import base64
 import dataclasses
+import gzip
 import pickle
 import re
+import sys
+import types
 
 import matplotlib.figure
 import nibabel as nib
@@ -101,6 +104,29 @@ def test_warped_is_the_file_of_the_command_line(paths, result, tmp_path, monkeyp
     assert result.warped is result.warped
     still = dataclasses.replace(result, transform=Transform(()))
     assert not np.array_equal(still.warped.array, expected.array)
+
+
+def test_niivue_has_both_scans_where_it_is_installed(result, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipyniivue", None)  # an import that fails
+    with pytest.raises(UserError, match="pip install ipyniivue"):
+        result.niivue()
+    shown = []
+
+    class NiiVue:
+        def load_volumes(self, volumes):
+            shown.extend(volumes)
+
+    monkeypatch.setitem(sys.modules, "ipyniivue", types.SimpleNamespace(NiiVue=NiiVue))
+    assert isinstance(result.niivue(), NiiVue)
+    fixed, warped = (
+        nib.Nifti1Image.from_bytes(gzip.decompress(each["data"])) for each in shown
+    )
+    np.testing.assert_allclose(fixed.affine, warped.affine)
+    assert all(each["name"].endswith(".nii.gz") for each in shown)
+    # NIfTI's first axis is the volume's last.
+    np.testing.assert_array_equal(
+        np.asarray(warped.dataobj), result.warped.array.transpose()
+    )
 
 
 def test_saved_files_are_those_of_the_command_line(
