@@ -4,12 +4,13 @@ All derivatives are finite differences in unit coordinates: displacement and pos
 both run over [0, 1], so the numbers do not depend on the resolution.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxreg.space import fields, sampling
+from jaxreg.space import sampling
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Field, Points
 
@@ -105,13 +106,13 @@ def diffusion(
 def folding(displacement: Field, *, least: float = 0.1) -> jax.Array:
     """Returns by how much the map falls short of a least Jacobian determinant.
 
-    The mean over cells of what the least determinant at a cell's corners lacks, see
-    `fields.least_determinant`; 0 where no cell shrinks so much. A cell of one voxel
-    along an axis has no determinant and costs nothing.
+    The mean over cells and their corners of what the determinant lacks there, which is
+    that of the three edges that meet; 0 where nothing shrinks so much. A grid with an
+    axis of one voxel has no cells and costs nothing.
 
     Args:
       displacement: N D H W 3, unit.
-      least: the determinant from which a cell costs nothing; of the identity it is 1.
+      least: the determinant from which a corner costs nothing; of the identity it is 1.
 
     References:
       Karacali and Davatzikos, Estimating topology preserving and smooth displacement
@@ -120,7 +121,22 @@ def folding(displacement: Field, *, least: float = 0.1) -> jax.Array:
     shape = displacement.shape[1:4]
     if min(shape) < 2:
         return jnp.zeros((), displacement.dtype)
-    determinant = fields.least_determinant(sampling.identity(shape) + displacement)
+    points = jnp.moveaxis(sampling.identity(shape) + displacement, -1, 0)
+    ends = slice(None, -1), slice(1, None)
+
+    def edges(axis):
+        edge = jnp.diff(points, axis=axis + 2) * (shape[axis] - 1)
+        corners = [
+            [slice(None) if i == axis else ends[end] for i, end in enumerate(corner)]
+            for corner in itertools.product((0, 1), repeat=3)
+        ]
+        # All corners in one array: eight determinants of their own compile slowly.
+        return jnp.stack([edge[:, :, *at] for at in corners], axis=1)
+
+    (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = map(edges, range(3))
+    determinant = (
+        (a1 * b2 - a2 * b1) * c0 + (a2 * b0 - a0 * b2) * c1 + (a0 * b1 - a1 * b0) * c2
+    )
     return jnp.mean(jax.nn.relu(least - determinant))
 
 

@@ -48,7 +48,7 @@ class DisplacementConfig:
     control_spacing: int = 2
     affine_learning_rate: float = 0.01
     smoothness: float = 1.0
-    folding: float = 1.0
+    folding: float = 10.0
     discrete: DiscreteConfig | None = None
 
 
@@ -162,7 +162,7 @@ def _direct_loss(
     if control is not None:
         smooth = sum(regularity.diffusion(c, extent) for c in control)
         # Of the control points: between them the map is read linearly.
-        folding = sum(regularity.folding(c / jnp.asarray(extent)) for c in control)
+        folding = 2 * regularity.folding(jnp.concatenate(control) / jnp.asarray(extent))
         parts = {**parts, "smoothness": smooth, "folding": folding}
         loss = loss + weights[0] * smooth + weights[1] * folding
     return loss, ({**parts, "loss": loss}, (forward, backward))
