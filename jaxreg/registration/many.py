@@ -59,8 +59,7 @@ class Outcome:
       after: with the moving scan warped.
       folding_percent: see `result.RegistrationResult`.
       seconds: to register, without reading and writing.
-      reason: why it failed.
-      warnings: `RegistrationResult.doubts` in one text.
+      reason: why it failed, or what is doubtful, see `RegistrationResult.doubts`.
     """
 
     row: str
@@ -76,7 +75,6 @@ class Outcome:
     folding_percent: float = math.nan
     seconds: float = math.nan
     reason: str = ""
-    warnings: str = ""
 
 
 def stems(rows: Rows) -> dict[str, str]:
@@ -360,7 +358,7 @@ def _write(
         after=found.similarity_after,
         folding_percent=found.folding_percent,
         seconds=sum(found.seconds.values()),
-        warnings="; ".join(found.doubts),
+        reason="; ".join(found.doubts),
     )
 
 
@@ -416,7 +414,7 @@ def _read_summary(path: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
             figures = {name: float(row[name] or "nan") for name in _FIGURES}
             scans = _scans_of(row["fixed"], row["moving"])
             if row["similarity"]:
-                words = {n: row[n] for n in ("similarity", "warnings")}
+                words = {name: row[name] for name in ("similarity", "reason")}
                 found[scans] = {**words, **figures}
         except (KeyError, TypeError, ValueError):
             continue
@@ -438,7 +436,7 @@ def write_overview(pages: Pages, outcomes: Iterable[Outcome]) -> None:
         report.Entry(
             name=pages.paths[outcome.row].stem.replace("_to_", " to "),
             page=pages.paths[outcome.row],
-            remark=outcome.reason or outcome.warnings,
+            remark=outcome.reason,
             **{name: getattr(outcome, name) for name in shown},
         )
         for outcome in outcomes

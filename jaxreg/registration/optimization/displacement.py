@@ -141,12 +141,13 @@ def _maps_found(
 
 
 def _direct_loss(
-    parameters, pair, noise, objective, weights, *, start, extent, affine=True
-):
+    parameters, pair, noise, objective, smoothness,
+    *, start, extent, folding=0.0, affine=True,
+):  # fmt: skip
     """Returns (loss, (parts, maps)) of "affine", 3 4, and "control", two fields.
 
     The fields are lengths in means of the extents, so that they cost, and move, the
-    same along every axis in space. The weights are of smoothness and of folding.
+    same along every axis in space.
     """
     control = parameters["control"]
     shape = pair.fixed.shape[1:4]
@@ -162,24 +163,30 @@ def _direct_loss(
     if control is not None:
         smooth = sum(regularity.diffusion(c, extent) for c in control)
         # Of the control points: between them the map is read linearly.
-        folding = 2 * regularity.folding(jnp.concatenate(control) / jnp.asarray(extent))
-        parts = {**parts, "smoothness": smooth, "folding": folding}
-        loss = loss + weights[0] * smooth + weights[1] * folding
+        unit = jnp.concatenate(control) / jnp.asarray(extent)[None, None, None, None]
+        folds = 2 * regularity.folding(unit)
+        parts = {**parts, "smoothness": smooth, "folding": folds}
+        loss = loss + smoothness * smooth + folding * folds
     return loss, ({**parts, "loss": loss}, (forward, backward))
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "steps", "weights", "affine"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("objective", "steps", "smoothness", "folding", "affine"),
+)
 def _direct_step(
     state, index, pair, key, learning_rate, start, extent,
-    *, objective, steps, weights, affine,
+    *, objective, steps, smoothness, folding, affine,
 ):  # fmt: skip
     # The step size falls to nothing: the field settles instead of trembling.
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps, 0.05))
-    loss = functools.partial(_direct_loss, start=start, extent=extent, affine=affine)
+    loss = functools.partial(
+        _direct_loss, start=start, extent=extent, folding=folding, affine=affine
+    )
     gradient_of = jax.grad(loss, has_aux=True)
     parameters, adam = state
     noise = loop.draw_noise(key, index, pair.fixed.shape[1:4], None)
-    gradient, (parts, _) = gradient_of(parameters, pair, noise, objective, weights)
+    gradient, (parts, _) = gradient_of(parameters, pair, noise, objective, smoothness)
     updates, adam = optimizer.update(gradient, adam)
     return (optax.apply_updates(parameters, updates), adam), parts, parameters
 
@@ -282,7 +289,8 @@ def find_affine(
         extent,
         objective=objective,
         steps=steps,
-        weights=(0.0, 0.0),
+        smoothness=0.0,
+        folding=0.0,
         affine=True,
         report=report,
     )
@@ -373,7 +381,8 @@ def optimize_displacement(
             extent,
             objective=objective,
             steps=steps,
-            weights=(config.smoothness, config.folding),
+            smoothness=config.smoothness,
+            folding=config.folding,
             affine=affine,
             report=report,
         )

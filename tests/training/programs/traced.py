@@ -114,7 +114,7 @@ def trace_displacement():
     def value(parameters, pair, noise):
         return displacement._direct_loss(
             parameters, pair, noise, Objective(similarity="ncc"), jnp.float32(1),
-            start=jnp.eye(4), extent=jnp.ones(3),
+            start=jnp.eye(4), extent=jnp.ones(3), folding=1.0,
         )  # fmt: skip
 
     for control in (None, (struct(1, 6, 5, 4, 3),) * 2):
