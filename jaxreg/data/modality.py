@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from jaxreg.space import background
 from jaxreg.space.grid import Volume
 
 Modality = Literal["ct", "mri"]
+KINDS: tuple[Modality, ...] = get_args(Modality)
 AUTO = "auto"
 """In the place of a modality: what the values say, see `guessed`."""
 

@@ -395,8 +395,10 @@ def check_modalities(options: Options) -> None:
       UserError: an option is for scans that neither is, or not both are.
     """
     modalities = (options.fixed_modality, options.moving_modality)
-    if AUTO in modalities:
-        return  # until the scans are read
+    if AUTO in modalities:  # until the scans are read, either may be anything
+        ranges = options.ct_window, options.quantile_range
+        check_intensities(*ranges, modality_lib.KINDS)
+        return
     modalities = tuple(modality_lib.kind(modality) for modality in modalities)
     check_intensities(options.ct_window, options.quantile_range, modalities)
     if options.intensity_conservation_loss and set(modalities) != {"ct"}:

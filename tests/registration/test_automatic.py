@@ -185,6 +185,9 @@ def test_modalities_that_are_not_given_are_those_of_the_values():
     assert prepared(mri, ct).given.modality == "ct"
     rules = preparation.intensity_rules(prepared(ct, mri).options)
     assert [rule.modality for rule in rules] == ["mri", "ct"]  # moving, fixed
+    # A range that is none is said before.
+    with pytest.raises(UserError, match="the smaller first"):
+        options_lib.check_options(Options(ct_window=(100.0, 0.0)))
     # What fits no modality is said once the scans have been read.
     of(ct, mri, ct_window=(0.0, 100.0))
     with pytest.raises(UserError, match="neither modality is ct"):
