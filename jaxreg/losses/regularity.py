@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxreg.space import sampling
+from jaxreg.space import fields, sampling
 from jaxreg.space.grid import Shape
 from jaxreg.typing import Field, Points
 
@@ -133,10 +133,7 @@ def folding(displacement: Field, *, least: float = 0.1) -> jax.Array:
         # All corners in one array: eight determinants of their own compile slowly.
         return jnp.stack([edge[:, :, *at] for at in corners], axis=1)
 
-    (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = map(edges, range(3))
-    determinant = (
-        (a1 * b2 - a2 * b1) * c0 + (a2 * b0 - a0 * b2) * c1 + (a0 * b1 - a1 * b0) * c2
-    )
+    determinant = fields.triple_product(*map(edges, range(3)))
     return jnp.mean(jax.nn.relu(least - determinant))
 
 

@@ -104,7 +104,7 @@ def _needing_network(options: Options) -> str:
 def _without(options: Options) -> str:
     """Says what is done without a network."""
     done = settled(options, network=False)
-    first = {"none": "", AUTO: ""}.get(done.prealign, f"{done.prealign} pre-alignment")
+    first = "" if done.prealign == "none" else f"{done.prealign} pre-alignment"
     steps = (
         ""
         if done.io_iterations is None

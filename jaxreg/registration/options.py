@@ -128,8 +128,8 @@ class Options:
     Attributes:
       fixed_modality: Kind of the fixed scan; of MR, also its contrast. auto: CT if its
         values look like Hounsfield units, else MR.
-      moving_modality: Kind of the moving scan; of MR, also its contrast. auto: as of
-        the fixed scan.
+      moving_modality: Kind of the moving scan; of MR, also its contrast. auto: by its
+        own values, as of the fixed scan.
       shape: Network grid in voxels, the slowest axis of the volume first, as the
         network sees it turned (without weights: superior, anterior, right; its fastest
         for weights that see NIfTI's order, as PromptReg's), or one number for a cube.

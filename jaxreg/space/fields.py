@@ -228,6 +228,14 @@ def jacobian_determinant(
     return jnp.sum(jnp.cross(difference(0), difference(1)) * difference(2), axis=-1)
 
 
+def triple_product(a: jax.Array, b: jax.Array, c: jax.Array) -> jax.Array:
+    """Returns the determinant of three vectors whose components come first, 3 ..."""
+    (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = a, b, c
+    return (
+        (a1 * b2 - a2 * b1) * c0 + (a2 * b0 - a0 * b2) * c1 + (a0 * b1 - a1 * b0) * c2
+    )
+
+
 def least_determinant(points: Points, *, between: bool = False) -> jax.Array:
     """Returns the least Jacobian determinant of each cell of a map, N D-1 H-1 W-1.
 
@@ -265,13 +273,6 @@ def least_determinant(points: Points, *, between: bool = False) -> jax.Array:
     }
 
     def determinant(triple):
-        (a0, a1, a2), (b0, b1, b2), (c0, c1, c2) = (
-            edge(axis, corner) for axis, corner in enumerate(triple)
-        )
-        return (
-            (a1 * b2 - a2 * b1) * c0
-            + (a2 * b0 - a0 * b2) * c1
-            + (a0 * b1 - a1 * b0) * c2
-        )
+        return triple_product(*(edge(axis, at) for axis, at in enumerate(triple)))
 
     return functools.reduce(jnp.minimum, map(determinant, sorted(triples)))

@@ -150,8 +150,8 @@ def search(
     ended = _Ended.of(coarse, middle, begun, turns)
     best, rivals, certain = ended.chosen()
     doubted = not certain and first in overlapping
-    kept = fine.fit(starts[first])
     if doubted and rivals:
+        kept = fine.fit(starts[first])
         return Found(starts[first], first, {first: kept}, rivals, False, kept)
     rigid = ended.maps[best]
     base = begun[best]
@@ -162,7 +162,7 @@ def search(
     candidates = {**starts, "rigid": rigid, "rough": rough, "fine": last}
     fits = {k: fine.fit(m) for k, m in candidates.items() if plausible(m)}
     chosen = best_of(fits)
-    matrix, end = candidates[chosen], fits[chosen]
+    matrix, end, kept = candidates[chosen], fits[chosen], fits[first]
     if doubted and not _told_by_structure(fine, matrix, end, kept):
         return Found(starts[first], first, {first: kept}, rivals, False, kept)
     start = chosen if chosen in starts else best

@@ -191,6 +191,7 @@ def write_report(
       command: the command line, to be shown.
       picture: a PNG file of the first picture alone.
       thumbnail: a PNG file of small overlays, for `overview.write_overview`.
+
     Returns:
       The page.
 
